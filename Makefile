@@ -1,0 +1,63 @@
+# One command for each thing a developer does; every target makes its own environment.
+#
+#   make env [EXTRAS=reference,tpu-compile]  the environment, with the tested versions
+#   make demo                                the demonstration, in runs/demo
+#   make test [MARKS=slow] [ARGS=...]        the tests, two at a time
+#   make check                               format, lint, types, import floors
+#   make format                              let ruff rewrite what it can
+#   make bench [ARGS=...]                    benchmarks; the last line is one JSON document
+#   make clean                               remove the environment and all caches
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?=
+WORKERS ?= 2
+MARKS ?= not slow
+WORKDIR ?= runs/demo
+ARGS ?=
+
+BIN := $(VENV)/bin
+comma := ,
+# One stamp file for each installed extra: once it is there, the target has nothing to do.
+STAMPS := $(VENV)/.env-dev $(patsubst %,$(VENV)/.env-%,$(subst $(comma), ,$(EXTRAS)))
+
+.PHONY: env demo test check format bench clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+env: $(STAMPS)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make env: '$(PYTHON)' was not found; name a Python >= 3.11 with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make env: '$(PYTHON)' is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed;" \
+	    "name another with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.env-%: pyproject.toml setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[$*]'
+	@touch $@
+
+demo: env
+	$(BIN)/python -m experiments.demo --workdir=$(WORKDIR) $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKS)' $(ARGS)
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: env
+	$(BIN)/python -m experiments.benchmark $(ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

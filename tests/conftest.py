@@ -1,0 +1,90 @@
+"""What every test sees: 8 virtual CPU devices, parsed flags, a compilation cache on disk."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+# In the environment, not through jax.config: tests that start a program hand it on.
+# `JAX_PLATFORMS=cuda,cpu pytest` runs what needs an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+
+def _processor() -> str:
+    """A short name of this kind of processor: compiled code is only good for its own kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
+jax.config.update("jax_enable_x64", False)
+# A second run does not compile again what took long to compile. A test that measures
+# compilation asks for the fixture `fresh_compilation`; JAX_ENABLE_COMPILATION_CACHE=0 turns
+# the cache off for a whole run.
+jax.config.update("jax_compilation_cache_dir", str(CACHE / _processor()))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Without this Grain's worker processes raise UnparsedFlagAccessError outside absl.app.run.
+flags.FLAGS.mark_as_parsed()
+
+# Compiling makes the first example slow; the same examples each time make failures repeat.
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run every Nth collected test: a quick sample over all files",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step = config.getoption("--every")
+    if step > 1:
+        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
+        items[:] = items[::step]
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """As users run it: the tests' own type checks would refuse wrong values first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def fresh_compilation() -> Iterator[None]:
+    """Within the test every compilation is a real one, none is read from the disk."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
