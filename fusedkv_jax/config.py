@@ -1,0 +1,282 @@
+"""The configuration of a decoder: frozen dataclasses, validated when they are built."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fusedkv_jax import layouts
+from fusedkv_jax.layouts import KVLayout
+
+FloatType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots", "qkv"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the field, the value and the fix."""
+
+
+def _build(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"unknown field {prefix}{name}{hint}")
+    required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+    if required:
+        raise ConfigError(f"missing field {prefix}{required[0]}")
+    return cls(**fields)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConfigError(f"{name}={value!r}; use a number above 0")
+
+
+def _count(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name}={value!r}; use a whole number of at least 1")
+
+
+def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}; choose {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding, half-split (NeoX) convention.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: `none`, `linear` (positions divided by `factor`), `llama3` (Llama 3.1), or `yarn`
+            (arXiv 2309.00071).
+        factor: context extension factor.
+        original_length: context length in tokens before extension.
+        low_freq_factor: llama3, below which wavelengths are fully scaled.
+        high_freq_factor: llama3, above which wavelengths are kept.
+        beta_fast: yarn, rotations above which a channel is kept.
+        beta_slow: yarn, rotations below which a channel is fully scaled.
+        mscale: yarn, multiplies cos and sin by 0.1 * mscale * ln(factor) + 1 (over the same with
+            `mscale_all_dim`, where that is not 0).
+        mscale_all_dim: yarn as in DeepSeek; MLA multiplies its score scale by its squared term.
+    """
+
+    theta: float = 10_000.0
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    original_length: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of(self, "scaling", get_args(RopeScaling))
+        _positive(self, "theta", "factor")
+        _count(self, "original_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+        kv_lora_rank: width d_c of the cached latent.
+        nope_dim: channels per head without rotation.
+        rope_dim: width d_r of the rotary key that all heads share.
+        v_dim: value channels per head.
+        q_lora_rank: width of the query latent; 0 projects queries directly.
+    """
+
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    q_lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        _count(self, "kv_lora_rank", "nope_dim", "rope_dim", "v_dim")
+        if self.rope_dim % 2:
+            raise ConfigError(f"rope_dim={self.rope_dim} is odd; rotary channels come in pairs")
+        if self.q_lora_rank < 0:
+            raise ConfigError(f"q_lora_rank={self.q_lora_rank}; use 0 (none) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder language model.
+
+    Attributes:
+        vocab_size: number of token ids.
+        num_layers: number of layers.
+        d_model: model width D.
+        num_heads: query heads N.
+        num_kv_heads: key/value heads K, dividing N; default N (MHA). 1 is MQA. Not used with `mla`.
+        head_dim: channels per head H; default d_model / num_heads.
+        d_ff: width of the SwiGLU feed-forward.
+        layout: a name with options (`fusedkv`, `cla:k=3`), the layer-types grammar, or a
+            `KVLayout`; afterwards always a `KVLayout`.
+        max_length: context length in tokens that the model is meant for.
+        qk_norm: RMSNorm over the channels of each query and key head before rotation (Qwen3).
+        tie_embeddings: the output head is the transposed embedding.
+        norm_eps: epsilon of every RMSNorm.
+        rope: rotary embedding.
+        mla: multi-head latent attention instead of separate keys and values.
+        init_std: standard deviation of the normal initializer of matrices.
+        dtype: of activations.
+        param_dtype: of parameters (fusion weights are always float32).
+        remat: what the backward pass recomputes: `none`, `full` (each layer), `dots` (all but
+            matrix products), `qkv` (all but queries, keys and values).
+        scan_layers: run equal layers with `lax.scan`, so that depth does not grow the program.
+        attention: implementation, see `pallas_kernels.implementations()`.
+
+    Raises:
+        ConfigError: a field is out of range or fields contradict each other.
+        LayoutError: the layout is unknown or makes no sense.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    layout: KVLayout | str = "mha"
+    max_length: int = 8192
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    mla: MLAConfig | None = None
+    init_std: float = 0.02
+    dtype: FloatType = "float32"
+    param_dtype: FloatType = "float32"
+    remat: Remat = "none"
+    scan_layers: bool = True
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        _count(self, "vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "max_length")
+        _positive(self, "norm_eps", "init_std")
+        _one_of(self, "dtype", get_args(FloatType))
+        _one_of(self, "param_dtype", get_args(FloatType))
+        _one_of(self, "remat", get_args(Remat))
+        self._resolve_heads()
+        if isinstance(self.layout, str):
+            object.__setattr__(self, "layout", layouts.resolve(self.layout, self.num_layers))
+        for name, kind in (("layout", KVLayout), ("rope", RopeConfig), ("mla", MLAConfig | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r}; use {kind}")
+        if self.layout.num_layers != self.num_layers:
+            raise ConfigError(
+                f"layout has {self.layout.num_layers} layers but num_layers={self.num_layers};"
+                " pass the layout by name, or use config.replace(num_layers=...)"
+            )
+        if self.mla is not None:
+            _check_mla_layout(self.layout)
+
+    def _resolve_heads(self) -> None:
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            if self.d_model % self.num_heads:
+                raise ConfigError(
+                    f"num_heads={self.num_heads} does not divide d_model={self.d_model};"
+                    " change one of them or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        _count(self, "num_kv_heads", "head_dim")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads};"
+                f" use a divisor of {self.num_heads}"
+            )
+        if self.mla is None and self.channels % 2:
+            raise ConfigError(f"head_dim={self.head_dim} is odd; rotary channels come in pairs")
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """`layout`, typed as what it is after construction."""
+        assert isinstance(self.layout, KVLayout)
+        return self.layout
+
+    @property
+    def kv_heads(self) -> int:
+        """K, after its default."""
+        assert self.num_kv_heads is not None
+        return self.num_kv_heads
+
+    @property
+    def channels(self) -> int:
+        """H, after its default."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def stream_shapes(self) -> dict[layouts.Kind, tuple[int, int]]:
+        """(heads, channels) of one token's cached `key` and `value` stream.
+
+        With MLA the key stream is the shared rotary key and the value stream the latent.
+        """
+        if self.mla is not None:
+            return {"key": (1, self.mla.rope_dim), "value": (1, self.mla.kv_lora_rank)}
+        return {kind: (self.kv_heads, self.channels) for kind in layouts.KINDS}
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with other fields; a named layout follows a changed `num_layers`."""
+        if "num_layers" in changes and "layout" not in changes and self.kv_layout.spec:
+            changes["layout"] = self.kv_layout.spec
+        if {"d_model", "num_heads"} & set(changes) and "head_dim" not in changes:
+            if self.channels * self.num_heads == self.d_model:
+                changes["head_dim"] = None
+        if "num_heads" in changes and "num_kv_heads" not in changes:
+            if self.kv_heads == self.num_heads:
+                changes["num_kv_heads"] = None
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` inverts it."""
+        fields = dataclasses.asdict(self)
+        spec = self.kv_layout.spec
+        if spec and layouts.resolve(spec, self.num_layers) == self.kv_layout:
+            fields["layout"] = spec
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """Build a configuration from plain values.
+
+        Raises:
+            ConfigError: a field is unknown (the nearest names are suggested), missing or wrong.
+        """
+        fields = dict(fields)
+        for name, kind in (("rope", RopeConfig), ("mla", MLAConfig)):
+            if isinstance(fields.get(name), Mapping):
+                fields[name] = _build(kind, fields[name], f"{name}.")
+        if isinstance(fields.get("layout"), Mapping):
+            fields["layout"] = KVLayout.from_dict(fields["layout"])
+        return _build(cls, fields, "")
+
+
+def _check_mla_layout(layout: KVLayout) -> None:
+    for i, layer in enumerate(layout.layers):
+        if (layer.key.own, layer.key.sources) != (layer.value.own, layer.value.sources):
+            raise ConfigError(
+                f"layer {i} reads keys and values from different layers, but MLA holds both in one"
+                " latent; choose a layout that shares them together, such as fusedkv or yoco"
+            )
