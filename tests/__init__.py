@@ -1,1 +1,6 @@
-"""The tests, a folder for each package; helpers are imported as `tests.<folder>.<file>`."""
+"""The tests, which mirror the packages; here the checker of every annotation while they run."""
+
+from beartype import BeartypeConf, beartype
+
+# int is accepted where float is asked for (PEP 484).
+typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -1,0 +1,87 @@
+"""The frozen settings of a data pipeline, validated when they are built."""
+
+import dataclasses
+import difflib
+from typing import Literal, get_args
+
+Packing = Literal["concat", "best_fit"]
+DecodeErrors = Literal["strict", "replace"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to read, how to tokenise it and how to lay it out in batches.
+
+    Attributes:
+      source: "python_stdlib" (the .py files of the running interpreter's standard library
+        without its tests), or a file, a glob or a folder of text (.txt, .md, .py), JSON lines
+        (.jsonl, .json), both also compressed (.gz, .xz, .zst), Parquet (.parquet), or the
+        ArrayRecord shards that `experiments.prepare_data` wrote. Folders are read recursively
+        in the order of their sorted relative paths. A text file is one document.
+      text_key: the field of a JSON line, or the column of a Parquet file, that holds the text.
+      tokenizer: "byte", or the path of a Hugging Face `tokenizer.json`.
+      packing: "concat" (no padding but in the last sequence of an epoch) or "best_fit"
+        (documents that fit into a sequence are never split). `packing.py` has the details.
+      seq_len: tokens of a sequence, T.
+      batch_size: sequences of a batch over all processes, B.
+      seed: the order of the training sequences; evaluation does not depend on it.
+      holdout_fraction: expected share of the documents that are held out, chosen by a hash of
+        each document's text, so equal documents stay together and new files move no old ones.
+        1.0 makes a whole source an evaluation set. Shards keep the split they were written
+        with.
+      max_documents: read only the first so many documents (of each split, for shards).
+      errors: "strict" refuses bytes that are not UTF-8, "replace" puts U+FFFD in their place.
+      num_threads: threads that assemble batches ahead of the consumer; 0 does so in its thread.
+      prefetch_batches: how many batches they may be ahead.
+    """
+
+    source: str = "python_stdlib"
+    text_key: str = "text"
+    tokenizer: str = "byte"
+    packing: Packing = "concat"
+    seq_len: int
+    batch_size: int
+    seed: int = 0
+    holdout_fraction: float = 0.01
+    max_documents: int | None = None
+    errors: DecodeErrors = "strict"
+    num_threads: int = 2
+    prefetch_batches: int = 8
+
+    def __post_init__(self):
+        for name in ("source", "text_key", "tokenizer"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"data {name} must be a non-empty string, got {value!r}")
+        _check_choice("packing", self.packing, get_args(Packing))
+        _check_choice("errors", self.errors, get_args(DecodeErrors))
+        for name, least in (("seq_len", 1), ("batch_size", 1), ("num_threads", 0)):
+            _check_integer(name, getattr(self, name), least)
+        _check_integer("prefetch_batches", self.prefetch_batches, 1)
+        _check_integer("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            raise ValueError(f"data seed must be below 2**32, got {self.seed}")
+        if self.max_documents is not None:
+            _check_integer("max_documents", self.max_documents, 1)
+        check_holdout_fraction(self.holdout_fraction)
+
+
+def check_holdout_fraction(value: float) -> None:
+    """Raises ValueError unless `value` is a number from 0 to 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(f"data holdout_fraction must be from 0 to 1, got {value!r}")
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"data {name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"data {name} must be one of {', '.join(choices)}, got {value!r}{hint}"
+        )

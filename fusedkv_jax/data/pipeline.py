@@ -1,0 +1,125 @@
+"""The Grain pipelines: endless shuffled batches for training, one pass for evaluation.
+
+Both yield dicts of arrays [B, T]: tokens, targets, segment_ids, positions (int32) and loss_mask
+(float32), as `packing.PackedSequences` describes them. With several JAX processes each gets its
+own B / processes rows of every batch, the same batch in all of them, and as many batches.
+"""
+
+import grain
+import numpy as np
+
+from fusedkv_jax.data.config import DataConfig
+from fusedkv_jax.data.corpus import Corpus, EmptySplitError, load_corpus
+from fusedkv_jax.data.packing import PackedSequences, TokenizedDocuments, empty_sequence
+
+Batch = dict[str, np.ndarray]
+
+
+def make_train_iterator(
+    config: DataConfig,
+    *,
+    corpus: Corpus | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> grain.DatasetIterator:
+    """Returns an endless iterator over training batches.
+
+    Each epoch goes once through all sequences of the training split in an order that `seed` and
+    the number of the epoch decide; batches run on across epochs. `get_state` and `set_state`
+    (one number, the next batch) resume bit for bit with any number of threads, and Orbax takes
+    the iterator as a checkpointable.
+
+    Args:
+      config: what to read.
+      corpus: the corpus of this config if it is loaded already.
+      shard: which rows of each batch; by default those of this JAX process.
+
+    Raises:
+      EmptySplitError: every document is held out. ValueError, FileNotFoundError: as
+        `load_corpus`, or a batch that does not divide over the processes.
+    """
+    corpus = corpus or load_corpus(config)
+    sequences = _pack(corpus.train, config)
+    if not len(sequences):
+        raise EmptySplitError(
+            f"{config.source}: no documents to train on, all {len(corpus.heldout.lengths)} are "
+            f"held out; lower holdout_fraction ({config.holdout_fraction}) or add documents"
+        )
+    dataset = grain.MapDataset.source(sequences).seed(config.seed).shuffle().repeat()
+    dataset = _batch(dataset, config, shard).map(_without_bytes)
+    options = grain.ReadOptions(
+        num_threads=config.num_threads,
+        prefetch_buffer_size=config.prefetch_batches if config.num_threads else 0,
+    )
+    return iter(dataset.to_iter_dataset(options))
+
+
+def make_eval_batches(
+    config: DataConfig,
+    max_batches: int | None = None,
+    *,
+    corpus: Corpus | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> grain.MapDataset:
+    """Returns the batches of the held-out split: finite, in fixed order, iterable many times.
+
+    Rows that fill up the last batch are padding (loss_mask 0). Each batch also has `num_bytes`,
+    an int: the UTF-8 bytes of text that its targets (of this process's rows) stand for, so bits
+    per byte are the summed loss in nats / (ln 2 * summed bytes). Over the whole split that is
+    exact for every tokenizer; with `max_batches`, documents that it cuts off count with their
+    mean bytes per token.
+
+    Raises:
+      EmptySplitError: nothing is held out. Others as `make_train_iterator`.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+    corpus = corpus or load_corpus(config)
+    sequences = _pack(corpus.heldout, config)
+    if not len(sequences):
+        raise EmptySplitError(
+            f"{config.source}: none of {len(corpus.train.lengths)} documents is held out; "
+            f"raise holdout_fraction ({config.holdout_fraction}), add documents, or evaluate "
+            "on a source of its own with holdout_fraction=1.0"
+        )
+    padded = _PaddedSequences(sequences, config.batch_size, empty_sequence(config.seq_len))
+    dataset = _batch(grain.MapDataset.source(padded), config, shard).map(_sum_bytes)
+    return dataset if max_batches is None else dataset[:max_batches]
+
+
+def _pack(documents: TokenizedDocuments, config: DataConfig) -> PackedSequences:
+    return PackedSequences(documents, packing=config.packing, seq_len=config.seq_len)
+
+
+def _batch(
+    dataset: grain.MapDataset, config: DataConfig, shard: grain.sharding.ShardOptions | None
+) -> grain.MapDataset:
+    shard = shard or grain.sharding.ShardByJaxProcess()
+    rows, rest = divmod(config.batch_size, shard.shard_count)
+    if rest:
+        raise ValueError(
+            f"data batch_size {config.batch_size} must be a multiple of the "
+            f"{shard.shard_count} processes"
+        )
+    return dataset[shard.shard_index :: shard.shard_count].batch(rows, drop_remainder=True)
+
+
+def _without_bytes(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "target_bytes"}
+
+
+def _sum_bytes(batch: Batch) -> dict[str, np.ndarray | int]:
+    return {**_without_bytes(batch), "num_bytes": int(batch["target_bytes"].sum())}
+
+
+class _PaddedSequences:
+    """`sequences`, followed by padding up to a multiple of the batch size."""
+
+    def __init__(self, sequences: PackedSequences, multiple: int, padding: Batch):
+        self._sequences, self._padding = sequences, padding
+        self._length = -(-len(sequences) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._sequences[index] if index < len(self._sequences) else self._padding

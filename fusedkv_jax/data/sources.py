@@ -1,0 +1,108 @@
+"""Sources: from what the user names (files, globs, folders, python_stdlib) to documents."""
+
+import dataclasses
+import difflib
+import glob
+import itertools
+import pathlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+
+from fusedkv_jax.data import formats
+
+PYTHON_STDLIB = "python_stdlib"
+SHARD_SUFFIXES = (".arrayrecord", ".array_record")
+# Folders of the standard library that hold tests, other packages or generated files.
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def list_files(inputs: Sequence[str]) -> list[pathlib.Path]:
+    """Expands files, globs, folders and "python_stdlib" to the files to read, in a fixed order.
+
+    The order is that of `inputs`; within a folder or glob, sorted by path. A file that several
+    inputs name is read once. Hidden files, and in folders files of unknown type, are skipped.
+
+    Raises:
+      FileNotFoundError: an input names nothing. ValueError: a folder without usable files.
+    """
+    if not inputs:
+        raise ValueError("no input: name at least one file, glob or folder")
+    files = itertools.chain.from_iterable(_expand(name) for name in inputs)
+    return list(dict.fromkeys(files))
+
+
+def is_shard(path: pathlib.Path) -> bool:
+    """Whether a file name is that of an ArrayRecord shard."""
+    return path.suffix.lower() in SHARD_SUFFIXES
+
+
+def read_all(
+    files: Sequence[pathlib.Path], *, text_key: str = "text", errors: str = "strict"
+) -> Iterator[formats.Document]:
+    """Yields the documents of `files` one after the other, without the empty ones.
+
+    Their `bytes_read` count on from file to file. Raises as `formats.read_documents`.
+    """
+    before = 0
+    for path in files:
+        for document in formats.read_documents(path, text_key=text_key, errors=errors):
+            if document.text:
+                yield dataclasses.replace(document, bytes_read=before + document.bytes_read)
+        before += path.stat().st_size
+
+
+def _expand(name: str) -> list[pathlib.Path]:
+    if name == PYTHON_STDLIB:
+        return _stdlib_files()
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _folder_files(path)
+    if glob.has_magic(name):
+        found = [pathlib.Path(match) for match in glob.glob(str(path), recursive=True)]
+        files = [match for match in _sorted(found) if match.is_file()]
+        if not files:
+            raise FileNotFoundError(f"no file matches {name!r}")
+        return files
+    raise FileNotFoundError(f"no such file or folder: {name!r}{_hint(name, path)}")
+
+
+def _folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = []
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and (is_shard(path) or formats.format_of(path)):
+            found.append(path)
+    if any(is_shard(path) for path in found):
+        # A folder of shards also holds their metadata, which is not text to train on.
+        found = [path for path in found if is_shard(path)]
+    if not found:
+        raise ValueError(
+            f"{folder}: the folder has no text, JSON, Parquet or ArrayRecord files"
+        )
+    return _sorted(found)
+
+
+def _stdlib_files() -> list[pathlib.Path]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts[:-1]
+        if not _NOT_STDLIB.intersection(parts):
+            found.append(path)
+    if not found:
+        raise ValueError(f"{PYTHON_STDLIB}: this interpreter has no .py files in {root}")
+    return _sorted(found)
+
+
+def _sorted(paths: list[pathlib.Path]) -> list[pathlib.Path]:
+    return sorted(paths, key=lambda path: path.as_posix())
+
+
+def _hint(name: str, path: pathlib.Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = [PYTHON_STDLIB, *(entry.name for entry in path.parent.iterdir())]
+    near = difflib.get_close_matches(pathlib.Path(name).name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
