@@ -1,0 +1,130 @@
+"""FLOPs of a prompt, of a decoded token and of training.
+
+Conventions: a multiply-add is 2 FLOPs. Counted are matrix products, attention's two products
+over the visible keys only, and the mixing of streams (J terms: J multiplications and J - 1
+additions per element, over the keys that are read). Not counted are the embedding's gather,
+norms, rotations, softmax, activations and what rematerialization computes twice.
+"""
+
+from __future__ import annotations
+
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs.parameters import matrices
+from fusedkv_jax.costs.visible import visible_to_all, visible_to_any, visible_to_last
+from fusedkv_jax.layouts import KINDS
+
+
+def prefill_flops(config: ModelConfig, length: int) -> int:
+    """FLOPs of one prompt of `length` tokens, up to the logits of its last token.
+
+    All tokens pass through `prefill_depth` layers, the last token alone through those above,
+    where it costs what a decoded token does. A cyclic layout iterates its span as often as its
+    parallel form has passes, or as the prompt has tokens if those are fewer.
+    """
+    layout = config.kv_layout
+    first, stop = layout.cyclic_span or (0, 0)
+    iterations = min(sum(layout.passes), length)
+    total = _head(config)
+    for i in range(layout.num_layers):
+        if i >= layout.prefill_depth:
+            total += _layer_last_row(config, i, length)
+        else:
+            passes = iterations if first <= i < stop else 1
+            total += passes * _layer_all_rows(config, i, length)
+    return total
+
+
+def decode_flops(config: ModelConfig, length: int) -> int:
+    """FLOPs of decoding one token of one sequence.
+
+    Args:
+        config: the model.
+        length: tokens in the cache, the decoded one included.
+    """
+    layers = range(config.num_layers)
+    return _head(config) + sum(_layer_last_row(config, i, length) for i in layers)
+
+
+def train_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs per token of a training step on sequences of `length` tokens.
+
+    Forward and backward, which costs twice as much: model FLOPs, as MFU wants them. A cyclic
+    layout goes forward through each pass once and backward through the last ones only.
+    """
+    layout = config.kv_layout
+    first, stop = layout.cyclic_span or (0, 0)
+    without, with_gradient = layout.passes
+    total = 3 * length * _head(config)
+    for i in range(layout.num_layers):
+        forward = _layer_all_rows(config, i, length)
+        if first <= i < stop:
+            total += (without + with_gradient + 2 * with_gradient) * forward
+        else:
+            total += 3 * forward
+    return total / length
+
+
+def _head(config: ModelConfig) -> int:
+    return 2 * config.d_model * config.vocab_size
+
+
+def _layer_all_rows(config: ModelConfig, i: int, length: int) -> int:
+    """One layer over all tokens of a sequence."""
+    layout = config.kv_layout
+    if config.mla is not None:
+        per_key = (
+            2
+            * config.num_heads
+            * (config.mla.nope_dim + config.mla.rope_dim + config.mla.v_dim)
+        )
+    else:
+        per_key = 4 * config.num_heads * config.channels
+    return (
+        length * (_projections(config, i) + _residual(config, i))
+        + per_key * visible_to_all(layout, i, length)
+        + _fusion(config, i, visible_to_any(layout, i, length))
+    )
+
+
+def _layer_last_row(config: ModelConfig, i: int, length: int) -> int:
+    """One layer over the last of `length` tokens.
+
+    MLA attends in the latent space: its up-projection is absorbed, at the price of one token's.
+    """
+    visible = visible_to_last(config.kv_layout, i, length)
+    if config.mla is not None:
+        width = 2 * config.mla.kv_lora_rank + config.mla.rope_dim
+        per_key = 2 * config.num_heads * width
+    else:
+        per_key = 4 * config.num_heads * config.channels
+    return (
+        _projections(config, i)
+        + _residual(config, i)
+        + per_key * visible
+        + _fusion(config, i, visible)
+    )
+
+
+def _projections(config: ModelConfig, i: int) -> int:
+    """Matrix products of one layer for one token."""
+    return 2 * sum(matrices(config, config.kv_layout.layers[i]).values())
+
+
+def _residual(config: ModelConfig, i: int) -> int:
+    """Mixing sources into the layer's own streams, for one token, before they are cached."""
+    return _mixing(config, i, residual=True)
+
+
+def _fusion(config: ModelConfig, i: int, keys: int) -> int:
+    """Weighting cached streams of other layers, once for each key that is read."""
+    return keys * _mixing(config, i, residual=False)
+
+
+def _mixing(config: ModelConfig, i: int, *, residual: bool) -> int:
+    total = 0
+    for kind in KINDS:
+        stream = config.kv_layout.layers[i].stream(kind)
+        if stream.weights is not None and stream.is_residual == residual:
+            heads, channels = config.stream_shapes[kind]
+            total += (2 * stream.terms - 1) * heads * channels
+    return total

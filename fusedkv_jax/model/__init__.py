@@ -1,0 +1,6 @@
+"""The model: Flax NNX modules that follow a layout."""
+
+from fusedkv_jax.model.decoder import Decoder
+from fusedkv_jax.model.parameters import FusionWeight, NoDecayParam, weight_decay_mask
+
+__all__ = ["Decoder", "FusionWeight", "NoDecayParam", "weight_decay_mask"]

@@ -1,0 +1,85 @@
+"""The projections of an attention layer, for separate keys and values (MHA, GQA, MQA).
+
+A layer has projections only for the streams that it owns; `attend` reads whichever streams it is
+given, its own or those of other layers, through the one attention operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from fusedkv_jax.layouts import Kind, LayerKV
+from fusedkv_jax.model.layers import RMSNorm
+from fusedkv_jax.model.parameters import Initializer
+from fusedkv_jax.model.rotary import Rotation, rotate
+from pallas_kernels import attention
+
+Sources = tuple[Float[Array, "B S K H"], ...]
+StreamWeights = Float[Array, "J K H"] | None
+
+
+class Attention(nnx.Module):
+    """Queries, own keys and values, and the output projection of one layer."""
+
+    def __init__(self, init: Initializer, layer: LayerKV):
+        config = init.config
+        heads, kv_heads, channels = config.num_heads, config.kv_heads, config.channels
+        self.implementation = config.attention
+        self.q_proj = init.matrix(config.d_model, heads, channels)
+        self.o_proj = init.matrix(heads, channels, config.d_model)
+        self.q_norm = RMSNorm(init, channels) if config.qk_norm else None
+        kv_shape = (config.d_model, kv_heads, channels)
+        self.k_proj = init.matrix(*kv_shape) if layer.key.own else None
+        self.k_norm = RMSNorm(init, channels) if layer.key.own and config.qk_norm else None
+        self.v_proj = init.matrix(*kv_shape) if layer.value.own else None
+
+    def queries(self, x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
+        """Normed, rotated queries."""
+        return checkpoint_name(_rotated(x, self.q_proj, self.q_norm, rotation), "q")
+
+    def own_streams(self, x: Float[Array, "B T D"], rotation: Rotation) -> dict[Kind, Array]:
+        """New tokens' keys (normed, rotated) and values [B, T, K, H], where the layer owns them."""
+        streams: dict[Kind, Array] = {}
+        if self.k_proj is not None:
+            keys = _rotated(x, self.k_proj, self.k_norm, rotation)
+            streams["key"] = checkpoint_name(keys, "k")
+        if self.v_proj is not None:
+            streams["value"] = checkpoint_name(_project(x, self.v_proj), "v")
+        return streams
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        keys: Sources,
+        values: Sources,
+        key_weights: StreamWeights,
+        value_weights: Float[Array, "J2 K H"] | None,
+        mask: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """Attention output, projected back to the model's width."""
+        context = attention(
+            q,
+            keys,
+            values,
+            key_weights,
+            value_weights,
+            implementation=self.implementation,
+            **mask,
+        )
+        return jnp.einsum("BTNH,NHD->BTD", context, self.o_proj[...].astype(context.dtype))
+
+
+def _project(x: Float[Array, "B T D"], weight: nnx.Param) -> Float[Array, "B T N H"]:
+    return jnp.einsum("BTD,DNH->BTNH", x, weight[...].astype(x.dtype))
+
+
+def _rotated(
+    x: Float[Array, "B T D"], weight: nnx.Param, norm: RMSNorm | None, rotation: Rotation
+) -> Float[Array, "B T N H"]:
+    heads = _project(x, weight)
+    return rotate(norm(heads) if norm is not None else heads, rotation)

@@ -1,0 +1,117 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one latent for keys and values.
+
+The "value" stream is the latent c after its norm, the "key" stream the rotary key that all heads
+share. Fusion weights apply to these two, before the layer's own up-projection (`kv_b`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from fusedkv_jax.layouts import Kind, LayerKV
+from fusedkv_jax.model.layers import RMSNorm
+from fusedkv_jax.model.mixing import mix
+from fusedkv_jax.model.parameters import Initializer
+from fusedkv_jax.model.rotary import Rotation, rotate, yarn_temperature
+from pallas_kernels import attention
+
+
+class LatentAttention(nnx.Module):
+    """Queries, the own latent and rotary key, and the output projection of one layer."""
+
+    def __init__(self, init: Initializer, layer: LayerKV):
+        config, mla = init.config, init.config.mla
+        assert mla is not None
+        self.mla = mla
+        self.implementation = config.attention
+        heads, width = config.num_heads, config.d_model
+        self.scale = (mla.nope_dim + mla.rope_dim) ** -0.5
+        if config.rope.scaling == "yarn":
+            # DeepSeek-V2 moves YaRN's temperature from cos and sin into the scores.
+            self.scale *= yarn_temperature(config.rope.factor, config.rope.mscale_all_dim) ** 2
+        query_width = mla.q_lora_rank or width
+        low_rank = mla.q_lora_rank > 0
+        self.q_a_proj = init.matrix(width, mla.q_lora_rank) if low_rank else None
+        self.q_a_norm = RMSNorm(init, mla.q_lora_rank) if low_rank else None
+        self.q_proj = init.matrix(query_width, heads, mla.nope_dim + mla.rope_dim)
+        self.kv_b_proj = init.matrix(mla.kv_lora_rank, heads, mla.nope_dim + mla.v_dim)
+        self.o_proj = init.matrix(heads, mla.v_dim, width)
+        latent = (width, mla.kv_lora_rank + mla.rope_dim)
+        self.kv_a_proj = init.matrix(*latent) if layer.caches else None
+        self.kv_a_norm = RMSNorm(init, mla.kv_lora_rank) if layer.caches else None
+
+    def queries(self, x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
+        """Queries [..., nope + rope], the last channels rotated."""
+        if self.q_a_proj is not None and self.q_a_norm is not None:
+            x = self.q_a_norm(x @ self.q_a_proj[...].astype(x.dtype))
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...].astype(x.dtype))
+        q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
+        return checkpoint_name(jnp.concatenate([q_nope, rotate(q_rope, rotation)], axis=-1), "q")
+
+    def own_streams(self, x: Float[Array, "B T D"], rotation: Rotation) -> dict[Kind, Array]:
+        """New tokens' rotary key [B, T, 1, rope] and normed latent [B, T, 1, d_c], if owned."""
+        if self.kv_a_proj is None or self.kv_a_norm is None:
+            return {}
+        both = (x @ self.kv_a_proj[...].astype(x.dtype))[:, :, None, :]
+        latent, key = jnp.split(both, [self.mla.kv_lora_rank], axis=-1)
+        key, latent = rotate(key, rotation), self.kv_a_norm(latent)
+        return {"key": checkpoint_name(key, "k"), "value": checkpoint_name(latent, "v")}
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        keys: tuple[Float[Array, "B S 1 R"], ...],
+        values: tuple[Float[Array, "B S 1 C"], ...],
+        key_weights: Float[Array, "J 1 R"] | None,
+        value_weights: Float[Array, "J 1 C"] | None,
+        mask: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """Attention output, projected back to the model's width.
+
+        A single query per row reads the latents as they are (the up-projections are absorbed into
+        query and output); several queries share keys and values that are expanded once.
+        """
+        one = q.shape[1] == 1
+        read = self._attend_absorbed if one else self._attend_expanded
+        context = read(q, keys, values, key_weights, value_weights, mask)
+        return jnp.einsum("BTNH,NHD->BTD", context, self.o_proj[...].astype(context.dtype))
+
+    def _attend_expanded(self, q, keys, values, key_weights, value_weights, mask):
+        rope_key = keys[0] if key_weights is None else mix(key_weights, list(keys))
+        latent = values[0] if value_weights is None else mix(value_weights, list(values))
+        up = self.kv_b_proj[...].astype(latent.dtype)
+        both = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], up)
+        k_nope, v = jnp.split(both, [self.mla.nope_dim], axis=-1)
+        shared = jnp.broadcast_to(rope_key, (*k_nope.shape[:3], self.mla.rope_dim))
+        k = jnp.concatenate([k_nope, shared], axis=-1)
+        return attention(
+            q, (k,), (v,), scale=self.scale, implementation=self.implementation, **mask
+        )
+
+    def _attend_absorbed(self, q, keys, values, key_weights, value_weights, mask):
+        up = self.kv_b_proj[...].astype(jnp.float32)
+        up_key, up_value = jnp.split(up, [self.mla.nope_dim], axis=-1)
+        q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
+        # Two chained products stand for one of the expanded form: the first stays in float32.
+        q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope.astype(jnp.float32), up_key)
+        q = jnp.concatenate([q_latent, q_rope.astype(jnp.float32)], axis=-1)
+        weights = None
+        if key_weights is not None and value_weights is not None:
+            weights = jnp.concatenate([value_weights, key_weights], axis=-1)
+        context = attention(
+            q.astype(values[0].dtype),
+            tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True)),
+            values,
+            weights,
+            value_weights,
+            scale=self.scale,
+            implementation=self.implementation,
+            **mask,
+        )
+        out = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
+        return out.astype(q_rope.dtype)

@@ -1,0 +1,61 @@
+"""The plain definition of the operation: fp32, one full score matrix, ordinary autodiff."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import masks
+
+
+def mixed(sources, weights):
+    """The weighted sum of the sources in fp32, [B, S, K, H]."""
+    if weights is None:
+        return sources[0].astype(jnp.float32)
+    return sum(
+        weight.astype(jnp.float32) * source.astype(jnp.float32)
+        for weight, source in zip(weights, sources, strict=True)
+    )
+
+
+def attention(q, keys, values, key_weights, value_weights, mask, *, scale, softcap):
+    """Attention by its formula; see `pallas_kernels.attention` for shapes.
+
+    Memory grows as B * N * T * S: this is the yardstick of the tests, not something to run.
+
+    Returns:
+      The output [B, T, N, H'] in the dtype of q, and the log of the softmax's denominator
+      [B, T, N] in float32.
+    """
+    batch, num_queries, num_heads, _ = q.shape
+    num_keys, num_kv_heads = keys[0].shape[1:3]
+    kv_positions = masks.key_positions(mask, num_keys)
+    present = (kv_positions >= 0)[:, :, None, None]
+    # The memory of an absent key may hold NaN, and 0 * NaN is NaN: remove it at the source.
+    keys = [jnp.where(present, x, 0) for x in keys]
+    values = [jnp.where(present, x, 0) for x in values]
+    groups = num_heads // num_kv_heads
+    key = jnp.repeat(mixed(keys, key_weights), groups, axis=2)  # [B, S, N, H]
+    value = jnp.repeat(mixed(values, value_weights), groups, axis=2)  # [B, S, N, H']
+
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), key, **exact) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = masks.visible(
+        mask,
+        masks.query_positions(mask, num_queries, num_keys),
+        kv_positions,
+        mask.q_segment_ids,
+        mask.kv_segment_ids,
+    )
+    seen = jnp.ones((1, 1, 1), bool) if seen is None else seen
+    seen = jnp.broadcast_to(seen[:, None], scores.shape)
+
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, where=seen, initial=-jnp.inf))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)[..., None]
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - top, 0.0)), 0.0)
+    total = weights.sum(axis=-1)  # [B, N, T]
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    out = jnp.einsum("bnts,bsnh->btnh", weights / total[..., None], value, **exact)
+    lse = jnp.where(some, jnp.log(total) + top[..., 0], -jnp.inf)
+    return out.astype(q.dtype), lse.transpose(0, 2, 1)

@@ -1,0 +1,118 @@
+"""Attention in plain XLA operations, in linear memory: the CPU default and the fallback."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masks import Mask
+from pallas_kernels.xla import blocks as blocks_schedule
+from pallas_kernels.xla import decode, rows, tiles
+from pallas_kernels.xla.plan import Blocks
+from pallas_kernels.xla.tiles import Scores
+
+_FORWARD = {"rows": rows.forward, "blocks": blocks_schedule.forward, "decode": decode.forward}
+_BACKWARD = {"rows": rows.backward, "blocks": blocks_schedule.backward}
+
+
+def attention(
+    q, keys, values, key_weights, value_weights, mask: Mask, *, scale, softcap, blocks=None
+):
+    """Attention without a [T, S] array; arguments and result as in `reference.attention`.
+
+    Residuals of the backward pass are the arguments, the output and the lse; scores and mixed
+    keys are computed again.
+
+    Args:
+      blocks: `Blocks` of the forward and of the backward pass; by default what they choose.
+    """
+    if blocks is None:
+        shapes = (q.shape, keys[0].shape, mask)
+        blocks = (Blocks.choose(*shapes), Blocks.choose_backward(*shapes))
+    how = Scores(scale=scale, softcap=softcap)
+    return _attend(how, blocks, q, (keys, values, key_weights, value_weights), mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(how, blocks, q, sources, mask):
+    return _forward(how, blocks, q, sources, mask)[0]
+
+
+def _forward(how, both_blocks, q, sources, mask):
+    blocks = both_blocks[0]
+    run = _FORWARD[blocks.schedule]
+
+    def chunk(arrays):
+        q, (keys, values), (queries, where) = arrays
+        sources_ = (keys, values, *sources[2:])
+        out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources_, queries, where)
+        return out.astype(q.dtype), lse
+
+    places = tiles.places(mask, q.shape[1], sources[0][0].shape[1])
+    out, lse = _over_batch(chunk, blocks.batch, (q, sources[:2], places))
+    return (out, lse), (q, sources, mask, out, lse)
+
+
+def _backward(how, both_blocks, residuals, cotangents):
+    blocks = both_blocks[1]
+    run = _BACKWARD[blocks.schedule]
+    q, sources, mask, out, lse = residuals
+    keys, values, key_weights, value_weights = sources
+    places = tiles.places(mask, q.shape[1], keys[0].shape[1])
+
+    def chunk(arrays):
+        q, (keys, values), (queries, where), out, lse, dout, dlse = arrays
+        blind = jnp.isneginf(lse)
+        delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+        delta = delta - jnp.where(blind, 0, dlse)
+        lse = jnp.where(blind, -tiles.HIDDEN, lse)  # exp(anything - huge) = 0
+        dout = jnp.where(blind[..., None], 0, dout)  # combining splits can make it NaN here
+        sources_ = (keys, values, key_weights, value_weights)
+        grads = run(
+            how, mask, blocks.queries, blocks.keys, q, sources_, queries, where, lse,
+            dout.astype(q.dtype), delta,
+        )  # fmt: skip
+        return grads[0].astype(q.dtype), *grads[1:]
+
+    arrays = (q, (keys, values), places, out, lse, *cotangents)
+    dq, dkey, dvalue = _over_batch(chunk, blocks.batch, arrays)
+    present = (places[1].positions >= 0)[:, :, None, None] if mask.ragged else None
+    dkeys, dkey_weights = _unfuse(dkey, keys, key_weights, present)
+    dvalues, dvalue_weights = _unfuse(dvalue, values, value_weights, present)
+    return dq, (dkeys, dvalues, dkey_weights, dvalue_weights), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _over_batch(function, chunk: int, arrays):
+    """Maps `function` over chunks of the leading axis; arrays of one row serve every chunk."""
+    batch = arrays[0].shape[0]
+    if chunk == batch:
+        return function(arrays)
+    leaves, tree = jax.tree.flatten(arrays)
+    shared = [x.shape[0] == 1 for x in leaves]
+    split = [
+        x.reshape(-1, chunk, *x.shape[1:])
+        for x, same in zip(leaves, shared, strict=True)
+        if not same
+    ]
+
+    def step(parts):
+        parts = iter(parts)
+        merged = [x if same else next(parts) for x, same in zip(leaves, shared, strict=True)]
+        return function(jax.tree.unflatten(tree, merged))
+
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), jax.lax.map(step, split))
+
+
+def _unfuse(grad, sources, weights, present):
+    """Gradients of the sources and of the weights, from that of their mix [B, S, K, H]."""
+    if weights is None:
+        return (grad.astype(sources[0].dtype),), None
+    weight32 = weights.astype(jnp.float32)
+    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(weight32, sources, strict=True))
+    if present is not None:  # 0 * NaN again
+        sources = [jnp.where(present, x, 0) for x in sources]
+    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in sources]
+    return dsources, jnp.stack(dweights).astype(weights.dtype)

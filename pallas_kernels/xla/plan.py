@@ -1,0 +1,57 @@
+"""How much of a call is computed at once: block sizes and the rule that picks them."""
+
+import dataclasses
+
+from pallas_kernels.masks import Mask
+
+SCORE_BYTES = 2**20
+
+
+FEW_ROWS = 64  # query rows (T * N) up to which a call is bound by reading its keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What is computed at once.
+
+    Attributes:
+      schedule: "rows", "blocks" or "decode", the module that runs the forward pass.
+      batch: rows of the batch; divides B.
+      queries: positions of a block of queries.
+      keys: keys of a tile; "rows" gives each block of queries all its keys in one softmax.
+    """
+
+    schedule: str
+    batch: int
+    queries: int
+    keys: int
+
+    @classmethod
+    def choose(cls, q_shape, key_shape, mask: Mask) -> "Blocks":
+        """Blocks for the forward pass of q [B, T, N, H] and keys [B, S, K, H].
+
+        Tiles of about a MiB of scores stay in the cache between the product that writes them
+        and the one that reads them; larger ones pay for memory, and for fresh pages, at every
+        step: one [B, N, T, S] computation took 2.1x as long (forward and backward, T = 512).
+        """
+        batch, length, heads, _ = q_shape
+        if length * heads <= FEW_ROWS and key_shape[1] > 2 * length:
+            keys = key_shape[1] if key_shape[1] <= 2048 else 1024
+            return cls(schedule="decode", batch=batch, queries=length, keys=keys)
+        return cls.choose_backward(q_shape, key_shape, mask)
+
+    @classmethod
+    def choose_backward(cls, q_shape, key_shape, mask: Mask) -> "Blocks":
+        """Blocks for the backward pass, which "decode" does not have."""
+        batch, length, heads, _ = q_shape
+        num_keys = key_shape[1]
+        if length <= 2048 if mask.aligned else length * num_keys <= 2**18:
+            # A quarter of T: with causal self-attention 10/16 of the square is computed.
+            schedule, keys = "rows", num_keys
+            queries = min(length, max(32, min(128, -(-length // 4 // 32) * 32)))
+        else:
+            schedule, keys, queries = "blocks", min(num_keys, 256), min(length, 128)
+        chunk = max(1, min(batch, SCORE_BYTES // (heads * queries * keys * 4)))
+        while batch % chunk:
+            chunk -= 1
+        return cls(schedule=schedule, batch=chunk, queries=queries, keys=keys)

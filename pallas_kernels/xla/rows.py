@@ -1,0 +1,88 @@
+"""Schedule for short calls: a block of queries meets all its keys in one softmax."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.masks import Mask
+from pallas_kernels.xla import tiles
+from pallas_kernels.xla.tiles import Scores
+
+
+def spans(mask: Mask, num_queries: int, num_keys: int, block: int):
+    """Blocks of queries with the keys they may see: (query start, stop, key start, stop).
+
+    With static alignment the mask's bounds are known while tracing, so half of a causal call
+    is never computed; otherwise every block meets every key.
+    """
+    result = []
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
+        low, high = 0, num_keys
+        if mask.aligned:
+            offset = num_keys - num_queries
+            if mask.causal:
+                high = max(0, min(num_keys, offset + stop))
+            if mask.window is not None:
+                low = max(0, min(high, offset + start - mask.window + 1)) // 16 * 16
+        result.append((start, stop, low, high))
+    return result
+
+
+def _mixed(mask: Mask, sources, where, dtype):
+    """The mixed key [B, K, S, H] and value [B, K, S, H']."""
+    keys, values, key_weights, value_weights = sources
+    present = (where.positions >= 0)[:, :, None, None] if mask.ragged else None
+    key = tiles.fuse(keys, key_weights, present, dtype)
+    value = tiles.fuse(values, value_weights, present, dtype)
+    return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+
+
+def forward(how: Scores, mask: Mask, block, _, q, sources, queries, where):
+    """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
+    key, value = _mixed(mask, sources, where, q.dtype)
+    batch, heads, num_keys, _ = key.shape
+    groups = q.shape[2] // heads
+    outs, lses = [], []
+    for start, stop, low, high in spans(mask, q.shape[1], num_keys, block):
+        if low == high:
+            shape = (batch, stop - start, q.shape[2])
+            outs.append(jnp.zeros((*shape, value.shape[3]), jnp.float32))
+            lses.append(jnp.full((*shape, 1), -jnp.inf))
+            continue
+        seen = tiles.hide(mask, queries[:, start:stop], where[:, low:high], groups)
+        score = tiles.logits(how, tiles.to_rows(q[:, start:stop], heads), key[:, :, low:high], seen)
+        # A blind row has only HIDDEN; a higher anchor makes its weights exact zeros.
+        top = jnp.maximum(score.max(-1, keepdims=True), tiles.HIDDEN / 2)  # [B, K, R, 1]
+        weight = jnp.exp(score - top)
+        total = weight.sum(-1, keepdims=True)
+        out = tiles.product(weight.astype(value.dtype), value[:, :, low:high], 3, 2)
+        out, lse = tiles.finish(top, total, out)
+        outs.append(tiles.from_rows(out, groups))
+        lses.append(tiles.from_rows(lse, groups))
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)[..., 0]
+
+
+def backward(how: Scores, mask: Mask, block, _, q, sources, queries, where, lse, dout, delta):
+    """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32."""
+    key, value = _mixed(mask, sources, where, q.dtype)
+    heads, num_keys = key.shape[1:3]
+    groups = q.shape[2] // heads
+    dqs = []
+    dkey = jnp.zeros_like(key.swapaxes(2, 3), jnp.float32)
+    dvalue = jnp.zeros_like(value.swapaxes(2, 3), jnp.float32)
+    for start, stop, low, high in spans(mask, q.shape[1], num_keys, block):
+        if low == high:
+            dqs.append(jnp.zeros_like(q[:, start:stop], jnp.float32))
+            continue
+        query, dout_, lse_, delta_ = (
+            tiles.to_rows(x[:, start:stop], heads)
+            for x in (q, dout, lse[..., None], delta[..., None])
+        )
+        seen = tiles.hide(mask, queries[:, start:stop], where[:, low:high], groups)
+        key_, value_ = key[:, :, low:high], value[:, :, low:high]
+        dq, dkey_part, dvalue_part = tiles.gradients(
+            how, query, key_, value_, seen, lse_[..., 0], dout_, delta_[..., 0]
+        )
+        dqs.append(tiles.from_rows(dq, groups))
+        dkey = dkey.at[..., low:high].add(dkey_part)
+        dvalue = dvalue.at[..., low:high].add(dvalue_part)
+    return jnp.concatenate(dqs, 1), dkey.transpose(0, 3, 1, 2), dvalue.transpose(0, 3, 1, 2)
