@@ -1,0 +1,124 @@
+"""Which Hugging Face tensor is which of our parameters, and how its axes and channels move.
+
+Hugging Face stores a linear layer as [out, in] with the heads flattened into one axis, one layer a
+tensor; we store [in, ...] or [..., out] with heads and channels apart, and stack equal layers on a
+first axis. Everything else about the two formats is the table below.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fusedkv_jax.config import ModelConfig
+
+# Where our axes stand: a vector or table as it is; [in, *out]; [*in, out].
+Axes = Literal["same", "in_first", "out_last"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table.
+
+    Attributes:
+        theirs: name of the tensor, within `model.layers.<i>.` for a layer's.
+        ours: path of the parameter, within its block for a layer's.
+        axes: how the axes of ours follow from theirs.
+        rotary: its last channels are rotated, so their order depends on the rotary convention.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    axes: Axes
+    rotary: bool = False
+
+
+WHOLE = (
+    Entry("model.embed_tokens.weight", ("embedding",), "same"),
+    Entry("model.norm.weight", ("final_norm", "scale"), "same"),
+    Entry("lm_head.weight", ("head",), "in_first"),
+)
+
+_EVERY_LAYER = (
+    Entry("input_layernorm.weight", ("attention_norm", "scale"), "same"),
+    # YOCO's norm of its shared cache starts as the norm that those keys and values had.
+    Entry("input_layernorm.weight", ("kv_norm", "scale"), "same"),
+    Entry("post_attention_layernorm.weight", ("mlp_norm", "scale"), "same"),
+    Entry("mlp.gate_proj.weight", ("mlp", "gate"), "in_first"),
+    Entry("mlp.up_proj.weight", ("mlp", "up"), "in_first"),
+    Entry("mlp.down_proj.weight", ("mlp", "down"), "in_first"),
+    Entry("self_attn.o_proj.weight", ("attention", "o_proj"), "out_last"),
+)
+
+# Llama, Qwen3.
+HEADS = (
+    *_EVERY_LAYER,
+    Entry("self_attn.q_proj.weight", ("attention", "q_proj"), "in_first", rotary=True),
+    Entry("self_attn.k_proj.weight", ("attention", "k_proj"), "in_first", rotary=True),
+    Entry("self_attn.v_proj.weight", ("attention", "v_proj"), "in_first"),
+    Entry("self_attn.q_norm.weight", ("attention", "q_norm", "scale"), "same", rotary=True),
+    Entry("self_attn.k_norm.weight", ("attention", "k_norm", "scale"), "same", rotary=True),
+)
+
+# DeepSeek-V2 and V3, their dense layers.
+_LATENT = (
+    *_EVERY_LAYER,
+    Entry("self_attn.q_a_proj.weight", ("attention", "q_a_proj"), "in_first"),
+    Entry("self_attn.q_a_layernorm.weight", ("attention", "q_a_norm", "scale"), "same"),
+    Entry(
+        "self_attn.kv_a_proj_with_mqa.weight",
+        ("attention", "kv_a_proj"),
+        "in_first",
+        rotary=True,
+    ),
+    Entry("self_attn.kv_a_layernorm.weight", ("attention", "kv_a_norm", "scale"), "same"),
+    Entry("self_attn.kv_b_proj.weight", ("attention", "kv_b_proj"), "in_first"),
+)
+
+
+def layer_entries(config: ModelConfig) -> dict[tuple[str, ...], Entry]:
+    """The table of one layer's parameters, by our path."""
+    if config.mla is None:
+        return {entry.ours: entry for entry in HEADS}
+    queries = "q_b_proj" if config.mla.q_lora_rank else "q_proj"
+    query = Entry(f"self_attn.{queries}.weight", ("attention", "q_proj"), "in_first", rotary=True)
+    return {entry.ours: entry for entry in (*_LATENT, query)}
+
+
+def their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the Hugging Face tensor of one layer, from the shape of ours."""
+    if entry.axes == "same":
+        return shape
+    if entry.axes == "in_first":
+        return (math.prod(shape[1:]), shape[0])
+    return (shape[-1], math.prod(shape[:-1]))
+
+
+def to_ours(
+    entry: Entry, array: np.ndarray, shape: tuple[int, ...], interleaved: int = 0
+) -> np.ndarray:
+    """One layer's parameter from its Hugging Face tensor.
+
+    Args:
+        entry: its line of the table.
+        array: the tensor, of `their_shape`.
+        shape: shape of our parameter.
+        interleaved: number of last channels that hold rotary pairs as (2c, 2c + 1), as DeepSeek
+            stores them; they move to (c, c + half). 0 if pairs are halves already.
+    """
+    array = array if entry.axes == "same" else array.T.reshape(shape)
+    if not (interleaved and entry.rotary):
+        return array
+    plain, pairs = np.split(array, [array.shape[-1] - interleaved], axis=-1)
+    return np.concatenate([plain, pairs[..., 0::2], pairs[..., 1::2]], axis=-1)
+
+
+def to_theirs(entry: Entry, array: np.ndarray) -> np.ndarray:
+    """One layer's Hugging Face tensor, contiguous, from our parameter."""
+    if entry.axes != "same":
+        flat = (array.shape[0], -1) if entry.axes == "in_first" else (-1, array.shape[-1])
+        array = array.reshape(flat).T
+    return np.ascontiguousarray(array)

@@ -1,0 +1,122 @@
+"""config.json to `ModelConfig` and back: both spellings, refusals, round trips."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+import fusedkv_jax as fkv
+from fusedkv_jax.config import ConfigError
+from fusedkv_jax.interop import config_from_huggingface, config_to_huggingface
+from fusedkv_jax.model.rotary import magnitude
+from tests.model.numpy_model import small_config
+
+MINIMAL = dict(
+    model_type="llama",
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+LATENT = dict(
+    model_type="deepseek_v3",
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    first_k_dense_replace=3,
+    n_routed_experts=4,
+)
+SCALING = dict(
+    rope_type="llama3",
+    factor=4.0,
+    original_max_position_embeddings=32,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+)
+
+
+def test_config_of_both_generations():
+    """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    old = config_from_huggingface(MINIMAL | dict(rope_theta=100.0, rope_scaling=SCALING))
+    new = config_from_huggingface(MINIMAL | dict(rope_parameters=SCALING | dict(rope_theta=100.0)))
+    assert old == new
+    assert new.rope == fkv.RopeConfig(theta=100.0, scaling="llama3", factor=4.0, original_length=32)
+    plain = config_from_huggingface(MINIMAL | dict(torch_dtype="bfloat16"))
+    assert (plain.rope, plain.param_dtype) == (fkv.RopeConfig(), "bfloat16")
+    assert (plain.num_kv_heads, plain.head_dim, plain.qk_norm) == (2, 8, False)
+
+
+def test_yarn_temperatures():
+    """cos and sin are multiplied by what transformers computes from each combination."""
+
+    def rope(**fields):
+        fields |= dict(rope_type="yarn", original_max_position_embeddings=64)
+        return config_from_huggingface(MINIMAL | dict(rope_parameters=fields)).rope
+
+    def temperature(mscale):
+        return 0.1 * mscale * math.log(4.0) + 1
+
+    assert rope().factor == 4.0  # a missing factor is the ratio of the two lengths
+    for fields, expected in (
+        ({}, temperature(1)),
+        (dict(mscale=0.7), temperature(1)),
+        (dict(mscale_all_dim=0.7), temperature(1)),
+        (dict(mscale=0.7, mscale_all_dim=0.3), temperature(0.7) / temperature(0.3)),
+        (dict(attention_factor=1.7, mscale_all_dim=0.3), 1.7),
+    ):
+        read = rope(**fields)
+        assert magnitude(read) == pytest.approx(expected)
+        assert read.mscale_all_dim == fields.get("mscale_all_dim", 0)
+
+
+def test_latent_geometry():
+    config = config_from_huggingface(MINIMAL | LATENT)
+    assert config.mla == fkv.MLAConfig(kv_lora_rank=12, nope_dim=8, rope_dim=4, v_dim=6)
+    assert config_from_huggingface(MINIMAL | LATENT | dict(q_lora_rank=5)).mla.q_lora_rank == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model_type="gpt2"), "model_type='gpt2'; choose llama, qwen3"),
+        (dict(attention_bias=True), "attention_bias=True"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+        (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type='dynamic'"),
+        (dict(rope_scaling=dict(rope_type="linear")), "no factor"),
+        (dict(hidden_size=None), "no hidden_size"),
+        (LATENT | dict(first_k_dense_replace=1), "mixtures of experts"),
+        (LATENT | dict(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+    ],
+)
+def test_what_we_cannot_compute_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_huggingface(MINIMAL | changes)
+
+
+def test_export_refuses_what_transformers_cannot_say():
+    with pytest.raises(ConfigError, match="layer 2 is not an ordinary one"):
+        config_to_huggingface(small_config("fusedkv", num_layers=4))
+    with pytest.raises(ConfigError, match="layer 0 is not an ordinary one"):
+        config_to_huggingface(small_config("0s8_1_2", num_layers=3))
+    mla = fkv.MLAConfig(kv_lora_rank=8, nope_dim=4, rope_dim=4, v_dim=4)
+    with pytest.raises(ConfigError, match="mla is set"):
+        config_to_huggingface(small_config("mha", mla=mla))
+
+
+def test_configurations_survive_export():
+    for scaling in ("none", "linear", "llama3", "yarn"):
+        factor = 1.0 if scaling == "none" else 2.0
+        rope = fkv.RopeConfig(theta=123.0, scaling=scaling, factor=factor)
+        for config in (
+            small_config("mha", rope=rope),
+            small_config("mha", rope=rope, qk_norm=False),
+        ):
+            again = config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config))))
+            assert dataclasses.asdict(again) == dataclasses.asdict(config)

@@ -1,0 +1,94 @@
+"""Model folders: damage, and names that lead elsewhere."""
+
+import json
+import re
+
+import pytest
+
+from fusedkv_jax.interop import (
+    FolderError,
+    config_to_huggingface,
+    load_huggingface,
+    save_huggingface,
+)
+from tests.model.numpy_model import build, draw, small_config
+
+CONFIG = small_config("mha", num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIG, draw(CONFIG))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_huggingface(model, tmp_path / "sharded", max_shard_bytes=3000)
+    return tmp_path / "sharded"
+
+
+@pytest.fixture
+def index(folder):
+    """Path and content of the index of shards."""
+    path = folder / "model.safetensors.index.json"
+    return path, json.loads(path.read_text())
+
+
+def assert_refused(folder, message):
+    with pytest.raises(FolderError, match=message) as caught:
+        load_huggingface(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a\\b"]
+)
+def test_names_that_leave_the_folder_are_refused(folder, index, name):
+    path, content = index
+    (folder.parent / "outside.safetensors").write_bytes(b"")
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(content["weight_map"], name)}))
+    assert_refused(folder, re.escape(repr(name)) + " leads out of the folder")
+
+
+def test_symbolic_links_are_refused(folder):
+    shard = min(folder.glob("*.safetensors"))
+    shard.rename(folder.parent / "moved")
+    assert_refused(folder, f"{shard.name} does not exist")
+    shard.symlink_to(folder.parent / "moved")
+    assert_refused(folder, f"{shard.name} is a symbolic link")
+
+
+def test_broken_indexes_are_named(folder, index):
+    path, content = index
+    shard = min(content["weight_map"].values())
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(content["weight_map"], shard)}))
+    assert_refused(folder, f"{shard}: tensor ")
+    for text in ('{"weight_map": {"a": 3}}', "{}"):
+        path.write_text(text)
+        assert_refused(folder, "no weight_map of file names")
+    path.write_text("{")
+    assert_refused(folder, "index.json is not valid JSON")
+    path.write_text("[]")
+    assert_refused(folder, "index.json holds no JSON object")
+
+
+def test_truncated_shards_are_named(folder):
+    shard = min(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-40])
+    assert_refused(folder, f"{shard.name} is not a readable safetensors file")
+
+
+def test_what_is_missing_is_named(tmp_path):
+    assert_refused(tmp_path / "nowhere", "config.json does not exist")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_huggingface(CONFIG)))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert_refused(tmp_path, "only safetensors are read")
+
+
+def test_nothing_is_overwritten(model, tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FolderError, match="not an empty folder"):
+            save_huggingface(model, path)
+    assert (tmp_path / "file").read_text() == "keep me"
+    assert len(list(tmp_path.iterdir())) == 1
