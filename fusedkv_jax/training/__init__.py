@@ -1,0 +1,41 @@
+"""Training: configuration, train step, loop, checkpoints and metrics."""
+
+from fusedkv_jax.training.checkpoints import CheckpointError, Checkpoints, load_model
+from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
+from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
+from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
+from fusedkv_jax.training.lock import WorkdirLockedError
+from fusedkv_jax.training.loop import TrainResult, train
+from fusedkv_jax.training.metrics import bits_per_byte
+from fusedkv_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
+from fusedkv_jax.training.step import make_train_step, sum_cross_entropy
+
+__all__ = [
+    "INTERRUPTED_EXIT_CODE",
+    "CheckpointError",
+    "Checkpoints",
+    "EvalResult",
+    "ExperimentConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainState",
+    "WorkdirLockedError",
+    "abstract_model",
+    "abstract_state",
+    "bits_per_byte",
+    "create_state",
+    "evaluate",
+    "learning_rate_schedule",
+    "load_model",
+    "make_eval_step",
+    "make_optimizer",
+    "make_train_step",
+    "sum_cross_entropy",
+    "train",
+]

@@ -1,0 +1,123 @@
+"""The configuration of a training run: model, data, optimizer and loop in one frozen tree."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.data import DataConfig
+from fusedkv_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What the training loop does and when.
+
+    Attributes:
+      steps: batches of the whole run.
+      grad_accumulation: microbatches that a batch is computed in; the result is that of one big
+        batch, the activations are those of a small one.
+      seed: of the initial parameters.
+      log_every: steps between metric lines.
+      eval_every: steps between evaluations on held-out text; 0 means only at the end.
+      eval_batches: batches of one evaluation; 0 turns evaluation off.
+      checkpoint_every: steps between checkpoints; 0 means only at the end.
+      keep_checkpoints: the newest checkpoints that are kept.
+      peak_flops: peak FLOP/s of the machine, for the model FLOPs utilisation; None looks the
+        device up and leaves the figure out where it is unknown.
+    """
+
+    steps: int = 1000
+    grad_accumulation: int = 1
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 16
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 3
+    peak_flops: float | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "grad_accumulation", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
+        for name in ("seed", "eval_every", "eval_batches", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ValueError(f"train.peak_flops={self.peak_flops} must be positive, or none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One experiment: everything that a run depends on.
+
+    Attributes:
+      name: what the run is called in its output.
+      model, data, optimizer, train: the parts; see their classes.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self):
+        if self.data.batch_size % self.train.grad_accumulation:
+            raise ValueError(
+                f"train.grad_accumulation={self.train.grad_accumulation} must divide "
+                f"data.batch_size={self.data.batch_size}"
+            )
+        if self.data.seq_len > self.model.max_length:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} is longer than model.max_length="
+                f"{self.model.max_length}; raise model.max_length or lower data.seq_len"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A nested dictionary that JSON can hold; `from_dict` reverses it."""
+        parts = {
+            name: dataclasses.asdict(getattr(self, name)) for name in ("data", "optimizer", "train")
+        }
+        return {"name": self.name, "model": self.model.to_dict(), **parts}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ExperimentConfig":
+        """Build and validate the configuration that `to_dict` described.
+
+        Raises:
+          ValueError: an unknown field or a value that is not allowed.
+        """
+        parts = dict(values)
+        check_fields(cls, parts, "the experiment")
+        parts["model"] = ModelConfig.from_dict(parts["model"])
+        for name, kind in (
+            ("data", DataConfig),
+            ("optimizer", OptimizerConfig),
+            ("train", TrainConfig),
+        ):
+            check_fields(kind, parts.get(name, {}), name)
+            parts[name] = kind(**parts.get(name, {}))
+        return cls(**parts)
+
+
+def check_fields(kind: type, names: Iterable[str], where: str) -> None:
+    """Raise ValueError, with the nearest names, unless all names are fields of `kind`."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise ValueError(f"{where} has no field {name!r}; did you mean {' or '.join(near)}?")
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Where two plain trees differ first, as "path: old -> new", or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{path}: {old!r} -> {new!r}"

@@ -1,0 +1,84 @@
+"""Loss on held-out text: exact sums over padded batches, in nats per token and bits per byte."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fusedkv_jax.training.metrics import bits_per_byte
+from fusedkv_jax.training.step import BATCH_KEYS, Batch, batch_loss, split_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """Sums over an evaluation, from which every figure follows.
+
+    Attributes:
+      loss_sum: negative log-likelihood in nats, summed over the targets.
+      num_tokens: targets counted.
+      num_bytes: UTF-8 bytes of the text that those targets stand for.
+    """
+
+    loss_sum: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """loss (nats per token), perplexity (per token) and bits_per_byte."""
+        loss = self.loss_sum / self.num_tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": bits_per_byte(self.loss_sum, self.num_bytes),
+        }
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, microbatches: int = 1
+) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+    """Build the compiled function (params, batch) -> (loss sum, token count).
+
+    Args:
+      graphdef: the model's structure.
+      microbatches: parts that a batch is computed in one after the other; divides its rows.
+    """
+
+    @jax.jit
+    def eval_step(params: nnx.State, batch: Batch):
+        parts = split_rows(batch, microbatches)
+        losses, counts = jax.lax.map(lambda part: batch_loss(graphdef, params, part), parts)
+        return losses.sum(), counts.sum()
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]],
+    params: nnx.State,
+    batches: Iterable[Mapping[str, Any]],
+) -> EvalResult:
+    """Sum the loss over batches.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params: the model's parameters.
+      batches: of `fusedkv_jax.data.make_eval_batches`.
+
+    Raises:
+      ValueError: there is no text to evaluate on.
+    """
+    loss_sum, num_tokens, num_bytes = 0.0, 0, 0
+    for batch in batches:
+        loss, count = eval_step(params, {name: batch[name] for name in BATCH_KEYS})
+        loss_sum += float(loss)
+        num_tokens += int(count)
+        num_bytes += batch["num_bytes"]
+    if num_tokens == 0:
+        raise ValueError(
+            "the held-out text is empty; raise data.holdout_fraction or give more text"
+        )
+    return EvalResult(loss_sum, num_tokens, num_bytes)

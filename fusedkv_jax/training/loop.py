@@ -1,0 +1,254 @@
+"""`train`: compile, step, log, evaluate, save; run it again and it goes on where it was."""
+
+import collections
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fusedkv_jax import costs, data
+from fusedkv_jax.data import tokenizers
+from fusedkv_jax.training.checkpoints import Checkpoints
+from fusedkv_jax.training.config import ExperimentConfig
+from fusedkv_jax.training.evaluation import evaluate, make_eval_step
+from fusedkv_jax.training.interrupts import Interrupts
+from fusedkv_jax.training.lock import lock_workdir
+from fusedkv_jax.training.metrics import (
+    JsonLinesWriter,
+    LineWriter,
+    MetricWriter,
+    MultiWriter,
+    StepTimer,
+    TensorBoardWriter,
+    device_peak_flops,
+)
+from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fusedkv_jax.training.progress import Progress
+from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
+from fusedkv_jax.training.step import BATCH_KEYS, Batch, make_train_step
+
+LOGGED = ("grad_norm", "learning_rate", "skipped")  # of the last step; the loss is a mean
+METRICS_FILE = "metrics.jsonl"
+# Steps that may be queued on the device. Two keep it busy; more would only delay the reaction
+# to a signal and hold more batches in memory.
+QUEUED_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      step: the last finished step.
+      interrupted: name of the signal that ended it early, or None.
+      metrics: the last values of every metric, such as "train/loss" and "eval/bits_per_byte".
+      workdir: where checkpoints and metrics are.
+    """
+
+    step: int
+    interrupted: str | None
+    metrics: dict[str, float]
+    workdir: pathlib.Path
+
+
+def train(config: ExperimentConfig, workdir: pathlib.Path | str) -> TrainResult:
+    """Train until `config.train.steps`, or until SIGTERM or SIGINT.
+
+    The work directory holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`. A run that
+    finds checkpoints there goes on from the newest one, bit for bit as if it had not stopped.
+    On the first SIGTERM or SIGINT it saves after the current step and returns.
+
+    Args:
+      config: the experiment.
+      workdir: created if it does not exist; one run at a time may use it.
+
+    Raises:
+      ValueError: the vocabulary is too small for the tokenizer, there is no text, the directory
+        is in use (`WorkdirLockedError`), or holds the checkpoint of another configuration
+        (`CheckpointError`).
+    """
+    workdir = pathlib.Path(workdir).expanduser().resolve()
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir {workdir} is a file; name a directory")
+    tokenizers.check_vocab_size(tokenizers.load(config.data.tokenizer), config.model.vocab_size)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (
+        lock_workdir(workdir),
+        Interrupts() as interrupts,
+        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+    ):
+        return _Run(config, workdir, checkpoints, interrupts).finish()
+
+
+class _Run:
+    """One call of `train`: what it needs, and the loop."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        workdir: pathlib.Path,
+        checkpoints: Checkpoints,
+        interrupts: Interrupts,
+    ):
+        self.config = config
+        self.workdir = workdir
+        self.checkpoints = checkpoints
+        self.interrupts = interrupts
+        self.optimizer = make_optimizer(config.optimizer, config.train.steps)
+        self.graphdef, _ = abstract_model(config.model)
+        corpus = data.load_corpus(config.data)
+        self.data = data.make_train_iterator(config.data, corpus=corpus)
+        self.eval_batches = None
+        if config.train.eval_batches:
+            self.eval_batches = data.make_eval_batches(
+                config.data, config.train.eval_batches, corpus=corpus
+            )
+        self.eval_step = make_eval_step(self.graphdef, config.train.grad_accumulation)
+        self.latest: dict[str, float] = {}
+
+    def finish(self) -> TrainResult:
+        """Run to the end; returns what `train` returns."""
+        steps = self.config.train.steps
+        state, step = self._start()
+        with Progress(steps, done=step, label=self.config.name) as progress:
+            if step >= steps:
+                progress.print(
+                    f"{self.workdir} is already at step {step} of {steps}; raise "
+                    "--config.train.steps to go on"
+                )
+                return TrainResult(step, None, {}, self.workdir)
+            self._announce(progress, state, step)
+            writer = self._writers(progress, step)
+            try:
+                step = self._loop(state, step, progress, writer)
+            finally:
+                writer.close()
+        return TrainResult(step, self.interrupts.received, self.latest, self.workdir)
+
+    def _start(self) -> tuple[TrainState, int]:
+        latest = self.checkpoints.latest_step
+        if latest is None:
+            return create_state(self.config.model, self.optimizer, self.config.train.seed), 0
+        target = abstract_state(self.config.model, self.optimizer)
+        return self.checkpoints.restore(target, self.data, self.config), latest
+
+    def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
+        model, devices = self.config.model, state.step.devices()
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        origin = f"resuming at step {step}" if step else "starting"
+        progress.print(
+            f"{self.config.name}: {count / 1e6:.2f}M parameters, layout "
+            f"{model.to_dict()['layout']}, {len(devices)} x {min(devices, key=str).device_kind}, "
+            f"{origin} in {self.workdir}"
+        )
+
+    def _writers(self, progress: Progress, step: int) -> MetricWriter:
+        return MultiWriter(
+            [
+                LineWriter(progress.print, self.config.train.steps, progress.time_left),
+                JsonLinesWriter(self.workdir / METRICS_FILE, last_step=step),
+                TensorBoardWriter(self.workdir / "tensorboard"),
+            ]
+        )
+
+    def _compile(self, state: TrainState, batch: Batch, progress: Progress) -> Any:
+        train = self.config.train
+        step_function = make_train_step(
+            self.graphdef,
+            self.optimizer,
+            learning_rate_schedule(self.config.optimizer, train.steps),
+            train.grad_accumulation,
+        )
+        progress.print("compiling the training step ...")
+        start = time.perf_counter()
+        compiled = jax.jit(step_function, donate_argnums=0).lower(state, batch).compile()
+        progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
+        progress.restart_clock()
+        return compiled
+
+    def _loop(self, state: TrainState, step: int, progress: Progress, writer: MetricWriter) -> int:
+        train = self.config.train
+        batch = self._next_batch()
+        train_step = self._compile(state, batch, progress)
+        timer = self._timer(state)
+        queued: collections.deque = collections.deque()
+        losses, waited = [], 0.0
+        while True:
+            state, metrics = train_step(state, batch)
+            step += 1
+            progress.advance()
+            timer.count(waited)
+            losses.append(metrics["loss"])
+            queued.append(metrics["loss"])
+            if len(queued) > QUEUED_STEPS:
+                queued.popleft().block_until_ready()
+            last = step >= train.steps or self.interrupts.received is not None
+            if last or step % train.log_every == 0:
+                self._log(writer, step, metrics, losses, timer)
+                losses.clear()
+            if self._due(step, train.eval_every):
+                self._evaluate(writer, step, state.params)
+                timer.restart()
+            if last or _is_multiple(step, train.checkpoint_every):
+                # After a save the iterator must be at the next batch, so it is saved before
+                # that batch is drawn.
+                self.checkpoints.save(step, state, self.data, self.config)
+                timer.restart()
+            if last:
+                self._say_goodbye(progress, step)
+                return step
+            before = time.perf_counter()
+            batch = self._next_batch()
+            waited = time.perf_counter() - before
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.config.train.steps or _is_multiple(step, every)
+
+    def _next_batch(self) -> Batch:
+        batch = next(self.data)
+        return {name: batch[name] for name in BATCH_KEYS}
+
+    def _timer(self, state: TrainState) -> StepTimer:
+        settings = self.config.data
+        devices = list(state.step.devices())
+        peak = device_peak_flops(devices[0].device_kind)
+        return StepTimer(
+            settings.batch_size * settings.seq_len,
+            costs.train_flops_per_token(self.config.model, settings.seq_len),
+            self.config.train.peak_flops or (peak and peak * len(devices)),
+        )
+
+    def _log(self, writer, step, metrics, losses, timer: StepTimer) -> None:
+        metrics, losses = jax.device_get((metrics, losses))  # waits for this step to finish
+        values = {"loss": float(sum(losses) / len(losses))}  # mean since the last line
+        values |= {name: float(metrics[name]) for name in LOGGED} | timer.report()
+        timer.restart()
+        self._write(writer, step, {f"train/{name}": value for name, value in values.items()})
+
+    def _evaluate(self, writer, step: int, params: nnx.State) -> None:
+        if self.eval_batches is None:
+            return
+        result = evaluate(self.eval_step, params, self.eval_batches)
+        values = {f"eval/{name}": value for name, value in result.metrics.items()}
+        self._write(writer, step, values)
+
+    def _write(self, writer: MetricWriter, step: int, values: dict[str, float]) -> None:
+        self.latest |= values
+        writer.write(step, values)
+
+    def _say_goodbye(self, progress: Progress, step: int) -> None:
+        self.checkpoints.wait()
+        if self.interrupts.received and step < self.config.train.steps:
+            progress.print(
+                f"{self.interrupts.received}: saved step {step} in {self.workdir}; run the same "
+                "command again to go on"
+            )
+        else:
+            progress.print(f"saved step {step} in {self.workdir}")
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,191 @@
+"""Where metrics go (lines, JSON lines, TensorBoard) and what is computed from raw counts."""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from tensorboard import summary
+
+# Dense bfloat16 peak in FLOP/s of one device as JAX counts devices (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@runtime_checkable
+class MetricWriter(Protocol):
+    """Anything that takes the metrics of a step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics, whose names look like "train/loss", of a step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release what is open."""
+        ...
+
+
+class LineWriter:
+    """One readable line per call, given to `print_line`.
+
+    Args:
+      print_line: takes the line, for instance `Progress.print`.
+      total: the last step, shown after the step.
+      time_left: gives the time to the end, shown last.
+    """
+
+    def __init__(self, print_line: Callable[[str], None], total: int, time_left: Callable[[], str]):
+        self._print = print_line
+        self._total = total
+        self._time_left = time_left
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        fields = "  ".join(
+            f"{name.removeprefix('train/').replace('/', ' ')} {_short(value)}"
+            for name, value in metrics.items()
+        )
+        self._print(f"step {step}/{self._total}  {fields}  left {self._time_left()}")
+
+    def close(self) -> None:
+        pass
+
+
+class JsonLinesWriter:
+    """One JSON object per call: step, time (seconds since 1970) and the metrics.
+
+    Numbers that are not finite are written as null, which JSON can hold.
+
+    Args:
+      path: the file; it is appended to.
+      last_step: lines of later steps are removed first. A run that resumes from a checkpoint
+        computes those steps again, and each step should be in the file once.
+    """
+
+    def __init__(self, path: pathlib.Path, last_step: int = 0):
+        if path.exists():
+            _keep_lines(path, last_step)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Scalars in a TensorBoard log directory."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._writer = summary.Writer(str(directory))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MultiWriter:
+    """Passes every call on to several writers."""
+
+    def __init__(self, writers: Sequence[MetricWriter]):
+        self._writers = writers
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class StepTimer:
+    """Rates of the steps since the last report; evaluation and saving do not count.
+
+    Args:
+      tokens_per_step: tokens of one batch, padding included.
+      flops_per_token: model FLOPs of forward and backward, or None.
+      peak_flops: of all devices together, or None where unknown.
+    """
+
+    def __init__(
+        self, tokens_per_step: int, flops_per_token: float | None, peak_flops: float | None
+    ):
+        self._tokens = tokens_per_step
+        self._flops = flops_per_token
+        self._peak = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted and start a new stretch now."""
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def count(self, seconds_waited: float) -> None:
+        """Count one step, which waited that long for its batch."""
+        self._steps += 1
+        self._waited += seconds_waited
+
+    def report(self) -> dict[str, float]:
+        """tokens_per_second, data_wait (share of the time spent waiting for data) and, where
+        both figures are known, mfu (model FLOPs utilisation, arXiv 2204.02311 appendix B)."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._steps * self._tokens / seconds
+        figures = {"tokens_per_second": rate, "data_wait": self._waited / seconds}
+        if self._flops is not None and self._peak is not None:
+            figures["mfu"] = rate * self._flops / self._peak
+        return figures
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None for a kind that is not in the table."""
+    return PEAK_FLOPS.get(device_kind)
+
+
+def bits_per_byte(loss_sum: float, num_bytes: int) -> float:
+    """Cross-entropy in bits per UTF-8 byte of text, comparable between tokenizers.
+
+    Args:
+      loss_sum: negative log-likelihood of the text in nats, summed over its tokens.
+      num_bytes: bytes of that text.
+    """
+    return loss_sum / (math.log(2) * num_bytes)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _keep_lines(path: pathlib.Path, last_step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
+            keep = False  # a line that was cut off when the process was killed
+        if keep:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,101 @@
+"""The optimizer of the paper: AdamW with warm-up, cosine decay, clipping and a decay mask."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fusedkv_jax.model import weight_decay_mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, with the settings of the FusedKV paper (arXiv 2512.03870) as defaults.
+
+    Attributes:
+      learning_rate: the peak, reached at the end of the warm-up.
+      warmup_steps: updates of linear warm-up; a run shorter than twice this warms up for half
+        of its steps, so that short trials need no second setting.
+      final_fraction: the last update's learning rate, as a fraction of the peak.
+      beta1, beta2, eps: Adam's moments and denominator.
+      weight_decay: decoupled decay of matrices and embeddings (not of norms, biases and fusion
+        weights).
+      clip_norm: gradients with a larger global norm are scaled down to this norm.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 2000
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"optimizer.{name}={value} must be a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(
+                f"optimizer.final_fraction={self.final_fraction} must be between 0 and 1"
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0 or more")
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of update i = 0 .. steps-1.
+
+    With w warm-up steps: peak * (i+1)/w while i < w; then a half cosine that reaches
+    final_fraction * peak at the last update. Counting from i+1 means that no update is wasted
+    on a learning rate of zero and that the last one has exactly the final value.
+    """
+    warmup = min(config.warmup_steps, steps // 2)
+    cosine = optax.cosine_decay_schedule(
+        config.learning_rate, max(steps - warmup, 1), alpha=config.final_fraction
+    )
+
+    def schedule(count):
+        done = jnp.asarray(count, jnp.float32) + 1.0
+        rising = config.learning_rate * done / max(warmup, 1)
+        return jnp.where(done <= warmup, rising, cosine(done - warmup))
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with the schedule over `steps` updates.
+
+    Args:
+      config: the hyperparameters.
+      steps: number of updates of the whole run, where the cosine ends.
+
+    Returns:
+      A gradient transformation for the model's parameter state (`nnx.State` of `nnx.Param`).
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=weight_decay_mask,
+        ),
+    )
+
+
+def select(use_new: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the scalar `use_new` is true, otherwise `old`, leaf by leaf."""
+    return jax.tree.map(lambda n, o: jnp.where(use_new, n, o), new, old)

@@ -1,0 +1,70 @@
+"""The state of a training run: one pytree that the train step takes, donates and returns."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.model import Decoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes from step to step.
+
+    Attributes:
+      step: [] int32, batches seen so far.
+      skipped: [] int32, those of them that did not update the weights because the loss or the
+        gradient norm was not finite.
+      params: `nnx.State` of the model's `nnx.Param`s.
+      opt_state: the optimizer's state.
+    """
+
+    # Any, because a pytree also holds shapes, shardings or flags in the places of its arrays.
+    step: Any
+    skipped: Any
+    params: Any
+    opt_state: Any
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and its parameters as shapes, without computing anything.
+
+    Returns:
+      (graphdef, params) with `jax.ShapeDtypeStruct` leaves; `nnx.merge(graphdef, params)` with
+      arrays of these shapes is the model.
+    """
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, params
+
+
+def create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Initial parameters and optimizer state, computed in one compiled program."""
+    return jax.jit(lambda seed: _initial_state(config, optimizer, seed))(seed)
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of `create_state`, for restoring a checkpoint into."""
+    return jax.eval_shape(lambda: _initial_state(config, optimizer, 0))
+
+
+def _initial_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array
+) -> TrainState:
+    rngs = nnx.Rngs(jax.random.key(seed))
+    params = nnx.state(Decoder(config, rngs=rngs), nnx.Param)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        # Adam's moments stay float32 also for bfloat16 parameters.
+        opt_state=optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params)),
+    )

@@ -1,0 +1,57 @@
+"""Trees as a checkpoint holds them: plain dictionaries, named paths, target devices."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Path -> "dtype[shape]" of every array of a tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in leaves
+    }
+
+
+def is_state(node: Any) -> bool:
+    return isinstance(node, nnx.State)
+
+
+def plain(tree: Any) -> Any:
+    """The tree with every nnx.State as nested dictionaries of arrays.
+
+    So what is on disk does not depend on how a version of Flax wraps its variables.
+    """
+    return jax.tree.map(
+        lambda node: nnx.to_pure_dict(node) if is_state(node) else node,
+        tree,
+        is_leaf=is_state,
+    )
+
+
+def unplain(abstract: Any, plain: Any) -> Any:
+    """Reverse `plain`, given a tree with the structure that is wanted."""
+
+    def restore(node: Any, value: Any) -> Any:
+        if not is_state(node):
+            return value
+        state = jax.tree.map(lambda leaf: leaf, node)  # a copy: the next call changes it
+        nnx.replace_by_pure_dict(state, value)
+        return state
+
+    return jax.tree.map(restore, abstract, plain, is_leaf=is_state)
+
+
+def with_sharding(tree: Any) -> Any:
+    """Say where each abstract array without a sharding goes: the default device."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
+        ),
+        tree,
+    )

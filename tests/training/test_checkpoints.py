@@ -1,0 +1,178 @@
+"""Checkpoints: bit-exact round trips, and refusals that name what differs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fusedkv_jax import data
+from fusedkv_jax.training import (
+    CheckpointError,
+    Checkpoints,
+    abstract_model,
+    abstract_state,
+    load_model,
+    make_optimizer,
+)
+
+
+def _abstract(config):
+    return abstract_state(config.model, make_optimizer(config.optimizer, config.train.steps))
+
+
+def _scrambled(state, seed):
+    """The state with random numbers everywhere, so that no leaf is zero by chance."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(100 * rng.standard_normal(x.shape), x.dtype), state)
+
+
+def _assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def saved(toy, toy_state, tmp_path):
+    """A work directory with one checkpoint of step 7, after three batches, and its state."""
+    state = _scrambled(toy_state, 0)
+    iterator = data.make_train_iterator(toy.data)
+    for _ in range(3):
+        next(iterator)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, state, iterator, toy)
+        next(iterator)  # goes on while the save runs
+    return tmp_path, state
+
+
+def test_round_trip_is_exact_with_the_place_in_the_data(toy, saved):
+    workdir, state = saved
+    reference = data.make_train_iterator(toy.data)
+    batches = [next(reference) for _ in range(5)]
+    iterator = data.make_train_iterator(toy.data)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.latest_step == 7
+        restored = checkpoints.restore(_abstract(toy), iterator, toy)
+    _assert_same(restored, state)
+    for batch in batches[3:]:
+        _assert_same(next(iterator), batch)
+
+
+def test_saved_values_survive_donation(toy, toy_state, tmp_path):
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    state = _scrambled(toy_state, 1)
+    wanted = jax.tree.map(np.array, state)
+    iterator = data.make_train_iterator(toy.data)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, iterator, toy)
+        jax.block_until_ready(overwrite(state))
+        checkpoints.wait()
+        restored = checkpoints.restore(_abstract(toy), iterator, toy)
+    _assert_same(jax.tree.map(np.array, restored), wanted)
+
+
+def test_bfloat16_parameters_come_back_as_such(toy, tmp_path):
+    config = dataclasses.replace(toy, model=toy.model.replace(param_dtype="bfloat16"))
+    abstract = _abstract(config)
+    state = _scrambled(abstract, 2)
+    iterator = data.make_train_iterator(config.data)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, iterator, config)
+        checkpoints.wait()
+        _assert_same(checkpoints.restore(abstract, iterator, config), state)
+
+
+def test_keeps_the_newest_and_saves_a_step_once(toy, toy_state, tmp_path):
+    iterator = data.make_train_iterator(toy.data)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(step, toy_state, iterator, toy)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_relative_workdir(toy, toy_state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("runs/a", keep=1) as checkpoints:
+        checkpoints.save(1, toy_state, data.make_train_iterator(toy.data), toy)
+    assert (tmp_path / "runs/a/checkpoints/1/params").is_dir()
+
+
+def _refusal(workdir, config) -> str:
+    iterator = data.make_train_iterator(config.data)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.restore(_abstract(config), iterator, config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_width_names_the_first_parameter_and_both_shapes(toy, saved):
+    workdir, _ = saved
+    config = dataclasses.replace(toy, model=toy.model.replace(d_ff=48))
+    names = _shapes(toy), _shapes(config)
+    first = next(name for name in sorted(names[0]) if names[0][name] != names[1][name])
+    message = _refusal(workdir, config)
+    assert f"params/{first} is float32[{names[0][first]}] there" in message
+    assert f"float32[{names[1][first]}] here" in message
+    assert "model.d_ff: 32 -> 48" in message and "/checkpoints/7" in message
+
+
+def _shapes(config) -> dict[str, str]:
+    _, params = abstract_model(config.model)
+    leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): ",".join(map(str, leaf.shape))
+        for path, leaf in leaves
+    }
+
+
+def test_another_layout_names_a_parameter_that_is_missing(toy, saved):
+    workdir, _ = saved
+    config = dataclasses.replace(toy, model=toy.model.replace(layout="mha"))
+    message = _refusal(workdir, config)
+    assert "params/" in message and "missing" in message and "model.layout" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "named"),
+    [
+        ("model", {"norm_eps": 1e-5}, "model.norm_eps: 1e-06 -> 1e-05"),
+        ("data", {"seed": 3}, "data.seed: 0 -> 3"),
+        ("data", {"batch_size": 8}, "data.batch_size: 4 -> 8"),
+    ],
+)
+def test_other_settings_with_equal_shapes_are_named(toy, saved, part, changes, named):
+    workdir, _ = saved
+    changed = dataclasses.replace(getattr(toy, part), **changes)
+    assert named in _refusal(workdir, dataclasses.replace(toy, **{part: changed}))
+
+
+def test_settings_that_change_no_result_may_change(toy, saved):
+    workdir, state = saved
+    config = dataclasses.replace(
+        toy,
+        model=toy.model.replace(remat="full", max_length=128),
+        data=dataclasses.replace(toy.data, num_threads=0),
+        train=dataclasses.replace(toy.train, steps=80, log_every=3),
+    )
+    iterator = data.make_train_iterator(config.data)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        _assert_same(checkpoints.restore(_abstract(config), iterator, config), state)
+
+
+def test_load_model_gives_the_saved_parameters_and_config(toy, saved):
+    workdir, state = saved
+    model, config, step = load_model(workdir)
+    assert (config, step) == (toy, 7)
+    _assert_same(nnx.state(model, nnx.Param), state.params)
+
+
+def test_load_model_says_what_is_missing(tmp_path, saved):
+    with pytest.raises(CheckpointError, match="no checkpoint in .*nothing; train there first"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="step=8 is not in .*, which has 7"):
+        load_model(saved[0], step=8)

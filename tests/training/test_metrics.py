@@ -1,0 +1,94 @@
+"""What the metric writers leave on disk, and the figures of the timer."""
+
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing import event_accumulator
+
+from fusedkv_jax.training import bits_per_byte, metrics
+from fusedkv_jax.training.metrics import (
+    JsonLinesWriter,
+    LineWriter,
+    MultiWriter,
+    StepTimer,
+    TensorBoardWriter,
+)
+
+
+def _records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_hold_every_value(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLinesWriter(path)
+    writer.write(10, {"train/loss": 1.25, "train/grad_norm": math.inf})
+    writer.write(20, {"eval/loss": math.nan})
+    writer.close()
+    first, second = _records(path)
+    assert first.pop("time") > 1.7e9
+    assert first == {"step": 10, "train/loss": 1.25, "train/grad_norm": None}
+    assert (second["step"], second["eval/loss"]) == (20, None)
+
+
+def test_json_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLinesWriter(path)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    writer = JsonLinesWriter(path, last_step=20)
+    writer.write(30, {"loss": 31.0})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in _records(path)] == [(10, 10), (20, 20), (30, 31)]
+
+
+def test_tensorboard_reads_the_scalars_back(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(3, {"train/loss": 2.5})
+    writer.write(4, {"train/loss": 2.25})
+    writer.close()
+    events = event_accumulator.EventAccumulator(
+        str(tmp_path), size_guidance={event_accumulator.TENSORS: 0}
+    ).Reload()
+    found = [
+        (event.step, float(event.tensor_proto.float_val[0]))
+        for event in events.Tensors("train/loss")
+    ]
+    assert found == [(3, 2.5), (4, 2.25)]
+
+
+def test_line_and_fan_out():
+    lines = []
+    writer = MultiWriter([LineWriter(lines.append, 100, lambda: "00:12")] * 2)
+    writer.write(5, {"train/loss": 2.34567, "train/tokens_per_second": 12345.6, "eval/loss": 0.1})
+    writer.close()
+    wanted = "step 5/100  loss 2.346  tokens_per_second 12,346  eval loss 0.1  left 00:12"
+    assert lines == [wanted, wanted]
+
+
+def test_timer_counts_tokens_waiting_and_utilisation(monkeypatch):
+    clock = iter([100.0, 104.0, 200.0, 201.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    timer = StepTimer(tokens_per_step=50, flops_per_token=4e6, peak_flops=1e9)
+    for waited in (0.25, 0.75):
+        timer.count(waited)
+    # 2 steps of 50 tokens in 4 seconds, one of which went into waiting.
+    assert timer.report() == {"tokens_per_second": 25.0, "data_wait": 0.25, "mfu": 0.1}
+    timer.restart()  # the 96 seconds in between do not count
+    timer.count(0.0)
+    assert timer.report()["tokens_per_second"] == 50.0
+
+
+def test_utilisation_is_left_out_where_the_peak_is_unknown():
+    timer = StepTimer(50, flops_per_token=4e6, peak_flops=None)
+    timer.count(0.0)
+    assert "mfu" not in timer.report()
+
+
+def test_bits_per_byte():
+    # A fair coin per bit: every byte costs 8 bits, whatever the tokens were.
+    assert bits_per_byte(1000 * 8 * math.log(2), 1000) == pytest.approx(8.0)

@@ -1,0 +1,148 @@
+"""The loss, gradient accumulation and the guard against non-finite values."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fusedkv_jax.training import (
+    TrainState,
+    abstract_model,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+    sum_cross_entropy,
+)
+from fusedkv_jax.training.step import accumulate_gradients
+
+
+def _batch(rng, rows=8, length=12, vocab=258):
+    """Rows with 2 documents and different amounts of padding, the last row nearly all of it."""
+    used = np.concatenate([rng.integers(4, length + 1, rows - 1), [1]])[:, None]
+    place = np.arange(length)[None]
+    return {
+        "tokens": rng.integers(0, vocab, (rows, length)).astype(np.int32),
+        "targets": rng.integers(0, vocab, (rows, length)).astype(np.int32),
+        "segment_ids": np.where(place < used, place // 6, -1).astype(np.int32),
+        "positions": np.broadcast_to(place % 6, (rows, length)).astype(np.int32),
+        "loss_mask": (place < used).astype(np.float32),
+    }
+
+
+def test_loss_is_the_masked_sum_of_negative_log_likelihoods():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((3, 5, 11)).astype(np.float32) * 4
+    targets = rng.integers(0, 11, (3, 5))
+    mask = rng.integers(0, 2, (3, 5))
+    shifted = logits.astype(np.float64)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    # Whatever stands at the places that do not count must not matter, infinities included.
+    targets = np.where(mask, targets, -7)
+    logits = np.where(mask[..., None], logits, np.inf)
+    total, count = sum_cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask))
+    assert float(count) == mask.sum()
+    np.testing.assert_allclose(float(total), (losses * mask).sum(), rtol=1e-6)
+
+
+def test_loss_of_bfloat16_logits_is_float32():
+    logits = jnp.zeros((1, 2, 1000), jnp.bfloat16)
+    total, _ = sum_cross_entropy(logits, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2)))
+    assert total.dtype == jnp.float32
+    np.testing.assert_allclose(float(total), 2 * np.log(1000), rtol=1e-6)
+
+
+def test_accumulation_equals_one_big_batch(toy, toy_params):
+    graphdef, _ = abstract_model(toy.model)
+    gradients = jax.jit(accumulate_gradients, static_argnums=(0, 3))
+    batch = _batch(np.random.default_rng(3))
+    loss, grads = gradients(graphdef, toy_params, batch, 1)
+    part_loss, part_grads = gradients(graphdef, toy_params, batch, 4)
+    np.testing.assert_allclose(part_loss, loss, rtol=1e-6)
+    for found, wanted in zip(jax.tree.leaves(part_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_the_mean_over_tokens_not_over_rows(toy, toy_params):
+    graphdef, _ = abstract_model(toy.model)
+    batch = _batch(np.random.default_rng(4))
+    loss, _ = jax.jit(accumulate_gradients, static_argnums=(0, 3))(graphdef, toy_params, batch, 2)
+    model = nnx.merge(graphdef, toy_params)
+    names = ("tokens", "segment_ids", "positions")
+    logits = model(*(jnp.asarray(batch[name]) for name in names))
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    losses = -np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    mask = batch["loss_mask"]
+    np.testing.assert_allclose(loss, (losses * mask).sum() / mask.sum(), rtol=1e-5)
+
+
+class _RootModel(nnx.Module):
+    """Finite loss everywhere, infinite gradient at zero: logits are square roots."""
+
+    def __init__(self):
+        self.weight = nnx.Param(jnp.zeros((258,)))
+
+    def __call__(self, tokens, segment_ids, positions):
+        logits = jnp.sqrt(self.weight[...])
+        return jnp.broadcast_to(logits, (*tokens.shape, 258))
+
+
+def _root_state():
+    graphdef, params = nnx.split(_RootModel(), nnx.Param)
+    optimizer = optax.adam(0.1)
+    state = TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+    )
+    return graphdef, optimizer, state
+
+
+def _assert_same(tree, other):
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+def test_non_finite_step_changes_nothing_but_the_counters(cause):
+    graphdef, optimizer, state = _root_state()
+    if cause == "loss":
+        state = dataclasses.replace(state, params=jax.tree.map(lambda w: w - 1.0, state.params))
+    step = jax.jit(make_train_step(graphdef, optimizer, lambda i: 1.0 + i))
+    new, metrics = step(state, _batch(np.random.default_rng(5)))
+    assert np.isfinite(metrics["loss"]) == (cause == "gradient")
+    assert not np.isfinite(metrics["grad_norm"])
+    _assert_same(new.params, state.params)
+    _assert_same(new.opt_state, state.opt_state)
+    assert (int(new.step), int(new.skipped), int(metrics["skipped"])) == (1, 1, 1)
+    # The schedule counts updates, so it does not move with a skipped step.
+    _, again = step(new, _batch(np.random.default_rng(6)))
+    assert float(again["learning_rate"]) == 1.0
+
+
+def test_finite_step_updates_and_reports(toy, toy_state):
+    optimizer = make_optimizer(toy.optimizer, 10)
+    graphdef, _ = abstract_model(toy.model)
+    schedule = learning_rate_schedule(toy.optimizer, 10)
+    step = jax.jit(make_train_step(graphdef, optimizer, schedule), donate_argnums=0)
+    state = toy_state
+    batch = _batch(np.random.default_rng(7))
+    loss, grads = jax.jit(accumulate_gradients, static_argnums=(0, 3))(
+        graphdef, state.params, batch, 1
+    )
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    losses = []
+    for i in range(10):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        np.testing.assert_allclose(metrics["learning_rate"], schedule(i), rtol=1e-6)
+        if i == 0:
+            np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+            np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert losses[-1] < losses[0] - 0.5  # one batch, again and again
+    assert (int(state.step), int(state.skipped)) == (10, 0)
