@@ -9,6 +9,8 @@ from pathlib import Path
 # In the environment, not through jax.config: tests that start a program hand it on.
 # `JAX_PLATFORMS=cuda,cpu pytest` runs what needs an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compiling; generating plain code instead of fast code halves it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -81,10 +83,12 @@ def without_type_checks() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_compilation() -> Iterator[None]:
-    """Within the test every compilation is a real one, none is read from the disk."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
+    """Within the test every compilation is a real one: optimized, and not read from the disk."""
+    changes = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
+    before = {name: getattr(jax.config, name) for name in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
+        if values is changes:
+            yield
