@@ -11,7 +11,7 @@ from fusedkv_jax.generation import (
     prefill,
     warm_up,
 )
-from fusedkv_jax.model import Decoder
+from fusedkv_jax.model import Decoder, fold_fusion
 
 __all__ = [
     "Completion",
@@ -23,6 +23,7 @@ __all__ = [
     "SamplingParams",
     "costs",
     "decode_step",
+    "fold_fusion",
     "generate",
     "layouts",
     "prefill",

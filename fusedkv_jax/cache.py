@@ -43,11 +43,13 @@ class CachePlan:
 @functools.lru_cache(maxsize=256)
 def cache_plan(layout: KVLayout) -> CachePlan:
     """Derive the cache's arrays from a layout."""
-    streams = [(kind, i) for kind in KINDS for i in layout.cached(kind)]
-    stored = {stream: layout.stored_window(*stream) for stream in streams}
+    streams: list[tuple[Kind, int]] = [(kind, i) for kind in KINDS for i in layout.cached(kind)]
+    stored = {(kind, i): layout.stored_window(kind, i) for kind, i in streams}
     windows = tuple(sorted(set(stored.values()), key=lambda w: (w is not None, w)))
-    sizes = {(kind, group): 0 for kind in KINDS for group in range(len(windows))}
-    places = {}
+    sizes: dict[tuple[Kind, int], int] = dict.fromkeys(
+        ((kind, group) for kind in KINDS for group in range(len(windows))), 0
+    )
+    places: dict[tuple[Kind, int], tuple[int, int]] = {}
     for kind, i in streams:
         group = windows.index(stored[kind, i])
         places[kind, i] = (group, sizes[kind, group])

@@ -182,13 +182,13 @@ class ModelConfig:
         for name, kind in (("layout", KVLayout), ("rope", RopeConfig), ("mla", MLAConfig | None)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r}; use {kind}")
-        if self.layout.num_layers != self.num_layers:
+        if self.kv_layout.num_layers != self.num_layers:
             raise ConfigError(
-                f"layout has {self.layout.num_layers} layers but num_layers={self.num_layers};"
+                f"layout has {self.kv_layout.num_layers} layers but num_layers={self.num_layers};"
                 " pass the layout by name, or use config.replace(num_layers=...)"
             )
         if self.mla is not None:
-            _check_mla_layout(self.layout)
+            _check_mla_layout(self.kv_layout)
 
     def _resolve_heads(self) -> None:
         if self.num_kv_heads is None:

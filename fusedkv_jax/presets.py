@@ -77,9 +77,7 @@ def _llama3_rope(factor: float) -> RopeConfig:
 
 _PRESETS: dict[str, dict[str, Any]] = {
     # Bytes and two special tokens (`fusedkv_jax.data`), for a few minutes on two CPU cores.
-    "demo": dict(
-        vocab_size=258, num_layers=8, d_model=192, num_heads=6, d_ff=512, max_length=512
-    ),
+    "demo": dict(vocab_size=258, num_layers=8, d_model=192, num_heads=6, d_ff=512, max_length=512),
     "332m": _paper(12, 1024, 16, 4096),
     "650m": _paper(16, 1536, 16, 4096),
     "1_5b": _paper(24, 2048, 16, 5632),
@@ -107,12 +105,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         rope=RopeConfig(),
     ),
     "llama3_1_8b": _llama(32, 4096, 32, 14_336, num_kv_heads=8, rope=_llama3_rope(8.0)),
-    "llama3_2_1b": _llama(
-        16, 2048, 32, 8192, num_kv_heads=8, tied=True, rope=_llama3_rope(32.0)
-    ),
-    "llama3_2_3b": _llama(
-        28, 3072, 24, 8192, num_kv_heads=8, tied=True, rope=_llama3_rope(32.0)
-    ),
+    "llama3_2_1b": _llama(16, 2048, 32, 8192, num_kv_heads=8, tied=True, rope=_llama3_rope(32.0)),
+    "llama3_2_3b": _llama(28, 3072, 24, 8192, num_kv_heads=8, tied=True, rope=_llama3_rope(32.0)),
     "tinyllama_1_1b": _llama(
         22,
         2048,

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -41,7 +42,7 @@ def attention(
     softcap: float | None = None,
     return_residuals: bool = False,
     implementation: str = "auto",
-):
+) -> Any:
     """Attention over keys and values that are mixed from several caches while they are read.
 
     With K^ = sum_j key_weights[j] * keys[j] and V^ = sum_j value_weights[j] * values[j]

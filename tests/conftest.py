@@ -85,7 +85,7 @@ def without_type_checks() -> Iterator[None]:
 def fresh_compilation() -> Iterator[None]:
     """Within the test every compilation is a real one: optimized, and not read from the disk."""
     changes = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
-    before = {name: getattr(jax.config, name) for name in changes}
+    before = {name: jax.config.values[name] for name in changes}
     for values in (changes, before):
         for name, value in values.items():
             jax.config.update(name, value)

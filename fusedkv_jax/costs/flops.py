@@ -73,9 +73,7 @@ def _layer_all_rows(config: ModelConfig, i: int, length: int) -> int:
     layout = config.kv_layout
     if config.mla is not None:
         per_key = (
-            2
-            * config.num_heads
-            * (config.mla.nope_dim + config.mla.rope_dim + config.mla.v_dim)
+            2 * config.num_heads * (config.mla.nope_dim + config.mla.rope_dim + config.mla.v_dim)
         )
     else:
         per_key = 4 * config.num_heads * config.channels

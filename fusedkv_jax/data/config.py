@@ -82,6 +82,4 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"data {name} must be one of {', '.join(choices)}, got {value!r}{hint}"
-        )
+        raise ValueError(f"data {name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -72,9 +72,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     documents = sources.read_all(files, text_key=config.text_key, errors=config.errors)
     splits = {False: InMemoryDocuments(tokenizer), True: InMemoryDocuments(tokenizer)}
     empty = True
-    for document, ids in tokenized(
-        itertools.islice(documents, config.max_documents), tokenizer
-    ):
+    for document, ids in tokenized(itertools.islice(documents, config.max_documents), tokenizer):
         data = document.text.encode()
         splits[is_held_out(data, config.holdout_fraction)].add(ids, len(data))
         empty = False

@@ -160,9 +160,7 @@ class ShardDocuments:
         file = self._files[place]
         key = int(file.first_records[row]) + number
         record = self._reader(place)[key]
-        size = min(
-            file.ids_per_record, int(file.lengths[row]) + 1 - number * file.ids_per_record
-        )
+        size = min(file.ids_per_record, int(file.lengths[row]) + 1 - number * file.ids_per_record)
         if len(record) != size * file.dtype.itemsize:
             raise ValueError(
                 f"{file.path}: record {key} does not have the length that the index says; "

@@ -78,9 +78,7 @@ def _folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
         # A folder of shards also holds their metadata, which is not text to train on.
         found = [path for path in found if is_shard(path)]
     if not found:
-        raise ValueError(
-            f"{folder}: the folder has no text, JSON, Parquet or ArrayRecord files"
-        )
+        raise ValueError(f"{folder}: the folder has no text, JSON, Parquet or ArrayRecord files")
     return _sorted(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from flax import nnx
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation import loop
 from fusedkv_jax.generation.sampling import SamplerInputs, SamplingParams
-from fusedkv_jax.model import Decoder
+from fusedkv_jax.model import Decoder, fold_fusion
 
 SHORTEST_BUCKET = 16
 _STOPS_BUCKET = 4
@@ -53,7 +53,7 @@ class Completion:
 
 def generate(
     model: Decoder,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
@@ -66,7 +66,7 @@ def generate(
 
     Args:
         model: the model.
-        prompts: texts (with `tokenizer`) or lists of token ids.
+        prompts: texts (with `tokenizer`), or lists or arrays of token ids.
         params: sampling parameters, one for all prompts or one for each.
         tokenizer: encodes prompts, decodes outputs and names the end-of-text token.
         eos_id: end-of-text token where there is no tokenizer.
@@ -83,6 +83,7 @@ def generate(
         PromptError: an empty prompt, one that fills the model's context, or a token id outside
             the vocabulary.
     """
+    model = fold_fusion(model)
     requests = _requests(model, prompts, params, tokenizer, eos_id)
     # Neighbors in length share a batch, which saves padding; results return to their places.
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
@@ -111,6 +112,7 @@ def warm_up(
     Returns:
         The number of buckets.
     """
+    model = fold_fusion(model)
     split = nnx.split(model)
     shapes = [
         (rows, prompt, total)

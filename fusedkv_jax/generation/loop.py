@@ -77,6 +77,7 @@ def start(
     """
     model = nnx.merge(graph, params)
     logits, cache = model.extend(prompt, lengths, cache)
+    assert logits is not None
     rows = jnp.arange(prompt.shape[0])[:, None]
     inside = jnp.arange(prompt.shape[1]) < lengths[:, None]
     seen = jnp.zeros((prompt.shape[0], model.config.vocab_size), bool)
@@ -99,6 +100,7 @@ def decode(
         last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
         running = (~state.finished).astype(jnp.int32)
         logits, cache = model.extend(last, running, state.cache)
+        assert logits is not None
         state = dataclasses.replace(state, cache=cache)
         return _append(state, sample(logits, inputs, state.lengths, state.seen))
 

@@ -225,8 +225,10 @@ class KVLayout:
         attention reads together keep the same length, so that their positions line up.
         """
         endless = 1 << 62
-        stored = {(kind, i): 0 for kind in KINDS for i in self.cached(kind)}
-        groups = [
+        stored: dict[tuple[Kind, int], int] = dict.fromkeys(
+            ((kind, i) for kind in KINDS for i in self.cached(kind)), 0
+        )
+        groups: list[tuple[list[tuple[Kind, int]], int]] = [
             (
                 [(kind, j) for kind in KINDS for j in self.attended(kind, i)],
                 layer.window or endless,

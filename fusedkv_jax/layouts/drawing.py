@@ -12,7 +12,7 @@ def draw(layout: KVLayout) -> str:
     `[K 3]` is a stream that layer 3 projects and caches; `K 0 & 5` a learned fusion of two cached
     streams; `K 5` plain reuse; `[V 3 + 0]` an own stream with a learned residual, cached mixed.
     """
-    rows = [("layer", "keys", "values", "window", "")]
+    rows: list[tuple[str, ...]] = [("layer", "keys", "values", "window", "")]
     for i in reversed(range(layout.num_layers)):
         layer = layout.layers[i]
         note = "prompt tokens stop below" if i == layout.prefill_depth else ""

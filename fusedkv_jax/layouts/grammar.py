@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fusedkv_jax.layouts.algebra import (
     KINDS,
@@ -40,7 +41,11 @@ class _Token:
 
 
 def fused(
-    kind: Kind, sources: tuple[int, ...], *, weights="channel", mixing="equivalent"
+    kind: Kind,
+    sources: tuple[int, ...],
+    *,
+    weights: Any = "channel",
+    mixing: str = "equivalent",
 ) -> Stream:
     """A learned fusion of cached streams with FusedKV's parameterization (arXiv 2512.03870).
 
@@ -114,11 +119,11 @@ def _expand(part: str, text: str, window: int) -> list[_Token]:
 
 
 def _stream(kind: Kind, layer: int, sources: tuple[int, ...], owners: set[int]) -> Stream:
+    if len(sources) > 1 and layer in owners:
+        raise LayoutError(f"layer {layer}, {kind}s: fused, so no layer can read them")
     if len(sources) > 1:
-        if layer in owners:
-            raise LayoutError(f"layer {layer}, {kind}s: fused, so no layer can read them")
         return fused(kind, sources)
-    if sources[0] == layer:
+    if sources == (layer,):
         return OWN
     return Stream(own=layer in owners, sources=sources)
 
@@ -143,10 +148,9 @@ def format(layout: KVLayout) -> str:
 
 def _format_layer(i: int, layer: LayerKV) -> str:
     key, value = ((i,) if s.reads_self else s.sources for s in (layer.key, layer.value))
-    if len(key) > 1 or len(value) > 1:
-        target = "f" + "+".join(map(str, key))
-    elif key == value:
-        target = str(key[0])
+    keys, values = ("+".join(map(str, layers)) for layers in (key, value))
+    if "+" in keys + values:
+        target = f"f{keys}"
     else:
-        target = f"k{key[0]}v{value[0]}"
+        target = keys if keys == values else f"k{keys}v{values}"
     return target + (f"s{layer.window}" if layer.window else "")

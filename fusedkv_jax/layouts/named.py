@@ -141,7 +141,7 @@ def lckv(
         raise LayoutError(f"w={w}; use 0 to {num_layers - 1}")
     inner = range(bottom, num_layers - top)
     named = {"top": inner[-1], "middle": (inner[0] + inner[-1]) // 2, "bottom": inner[0]}
-    source = target if isinstance(target, int) else named.get(target)
+    source = named.get(target, -1) if isinstance(target, str) else target
     if source not in inner:
         raise LayoutError(
             f"target={target!r}; choose top, middle, bottom or {inner[0]} to {inner[-1]}"
@@ -172,6 +172,9 @@ def fusedkv(
 ) -> KVLayout:
     """FusedKV (arXiv 2512.03870): upper streams are learned fusions of layers 0 and mid.
 
+    With latent attention (MLA) keys and values are one latent, for which the recursion over depth
+    has no meaning: choose `parameterization=normal` there.
+
     Args:
         num_layers: number of layers.
         split: caching layers, default half.
@@ -181,10 +184,9 @@ def fusedkv(
         parameterization: `equivalent`, `iterative` or `normal`, as in the paper.
     """
     split = _half(num_layers, split, at_least=2)
-    key, value = (
-        fused(kind, _layers(sources, (0, split - 1)), weights=granularity, mixing=parameterization)
-        for kind, sources in (("key", key_sources), ("value", value_sources))
-    )
+    how = {"weights": granularity, "mixing": parameterization}
+    key = fused("key", _layers(key_sources, (0, split - 1)), **how)
+    value = fused("value", _layers(value_sources, (0, split - 1)), **how)
     return KVLayout(_stack(num_layers, split, LayerKV(key, value)))
 
 

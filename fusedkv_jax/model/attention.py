@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float
 from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.parameters import Initializer
+from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate
 from pallas_kernels import attention
 
@@ -71,11 +71,11 @@ class Attention(nnx.Module):
             implementation=self.implementation,
             **mask,
         )
-        return jnp.einsum("BTNH,NHD->BTD", context, self.o_proj[...].astype(context.dtype))
+        return project(context, self.o_proj[...].astype(context.dtype), 2)
 
 
 def _project(x: Float[Array, "B T D"], weight: nnx.Param) -> Float[Array, "B T N H"]:
-    return jnp.einsum("BTD,DNH->BTNH", x, weight[...].astype(x.dtype))
+    return project(x, weight[...].astype(x.dtype))
 
 
 def _rotated(

@@ -19,6 +19,7 @@ from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.memory import CacheMemory, Memory
 from fusedkv_jax.model.mixing import Mixing
 from fusedkv_jax.model.parameters import Initializer
+from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotation
 from fusedkv_jax.model.stack import Queries, Stack
 from pallas_kernels import implementations
@@ -92,7 +93,7 @@ class Decoder(nnx.Module):
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Output head, accumulated and returned in float32."""
         head = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return project(x, head.astype(x.dtype), 1, jnp.float32)
 
     def extend(
         self,

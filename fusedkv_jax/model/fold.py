@@ -16,9 +16,13 @@ def fold_fusion(model: Decoder) -> Decoder:
     """A model with the same outputs whose stream weights are stored as they are used.
 
     The recursion of the iterative parameterization, the convex mix and the scale are evaluated
-    once. All other parameters are shared with `model`.
+    once. All other parameters are shared with `model`; a model whose weights are direct already is
+    returned as it is.
     """
     layout = model.config.kv_layout
+    mixings = [stream.mixing for _, stream, _ in chains(layout)]
+    if all(mixing.parameterization == "direct" and mixing.scale == 1 for mixing in mixings):
+        return model
     folded_layout = KVLayout(
         tuple(
             LayerKV(_direct(layer.key), _direct(layer.value), layer.window, layer.kv_norm)

@@ -17,6 +17,7 @@ from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.mixing import mix
 from fusedkv_jax.model.parameters import Initializer
+from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate, yarn_temperature
 from pallas_kernels import attention
 
@@ -48,8 +49,8 @@ class LatentAttention(nnx.Module):
     def queries(self, x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
         """Queries [..., nope + rope], the last channels rotated."""
         if self.q_a_proj is not None and self.q_a_norm is not None:
-            x = self.q_a_norm(x @ self.q_a_proj[...].astype(x.dtype))
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...].astype(x.dtype))
+            x = self.q_a_norm(project(x, self.q_a_proj[...].astype(x.dtype)))
+        q = project(x, self.q_proj[...].astype(x.dtype))
         q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
         return checkpoint_name(jnp.concatenate([q_nope, rotate(q_rope, rotation)], axis=-1), "q")
 
@@ -57,7 +58,7 @@ class LatentAttention(nnx.Module):
         """New tokens' rotary key [B, T, 1, rope] and normed latent [B, T, 1, d_c], if owned."""
         if self.kv_a_proj is None or self.kv_a_norm is None:
             return {}
-        both = (x @ self.kv_a_proj[...].astype(x.dtype))[:, :, None, :]
+        both = project(x, self.kv_a_proj[...].astype(x.dtype))[:, :, None, :]
         latent, key = jnp.split(both, [self.mla.kv_lora_rank], axis=-1)
         key, latent = rotate(key, rotation), self.kv_a_norm(latent)
         return {"key": checkpoint_name(key, "k"), "value": checkpoint_name(latent, "v")}
@@ -79,13 +80,13 @@ class LatentAttention(nnx.Module):
         one = q.shape[1] == 1
         read = self._attend_absorbed if one else self._attend_expanded
         context = read(q, keys, values, key_weights, value_weights, mask)
-        return jnp.einsum("BTNH,NHD->BTD", context, self.o_proj[...].astype(context.dtype))
+        return project(context, self.o_proj[...].astype(context.dtype), 2)
 
     def _attend_expanded(self, q, keys, values, key_weights, value_weights, mask):
         rope_key = keys[0] if key_weights is None else mix(key_weights, list(keys))
         latent = values[0] if value_weights is None else mix(value_weights, list(values))
         up = self.kv_b_proj[...].astype(latent.dtype)
-        both = jnp.einsum("BSC,CNH->BSNH", latent[:, :, 0], up)
+        both = project(latent[:, :, 0], up)
         k_nope, v = jnp.split(both, [self.mla.nope_dim], axis=-1)
         shared = jnp.broadcast_to(rope_key, (*k_nope.shape[:3], self.mla.rope_dim))
         k = jnp.concatenate([k_nope, shared], axis=-1)

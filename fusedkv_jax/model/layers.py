@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fusedkv_jax.model.parameters import Initializer
+from fusedkv_jax.model.projection import project
 
 
 class RMSNorm(nnx.Module):
@@ -35,4 +36,4 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        return project(jax.nn.silu(project(x, gate)) * project(x, up), down)

@@ -48,7 +48,7 @@ class Memory:
     def __init__(
         self,
         config: ModelConfig,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         segment_ids: Int[Array, "B T"] | None = None,
     ):
         self.config, self.layout = config, config.kv_layout
@@ -140,7 +140,7 @@ class CacheMemory(Memory):
         self,
         config: ModelConfig,
         cache: KVCache,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         count: Int[Array, "B"],
     ):
         self.plan = cache_plan(config.kv_layout)

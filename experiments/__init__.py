@@ -1,0 +1,1 @@
+"""What people run: binaries, and the configurations of experiments."""

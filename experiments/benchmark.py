@@ -1,0 +1,66 @@
+"""Measure the library: python -m experiments.benchmark --suite=cpu.
+
+Prints a table for each measurement with the targets that it met or missed. The last line is one
+JSON document with every number, the device and the versions. Contestants run in turns, and what
+is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS and is recorded.
+"""
+
+import difflib
+import json
+import sys
+
+from absl import flags
+
+from experiments import cli
+from experiments.benchmarks import cpu, report
+
+# Measurements of each suite by name, given what the flags say.
+SUITES = {"cpu": cpu.measurements}
+
+
+def define_flags() -> None:
+    """Define the flags of this program."""
+    flags.DEFINE_string("suite", "cpu", f"What to measure: {', '.join(SUITES)}.")
+    flags.DEFINE_multi_string("only", [], "Measurement of the suite; may be repeated; default all.")
+    flags.DEFINE_bool("quick", False, "Toy sizes: shows that it runs, the numbers say nothing.")
+    flags.DEFINE_integer("rounds", 5, "Turns of each contestant.", lower_bound=1)
+    flags.DEFINE_bool(
+        "torch_compile",
+        False,
+        "Decoding: also compete with transformers compiled by PyTorch, which needs a C++ compiler "
+        "and minutes.",
+    )
+
+
+def main() -> None:
+    suite, quick = flags.FLAGS.suite, flags.FLAGS.quick
+    _check("suite", suite, SUITES)
+    measurements = SUITES[suite](
+        quick=quick, rounds=flags.FLAGS.rounds, torch_compile=flags.FLAGS.torch_compile
+    )
+    for name in flags.FLAGS.only:
+        _check("only", name, measurements)
+    document = {"suite": suite, "quick": quick, "rounds": flags.FLAGS.rounds}
+    document |= report.environment()
+    document["measurements"] = {}
+    for name in flags.FLAGS.only or measurements:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        measurement = measurements[name]()
+        print(measurement.text(), end="\n\n", flush=True)
+        document["measurements"][name] = measurement.to_dict()
+    targets = [t for found in document["measurements"].values() for t in found["targets"]]
+    document["targets_met"] = sum(target["met"] for target in targets)
+    document["targets"] = len(targets)
+    print(json.dumps(document))
+
+
+def _check(flag: str, value: str, known) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"
+        raise ValueError(f"--{flag}={value} is unknown; {hint}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

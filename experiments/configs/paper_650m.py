@@ -1,0 +1,16 @@
+"""The 650M model of the FusedKV paper; the recipe is that of paper_332m.
+
+Paper:     validation loss after 200B tokens of FineWeb-Edu: standard transformer 2.483,
+           FusedKV 2.474, FusedKV-Lite 2.473 (arXiv 2512.03870).
+Hardware:  an accelerator node; not run with this code, so no number of ours is given.
+Command:   python -m experiments.train --config=paper_650m --workdir=DIR \\
+             --config.data.source='SHARDS/*.arrayrecord' --config.data.tokenizer=tokenizer.json
+"""
+
+from experiments.configs import paper_332m
+from fusedkv_jax.training import ExperimentConfig
+
+
+def get_config() -> ExperimentConfig:
+    """The paper's run of this size."""
+    return paper_332m.get_config("650m", tokens=200e9)

@@ -1,0 +1,95 @@
+"""Print what each layout costs: parameters, cache, bytes read and FLOPs, for several sizes.
+
+    python -m experiments.costs
+    python -m experiments.costs --preset=qwen3_8b --layout=mha --layout=fusedkv --length=32768
+
+Nothing is allocated or run. The last line is the same as one JSON document.
+"""
+
+import json
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from fusedkv_jax import costs, layouts, presets
+
+_PRESET = flags.DEFINE_multi_string(
+    "preset",
+    ["332m", "650m", "1_5b", "4b"],
+    f"Model size; may be repeated: {', '.join(presets.names())}.",
+)
+_LAYOUT = flags.DEFINE_multi_string(
+    "layout",
+    [],
+    "Layout, with options (cla:k=3) or in the layer-types grammar; may be repeated. "
+    "By default all named ones.",
+)
+_LENGTH = flags.DEFINE_integer("length", 8192, "Tokens in the prompt and in the cache.")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Storage type of the cache.")
+_NUM_KV_HEADS = flags.DEFINE_integer(
+    "num_kv_heads", None, "Key/value heads (GQA, MQA) instead of the preset's."
+)
+
+_COLUMNS = (
+    # heading, key of `costs.summary`, divisor, decimals
+    ("params M", "parameters", 1e6, 1),
+    ("removed M", "parameters_removed", 1e6, 1),
+    ("KiB/token", "cache_bytes_per_token", 1024, 2),
+    ("cache MiB", "cache_bytes", 2**20, 1),
+    ("of MHA", "cache_ratio", 1, 3),
+    ("read MiB", "decode_cache_reads", 2**20, 1),
+    ("prefill TFLOP", "prefill_flops", 1e12, 2),
+    ("decode GFLOP", "decode_flops", 1e9, 2),
+    ("train GFLOP/token", "train_flops_per_token", 1e9, 2),
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Plain-text table of the rows of one preset; a refused layout shows the reason."""
+    name_width = max(len(row["layout"]) for row in rows)
+    lines = ["  ".join(["layout".ljust(name_width), *(column[0] for column in _COLUMNS)])]
+    for row in rows:
+        cells = [row["layout"].ljust(name_width)]
+        if "refused" in row:
+            cells.append(f"refused: {row['refused']}")
+        else:
+            cells += [
+                # Adding 0.0 turns a rounded -0.0 into 0.0.
+                f"{round(row[key] / unit, decimals) + 0.0:{len(heading)},.{decimals}f}"
+                for heading, key, unit, decimals in _COLUMNS
+            ]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _rows(preset: str, length: int, dtype: str) -> list[dict[str, Any]]:
+    heads = _NUM_KV_HEADS.value
+    overrides = {} if heads is None else {"num_kv_heads": heads}
+    presets.get(preset, layout="mha", **overrides)  # what is wrong here is wrong in every row
+    rows = []
+    for layout in _LAYOUT.value or layouts.names():
+        row = {"preset": preset, "layout": layout}
+        try:
+            config = presets.get(preset, layout=layout, **overrides)
+        except ValueError as error:
+            if _LAYOUT.value:
+                raise
+            rows.append(row | {"refused": str(error)})  # does not fit this depth or MLA
+            continue
+        rows.append(row | costs.summary(config, length, dtype))
+    return rows
+
+
+def main() -> None:
+    length, dtype = _LENGTH.value, _DTYPE.value
+    everything = []
+    for preset in _PRESET.value:
+        rows = _rows(preset, length, dtype)
+        print(f"{preset}, {length:,} tokens, {dtype} cache, one sequence\n{table(rows)}\n")
+        everything += rows
+    print(json.dumps({"length": length, "dtype": dtype, "rows": everything}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,207 @@
+"""Tokenise text into ArrayRecord shards that training reads without holding them in memory.
+
+    python -m experiments.prepare_data --input='corpus/*.jsonl.zst' --output_dir=tokens
+
+The shards, described in `fusedkv_jax.data.shards`, appear in --output_dir all at once when the
+last one is complete: they are written to a hidden folder beside it, which is removed if
+anything fails. Then train with `--config.data.source=tokens`.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from fusedkv_jax.data import corpus, shards, sources, tokenizers
+from fusedkv_jax.data.config import check_holdout_fraction
+from fusedkv_jax.training.progress import Progress
+
+_SECONDS_PER_LINE = 10.0
+_KB = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What to tokenise and where to; the fields are the flags of the same names."""
+
+    input: Sequence[str]
+    output_dir: str
+    tokenizer: str = "byte"
+    text_key: str = "text"
+    num_shards: int = 8
+    holdout_fraction: float = 0.01
+    max_documents: int | None = None
+    errors: str = "strict"
+
+    def __post_init__(self):
+        if self.num_shards < 1:
+            raise ValueError(f"num_shards must be at least 1, got {self.num_shards}")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"max_documents must be at least 1, got {self.max_documents}")
+        check_holdout_fraction(self.holdout_fraction)
+
+
+def prepare(settings: Preparation) -> dict[str, Any]:
+    """Writes the shards and returns their metadata.
+
+    Raises:
+      FileNotFoundError: an input or the tokenizer does not exist.
+      ValueError: the output folder is not empty, an input cannot be read, or there is no text;
+        nothing is written then.
+    """
+    output = pathlib.Path(settings.output_dir).expanduser().absolute()
+    _check_free(output)
+    files = sources.list_files(settings.input)
+    for file in files:
+        if sources.is_shard(file):
+            raise ValueError(f"{file}: is a shard of tokens already; --input takes text")
+    tokenizer = tokenizers.load(settings.tokenizer)
+    work = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    work.mkdir(parents=True)
+    try:
+        metadata = _write(settings, files, tokenizer, work)
+        _check_free(output)
+        work.rename(output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return metadata
+
+
+def _check_free(output: pathlib.Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"output_dir {output} is not empty; name a new folder or remove it")
+
+
+def _write(
+    settings: Preparation,
+    files: Sequence[pathlib.Path],
+    tokenizer: tokenizers.Tokenizer,
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    dtype = shards.token_dtype(tokenizer.vocab_size)
+    writers = {
+        False: shards.ShardWriter(folder, "train", settings.num_shards, dtype),
+        True: shards.ShardWriter(folder, "heldout", 1, dtype),
+    }
+    documents = sources.read_all(files, text_key=settings.text_key, errors=settings.errors)
+    documents = itertools.islice(documents, settings.max_documents)
+    with _Report(sum(file.stat().st_size for file in files)) as report:
+        for document, ids in corpus.tokenized(documents, tokenizer):
+            text = document.text.encode()
+            heldout = corpus.is_held_out(text, settings.holdout_fraction)
+            writers[heldout].add(corpus.with_ends(ids, tokenizer), len(text))
+            report.update(document.bytes_read, len(ids))
+    entries = [entry for writer in writers.values() for entry in writer.close()]
+    if not report.documents:
+        raise ValueError(f"no text in {len(files)} file(s) of {', '.join(settings.input)}")
+    metadata = {
+        "tokenizer": _describe(tokenizer),
+        "dtype": dtype.str,
+        "ids_per_record": shards.IDS_PER_RECORD,
+        "holdout_fraction": settings.holdout_fraction,
+        "train": writers[False].counts(),
+        "heldout": writers[True].counts(),
+        "shards": entries,
+        "sources": [{"file": file.name, "size": file.stat().st_size} for file in files],
+    }
+    shards.write_metadata(folder, metadata)
+    return metadata
+
+
+def _describe(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    return {
+        "name": pathlib.Path(tokenizer.name).name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+class _Report:
+    """The progress bar over the bytes of all inputs, or a line every ten seconds."""
+
+    def __init__(self, total_bytes: int):
+        self.documents = self.tokens = 0
+        self._progress = Progress(-(-total_bytes // _KB), label="tokenising", unit="kB")
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> "_Report":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._progress.__exit__(*exc_info)
+
+    def update(self, bytes_read: int, tokens: int) -> None:
+        """Counts a document of so many tokens; the readers have got to `bytes_read`."""
+        self.documents += 1
+        self.tokens += tokens
+        self._progress.advance(bytes_read // _KB - self._progress.done)
+        now = time.monotonic()
+        if now - self._last >= _SECONDS_PER_LINE:
+            self._last = now
+            if not sys.stderr.isatty():
+                self._progress.print(self._line(now - self._start))
+
+    def _line(self, seconds: float) -> str:
+        return (
+            f"{self.documents} documents, {self._progress.done} of {self._progress.total} kB, "
+            f"{self.tokens / seconds:.0f} tokens/s, {self._progress.time_left()} left"
+        )
+
+
+def define_flags() -> None:
+    """Defines one flag for each field of `Preparation`."""
+    flags.DEFINE_multi_string(
+        "input",
+        [],
+        "Text to tokenise: a file, a glob or a folder of .txt, .md, .py, .jsonl (also .gz, "
+        ".xz, .zst) or .parquet, or python_stdlib. May be given several times.",
+    )
+    flags.DEFINE_string("output_dir", None, "Folder for the shards; it must be empty or new.")
+    flags.DEFINE_string("tokenizer", "byte", "byte, or the path of a tokenizer.json.")
+    flags.DEFINE_string("text_key", "text", "JSON field or Parquet column that holds the text.")
+    flags.DEFINE_integer("num_shards", 8, "Files that the training split is divided into.")
+    flags.DEFINE_float(
+        "holdout_fraction", 0.01, "Expected share of the documents in the held-out split."
+    )
+    flags.DEFINE_integer("max_documents", None, "Stop after so many documents.")
+    flags.DEFINE_enum(
+        "errors",
+        "strict",
+        ["strict", "replace"],
+        "What to do with bytes that are not UTF-8: stop, or put U+FFFD in their place.",
+    )
+
+
+def main() -> None:
+    """Prepares what the flags say and prints what came of it."""
+    cli.require("output_dir")
+    names = [field.name for field in dataclasses.fields(Preparation)]
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    settings = Preparation(**values)
+    if not settings.input:
+        raise ValueError("--input is missing; name a file, a glob or a folder of text")
+    metadata = prepare(settings)
+    for split in shards.SPLITS:
+        counts = metadata[split]
+        ratio = f", {counts['bytes'] / counts['tokens']:.2f} bytes each" if counts["tokens"] else ""
+        print(f"{split}: {counts['documents']} documents, {counts['tokens']} tokens{ratio}")
+    print(f"wrote {settings.output_dir}; train with --config.data.source={settings.output_dir}")
+
+
+# Not at import: other binaries have flags of the same names, and tests import several.
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,228 @@
+"""Reproduce the claim at a small size: python -m experiments.reproduce [--seeds=0,1,2].
+
+Trains every layout of experiments/configs/claim_small.py with every seed on the same tokens, and
+writes a table of held-out losses in Markdown and JSON. Finished runs are skipped and a run that
+was cut off goes on, so the same command continues after an interruption. The last line on
+standard output is the JSON document.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import cli, runs
+from experiments.configs import claim_small
+from fusedkv_jax import costs
+from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig
+
+
+def run_config(config: ExperimentConfig, name: str, seed: int) -> ExperimentConfig:
+    """The configuration of one row and seed; the seed draws parameters and order of the data.
+
+    Raises:
+      ValueError: the row does not fit the model.
+    """
+    return dataclasses.replace(
+        config,
+        name=f"{config.name} {name} seed {seed}",
+        model=claim_small.ROWS[name].apply(config.model),
+        data=dataclasses.replace(config.data, seed=seed),
+        train=dataclasses.replace(config.train, seed=seed),
+    )
+
+
+def reproduce(
+    config: ExperimentConfig, workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Complete all runs; returns the results.
+
+    Args:
+      config: what all runs have in common.
+      workdir: holds the directory NAME/seed_SEED of each run.
+      names: rows of `claim_small.ROWS`; the first is what the others are compared with.
+      seeds: at least one.
+
+    Raises:
+      ValueError: a row does not fit the model, and what `runs.complete` raises.
+      runs.Interrupted: a signal ended a run.
+    """
+    plan = {(name, seed): run_config(config, name, seed) for seed in seeds for name in names}
+    losses: dict[str, dict[int, float]] = {name: {} for name in names}
+    for number, ((name, seed), run) in enumerate(plan.items(), 1):
+        finished = runs.complete(run, workdir / name / f"seed_{seed}")
+        losses[name][seed] = finished.bits_per_byte
+        how = "finished before" if finished.was_finished else f"{finished.seconds:.0f} s"
+        print(
+            f"run {number} of {len(plan)}: {name}, seed {seed}: "
+            f"{finished.bits_per_byte:.4f} bits per byte ({how})",
+            flush=True,
+        )
+        jax.clear_caches()  # the programs of one run are of no use to the next
+    return {
+        "experiment": config.name,
+        "steps": config.train.steps,
+        "train_tokens": config.train.steps * config.data.batch_size * config.data.seq_len,
+        "seeds": list(seeds),
+        "environment": runs.environment(),
+        "rows": [_row(config, name, names[0], losses) for name in names],
+    }
+
+
+def _row(
+    config: ExperimentConfig, name: str, first: str, losses: dict[str, dict[int, float]]
+) -> dict[str, Any]:
+    model = claim_small.ROWS[name].apply(config.model)
+    own = losses[name]
+    # Runs of one seed see the same batches, so their difference varies less than either.
+    differences = [own[seed] - losses[first][seed] for seed in own]
+    return {
+        "name": name,
+        "layout": claim_small.ROWS[name].layout,
+        "num_kv_heads": model.kv_heads,
+        "parameters": costs.parameter_count(model),
+        "cache_bytes_per_token": costs.cache_bytes_per_token(model, model.dtype),
+        "bits_per_byte": {str(seed): loss for seed, loss in own.items()},
+        "mean": statistics.fmean(own.values()),
+        "std": _std(list(own.values())),
+        "min": min(own.values()),
+        "max": max(own.values()),
+        "difference_mean": statistics.fmean(differences),
+        "difference_std": _std(differences),
+    }
+
+
+def _std(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None for a single value, which has none."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a Markdown document."""
+    environment, first = results["environment"], results["rows"][0]["name"]
+    versions = ("python", "jax", "jaxlib", "flax", "optax", "fusedkv_jax")
+    lines = [
+        f"# {results['experiment']}",
+        "",
+        f"{results['train_tokens']:,} tokens of training in {results['steps']:,} steps for each "
+        f"run, seeds {', '.join(map(str, results['seeds']))}. Loss on held-out text in bits per "
+        f"byte, mean and sample standard deviation over the seeds; the difference to {first} is "
+        "that of runs with the same seed.",
+        "",
+        f"| layout | parameters | cache, bytes per token | loss | min to max | minus {first} |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['parameters']:,} | {row['cache_bytes_per_token']:,} "
+            f"| {_with_spread(row['mean'], row['std'])} | {row['min']:.4f} to {row['max']:.4f} "
+            f"| {_with_spread(row['difference_mean'], row['difference_std'], '+')} |"
+        )
+    lines += [
+        "",
+        f"Device: {environment['devices']} x {environment['device']} "
+        f"({environment['processor']}, {environment['cores']} cores). "
+        f"Versions: {', '.join(f'{name} {environment[name]}' for name in versions)}.",
+        "",
+        f"Command: `{results['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _with_spread(mean: float, std: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.4f}" + ("" if std is None else f" ± {std:.4f}")
+
+
+def read_names(names: Sequence[str]) -> list[str]:
+    """The rows that --layouts names; all without names.
+
+    Raises:
+      ValueError: an unknown or repeated name.
+    """
+    for name in names:
+        if name not in claim_small.ROWS:
+            near = difflib.get_close_matches(name, claim_small.ROWS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(claim_small.ROWS)}"
+            raise ValueError(f"--layouts={name} is unknown; {hint}")
+    return _without_repeats("layouts", names) or list(claim_small.ROWS)
+
+
+def read_seeds(texts: Sequence[str]) -> list[int]:
+    """The seeds of --seeds.
+
+    Raises:
+      ValueError: none, one that is not a number, or one that is repeated.
+    """
+    if not all(text.isdecimal() for text in texts) or not texts:
+        raise ValueError(f"--seeds={','.join(texts)}; give numbers such as --seeds=0,1,2")
+    return _without_repeats("seeds", [int(text) for text in texts])
+
+
+def _without_repeats(flag: str, values: Sequence[Any]) -> list[Any]:
+    for value in values:
+        if list(values).count(value) > 1:
+            raise ValueError(f"--{flag} names {value} twice; name it once")
+    return list(values)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse what the rows and seeds would silently replace."""
+    owners = {
+        "model.layout": "layouts",
+        "model.num_kv_heads": "layouts",
+        "train.seed": "seeds",
+        "data.seed": "seeds",
+    }
+    for override in overrides:
+        field = override.partition("=")[0]
+        if field in owners:
+            raise ValueError(f"--config.{field} is set by --{owners[field]} here; use that flag")
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    cli.define_config("claim_small")
+    flags.DEFINE_string("workdir", "runs/claim_small", "Directory that holds all runs.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
+    flags.DEFINE_list(
+        "layouts", [], f"Rows to train, by default all: {', '.join(claim_small.ROWS)}."
+    )
+    flags.DEFINE_string(
+        "output", "experiments/results/claim_small", "Where the table goes: OUTPUT.md, OUTPUT.json."
+    )
+
+
+def main() -> int:
+    names, seeds = read_names(flags.FLAGS.layouts), read_seeds(flags.FLAGS.seeds)
+    _check_overrides(flags.FLAGS.override)
+    config, workdir = cli.load_config(), pathlib.Path(cli.require("workdir"))
+    output = pathlib.Path(cli.require("output"))
+    output.parent.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
+    try:
+        results = reproduce(config, workdir, names, seeds)
+    except runs.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    results["command"] = shlex.join(["python", "-m", "experiments.reproduce", *sys.argv[1:]])
+    text = markdown(results)
+    output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
+    data = json.dumps(results, indent=1) + "\n"
+    output.with_name(output.name + ".json").write_text(data, encoding="utf-8")
+    print(text)
+    print(json.dumps(results))
+    return 0
+
+
+# Not at import: other binaries have flags of the same names, and tests import several.
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

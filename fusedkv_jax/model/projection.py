@@ -1,0 +1,52 @@
+"""Matrix products of tokens with parameters, with gradients in the order that is fast."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def project(
+    x: Float[Array, "..."], weight: Float[Array, "..."], axes: int = 1, dtype: Any = None
+) -> Float[Array, "..."]:
+    """Contract the last `axes` axes of tokens with the first ones of a parameter.
+
+    JAX's own rule gives the parameter's gradient transposed, and XLA on CPU then transposes
+    the activations that enter it. Asking for x^T dy takes 0.8 of the time, forward and backward
+    (SwiGLU, 512 tokens, D = 512, F = 1408, fp32).
+
+    Args:
+        x: tokens.
+        weight: parameter, of the same type.
+        axes: number of axes to contract.
+        dtype: of the sums and the result, by default that of `x`.
+    """
+    return _project(x, weight, axes, dtype)
+
+
+def _product(x, weight, axes, dtype):
+    inner = tuple(range(x.ndim - axes, x.ndim))
+    dims = ((inner, tuple(range(axes))), ((), ()))
+    return lax.dot_general(x, weight, dims, preferred_element_type=dtype)
+
+
+def _forward(x, weight, axes, dtype):
+    return _product(x, weight, axes, dtype), (x, weight)
+
+
+def _backward(axes, dtype, residuals, gradient):
+    x, weight = residuals
+    batch = tuple(range(x.ndim - axes))
+    outer = tuple(range(len(batch), gradient.ndim)), tuple(range(axes, weight.ndim))
+    product = functools.partial(lax.dot_general, preferred_element_type=dtype)
+    dx = product(gradient, weight, (outer, ((), ())))
+    dweight = product(x, gradient, ((batch, batch), ((), ())))
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+_project: Any = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
+_project.defvjp(_forward, _backward)

@@ -1,0 +1,197 @@
+"""prepare_data: its shards train like the text they were made from; mistakes cost nothing."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from experiments.prepare_data import Preparation, prepare
+from fusedkv_jax.data import DataConfig, load_corpus, make_eval_batches, make_train_iterator
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXTS = [f"document {i}: " + "ä" * (i % 17) for i in range(200)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, texts in (("a", TEXTS[:120]), ("b", ["", *TEXTS[120:]])):
+        lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+def run_binary(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.prepare_data", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def documents(split):
+    return sorted(split.read(i).astype(int).tolist() for i in range(len(split.lengths)))
+
+
+def test_end_to_end(source, tmp_path):
+    output = tmp_path / "new" / "tokens"
+    settings = ["--text_key=body", "--holdout_fraction=0.2", "--num_shards=3"]
+    done = run_binary(f"--input={source}", f"--output_dir={output}", *settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in output.parent.iterdir()] == ["tokens"]
+
+    changes = {"seq_len": 32, "batch_size": 4, "holdout_fraction": 0.2}
+    text = load_corpus(DataConfig(source=str(source), text_key="body", **changes))
+    config = DataConfig(source=str(output), **changes)
+    tokens = load_corpus(config)
+    assert documents(tokens.train) == documents(text.train)
+    assert documents(tokens.heldout) == documents(text.heldout)
+    assert tokens.heldout.num_bytes.sum() == text.heldout.num_bytes.sum()
+    counts = f"{len(text.train.lengths)} documents, {text.train.lengths.sum()} tokens"
+    assert done.stdout.splitlines()[0].startswith(f"train: {counts}, ")
+
+    iterator = make_train_iterator(config)
+    for _ in range(5):
+        next(iterator)
+    state, expected = iterator.get_state(), next(iterator)
+    iterator = make_train_iterator(config)
+    iterator.set_state(state)
+    np.testing.assert_array_equal(next(iterator)["tokens"], expected["tokens"])
+    total = sum(batch["num_bytes"] for batch in make_eval_batches(config))
+    assert total == text.heldout.num_bytes.sum()
+
+    again = run_binary(f"--input={source}", f"--output_dir={output}", *settings)
+    assert again.returncode == 2
+    assert again.stderr == (
+        f"error: output_dir {output} is not empty; name a new folder or remove it\n"
+    )
+    assert documents(load_corpus(config).train) == documents(text.train)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: --output_dir is missing; "),
+        (["--output_dir=x", "--input=nowhere"], "error: no such file or folder: 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message):
+    done = run_binary(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_metadata(source, tmp_path):
+    output = tmp_path / "tokens"
+    made = prepare(
+        Preparation(input=[str(source)], output_dir=str(output), text_key="body", num_shards=2)
+    )
+    metadata = json.loads((output / "metadata.json").read_text())
+    assert metadata == {"format": "fusedkv_jax.tokens", "version": 1, **made}
+    assert metadata["train"]["documents"] + metadata["heldout"]["documents"] == len(TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert metadata["train"]["bytes"] + metadata["heldout"]["bytes"] == size
+    tokens = size + len(TEXTS)  # A byte each, and EOS.
+    assert metadata["train"]["tokens"] + metadata["heldout"]["tokens"] == tokens
+    assert metadata["tokenizer"]["name"] == "byte" and metadata["dtype"] == "<u2"
+    assert [entry["file"] for entry in metadata["sources"]] == ["a.jsonl", "b.jsonl"]
+    assert sorted(path.name for path in output.iterdir() if path.suffix == ".arrayrecord") == [
+        "heldout-00000-of-00001.arrayrecord",
+        "train-00000-of-00002.arrayrecord",
+        "train-00001-of-00002.arrayrecord",
+    ]
+
+
+def test_a_large_vocabulary_and_another_tokenizer(source, tmp_path):
+    vocabulary = {"document": 70_000, ":": 1, "</s>": 2, "[UNK]": 3}
+    tokenizer = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    output = tmp_path / "tokens"
+    prepare(
+        Preparation(
+            input=[str(source)], output_dir=str(output), text_key="body", tokenizer=str(path)
+        )
+    )
+    changes = {"source": str(output), "seq_len": 32, "batch_size": 4}
+    corpus = load_corpus(DataConfig(tokenizer=str(path), **changes))
+    assert corpus.train.read(0).tolist()[:4] == [2, 70_000, 3, 1]
+    with pytest.raises(ValueError, match="were made with tokenizer 'tokenizer.json' "):
+        load_corpus(DataConfig(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("c.jsonl", b'{"body": "ok"}\n{"body": "\xff"}\n', "c.jsonl:2: byte 25 "),
+        ("c.txt", b"ok \xff", "c.txt: byte 3 "),
+        ("c.arrayrecord", b"", "is a shard of tokens already; --input takes text"),
+    ],
+)
+def test_a_bad_input_leaves_nothing_behind(source, tmp_path, name, data, message):
+    (source / name).write_bytes(data)
+    output = tmp_path / "tokens"
+    with pytest.raises(ValueError, match=message):
+        prepare(
+            Preparation(
+                input=[str(source), str(source / name)], output_dir=str(output), text_key="body"
+            )
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+def test_no_text(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"no text in 1 file\(s\) of "):
+        prepare(Preparation(input=[str(tmp_path)], output_dir=str(tmp_path / "tokens")))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_output_dir_is_a_file(source, tmp_path):
+    output = tmp_path / "tokens"
+    output.write_text("mine")
+    with pytest.raises(ValueError, match="tokens is a file; name a folder"):
+        prepare(Preparation(input=[str(source)], output_dir=str(output)))
+    assert output.read_text() == "mine"
+
+
+def test_an_empty_output_dir_and_max_documents(source, tmp_path):
+    output = tmp_path / "tokens"
+    output.mkdir()
+    made = prepare(
+        Preparation(
+            input=[str(source / "b.jsonl"), str(source / "a.jsonl")],
+            output_dir=str(output),
+            text_key="body",
+            num_shards=1,
+            max_documents=90,
+            holdout_fraction=0.0,
+        )
+    )
+    assert made["train"]["documents"] == 90
+    corpus = load_corpus(DataConfig(source=str(output), seq_len=8, batch_size=1))
+    texts = [bytes(corpus.train.read(i)[1:-1].astype(np.uint8)).decode() for i in range(90)]
+    assert texts == [*TEXTS[120:], *TEXTS[:10]]  # The order of the inputs, empty ones left out.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_shards": 0}, "num_shards must be at least 1, got 0"),
+        ({"max_documents": 0}, "max_documents must be at least 1, got 0"),
+        ({"holdout_fraction": 2.0}, "data holdout_fraction must be from 0 to 1, got 2.0"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError) as error:
+        Preparation(input=["x"], output_dir="y", **changes)
+    assert str(error.value) == message
