@@ -1,13 +1,14 @@
 """The suite `cpu`: what this library does on a processor, next to what it should."""
 
 from collections.abc import Callable
+from typing import Any
 
 from experiments.benchmarks import programs, speed
 from experiments.benchmarks.report import Measurement
 from fusedkv_jax.config import ModelConfig
 
 # Llama blocks with grouped queries: 28 million parameters.
-GEOMETRY = dict(
+GEOMETRY: dict[str, Any] = dict(
     vocab_size=8192,
     num_layers=8,
     d_model=512,
@@ -18,7 +19,7 @@ GEOMETRY = dict(
     qk_norm=False,
     norm_eps=1e-5,
 )
-TOY = dict(
+TOY: dict[str, Any] = dict(
     vocab_size=128,
     num_layers=4,
     d_model=32,

@@ -28,9 +28,9 @@ def counted_compilations() -> Iterator[list[float]]:
     """A list that gets the seconds of each compilation within the block."""
     seconds: list[float] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILE_EVENT:
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -42,7 +42,7 @@ def counted_compilations() -> Iterator[list[float]]:
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
     """Within the block every compilation is a real one, none is read from the disk."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # jax asks once a process whether there is a cache
     try:

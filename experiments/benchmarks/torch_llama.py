@@ -36,7 +36,7 @@ def model(config: ModelConfig) -> Any:
             max_position_embeddings=config.max_length,
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -77,7 +77,8 @@ def generator(
     options: dict[str, Any] = {"disable_compile": True}
     if compiled:
         compile_config = transformers.CompileConfig(fullgraph=False, mode="default")
-        compile_config._compile_all_devices = True  # transformers' own switch for CPU
+        # transformers' own switch for CPU, which its class does not declare.
+        setattr(compile_config, "_compile_all_devices", True)  # noqa: B010
         options = {"compile_config": compile_config}
 
     def generate() -> Any:
