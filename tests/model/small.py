@@ -35,7 +35,7 @@ EXTRA_SPECS = {
     "lckv_middle": "lckv:target=middle,forward_passes=14",
     "lckv_windowed": "0_5s4x4_5s4_6_7:passes=14+1",
     "hybrid_window_only": "window_hybrid:window=4,full_every=2,rebuild=window",
-    "serves_others": "0_2_1_3_2_2_k3v1x2",
+    "serves_others": "0_2_1_3_2_2_k3v1x2:passes=14+1",
 }
 
 MLA = fkv.MLAConfig(kv_lora_rank=12, nope_dim=8, rope_dim=4, v_dim=6, q_lora_rank=10)
