@@ -2,7 +2,8 @@
 
 Paper:     none; a small FusedKV model (arXiv 2512.03870) that shows every part working.
 Data:      the .py files of the running Python's standard library; nothing is downloaded.
-Hardware:  two CPU cores; about two minutes for each layout.
+Hardware:  two CPU cores (AMD EPYC); about two minutes for each layout.
+Number:    1.99 bits per byte on held-out text, fusedkv and mha alike (one seed).
 Command:   python -m experiments.demo --workdir=DIR  trains and compares fusedkv and mha;
            python -m experiments.train --config=demo --workdir=DIR  trains one,
            with --config.model.layout=mha, fusedkv_lite, yoco ... for another layout.
