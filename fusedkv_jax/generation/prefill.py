@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache import KVCache, cache_plan
+from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 
 
@@ -33,7 +34,7 @@ def prefill(
     Raises:
         ValueError: more tokens than a row of the cache can hold.
     """
-    capacity = cache_capacity(cache)
+    capacity = cache_capacity(model.config, cache)
     if capacity is not None and tokens.shape[1] > capacity:
         raise ValueError(
             f"tokens has {tokens.shape[1]} columns but the cache holds {capacity} tokens a row;"
@@ -61,10 +62,16 @@ def decode_step(
     return _extend(graph, state, tokens[:, None], one, cache)
 
 
-def cache_capacity(cache: KVCache) -> int | None:
-    """Tokens that a row can hold: the longest stored length (None if only rings are stored)."""
-    arrays = [a for a in (*cache.keys, *cache.values) if a is not None]
-    return max(a.shape[2] for a in arrays)
+def cache_capacity(config: ModelConfig, cache: KVCache) -> int | None:
+    """Tokens that a row can hold; None where all streams are rings as long as their window."""
+    windows = cache_plan(config.kv_layout).windows
+    limits = [
+        array.shape[2]
+        for arrays in (cache.keys, cache.values)
+        for window, array in zip(windows, arrays, strict=True)
+        if array is not None and array.shape[2] != window
+    ]
+    return min(limits, default=None)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")

@@ -117,3 +117,15 @@ def test_prefill_into_a_small_cache_is_refused(model):
     cache = fkv.KVCache.create(model.config, batch_size=1, max_length=4)
     with pytest.raises(ValueError, match="5 columns but the cache holds 4"):
         fkv.prefill(model, jnp.zeros((1, 5), jnp.int32), jnp.array([5]), cache)
+
+
+def test_rings_take_prompts_longer_than_themselves():
+    """Where every layer is windowed, nothing limits a row."""
+    model = small.decoder(small.config("0s4_1s4_2s4_3s4", num_layers=4))
+    tokens = small.tokens(1, 11)
+    cache = fkv.KVCache.create(model.config, batch_size=1, max_length=8)
+    last, cache = fkv.prefill(model, tokens[:, :10], jnp.array([10]), cache)
+    whole = model(tokens)
+    np.testing.assert_allclose(last, whole[:, 9], atol=1e-4)
+    last, _ = fkv.decode_step(model, tokens[:, 10], cache)
+    np.testing.assert_allclose(last, whole[:, 10], atol=1e-4)
