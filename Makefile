@@ -1,6 +1,7 @@
 # One command for each thing a developer does; every target makes its own environment.
 #
-#   make env [EXTRAS=reference,tpu-compile]  the environment, with the tested versions
+#   make env [EXTRAS=reference,tpu-compile,gpu-compile]
+#                                            the environment, with the tested versions
 #   make demo                                the demonstration, in runs/demo
 #   make test [MARKS=slow] [ARGS=...]        the tests, two at a time
 #   make check                               format, lint, types, import floors
