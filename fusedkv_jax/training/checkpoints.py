@@ -1,105 +1,161 @@
 """Checkpoints of a run with Orbax: asynchronous saving, exact resuming, clear refusals."""
 
+import concurrent.futures
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.training import manifest
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
+from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError, Manifest
 from fusedkv_jax.training.state import TrainState, abstract_model
+from fusedkv_jax.training.store import Store, committed_steps
 from fusedkv_jax.training.trees import describe, plain, unplain, with_sharding
 
-FORMAT = 1
 # Settings that change how the model is computed but neither its parameters nor its function.
 MODEL_RUNTIME_FIELDS = ("attention", "max_length", "remat", "scan_layers")
 # Settings that change how fast batches come but not which.
 DATA_RUNTIME_FIELDS = ("num_threads", "prefetch_batches")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, or is not one of this configuration."""
+BEST_METRIC = "eval/loss"
 
 
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints/STEP`.
 
     A step holds three items: params (a plain nested dictionary of arrays), optimizer (step,
-    skipped, the optimizer's state) and data (the place in the data stream), and the whole
-    configuration as JSON in its metadata. Saving happens in the background and is committed by
-    a rename, so a kill at any time leaves only whole checkpoints. Use as a context manager:
-    leaving the block waits for the last save.
+    skipped, the optimizer's state) and data (the place in the data stream), and the manifest,
+    which has the configuration and every file's SHA-256. Saving happens in the background. Orbax
+    writes to another name, the manifest follows, and a rename commits: a kill at any time leaves
+    only whole checkpoints. Use as a context manager: leaving the block waits for the last save.
+
+    A save that fails (the disk is full, say) is reported, and training goes on.
 
     Args:
       workdir: the run's directory; made absolute, because Orbax writes relative paths in a
         background thread, where they fail without a word.
       keep: number of newest checkpoints kept.
+      keep_best: number of checkpoints kept besides, those with the lowest `BEST_METRIC`.
+      report: takes a line about what went wrong.
     """
 
-    def __init__(self, workdir: pathlib.Path | str, keep: int):
-        self._directory = checkpoint_directory(workdir)
-        latest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self._directory),
-            preservation_policy=latest,
-            cleanup_tmp_directories=True,
-        )
-        self._pending = None
+    def __init__(
+        self,
+        workdir: pathlib.Path | str,
+        keep: int,
+        *,
+        keep_best: int = 0,
+        report: Callable[[str], Any] = print,
+    ):
+        self._store = Store(checkpoint_directory(workdir), keep, keep_best, BEST_METRIC)
+        self._store.clean()
+        self._report = report
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
 
     @property
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self._store.steps(), default=None)
 
-    def save(self, step: int, state: TrainState, data: Any, config: ExperimentConfig) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: Any,
+        config: ExperimentConfig,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
         """Start saving; does nothing if this step is already there.
 
         Args:
           step: the step that the state belongs to.
           state: may be donated right after the call.
           data: the Grain iterator, which may go on right after the call.
-          config: stored as JSON with the checkpoint.
-
-        Raises:
-          Whatever went wrong in the save before this one.
+          config: stored with the checkpoint.
+          metrics: the last evaluation's values, stored with the checkpoint.
         """
         self.wait()
         if step == self.latest_step:
             return
-        items = {"params": plain(state.params), "optimizer": _optimizer_item(state)}
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step,
-            {**items, "data": data},
-            force=True,
-            custom_metadata={"format": FORMAT, "config": config.to_dict()},
+        items = {"params": plain(state.params), "optimizer": _optimizer_item(state), "data": data}
+        description = {"step": step, "config": config.to_dict(), "metrics": metrics or {}}
+        try:
+            path = self._store.unfinished(step)
+            writing = ocp.save_checkpointables_async(str(path), items)
+        except Exception as error:  # of any kind: a run outlives its checkpoints
+            self._failed(step, error)
+            return
+        self._pending = self._thread.submit(self._finish, step, writing, path, description)
+
+    def _finish(self, step: int, writing: Any, path: pathlib.Path, description: dict) -> None:
+        try:
+            writing.result()
+            manifest.write(path, **description)
+            self._store.commit(step)
+        except Exception as error:
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0]
+        self._report(
+            f"warning: step {step} could not be saved and training goes on: "
+            f"{type(error).__name__}: {reason}"
         )
 
-    def restore(self, abstract: TrainState, data: Any, config: ExperimentConfig) -> TrainState:
-        """The newest checkpoint's state; the data iterator is moved to its place.
+    def restore(
+        self, abstract: TrainState, data: Any, config: ExperimentConfig
+    ) -> tuple[TrainState, int] | None:
+        """The newest intact checkpoint's state; the data iterator is moved to its place.
+
+        A damaged checkpoint is reported, set aside as `STEP.damaged`, and the one before is used.
 
         Args:
           abstract: shapes and dtypes of the state, from `abstract_state`.
           data: a fresh iterator of `config.data`.
           config: the run's configuration, which the checkpoint must agree with.
 
+        Returns:
+          (state, step), or None if nothing was ever saved.
+
         Raises:
-          CheckpointError: another model or other data; the message names the first parameter
-            or setting that differs.
+          CheckpointError: another model or other data (the message names the first parameter or
+            setting that differs), or all checkpoints are damaged.
         """
-        step = self.latest_step
-        if step is None:
-            raise CheckpointError(f"there is no checkpoint in {self._directory}")
-        path = self._directory / str(step)
-        saved = _saved_config(path)
+        damaged = []
+        for step in reversed(self._store.steps()):
+            path = self._store.directory / str(step)
+            try:
+                saved = manifest.verify(path)
+            except DamagedCheckpointError as damage:
+                aside = self._store.set_aside(step)
+                self._report(f"warning: {damage}; set aside as {aside.name}")
+                damaged.append(str(damage))
+                continue
+            return self._load(path, saved, abstract, data, config), step
+        if damaged:
+            raise CheckpointError(
+                f"{damaged[0]}, and no other checkpoint in {self._store.directory} is intact; "
+                "restore the directory from a copy, or use another --workdir to start again"
+            )
+        return None
+
+    def _load(
+        self,
+        path: pathlib.Path,
+        saved: Manifest,
+        abstract: TrainState,
+        data: Any,
+        config: ExperimentConfig,
+    ) -> TrainState:
         expected = {"params": plain(abstract.params), "optimizer": _optimizer_item(abstract)}
-        _check_tree(path, saved, expected, config)
-        _check_config(path, saved, config)
-        loaded = self._checkpointer.load_checkpointables(
-            step, {**with_sharding(expected), "data": data}
-        )
+        _check_tree(path, saved.config, expected, config)
+        _check_config(path, saved.config, config)
+        loaded = ocp.load_checkpointables(str(path), {**with_sharding(expected), "data": data})
         rest = loaded["optimizer"]
         return TrainState(
             step=rest["step"],
@@ -109,7 +165,7 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Wait for the running save, and raise what went wrong in it."""
+        """Wait for the running save."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -118,10 +174,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        try:
-            self.wait()
-        finally:
-            self._checkpointer.close()
+        self.wait()
+        self._thread.shutdown()
 
 
 def checkpoint_directory(workdir: pathlib.Path | str) -> pathlib.Path:
@@ -142,40 +196,25 @@ def load_model(
       (model, configuration of the run, step).
 
     Raises:
-      CheckpointError: no checkpoint there, or none of that step.
+      CheckpointError: no checkpoint there, or none of that step, or a file of it is damaged.
     """
     directory = checkpoint_directory(workdir)
-    if not directory.is_dir():
+    steps = committed_steps(directory)
+    if not steps:
         raise CheckpointError(f"there is no checkpoint in {workdir}; train there first")
-    checkpointer = ocp.training.Checkpointer(str(directory))
-    try:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-        if not steps:
-            raise CheckpointError(f"there is no checkpoint in {workdir}; train there first")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise CheckpointError(
-                f"step={step} is not in {workdir}, which has {', '.join(map(str, steps))}"
-            )
-        path = directory / str(step)
-        saved = _saved_config(path)
-        config = ExperimentConfig.from_dict(saved)
-        graphdef, params = abstract_model(config.model)
-        expected = {"params": plain(params)}
-        _check_tree(path, saved, expected, config)
-        loaded = checkpointer.load_checkpointables(step, with_sharding(expected))
-    finally:
-        checkpointer.close()
-    return nnx.merge(graphdef, unplain(params, loaded["params"])), config, step
-
-
-def _saved_config(path: pathlib.Path) -> dict[str, Any]:
-    metadata: Any = ocp.metadata(str(path), checkpointable_name="params").custom_metadata
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    step = steps[-1] if step is None else step
+    if step not in steps:
         raise CheckpointError(
-            f"checkpoint {path} was not written by this version of fusedkv_jax.training"
+            f"step={step} is not in {workdir}, which has {', '.join(map(str, steps))}"
         )
-    return metadata["config"]
+    path = directory / str(step)
+    saved = manifest.verify(path, below="params/").config
+    config = ExperimentConfig.from_dict(saved)
+    graphdef, params = abstract_model(config.model)
+    expected = {"params": plain(params)}
+    _check_tree(path, saved, expected, config)
+    loaded = ocp.load_checkpointables(str(path), with_sharding(expected))
+    return nnx.merge(graphdef, unplain(params, loaded["params"])), config, step
 
 
 def _check_tree(

@@ -24,6 +24,8 @@ class TrainConfig:
       eval_batches: batches of one evaluation; 0 turns evaluation off.
       checkpoint_every: steps between checkpoints; 0 means only at the end.
       keep_checkpoints: the newest checkpoints that are kept.
+      keep_best: checkpoints kept besides, those with the lowest held-out loss; evaluate at the
+        steps that are saved.
       peak_flops: peak FLOP/s of the machine, for the model FLOPs utilisation; None looks the
         device up and leaves the figure out where it is unknown.
     """
@@ -36,13 +38,14 @@ class TrainConfig:
     eval_batches: int = 16
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
+    keep_best: int = 0
     peak_flops: float | None = None
 
     def __post_init__(self):
         for name in ("steps", "grad_accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
-        for name in ("seed", "eval_every", "eval_batches", "checkpoint_every"):
+        for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
         if self.peak_flops is not None and self.peak_flops <= 0:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fusedkv_jax import costs, data
 from fusedkv_jax.data import tokenizers
-from fusedkv_jax.training.checkpoints import Checkpoints
+from fusedkv_jax.training.checkpoints import CheckpointError, Checkpoints
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
 from fusedkv_jax.training.interrupts import Interrupts
@@ -78,7 +78,9 @@ def train(config: ExperimentConfig, workdir: pathlib.Path | str) -> TrainResult:
     with (
         lock_workdir(workdir),
         Interrupts() as interrupts,
-        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+        Checkpoints(
+            workdir, config.train.keep_checkpoints, keep_best=config.train.keep_best
+        ) as checkpoints,
     ):
         return _Run(config, workdir, checkpoints, interrupts).finish()
 
@@ -129,11 +131,11 @@ class _Run:
         return TrainResult(step, self.interrupts.received, self.latest, self.workdir)
 
     def _start(self) -> tuple[TrainState, int]:
-        latest = self.checkpoints.latest_step
-        if latest is None:
-            return create_state(self.config.model, self.optimizer, self.config.train.seed), 0
         target = abstract_state(self.config.model, self.optimizer)
-        return self.checkpoints.restore(target, self.data, self.config), latest
+        restored = self.checkpoints.restore(target, self.data, self.config)
+        if restored is not None:
+            return restored
+        return create_state(self.config.model, self.optimizer, self.config.train.seed), 0
 
     def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
         model, devices = self.config.model, state.step.devices()
@@ -189,13 +191,14 @@ class _Run:
             if last or step % train.log_every == 0:
                 self._log(writer, step, metrics, losses, timer)
                 losses.clear()
+            evaluated = {}
             if self._due(step, train.eval_every):
-                self._evaluate(writer, step, state.params)
+                evaluated = self._evaluate(writer, step, state.params)
                 timer.restart()
             if last or _is_multiple(step, train.checkpoint_every):
                 # After a save the iterator must be at the next batch, so it is saved before
                 # that batch is drawn.
-                self.checkpoints.save(step, state, self.data, self.config)
+                self.checkpoints.save(step, state, self.data, self.config, evaluated)
                 timer.restart()
             if last:
                 self._say_goodbye(progress, step)
@@ -228,12 +231,13 @@ class _Run:
         timer.restart()
         self._write(writer, step, {f"train/{name}": value for name, value in values.items()})
 
-    def _evaluate(self, writer, step: int, params: nnx.State) -> None:
+    def _evaluate(self, writer, step: int, params: nnx.State) -> dict[str, float]:
         if self.eval_batches is None:
-            return
+            return {}
         result = evaluate(self.eval_step, params, self.eval_batches)
         values = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._write(writer, step, values)
+        return values
 
     def _write(self, writer: MetricWriter, step: int, values: dict[str, float]) -> None:
         self.latest |= values
@@ -241,6 +245,13 @@ class _Run:
 
     def _say_goodbye(self, progress: Progress, step: int) -> None:
         self.checkpoints.wait()
+        saved = self.checkpoints.latest_step
+        if saved != step:
+            raise CheckpointError(
+                f"step {step} could not be saved in {self.workdir}, whose newest checkpoint is "
+                f"{'missing' if saved is None else f'step {saved}'}; see the warning above, make "
+                "room or give write permission, and run the same command again"
+            )
         if self.interrupts.received and step < self.config.train.steps:
             progress.print(
                 f"{self.interrupts.received}: saved step {step} in {self.workdir}; run the same "

@@ -32,7 +32,7 @@ def _scrambled(state, seed):
 def _assert_same(tree, other):
     assert jax.tree.structure(tree) == jax.tree.structure(other)
     for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        assert x.dtype == y.dtype
+        assert np.asarray(x).dtype == np.asarray(y).dtype
         np.testing.assert_array_equal(x, y)
 
 
@@ -57,7 +57,8 @@ def test_round_trip_is_exact_with_the_place_in_the_data(toy, saved):
     with Checkpoints(workdir, keep=2) as checkpoints:
         assert checkpoints.latest_step == 7
         restored = checkpoints.restore(_abstract(toy), iterator, toy)
-    _assert_same(restored, state)
+    assert restored is not None and restored[1] == 7
+    _assert_same(restored[0], state)
     for batch in batches[3:]:
         _assert_same(next(iterator), batch)
 
@@ -72,7 +73,8 @@ def test_saved_values_survive_donation(toy, toy_state, tmp_path):
         jax.block_until_ready(overwrite(state))
         checkpoints.wait()
         restored = checkpoints.restore(_abstract(toy), iterator, toy)
-    _assert_same(jax.tree.map(np.array, restored), wanted)
+    assert restored is not None
+    _assert_same(jax.tree.map(np.array, restored[0]), wanted)
 
 
 def test_bfloat16_parameters_come_back_as_such(toy, tmp_path):
@@ -83,7 +85,7 @@ def test_bfloat16_parameters_come_back_as_such(toy, tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, iterator, config)
         checkpoints.wait()
-        _assert_same(checkpoints.restore(abstract, iterator, config), state)
+        _assert_same(checkpoints.restore(abstract, iterator, config), (state, 1))
 
 
 def test_keeps_the_newest_and_saves_a_step_once(toy, toy_state, tmp_path):
@@ -92,6 +94,39 @@ def test_keeps_the_newest_and_saves_a_step_once(toy, toy_state, tmp_path):
         for step in (1, 2, 3, 3):
             checkpoints.save(step, toy_state, iterator, toy)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_keeps_the_best_besides_the_newest(toy, toy_state, tmp_path):
+    iterator = data.make_train_iterator(toy.data)
+    losses = {1: 5.0, 2: 3.0, 3: None, 4: 4.0, 5: 4.5, 6: None}
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:
+        for step, loss in losses.items():
+            metrics = {} if loss is None else {"eval/loss": loss}
+            checkpoints.save(step, toy_state, iterator, toy, metrics)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "6"}
+
+
+def test_a_save_that_fails_is_reported_and_the_next_one_works(toy, toy_state, tmp_path):
+    iterator, lines = data.make_train_iterator(toy.data), []
+    obstacle = tmp_path / "checkpoints"
+    with Checkpoints(tmp_path, keep=1, report=lines.append) as checkpoints:
+        obstacle.write_text("a file where the directory should be")
+        checkpoints.save(1, toy_state, iterator, toy)
+        assert checkpoints.latest_step is None
+        obstacle.unlink()
+        checkpoints.save(2, toy_state, iterator, toy)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 2
+    assert len(lines) == 1 and "step 1 could not be saved" in lines[0]
+
+
+def test_what_an_interrupted_save_left_is_removed(toy, toy_state, saved):
+    workdir, _ = saved
+    for name in ("9.unfinished", "3.removed", "9.unfinished.orbax-checkpoint-tmp"):
+        (workdir / "checkpoints" / name / "params").mkdir(parents=True)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.latest_step == 7
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["7"]
 
 
 def test_relative_workdir(toy, toy_state, tmp_path, monkeypatch):
@@ -161,7 +196,7 @@ def test_settings_that_change_no_result_may_change(toy, saved):
     )
     iterator = data.make_train_iterator(config.data)
     with Checkpoints(workdir, keep=2) as checkpoints:
-        _assert_same(checkpoints.restore(_abstract(config), iterator, config), state)
+        _assert_same(checkpoints.restore(_abstract(config), iterator, config), (state, 7))
 
 
 def test_load_model_gives_the_saved_parameters_and_config(toy, saved):

@@ -47,7 +47,9 @@ def _final_state(config, workdir):
     iterator = data.make_train_iterator(config.data)
     abstract = abstract_state(config.model, make_optimizer(config.optimizer, config.train.steps))
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
-        return checkpoints.restore(abstract, iterator, config), next(iterator)
+        restored = checkpoints.restore(abstract, iterator, config)
+        assert restored is not None
+        return restored[0], next(iterator)
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
