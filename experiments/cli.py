@@ -1,6 +1,7 @@
 """What every binary shares: flags, --config, and errors as one line with exit code 2."""
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import pathlib
@@ -28,8 +29,10 @@ _OUR_FOLDERS = tuple(
 )
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[..., int | None], *, argument: str | None = None) -> NoReturn:
     """Parse the flags, call `main()` and exit with the code it returns (None is 0).
+
+    With `argument`, the name of a required word on the command line, `main` is called with it.
 
     A mistake of the user ends with one line on standard error and exit code 2: a bad or unknown
     flag, a missing file, and a ValueError that our own code raised. A ValueError from inside a
@@ -37,9 +40,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
 
     def call_main(argv: Sequence[str]) -> int | None:
-        del argv
         try:
-            return main()
+            return main(*argv[1:])
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
             _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e))
         except (ValueError, flags.Error) as error:
@@ -48,7 +50,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             _fail(str(error))
 
     logging.set_verbosity(logging.WARNING)
-    app.run(call_main, flags_parser=_parse_flags)
+    app.run(call_main, flags_parser=functools.partial(_parse_flags, argument))
     raise SystemExit  # app.run has exited already; this tells type checkers so
 
 
@@ -121,7 +123,7 @@ def _load_module(name: str):
     return importlib.import_module(f"experiments.configs.{name}")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argument: str | None, argv: list[str]) -> list[str]:
     """Parse with absl, after turning --config.FIELD=VALUE into --override=FIELD=VALUE."""
     if "config" in flags.FLAGS:
         argv = [re.sub(r"^--?config\.", "--override=", arg) for arg in argv]
@@ -129,8 +131,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         _fail(str(error))
-    if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    taken = 1 if argument is None else 2
+    if len(rest) > taken:
+        _fail(f"unexpected argument {rest[taken]!r}; flags are written --name=value")
+    if len(rest) < taken:
+        _fail(f"{argument} is missing; name it after the command")
     return rest
 
 

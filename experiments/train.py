@@ -15,14 +15,27 @@ cli.define_config()
 flags.DEFINE_string(
     "workdir", None, "Directory for checkpoints and metrics; a run found there is resumed."
 )
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST: write a profiler trace of these steps to WORKDIR/profile."
+)
 
 
 def main() -> int:
     config = cli.load_config()
-    result = train(config, cli.require("workdir"))
+    profile_steps = _steps(_PROFILE_STEPS.value)
+    result = train(config, cli.require("workdir"), profile_steps=profile_steps)
     summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
     print(json.dumps(summary | result.metrics))
     return INTERRUPTED_EXIT_CODE if result.interrupted else 0
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"--profile_steps={text} must be FIRST:LAST, such as 20:24")
+    return int(first), int(last)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Training: configuration, train step, loop, checkpoints and metrics."""
 
-from fusedkv_jax.training.checkpoints import CheckpointError, Checkpoints, load_model
+from fusedkv_jax.training.checkpoints import Checkpoints, checkpoint_directory, load_model
 from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
 from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
 from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
 from fusedkv_jax.training.lock import WorkdirLockedError
 from fusedkv_jax.training.loop import TrainResult, train
+from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError
 from fusedkv_jax.training.metrics import bits_per_byte
 from fusedkv_jax.training.optimizer import (
     OptimizerConfig,
@@ -14,11 +15,13 @@ from fusedkv_jax.training.optimizer import (
 )
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
 from fusedkv_jax.training.step import make_train_step, sum_cross_entropy
+from fusedkv_jax.training.store import committed_steps
 
 __all__ = [
     "INTERRUPTED_EXIT_CODE",
     "CheckpointError",
     "Checkpoints",
+    "DamagedCheckpointError",
     "EvalResult",
     "ExperimentConfig",
     "OptimizerConfig",
@@ -29,6 +32,8 @@ __all__ = [
     "abstract_model",
     "abstract_state",
     "bits_per_byte",
+    "checkpoint_directory",
+    "committed_steps",
     "create_state",
     "evaluate",
     "learning_rate_schedule",

@@ -11,11 +11,13 @@ from flax import nnx
 
 from fusedkv_jax import costs, data
 from fusedkv_jax.data import tokenizers
-from fusedkv_jax.training.checkpoints import CheckpointError, Checkpoints
+from fusedkv_jax.training.checkpoints import Checkpoints
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
+from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
 from fusedkv_jax.training.interrupts import Interrupts
 from fusedkv_jax.training.lock import lock_workdir
+from fusedkv_jax.training.manifest import CheckpointError
 from fusedkv_jax.training.metrics import (
     JsonLinesWriter,
     LineWriter,
@@ -24,8 +26,10 @@ from fusedkv_jax.training.metrics import (
     StepTimer,
     TensorBoardWriter,
     device_peak_flops,
+    last_step,
 )
 from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fusedkv_jax.training.profiling import ProfileWindow
 from fusedkv_jax.training.progress import Progress
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
 from fusedkv_jax.training.step import BATCH_KEYS, Batch, make_train_step
@@ -54,7 +58,12 @@ class TrainResult:
     workdir: pathlib.Path
 
 
-def train(config: ExperimentConfig, workdir: pathlib.Path | str) -> TrainResult:
+def train(
+    config: ExperimentConfig,
+    workdir: pathlib.Path | str,
+    *,
+    profile_steps: tuple[int, int] | None = None,
+) -> TrainResult:
     """Train until `config.train.steps`, or until SIGTERM or SIGINT.
 
     The work directory holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`. A run that
@@ -64,15 +73,19 @@ def train(config: ExperimentConfig, workdir: pathlib.Path | str) -> TrainResult:
     Args:
       config: the experiment.
       workdir: created if it does not exist; one run at a time may use it.
+      profile_steps: first and last step whose trace is written to `workdir/profile`, for
+        TensorBoard or Perfetto.
 
     Raises:
-      ValueError: the vocabulary is too small for the tokenizer, there is no text, the directory
-        is in use (`WorkdirLockedError`), or holds the checkpoint of another configuration
-        (`CheckpointError`).
+      ValueError: `profile_steps` is no range of steps, the vocabulary is too small for the
+        tokenizer, there is no text, the directory is in use (`WorkdirLockedError`), or holds the
+        checkpoint of another configuration (`CheckpointError`).
+      CheckpointError: the last step could not be saved.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")
+    profile = ProfileWindow(workdir / "profile", profile_steps)
     tokenizers.check_vocab_size(tokenizers.load(config.data.tokenizer), config.model.vocab_size)
     workdir.mkdir(parents=True, exist_ok=True)
     with (
@@ -82,7 +95,7 @@ def train(config: ExperimentConfig, workdir: pathlib.Path | str) -> TrainResult:
             workdir, config.train.keep_checkpoints, keep_best=config.train.keep_best
         ) as checkpoints,
     ):
-        return _Run(config, workdir, checkpoints, interrupts).finish()
+        return _Run(config, workdir, checkpoints, interrupts, profile).finish()
 
 
 class _Run:
@@ -94,7 +107,10 @@ class _Run:
         workdir: pathlib.Path,
         checkpoints: Checkpoints,
         interrupts: Interrupts,
+        profile: ProfileWindow,
     ):
+        self.goodput = Goodput("start")
+        self.profile = profile
         self.config = config
         self.workdir = workdir
         self.checkpoints = checkpoints
@@ -110,6 +126,7 @@ class _Run:
             )
         self.eval_step = make_eval_step(self.graphdef, config.train.grad_accumulation)
         self.latest: dict[str, float] = {}
+        self.seen = last_step(self.workdir / METRICS_FILE)
 
     def finish(self) -> TrainResult:
         """Run to the end; returns what `train` returns."""
@@ -128,6 +145,7 @@ class _Run:
                 step = self._loop(state, step, progress, writer)
             finally:
                 writer.close()
+            progress.print(self.goodput.summary())
         return TrainResult(step, self.interrupts.received, self.latest, self.workdir)
 
     def _start(self) -> tuple[TrainState, int]:
@@ -153,7 +171,8 @@ class _Run:
                 LineWriter(progress.print, self.config.train.steps, progress.time_left),
                 JsonLinesWriter(self.workdir / METRICS_FILE, last_step=step),
                 TensorBoardWriter(self.workdir / "tensorboard"),
-            ]
+            ],
+            report=progress.print,
         )
 
     def _compile(self, state: TrainState, batch: Batch, progress: Progress) -> Any:
@@ -165,6 +184,7 @@ class _Run:
             train.grad_accumulation,
         )
         progress.print("compiling the training step ...")
+        self.goodput.switch("compilation")
         start = time.perf_counter()
         compiled = jax.jit(step_function, donate_argnums=0).lower(state, batch).compile()
         progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
@@ -179,6 +199,8 @@ class _Run:
         queued: collections.deque = collections.deque()
         losses, waited = [], 0.0
         while True:
+            self.goodput.switch("repeated steps" if step < self.seen else PRODUCTIVE)
+            self.profile.move(step, state.step)
             state, metrics = train_step(state, batch)
             step += 1
             progress.advance()
@@ -193,16 +215,20 @@ class _Run:
                 losses.clear()
             evaluated = {}
             if self._due(step, train.eval_every):
+                self.goodput.switch("evaluation")
                 evaluated = self._evaluate(writer, step, state.params)
                 timer.restart()
             if last or _is_multiple(step, train.checkpoint_every):
                 # After a save the iterator must be at the next batch, so it is saved before
                 # that batch is drawn.
+                self.goodput.switch("saving")
                 self.checkpoints.save(step, state, self.data, self.config, evaluated)
                 timer.restart()
             if last:
+                self.profile.move(step, state.step, last=True)
                 self._say_goodbye(progress, step)
                 return step
+            self.goodput.switch("waiting for data")
             before = time.perf_counter()
             batch = self._next_batch()
             waited = time.perf_counter() - before

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from tensorboard import summary
@@ -105,18 +105,36 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-    """Passes every call on to several writers."""
+    """Passes every call on to several writers.
 
-    def __init__(self, writers: Sequence[MetricWriter]):
-        self._writers = writers
+    A writer that fails, because the disk is full, say, is reported once and left out from then on:
+    no run ends for its metrics.
+
+    Args:
+      writers: the writers.
+      report: takes the line about a failure.
+    """
+
+    def __init__(self, writers: Sequence[MetricWriter], report: Callable[[str], None] = print):
+        self._writers = list(writers)
+        self._report = report
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for writer in self._writers:
-            writer.write(step, metrics)
+        self._each(lambda writer: writer.write(step, metrics))
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        self._each(lambda writer: writer.close())
+
+    def _each(self, call: Callable[[MetricWriter], None]) -> None:
+        for writer in list(self._writers):
+            try:
+                call(writer)
+            except OSError as error:
+                self._writers.remove(writer)
+                self._report(
+                    f"warning: {type(writer).__name__} stops, training goes on: "
+                    f"{error.strerror or error}"
+                )
 
 
 class StepTimer:
@@ -177,15 +195,21 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _keep_lines(path: pathlib.Path, last_step: int) -> None:
-    kept = []
+def last_step(path: pathlib.Path) -> int:
+    """The last step in a file of `JsonLinesWriter`; 0 if there is none."""
+    return max((step for step, _ in _lines(path)), default=0) if path.exists() else 0
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            keep = json.loads(line)["step"] <= last_step
+            yield int(json.loads(line)["step"]), line
         except (ValueError, KeyError, TypeError):
-            keep = False  # a line that was cut off when the process was killed
-        if keep:
-            kept.append(line + "\n")
+            continue  # a line that was cut off when the process was killed
+
+
+def _keep_lines(path: pathlib.Path, last_step: int) -> None:
+    kept = [line + "\n" for step, line in _lines(path) if step <= last_step]
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -110,6 +110,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy, tmp_path):
         ([config, workdir, "--config.data.holdout_fraction=0"], "holdout_fraction"),
         ([config, workdir, "--config.model.vocab_size=100"], "vocab_size"),
         ([config, f"--workdir={tmp_path}/file"], "is a file; name a directory"),
+        ([config, workdir, "--profile_steps=5"], "--profile_steps=5 must be FIRST:LAST"),
+        ([config, workdir, "--profile_steps=5:4"], "profile_steps=5:4; use 1 <= first <= last"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", MANY_COMMANDS, json.dumps([arguments for arguments, _ in cases])],

@@ -83,7 +83,7 @@ def test_killed_and_resumed_run_is_bit_for_bit_the_whole_run(with_train, tmp_pat
 def test_finished_run_reports_evaluates_and_is_not_trained_again(toy, tmp_path, capsys):
     settings = dataclasses.replace(toy.train, steps=2, eval_batches=100, log_every=1)
     config = dataclasses.replace(toy, train=settings)
-    result = train(config, tmp_path)
+    result = train(config, tmp_path, profile_steps=(2, 5))
     model, _, step = load_model(tmp_path)
     assert step == result.step == 2
     graphdef, params = nnx.split(model, nnx.Param)
@@ -96,7 +96,9 @@ def test_finished_run_reports_evaluates_and_is_not_trained_again(toy, tmp_path, 
     assert result.metrics["eval/bits_per_byte"] == pytest.approx(
         bits_per_byte(total, num_bytes), rel=1e-6
     )
-    assert "compiling" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "compiling" in printed and "goodput " in printed and "; lost to " in printed
+    assert any((tmp_path / "profile").rglob("*.xplane.pb"))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert train(config, tmp_path).step == 2
     assert "already at step 2 of 2" in capsys.readouterr().out
@@ -109,6 +111,12 @@ def test_vocabulary_must_hold_the_tokenizer(toy, tmp_path):
     with pytest.raises(ValueError, match="set vocab_size to at least 258"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps", [(0, 3), (5, 4)])
+def test_profiled_steps_must_be_a_range(toy, tmp_path, steps):
+    with pytest.raises(ValueError, match=f"profile_steps={steps[0]}:{steps[1]}; use 1 <= first"):
+        train(toy, tmp_path / "run", profile_steps=steps)
 
 
 def test_workdir_must_not_be_a_file(toy, tmp_path):

@@ -70,6 +70,24 @@ def test_line_and_fan_out():
     assert lines == [wanted, wanted]
 
 
+def test_a_writer_that_fails_is_reported_once_and_left_out():
+    class Full:
+        def write(self, step, metrics):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise AssertionError("it was left out")
+
+    lines, reports = [], []
+    line_writer = LineWriter(lines.append, 100, lambda: "?")
+    writer = MultiWriter([Full(), line_writer], report=reports.append)
+    for step in (1, 2):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    assert len(lines) == 2
+    assert reports == ["warning: Full stops, training goes on: No space left on device"]
+
+
 def test_timer_counts_tokens_waiting_and_utilisation(monkeypatch):
     clock = iter([100.0, 104.0, 200.0, 201.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))

@@ -1,0 +1,94 @@
+"""Show what is in a checkpoint, and verify every file of it.
+
+python -m experiments.inspect runs/demo            (all steps of a work directory)
+python -m experiments.inspect runs/demo --step=400
+
+Exit code 1 if a file is damaged; the line that says so names it.
+"""
+
+import collections
+import pathlib
+import time
+
+from absl import flags
+
+from experiments import cli
+from fusedkv_jax import costs
+from fusedkv_jax.training import (
+    CheckpointError,
+    DamagedCheckpointError,
+    ExperimentConfig,
+    checkpoint_directory,
+    committed_steps,
+    manifest,
+)
+
+_STEP = flags.DEFINE_integer("step", None, "Only this step; by default all.")
+_CONFIG = flags.DEFINE_bool("show_config", False, "Print the whole configuration, too.")
+
+
+def describe(path: pathlib.Path) -> str:
+    """What the manifest of one checkpoint says, as lines of text.
+
+    Raises:
+      CheckpointError: the manifest is missing or damaged.
+    """
+    found = manifest.read(path)
+    config = ExperimentConfig.from_dict(found.config)
+    model = config.model
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, (size, _) in found.files.items():
+        sizes[name.split("/")[0] if "/" in name else "metadata"] += size
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    rows = {
+        "run": f"{config.name}, step {found.step} of {config.train.steps}, saved {saved}",
+        "model": f"{model.to_dict()['layout']}, {model.num_layers} layers, width {model.d_model}, "
+        f"{costs.parameter_count(model):,} parameters",
+        "files": ", ".join(f"{item} {size / 1e6:.2f} MB" for item, size in sorted(sizes.items())),
+        "metrics": ", ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()) or "none",
+        "versions": ", ".join(f"{k} {v}" for k, v in found.versions.items()),
+    }
+    lines = [str(path), *(f"  {name:<10}{text}" for name, text in rows.items())]
+    if _CONFIG.value:
+        lines += [f"  {name:<10}{value}" for name, value in found.config.items()]
+    return "\n".join(lines)
+
+
+def main(target: str) -> int:
+    path = pathlib.Path(target)
+    if not path.is_dir():
+        raise FileNotFoundError(2, "No such directory", target)
+    if (path / manifest.FILE).exists():
+        paths = [path]
+    else:
+        directory = next(
+            d for d in (checkpoint_directory(path), path) if committed_steps(d) or d == path
+        )
+        steps = committed_steps(directory)
+        if not steps:
+            raise CheckpointError(f"there is no checkpoint in {target}")
+        if _STEP.value is not None and _STEP.value not in steps:
+            known = ", ".join(map(str, steps))
+            raise CheckpointError(f"--step={_STEP.value} is not in {target}, which has {known}")
+        chosen = steps if _STEP.value is None else [_STEP.value]
+        paths = [directory / str(step) for step in chosen]
+    return max([_show(path) for path in paths])
+
+
+def _show(path: pathlib.Path) -> int:
+    """Print one checkpoint; 1 if it is damaged."""
+    try:
+        print(describe(path))
+        start = time.perf_counter()
+        found = manifest.verify(path)
+        seconds = time.perf_counter() - start
+    except DamagedCheckpointError as damage:
+        print(f"  DAMAGED   {damage}")
+        return 1
+    rate = found.nbytes / seconds / 1e9
+    print(f"  verified  {len(found.files)} files, {found.nbytes / 1e6:.2f} MB, {rate:.2f} GB/s")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, argument="DIRECTORY")
