@@ -1,5 +1,16 @@
 """The attention operation of decoders that read one, or a mix of several, key-value caches."""
 
 from pallas_kernels.api import attention, implementations
+from pallas_kernels.combine import combine
+from pallas_kernels.paged import Pages, paged_attention
+from pallas_kernels.quantized import Quantized, quantize
 
-__all__ = ["attention", "implementations"]
+__all__ = [
+    "Pages",
+    "Quantized",
+    "attention",
+    "combine",
+    "implementations",
+    "paged_attention",
+    "quantize",
+]

@@ -1,33 +1,25 @@
-"""`attention`: the arguments, their checks, and the choice of an implementation."""
+"""`attention`: the operation's arguments and what they mean."""
 
-import difflib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference, xla
+from pallas_kernels import checks, choice
 from pallas_kernels.masks import Mask
-
-# Every backend: (q, keys, values, key_weights, value_weights, mask, *, scale, softcap) ->
-# (out, lse), on arguments that `attention` has checked. One that cannot serve a call, or the
-# device, raises NotImplementedError; "auto" then tries the next, in this order.
-_IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.attention,
-    "reference": reference.attention,
-}
+from pallas_kernels.quantized import Quantized, is_quantized
 
 
 def implementations() -> tuple[str, ...]:
-    """The names that `implementation` accepts besides "auto", preferred ones first."""
-    return tuple(_IMPLEMENTATIONS)
+    """The names that `implementation` accepts besides "auto", kernels first."""
+    return choice.names()
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    keys: Sequence[Float[Array, "B S K H"]],
-    values: Sequence[Float[Array, "B S K H2"]],
+    keys: Sequence[Float[Array, "B S K H"] | Quantized],
+    values: Sequence[Float[Array, "B S K H2"] | Quantized],
     key_weights: Float[Array, "J K H"] | None = None,
     value_weights: Float[Array, "J2 K H2"] | None = None,
     *,
@@ -55,10 +47,13 @@ def attention(
 
     Args:
       q: queries. Query head n reads KV head n // (N // K).
-      keys: J sources of the keys, already rotated.
+      keys: J sources of the keys, already rotated; floats, or `Quantized` for decoding. A source
+        wider than q is rounded to q's type where it is multiplied, and gets its gradient in its
+        own type: widen a source that many layers read to float32, and their sum is exact.
       values: J' sources of the values; their head size H' may differ from H.
-      key_weights: float32 weights of the key sources; None with exactly one source.
-      value_weights: float32 weights of the value sources; None with exactly one source.
+      key_weights: float32 weights of the key sources. One source needs none, and takes [1, K, H]
+        where it is scaled (one learned source); several need them.
+      value_weights: float32 weights of the value sources, alike.
       causal: hide the keys after the query's position.
       window: number of positions that a query sees, its own included; None for all.
       q_positions: int32 positions; by default kv_lengths - T + t (S - T + t without lengths).
@@ -69,7 +64,8 @@ def attention(
       scale: factor of the scores, H**-0.5 by default.
       softcap: scores become softcap * tanh(score / softcap).
       return_residuals: also return the log-sum-exp of the scores, differentiable.
-      implementation: "auto", or one of `implementations()`.
+      implementation: "auto", or one of `implementations()`; `choice.TABLE` is what
+        "auto" goes by.
 
     Returns:
       The output [B, T, N, H'] in the dtype of q; with `return_residuals` the pair of it and
@@ -77,16 +73,12 @@ def attention(
 
     Raises:
       ValueError: an argument has a wrong shape or value; the message names it.
-      NotImplementedError: the named implementation cannot serve this call or this device.
+      NotImplementedError: the named implementation cannot serve this call or this device, or
+        a call with a `Quantized` source is differentiated.
     """
-    keys, values = _sources("keys", keys), _sources("values", values)
-    _check_arrays(q, keys, values)
-    key_weights = _weights("key_weights", key_weights, "keys", keys)
-    value_weights = _weights("value_weights", value_weights, "values", values)
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None for no window")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
+    keys, values = checks.sources("keys", keys), checks.sources("values", values)
+    checks.fit(q, keys, values)
+    checks.scores(window, softcap)
     if (q_segment_ids is None) != (kv_segment_ids is None):
         missing = "q_segment_ids" if q_segment_ids is None else "kv_segment_ids"
         raise ValueError(f"{missing} is None; give segment ids for queries and keys, or neither")
@@ -95,102 +87,39 @@ def attention(
     mask = Mask(
         causal=bool(causal),
         window=None if window is None else int(window),
-        q_positions=_integers("q_positions", q_positions, queries),
-        kv_positions=_integers("kv_positions", kv_positions, (batch, length)),
-        q_segment_ids=_integers("q_segment_ids", q_segment_ids, queries),
-        kv_segment_ids=_integers("kv_segment_ids", kv_segment_ids, (batch, length)),
-        kv_lengths=_integers("kv_lengths", kv_lengths, (batch,)),
+        q_positions=checks.integers("q_positions", q_positions, queries),
+        kv_positions=checks.integers("kv_positions", kv_positions, (batch, length)),
+        q_segment_ids=checks.integers("q_segment_ids", q_segment_ids, queries),
+        kv_segment_ids=checks.integers("kv_segment_ids", kv_segment_ids, (batch, length)),
+        kv_lengths=checks.integers("kv_lengths", kv_lengths, (batch,)),
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = None if softcap is None else float(softcap)
-    arguments = (q, keys, values, key_weights, value_weights, mask)
-    out, lse = _run(implementation, arguments, {"scale": scale, "softcap": softcap})
+    weights = (
+        checks.weights("key_weights", key_weights, "keys", len(keys), keys[0].shape[2:]),
+        checks.weights("value_weights", value_weights, "values", len(values), values[0].shape[2:]),
+    )
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "softcap": None if softcap is None else float(softcap),
+    }
+    arguments = (q, keys, values, *weights, mask)
+
+    few = q.shape[1] * q.shape[2] // keys[0].shape[2] <= choice.FEW and length > q.shape[1]
+    describe = functools.partial(
+        choice.describe,
+        choice.DECODE if few else choice.SEQUENCE,
+        max(len(keys), len(values)),
+        max(keys[0].shape[3], values[0].shape[3]),
+        return_residuals,
+    )
+
+    def call(arguments):
+        return choice.run(implementation, "attention", describe, arguments, options)
+
+    if is_quantized((*keys, *values)):
+        reason = "a Quantized source cannot be differentiated; train with float keys and values"
+        out, lse = checks.without_gradients(call, reason, arguments)
+    else:
+        out, lse = call(arguments)
+    if return_residuals and lse is None:
+        raise NotImplementedError(f"implementation {implementation!r} returns no residuals")
     return (out, lse) if return_residuals else out
-
-
-def _run(implementation: str, arguments, options):
-    """Calls the named implementation, or the first that serves the call."""
-    if implementation != "auto":
-        if implementation not in _IMPLEMENTATIONS:
-            known = ("auto", *_IMPLEMENTATIONS)
-            near = difflib.get_close_matches(str(implementation), known, n=2, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(
-                f"implementation is {implementation!r}; it must be one of {', '.join(known)}{hint}"
-            )
-        return _IMPLEMENTATIONS[implementation](*arguments, **options)
-    refusals = []
-    for name, function in _IMPLEMENTATIONS.items():
-        try:
-            return function(*arguments, **options)
-        except NotImplementedError as refusal:
-            refusals.append(f"{name}: {refusal}")
-    raise NotImplementedError("no implementation serves this call; " + "; ".join(refusals))
-
-
-def _sources(name, sources):
-    if hasattr(sources, "shape") or not len(sources):
-        raise ValueError(f"{name} must be a non-empty tuple of [B, S, K, H] arrays")
-    sources = tuple(jnp.asarray(x) for x in sources)
-    for index, source in enumerate(sources):
-        if source.ndim != 4:
-            raise ValueError(f"{name}[{index}] has shape {source.shape}; it must be [B, S, K, H]")
-        if not jnp.issubdtype(source.dtype, jnp.floating):
-            raise ValueError(f"{name}[{index}] is {source.dtype}; it must be a float array")
-        if source.shape != sources[0].shape:
-            raise ValueError(
-                f"{name}[{index}] has shape {source.shape}; all {name} must have the shape of "
-                f"{name}[0], {sources[0].shape}"
-            )
-    return sources
-
-
-def _check_arrays(q, keys, values):
-    if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q is {q.dtype} of shape {q.shape}; it must be a float [B, T, N, H]")
-    key_shape, value_shape = keys[0].shape, values[0].shape
-    if q.shape[0] != key_shape[0] or q.shape[3] != key_shape[3]:
-        raise ValueError(
-            f"keys have shape {key_shape}; B and H must be those of q, {q.shape[0]} and "
-            f"{q.shape[3]}"
-        )
-    if q.shape[2] % key_shape[2]:
-        raise ValueError(
-            f"q has {q.shape[2]} heads and keys have {key_shape[2]}; the second must divide "
-            "the first"
-        )
-    if value_shape[:3] != key_shape[:3]:
-        raise ValueError(
-            f"values have shape {value_shape}; B, S, K must be those of keys, {key_shape[:3]}"
-        )
-
-
-def _weights(name, weights, sources_name, sources):
-    if weights is None:
-        if len(sources) > 1:
-            raise ValueError(
-                f"{name} is None with {len(sources)} {sources_name}; several sources need "
-                f"weights of shape {(len(sources), *sources[0].shape[2:])}"
-            )
-        return None
-    expected = (len(sources), *sources[0].shape[2:])
-    if jnp.shape(weights) != expected:
-        raise ValueError(
-            f"{name} has shape {jnp.shape(weights)}; with these {sources_name} it must be "
-            f"[J, K, H] = {expected}"
-        )
-    weights = jnp.asarray(weights)
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(f"{name} is {weights.dtype}; it must be a float array")
-    return weights
-
-
-def _integers(name, array, shape):
-    if array is None:
-        return None
-    array = jnp.asarray(array)
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} is {array.dtype}; it must be an integer array")
-    return array.astype(jnp.int32)

@@ -4,6 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels.masks import Mask
+from pallas_kernels.quantized import Quantized
+
+
+def _plain(source):
+    return source.dequantize() if isinstance(source, Quantized) else source
 
 
 def mixed(sources, weights):
@@ -30,8 +36,7 @@ def attention(q, keys, values, key_weights, value_weights, mask, *, scale, softc
     kv_positions = masks.key_positions(mask, num_keys)
     present = (kv_positions >= 0)[:, :, None, None]
     # The memory of an absent key may hold NaN, and 0 * NaN is NaN: remove it at the source.
-    keys = [jnp.where(present, x, 0) for x in keys]
-    values = [jnp.where(present, x, 0) for x in values]
+    keys, values = ([jnp.where(present, _plain(x), 0) for x in side] for side in (keys, values))
     groups = num_heads // num_kv_heads
     key = jnp.repeat(mixed(keys, key_weights), groups, axis=2)  # [B, S, N, H]
     value = jnp.repeat(mixed(values, value_weights), groups, axis=2)  # [B, S, N, H']
@@ -59,3 +64,31 @@ def attention(q, keys, values, key_weights, value_weights, mask, *, scale, softc
     out = jnp.einsum("bnts,bsnh->btnh", weights / total[..., None], value, **exact)
     lse = jnp.where(some, jnp.log(total) + top[..., 0], -jnp.inf)
     return out.astype(q.dtype), lse.transpose(0, 2, 1)
+
+
+def gather(pages, page_table):
+    """The keys and the values of all rows as tuples of float32 [B, max_pages * page_size, K, H]."""
+    batch, count = page_table.shape
+    length = count * pages.page_size
+
+    def rows(x):  # [pages, K, page_size, .] to [B, S, K, .]
+        x = x[page_table].swapaxes(2, 3)
+        return x.reshape(batch, length, pages.num_kv_heads, -1)
+
+    data = rows(pages.data).astype(jnp.float32)
+    streams = [data[..., start:stop] for start, stop in pages.spans()]
+    if pages.scales is not None:
+        scales = rows(pages.scales)
+        streams = [x * scales[..., i : i + 1] for i, x in enumerate(streams)]
+    return tuple(streams[: pages.num_keys]), tuple(streams[pages.num_keys :])
+
+
+def paged_attention(
+    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap
+):
+    """Paged attention by its definition: all pages in a row; see `paged.paged_attention`."""
+    keys, values = gather(pages, page_table)
+    mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
+    return attention(
+        q, keys, values, key_weights, value_weights, mask, scale=scale, softcap=softcap
+    )

@@ -1,14 +1,17 @@
 """Attention in plain XLA operations, in linear memory: the CPU default and the fallback."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.masks import Mask
+from pallas_kernels.quantized import is_quantized
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
 from pallas_kernels.xla.plan import Blocks
+from pallas_kernels.xla.streams import PagedStreams, Streams
 from pallas_kernels.xla.tiles import Scores
 
 _FORWARD = {"rows": rows.forward, "blocks": blocks_schedule.forward, "decode": decode.forward}
@@ -17,7 +20,7 @@ _BACKWARD = {"rows": rows.backward, "blocks": blocks_schedule.backward}
 
 def attention(
     q, keys, values, key_weights, value_weights, mask: Mask, *, scale, softcap, blocks=None
-):
+) -> Any:
     """Attention without a [T, S] array; arguments and result as in `reference.attention`.
 
     Residuals of the backward pass are the arguments, the output and the lse; scores and mixed
@@ -30,7 +33,27 @@ def attention(
         shapes = (q.shape, keys[0].shape, mask)
         blocks = (Blocks.choose(*shapes), Blocks.choose_backward(*shapes))
     how = Scores(scale=scale, softcap=softcap)
-    return _attend(how, blocks, q, (keys, values, key_weights, value_weights), mask)
+    streams = Streams(keys, values)
+    quantized = is_quantized((*keys, *values))
+    blocks = tuple(x.fit(streams.group, quantized) for x in blocks)
+    return _attend(how, blocks, q, (streams, key_weights, value_weights), mask)
+
+
+def paged_attention(
+    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap
+):
+    """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
+    streams = PagedStreams(pages, page_table)
+    mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
+    shape = (q.shape[0], streams.length, streams.heads, pages.key_size)
+    blocks = Blocks.choose_paged(q.shape, shape).fit(streams.group, pages.scales is not None)
+    run = _FORWARD[blocks.schedule]
+    places = tiles.places(mask, q.shape[1], streams.length)
+    out, lse = run(
+        Scores(scale=scale, softcap=softcap), mask, blocks.queries, blocks.keys, q,
+        (streams, key_weights, value_weights), *places,
+    )  # fmt: skip
+    return out.astype(q.dtype), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -43,13 +66,13 @@ def _forward(how, both_blocks, q, sources, mask):
     run = _FORWARD[blocks.schedule]
 
     def chunk(arrays):
-        q, (keys, values), (queries, where) = arrays
-        sources_ = (keys, values, *sources[2:])
+        q, streams, (queries, where) = arrays
+        sources_ = (streams, *sources[1:])
         out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources_, queries, where)
         return out.astype(q.dtype), lse
 
-    places = tiles.places(mask, q.shape[1], sources[0][0].shape[1])
-    out, lse = _over_batch(chunk, blocks.batch, (q, sources[:2], places))
+    places = tiles.places(mask, q.shape[1], sources[0].length)
+    out, lse = _over_batch(chunk, blocks.batch, (q, sources[0], places))
     return (out, lse), (q, sources, mask, out, lse)
 
 
@@ -57,29 +80,29 @@ def _backward(how, both_blocks, residuals, cotangents):
     blocks = both_blocks[1]
     run = _BACKWARD[blocks.schedule]
     q, sources, mask, out, lse = residuals
-    keys, values, key_weights, value_weights = sources
-    places = tiles.places(mask, q.shape[1], keys[0].shape[1])
+    streams, key_weights, value_weights = sources
+    places = tiles.places(mask, q.shape[1], streams.length)
 
     def chunk(arrays):
-        q, (keys, values), (queries, where), out, lse, dout, dlse = arrays
+        q, streams, (queries, where), out, lse, dout, dlse = arrays
         blind = jnp.isneginf(lse)
         delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
         delta = delta - jnp.where(blind, 0, dlse)
         lse = jnp.where(blind, -tiles.HIDDEN, lse)  # exp(anything - huge) = 0
         dout = jnp.where(blind[..., None], 0, dout)  # combining splits can make it NaN here
-        sources_ = (keys, values, key_weights, value_weights)
+        sources_ = (streams, key_weights, value_weights)
         grads = run(
             how, mask, blocks.queries, blocks.keys, q, sources_, queries, where, lse,
             dout.astype(q.dtype), delta,
         )  # fmt: skip
         return grads[0].astype(q.dtype), *grads[1:]
 
-    arrays = (q, (keys, values), places, out, lse, *cotangents)
+    arrays = (q, streams, places, out, lse, *cotangents)
     dq, dkey, dvalue = _over_batch(chunk, blocks.batch, arrays)
     present = (places[1].positions >= 0)[:, :, None, None] if mask.ragged else None
-    dkeys, dkey_weights = _unfuse(dkey, keys, key_weights, present)
-    dvalues, dvalue_weights = _unfuse(dvalue, values, value_weights, present)
-    return dq, (dkeys, dvalues, dkey_weights, dvalue_weights), None
+    dkeys, dkey_weights = _unfuse(dkey, streams.keys, key_weights, present)
+    dvalues, dvalue_weights = _unfuse(dvalue, streams.values, value_weights, present)
+    return dq, (Streams(dkeys, dvalues), dkey_weights, dvalue_weights), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -81,25 +81,24 @@ class _KeyTiles:
     """
 
     def __init__(self, mask: Mask, dtype, sources, where, block: int):
-        keys, values, key_weights, value_weights = sources
+        self.streams, self.key_weights, self.value_weights = sources
         self.mask, self.dtype, self.block, self.where = mask, dtype, block, where
-        self.keys, self.values = (keys, key_weights), (values, value_weights)
-        self.length = keys[0].shape[1]
+        self.length = self.streams.length
 
     def cut(self, index):
         """Key [B, K, block, H] and value tile, and their places, the last tile moved back to
         end with the keys; `fresh` [block] marks what the tile before it does not have."""
         start = jnp.minimum(index * self.block, self.length - self.block)
-        part = lambda x: lax.dynamic_slice_in_dim(x, start, self.block, axis=1)  # noqa: E731
-        where = jax.tree.map(part, self.where)
+        where = tiles.part(self.where, start, self.block)
         present = (where.positions >= 0)[:, :, None, None] if self.mask.ragged else None
         mix = lambda sources, weights: tiles.fuse(  # noqa: E731
-            [part(x) for x in sources], weights, present, self.dtype
+            sources, weights, present, self.dtype
         ).transpose(0, 2, 1, 3)
+        keys, values = self.streams.tile(start, self.block)
         fresh = None
         if self.length % self.block:
             fresh = start + jnp.arange(self.block) >= index * self.block
-        return mix(*self.keys), mix(*self.values), where, fresh
+        return mix(keys, self.key_weights), mix(values, self.value_weights), where, fresh
 
     def seen(self, queries: Places, where: Places, fresh, groups: int):
         seen = tiles.hide(self.mask, queries, where, groups)
@@ -110,7 +109,7 @@ class _KeyTiles:
 
 def forward(how: Scores, mask: Mask, block_q, block_k, q, sources, queries, where):
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
-    heads = sources[0][0].shape[2]
+    heads = sources[0].heads
     groups = q.shape[2] // heads
     cutter = _KeyTiles(mask, q.dtype, sources, where, block_k)
     order, count = visits(active(mask, queries, where, block_q, block_k))
@@ -133,7 +132,7 @@ def forward(how: Scores, mask: Mask, block_q, block_k, q, sources, queries, wher
         start = (
             jnp.full((*rows, 1), tiles.HIDDEN / 2, jnp.float32),
             jnp.zeros((*rows, 1), jnp.float32),
-            jnp.zeros((*rows, sources[1][0].shape[3]), jnp.float32),
+            jnp.zeros((*rows, sources[0].value_size), jnp.float32),
         )
         return tiles.finish(*lax.fori_loop(0, count, visit, start))
 
@@ -150,7 +149,7 @@ def backward(
 
     Keys are the outer loop: a tile is mixed once, and its gradients never leave the loop.
     """
-    heads, length = sources[0][0].shape[2], sources[0][0].shape[1]
+    heads, length = sources[0].heads, sources[0].length
     groups = q.shape[2] // heads
     cutter = _KeyTiles(mask, q.dtype, sources, where, block_k)
     order, count = visits(active(mask, queries, where, block_q, block_k).T)

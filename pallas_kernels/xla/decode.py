@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.xla import blocks, tiles
 from pallas_kernels.xla.tiles import Scores
 
@@ -48,32 +49,58 @@ def _product(x, y, contract_y: int):
     return lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
+def _per_row(scale, shape):
+    """Scales [B, S, K, 1] of tokens and heads for rows [B, T * N, S]: each its own head's."""
+    batch, length, num, block = shape
+    heads = scale.shape[2]
+    scale = scale[..., 0].astype(jnp.float32).transpose(0, 2, 1)[:, None, :, None]
+    scale = jnp.broadcast_to(scale, (batch, length, heads, num // heads, block))
+    return scale.reshape(batch, length * num, block)
+
+
+def _scores(q, key, shape):
+    """Products [B, T * N, S] of the spread queries with one source."""
+    scale = None
+    if isinstance(key, Quantized) and key.per_token:
+        # A score takes its key's scale after the product: one factor instead of one a channel.
+        scale, key = _per_row(key.scale, shape), key.codes(q.dtype)
+    elif isinstance(key, Quantized):
+        key = key.dequantize(q.dtype)
+    score = _product(q, key.reshape(*key.shape[:2], -1).astype(q.dtype), 2)
+    return score if scale is None else score * scale
+
+
+def _read(weight, value, present, shape, dtype):
+    """The sum of one source's values [B, T * N, K * H'] under the weights [B, T * N, S]."""
+    if isinstance(value, Quantized) and value.per_token:
+        scale, value = value.scale, value.codes(dtype)
+        if present is not None:
+            scale = jnp.where(present, scale, 0)
+        weight = weight * _per_row(scale, shape)
+    elif isinstance(value, Quantized):
+        value = value.dequantize(dtype)
+    if present is not None:  # the memory of an absent value may hold NaN
+        value = jnp.where(present, value, 0)
+    return _product(weight.astype(dtype), value.reshape(*value.shape[:2], -1).astype(dtype), 1)
+
+
 def forward(how: Scores, mask: Mask, _, block, q, sources, queries, where):
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
-    keys, values, key_weights, value_weights = sources
+    streams, key_weights, value_weights = sources
     batch, length, num, _ = q.shape
-    num_keys, heads = keys[0].shape[1:3]
-    weights = lambda w, x: (None,) * len(x) if w is None else w  # noqa: E731
-    folded = [
-        _spread(q, w, heads).astype(q.dtype) for w in weights(key_weights, keys)
-    ]  # J x [B, T * N, K * H]
+    num_keys, heads = streams.length, streams.heads
+    rows, shape = (batch, length * num), (batch, length, num, block)
+    key_weights = [None] if key_weights is None else key_weights
+    value_weights = [None] if value_weights is None else value_weights
+    folded = [_spread(q, w, heads).astype(q.dtype) for w in key_weights]  # J x [B, T * N, K * H]
 
     def visit(index, carry):
         top, total, outs = carry
         start = jnp.minimum(index * block, num_keys - block)
-
-        def part(x):
-            x = lax.dynamic_slice_in_dim(x, start, block, axis=1) if block < num_keys else x
-            return x.reshape(x.shape[0], block, -1) if x.ndim == 4 else x
-
-        place = tiles.Places(
-            part(where.positions),
-            None if where.segment_ids is None else part(where.segment_ids),
-        )
-        parts = [
-            _product(x, part(key).astype(q.dtype), 2) for x, key in zip(folded, keys, strict=True)
-        ]  # J x [B, T * N, block]
-        score = tiles.cap(how, functools.reduce(operator.add, parts))
+        keys, values = streams.tile(start, block)
+        place = tiles.part(where, start, block)
+        parts = [_scores(x, key, shape) for x, key in zip(folded, keys, strict=True)]
+        score = tiles.cap(how, functools.reduce(operator.add, parts))  # [B, T * N, block]
         seen = masks.visible(
             mask, queries.positions, place.positions, queries.segment_ids, place.segment_ids
         )
@@ -81,38 +108,30 @@ def forward(how: Scores, mask: Mask, _, block, q, sources, queries, where):
             fresh = (start + jnp.arange(block) >= index * block)[None, None]
             seen = fresh if seen is None else seen & fresh
         if seen is not None:
-            shape = (seen.shape[0], length, num, block)
-            seen = jnp.broadcast_to(seen[:, :, None], shape).reshape(seen.shape[0], -1, block)
-            score = jnp.where(seen, score, tiles.HIDDEN)
+            seen = jnp.broadcast_to(seen[:, :, None], (seen.shape[0], length, num, block))
+            score = jnp.where(seen.reshape(seen.shape[0], -1, block), score, tiles.HIDDEN)
         higher = jnp.maximum(top, score.max(-1, keepdims=True))
-        decay, weight = jnp.exp(top - higher), jnp.exp(score - higher).astype(q.dtype)
-        total = total * decay + weight.sum(-1, keepdims=True, dtype=jnp.float32)
-
-        def read(value):
-            value = part(value)
-            if mask.ragged:  # the memory of an absent value may hold NaN
-                value = jnp.where((place.positions >= 0)[:, :, None], value, 0)
-            return _product(weight, value.astype(q.dtype), 1)
-
-        outs = tuple(out * decay + read(x) for out, x in zip(outs, values, strict=True))
+        decay, weight = jnp.exp(top - higher), jnp.exp(score - higher)
+        total = total * decay + weight.sum(-1, keepdims=True)
+        present = (place.positions >= 0)[:, :, None, None] if mask.ragged else None
+        outs = tuple(
+            out * decay + _read(weight, x, present, shape, q.dtype)
+            for out, x in zip(outs, values, strict=True)
+        )
         return higher, total, outs
 
-    rows = (batch, length * num)
-    width = heads * values[0].shape[3]
+    width = heads * streams.value_size
     carry = (
         jnp.full((*rows, 1), tiles.HIDDEN / 2, jnp.float32),
         jnp.zeros((*rows, 1), jnp.float32),
-        tuple(jnp.zeros((*rows, width), jnp.float32) for _ in values),
+        tuple(jnp.zeros((*rows, width), jnp.float32) for _ in value_weights),
     )
     if block == num_keys:
         top, total, outs = visit(0, carry)
     else:
         order, count = blocks.visits(blocks.active(mask, queries, where, length, block))
         top, total, outs = lax.fori_loop(0, count[0], lambda i, c: visit(order[0, i], c), carry)
-    out = sum(
-        _collect(x, w, heads, length)
-        for x, w in zip(outs, weights(value_weights, values), strict=True)
-    )
-    shape = (batch, length, num, 1)
-    out, lse = tiles.finish(top.reshape(shape), total.reshape(shape), out)
+    out = sum(_collect(x, w, heads, length) for x, w in zip(outs, value_weights, strict=True))
+    top, total = (x.reshape(batch, length, num, 1) for x in (top, total))
+    out, lse = tiles.finish(top, total, out)
     return out, lse[..., 0]

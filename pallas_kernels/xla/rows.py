@@ -29,7 +29,8 @@ def spans(mask: Mask, num_queries: int, num_keys: int, block: int):
 
 def _mixed(mask: Mask, sources, where, dtype):
     """The mixed key [B, K, S, H] and value [B, K, S, H']."""
-    keys, values, key_weights, value_weights = sources
+    streams, key_weights, value_weights = sources
+    keys, values = streams.tile(0, streams.length)
     present = (where.positions >= 0)[:, :, None, None] if mask.ragged else None
     key = tiles.fuse(keys, key_weights, present, dtype)
     value = tiles.fuse(values, value_weights, present, dtype)

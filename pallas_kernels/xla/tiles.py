@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
+from pallas_kernels.quantized import Quantized
 
 HIDDEN = float(-0.7 * jnp.finfo(jnp.float32).max)  # finite: -inf - -inf would be NaN
 
@@ -74,11 +75,17 @@ def from_rows(x, groups: int):
     return x.reshape(batch, rows // groups, num_kv_heads * groups, size)
 
 
+def part(where: Places, start, size: int) -> Places:
+    """The places of `size` keys from `start`."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), where)
+
+
 def fuse(sources, weights, present, dtype):
     """The mix of the sources [B, S, K, H], summed in fp32 and rounded once.
 
     Absent keys become zero: their memory may hold NaN, and 0 * NaN would reach every row.
     """
+    sources = [x.dequantize() if isinstance(x, Quantized) else x for x in sources]
     if weights is None:
         total = sources[0]
     else:

@@ -1,5 +1,11 @@
-"""Attention and its gradients in NumPy float64, row by row: the tests' definition."""
+"""Attention and its gradients in NumPy float64, row by row: the tests' definition; and the plain
+formula in a narrow type, whose error is the measure of everyone else's."""
 
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -74,3 +80,32 @@ def attention(q, keys, values, key_weights, value_weights, options, dout=None, d
     da = None if key_weights is None else np.einsum("jbskh,bskh->jkh", keys, dkey)
     dc = None if value_weights is None else np.einsum("jbskh,bskh->jkh", values, dvalue)
     return out, lse, (dq, dkeys, dvalues, da, dc)
+
+
+def visibility(shape, options):
+    """bool [B, T, S]."""
+    batch, num_queries, num_keys = shape
+    where = [
+        [[visible(b, t, s, num_queries, num_keys, options) for s in range(num_keys)]
+         for t in range(num_queries)]
+        for b in range(batch)
+    ]  # fmt: skip
+    return np.array(where)
+
+
+def naive(seen, q, keys, values, key_weights, value_weights):
+    """The plain formula, every step in the dtype of q: whose error a kernel may have twice.
+
+    Every row of `seen` [B, T, S] must see something.
+    """
+    groups = q.shape[2] // keys[0].shape[2]
+
+    def mix(sources, weights):
+        if weights is not None:
+            sources = [(w * x).astype(q.dtype) for w, x in zip(weights, sources, strict=True)]
+        return jnp.repeat(functools.reduce(operator.add, sources), groups, axis=2)
+
+    key, value = mix(keys, key_weights), mix(values, value_weights)
+    score = jnp.einsum("btnh,bsnh->bnts", q, key) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    score = jnp.where(seen[:, None], score, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(score, axis=-1), value)

@@ -1,25 +1,16 @@
 """The arguments of `attention`: mistakes are one clear line, "auto" falls through refusals."""
 
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import api
 
 Q, KV = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))
 W = jnp.ones((2, 2, 8))
 
 
-@pytest.fixture
-def without_type_checks():
-    """What a user meets: the annotations are only checked in the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -37,9 +28,19 @@ def without_type_checks():
             {},
             "q has 3 heads and keys have 2; the second must divide",
         ),
-        ((Q[..., :4], (KV,), (KV,)), {}, "B and H must be those of q"),
+        (
+            (Q[..., :4], (KV,), (KV,)),
+            {},
+            "keys have B = 2 and H = 8; they must be those of q, 2 and 4",
+        ),
         ((Q.astype(int), (KV,), (KV,)), {}, "q is int32"),
         ((Q, (KV, KV), (KV,)), {}, "key_weights is None with 2 keys"),
+        (
+            (Q, (KV,), (KV,), W),
+            {},
+            r"key_weights has shape \(2, 2, 8\); with 1 keys it must be .* \(1, 2, 8\), or None",
+        ),
+        ((Q, (KV.astype(int),), (KV,)), {}, r"keys\[0\] is int32; it must be a float array or Q"),
         ((Q, (KV,), (KV, KV), None, W[:, :1]), {}, r"value_weights has shape \(2, 1, 8\)"),
         ((Q, (KV,), (KV,)), {"window": 0}, "window is 0; it must be at least 1"),
         ((Q, (KV,), (KV,)), {"softcap": -1.0}, "softcap is -1.0; it must be positive"),
@@ -49,21 +50,18 @@ def without_type_checks():
         ((Q, (KV,), (KV,)), {"implementation": "xIa"}, "did you mean 'xla'"),
     ],
 )
-def test_mistakes_are_named(arguments, options, message, without_type_checks):
+def test_mistakes_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message) as error:
         pallas_kernels.attention(*arguments, **options)
     assert "\n" not in str(error.value)
 
 
-def test_a_refusal_falls_through_under_auto_and_is_loud_when_named(monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError("needs a device")
-
-    monkeypatch.setattr(api, "_IMPLEMENTATIONS", {"far": refuse, **api._IMPLEMENTATIONS})
-    assert pallas_kernels.implementations() == ("far", "xla", "reference")
-    assert pallas_kernels.attention(Q, (KV,), (KV,)).shape == Q.shape
-    with pytest.raises(NotImplementedError, match="needs a device"):
-        pallas_kernels.attention(Q, (KV,), (KV,), implementation="far")
+def test_one_source_may_be_scaled():
+    """Layouts with one learned source pass [1, K, H]."""
+    weight = jnp.arange(16.0).reshape(1, 2, 8)
+    scaled = pallas_kernels.attention(Q, (KV,), (KV,), weight, weight)
+    rebuilt = pallas_kernels.attention(Q, (weight[0] * KV,), (weight[0] * KV,))
+    np.testing.assert_allclose(scaled, rebuilt, rtol=1e-6)
 
 
 def test_residuals_are_returned_on_request():

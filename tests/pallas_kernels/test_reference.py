@@ -1,7 +1,23 @@
 """The plain definition passes the cases."""
 
 from tests.pallas_kernels.attention_cases import AttentionCases
+from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 
-class TestReference(AttentionCases):
+class Reference(Implementation):
     implementation = "reference"
+    rounded = ("fused_80", "cancelling")  # it computes in float32
+    examples = 3
+
+
+class TestReference(Reference, AttentionCases):
+    pass
+
+
+class TestReferenceQuantized(Reference, QuantizedCases):
+    pass
+
+
+class TestReferencePaged(Reference, PagedCases):
+    pass

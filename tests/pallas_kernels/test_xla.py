@@ -11,10 +11,24 @@ from pallas_kernels import xla
 from pallas_kernels.xla import decode
 from pallas_kernels.xla.plan import Blocks
 from tests.pallas_kernels.attention_cases import AttentionCases
+from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 
-class TestXla(AttentionCases):
+class Xla(Implementation):
     implementation = "xla"
+
+
+class TestXla(Xla, AttentionCases):
+    pass
+
+
+class TestXlaQuantized(Xla, QuantizedCases):
+    pass
+
+
+class TestXlaPaged(Xla, PagedCases):
+    pass
 
 
 def temporary_bytes(length):
@@ -55,6 +69,7 @@ def test_tiles_that_see_nothing_are_not_visited():
         ((1, 1, 4096), "decode"),
         ((8, 512, 512), "rows"),
         ((1, 8192, 8192), "blocks"),
+        ((1, 128, 8192), "blocks"),
         ((6, 128, 128), "rows"),
     ],
 )

@@ -1,0 +1,120 @@
+"""What callers may pass: each check names the argument, what it is and what it must be."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized import Quantized
+
+
+def sources(name, given):
+    """A tuple of float arrays or `Quantized` of one shape."""
+    if hasattr(given, "shape") or not len(given):
+        raise ValueError(f"{name} must be a non-empty tuple of [B, S, K, H] arrays")
+    given = tuple(x if isinstance(x, Quantized) else jnp.asarray(x) for x in given)
+    for index, source in enumerate(given):
+        if source.ndim != 4:
+            raise ValueError(f"{name}[{index}] has shape {source.shape}; it must be [B, S, K, H]")
+        if isinstance(source, Quantized):
+            source.check(f"{name}[{index}]")
+        elif not jnp.issubdtype(source.dtype, jnp.floating):
+            raise ValueError(
+                f"{name}[{index}] is {source.dtype}; it must be a float array or Quantized"
+            )
+        if source.shape != given[0].shape:
+            raise ValueError(
+                f"{name}[{index}] has shape {source.shape}; all {name} must have the shape of "
+                f"{name}[0], {given[0].shape}"
+            )
+    return given
+
+
+def fit(q, keys, values):
+    """Queries, keys and values belong together."""
+    batch, _, heads, size = keys[0].shape
+    queries(q, (batch, heads, size), "keys")
+    if values[0].shape[:3] != keys[0].shape[:3]:
+        raise ValueError(
+            f"values have shape {values[0].shape}; B, S, K must be those of keys, "
+            f"{keys[0].shape[:3]}"
+        )
+
+
+def queries(q, shape, name):
+    """Float queries [B, T, N, H] for keys of B, K, H = `shape` in the argument `name`."""
+    if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q is {q.dtype} of shape {q.shape}; it must be a float [B, T, N, H]")
+    batch, heads, size = shape
+    if q.shape[0] != batch or q.shape[3] != size:
+        raise ValueError(
+            f"{name} have B = {batch} and H = {size}; they must be those of q, {q.shape[0]} and "
+            f"{q.shape[3]}"
+        )
+    if q.shape[2] % heads:
+        raise ValueError(
+            f"q has {q.shape[2]} heads and {name} have {heads}; the second must divide the first"
+        )
+
+
+def weights(name, given, sources_name, count, shape):
+    """Float weights [J, K, H] for `count` sources of [K, H] = `shape`, or None for one source.
+
+    One source with weights is a scaled source, which Lite with learnable weights trains.
+    """
+    expected = (count, *shape)
+    if given is None:
+        if count > 1:
+            raise ValueError(
+                f"{name} is None with {count} {sources_name}; several sources need weights of "
+                f"shape {expected}"
+            )
+        return None
+    if jnp.shape(given) != expected:
+        none = ", or None" if count == 1 else ""
+        raise ValueError(
+            f"{name} has shape {jnp.shape(given)}; with {count} {sources_name} it must be "
+            f"[J, K, H] = {expected}{none}"
+        )
+    given = jnp.asarray(given)
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise ValueError(f"{name} is {given.dtype}; it must be a float array")
+    return given
+
+
+def integers(name, array, shape) -> Any:
+    """An int32 array of `shape`, or None."""
+    if array is None:
+        return None
+    array = jnp.asarray(array)
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} is {array.dtype}; it must be an integer array")
+    return array.astype(jnp.int32)
+
+
+def scores(window, softcap):
+    """The numbers that shape the scores."""
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
+
+
+def without_gradients(function, reason, arguments) -> Any:
+    """function(arguments); differentiating it raises NotImplementedError with the reason."""
+    return _call(function, reason, arguments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _call(function, reason, arguments):
+    return function(arguments)
+
+
+def _refuse(function, reason, arguments):
+    raise NotImplementedError(reason)
+
+
+_call.defvjp(_refuse, _refuse)

@@ -1,0 +1,197 @@
+"""Which implementation serves a call: their names, and the table behind "auto".
+
+Not one row rests on a timing of our own on an accelerator: there was none to time on. Rows cite
+published timings, the compiler's static schedules or arithmetic from data sheets, and say which.
+`python -m experiments.benchmark --suite=kernels` on a device tells whether a row holds there.
+"""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+# Every module has `attention` and may have `paged_attention`, which get checked arguments, return
+# (out, lse), and raise NotImplementedError for what they do not serve. Imported when first asked
+# for: a machine without CUDA lacks what "triton" imports, and loses nothing.
+MODULES: dict[str, str] = {
+    "tpu": "pallas_kernels.tpu",
+    "triton": "pallas_kernels.gpu",
+    "cudnn": "pallas_kernels.cudnn",
+    "folded": "pallas_kernels.xla.folded",
+    "xla": "pallas_kernels.xla",
+    "reference": "pallas_kernels.reference",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What the table looks at.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      kind: the device's own name of its kind, such as "TPU v5 lite".
+      phase: "sequence" (training and prefill: many queries), "decode" (few queries against a
+        longer cache) or "paged".
+      sources: the larger number of sources that are mixed; 1 without weights.
+      size: the larger head size of keys and values.
+      residuals: the lse is asked for.
+    """
+
+    platform: str
+    kind: str
+    phase: str
+    sources: int
+    size: int
+    residuals: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table: on `platform`, in `phases`, if `condition`, use `implementation`."""
+
+    platform: str
+    phases: Sequence[str]
+    implementation: str
+    evidence: str
+    condition: Callable[[Call], bool] = lambda call: True
+
+    def matches(self, call: Call) -> bool:
+        """The row is about this call."""
+        return (
+            self.platform in ("any", call.platform)
+            and call.phase in self.phases
+            and self.condition(call)
+        )
+
+
+def matrix_unit(kind: str) -> int:
+    """Width of the matrix unit of a TPU: 256 from v6e on, 128 before."""
+    return 256 if any(name in kind.lower() for name in ("v6", "7x", "v7", "tpu7")) else 128
+
+
+SEQUENCE, DECODE, PAGED = "sequence", "decode", "paged"
+FEW = 64  # query rows per KV head up to which a call waits for memory: "decode"
+
+# Matching rows are tried from the top; a row whose implementation refuses the call is passed over.
+TABLE = (
+    Row(
+        platform="tpu",
+        phases=(SEQUENCE, DECODE, PAGED),
+        implementation="tpu",
+        evidence="Compiler schedule (v5e, v6e), not timed: mixing or folding inside a kernel costs "
+        "0 to 20 % more bundles than plain attention; outside it writes K^ and V^ of every layer.",
+    ),
+    Row(
+        platform="tpu",
+        phases=(SEQUENCE,),
+        implementation="folded",
+        condition=lambda call: call.sources * call.size <= matrix_unit(call.kind),
+        evidence="Compiler schedule, not timed: a contraction of J * H channels costs what one of "
+        "H costs as long as the matrix unit is that wide (published autotuning timings agree).",
+    ),
+    Row(
+        platform="gpu",
+        phases=(SEQUENCE,),
+        implementation="cudnn",
+        condition=lambda call: not call.residuals,  # it gives no lse that can be differentiated
+        evidence="Data-sheet arithmetic on published timings, not timed by us: on an H100 writing "
+        "K^ and V^ costs 7 % of cuDNN's causal attention (T = 4096), while Triton kernels reach "
+        "0.6 of cuDNN's rate. Where memory, not time, is short, name 'triton'.",
+    ),
+    Row(
+        platform="gpu",
+        phases=(SEQUENCE, DECODE, PAGED),
+        implementation="triton",
+        evidence="Data-sheet arithmetic, not timed: decoding waits for memory, and a kernel reads "
+        "each source once; many queries: without K^ and V^ in memory, for what cuDNN refuses.",
+    ),
+    Row(
+        platform="any",
+        phases=(SEQUENCE, DECODE, PAGED),
+        implementation="xla",
+        evidence="Measured on two CPU cores (docstrings of pallas_kernels/xla): there is no other "
+        "on a CPU. On accelerators the fallback; linear memory, not timed.",
+    ),
+)
+
+
+def names() -> tuple[str, ...]:
+    """All implementations, kernels first."""
+    return tuple(MODULES)
+
+
+def device() -> tuple[str, str]:
+    """Platform and kind of the device that is compiled for.
+
+    An abstract device (`jax.sharding.use_abstract_mesh`) counts before the devices at hand, so
+    that a program for a TPU can be compiled on a machine without one.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.platform, abstract.device_kind
+    found = jax.devices()[0]
+    return found.platform, found.device_kind
+
+
+def describe(phase: str, sources: int, size: int, residuals: bool) -> Call:
+    """A call on the device that is compiled for."""
+    platform, kind = device()
+    return Call(
+        platform="gpu" if platform in ("cuda", "rocm") else platform,
+        kind=kind,
+        phase=phase,
+        sources=sources,
+        size=size,
+        residuals=residuals,
+    )
+
+
+def candidates(call: Call) -> tuple[str, ...]:
+    """Implementations that "auto" tries for a call, in order."""
+    return tuple(dict.fromkeys(row.implementation for row in TABLE if row.matches(call)))
+
+
+def load(name: str, form: str) -> Callable:
+    """The function `form` ("attention" or "paged_attention") of an implementation.
+
+    Raises:
+      NotImplementedError: a package that it needs is missing, or it has no such form.
+    """
+    try:
+        module = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        raise NotImplementedError(
+            f"implementation {name!r} needs what is missing: {error}"
+        ) from None
+    function = getattr(module, form, None)
+    if function is None:
+        raise NotImplementedError(f"implementation {name!r} has no {form}")
+    return function
+
+
+def run(implementation: str, form: str, describe: Callable[[], Call], arguments, options) -> Any:
+    """Calls the named implementation, or for "auto" the first of the table that serves the call.
+
+    Raises:
+      ValueError: the name is unknown.
+      NotImplementedError: the named implementation refuses the call, or with "auto" all do.
+    """
+    if implementation != "auto":
+        if implementation not in MODULES:
+            known = ("auto", *MODULES)
+            near = difflib.get_close_matches(str(implementation), known, n=2, cutoff=0.4)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(
+                f"implementation is {implementation!r}; it must be one of {', '.join(known)}{hint}"
+            )
+        return load(implementation, form)(*arguments, **options)
+    refusals = []
+    for name in candidates(describe()):
+        try:
+            return load(name, form)(*arguments, **options)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("no implementation serves this call; " + "; ".join(refusals))

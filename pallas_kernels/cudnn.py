@@ -1,0 +1,62 @@
+"""cuDNN's attention on keys and values that are mixed first, one layer's at a time in memory.
+
+The price is writing and reading the mixed K^ and V^ once a layer; the kernel is the fastest there
+is on NVIDIA GPUs. With one source nothing is mixed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masks import Mask
+from pallas_kernels.quantized import is_quantized
+
+
+def attention(q, keys, values, key_weights, value_weights, mask: Mask, *, scale, softcap):
+    """Arguments and output as in `reference.attention`; None in place of the lse.
+
+    Raises:
+      NotImplementedError: what cuDNN does not compute, or not by the rules of `attention`.
+    """
+    reason = _refusal(q, keys, values, mask, softcap)
+    if reason:
+        raise NotImplementedError(f"cuDNN is not used: {reason}")
+    out = jax.nn.dot_product_attention(
+        q,
+        _mixed(keys, key_weights, q.dtype),
+        _mixed(values, value_weights, q.dtype),
+        is_causal=mask.causal,
+        scale=scale,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        implementation="cudnn",
+    )
+    return out, None
+
+
+def _mixed(sources, weights, dtype):
+    """The mix [B, S, K, H], summed in float32 and rounded once."""
+    if weights is None:
+        return sources[0].astype(dtype)
+    total = sum(
+        weight.astype(jnp.float32) * source.astype(jnp.float32)
+        for weight, source in zip(weights, sources, strict=True)
+    )
+    return jnp.asarray(total).astype(dtype)
+
+
+def _refusal(q, keys, values, mask: Mask, softcap) -> str:
+    """Why the call cannot go to cuDNN; empty if it can."""
+    length, num_keys = q.shape[1], keys[0].shape[1]
+    size, value_size = keys[0].shape[3], values[0].shape[3]
+    if is_quantized((*keys, *values)):
+        return "Quantized sources would be written out whole"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 and float16, and q is {q.dtype}"
+    if size != value_size or size % 8 or size > 128:
+        return f"head sizes {size} and {value_size} are not equal multiples of 8 up to 128"
+    if not mask.aligned or mask.q_segment_ids is not None:
+        return "positions, lengths and segments would need a bias of [T, S] numbers"
+    if mask.causal and length != num_keys:
+        return f"it aligns {length} queries with the first of {num_keys} keys, not with the last"
+    if mask.window is not None and not mask.causal:
+        return "it has no one-sided window without causality"
+    return "softcap is not in it" if softcap is not None else ""

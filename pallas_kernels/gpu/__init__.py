@@ -1,0 +1,151 @@
+"""Attention on NVIDIA GPUs by Triton kernels: mixed on the tile, or folded where queries are few.
+
+Nothing here imports triton before a kernel is launched.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import masks
+from pallas_kernels.gpu import calls, operands
+from pallas_kernels.gpu.device import Device, current
+from pallas_kernels.gpu.lengths import Paging, lengths
+from pallas_kernels.masks import Mask
+from pallas_kernels.paged import Pages
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def attention(
+    q,
+    keys,
+    values,
+    key_weights,
+    value_weights,
+    mask: Mask,
+    *,
+    scale,
+    softcap,
+    device: Device | None = None,
+):
+    """Attention as `pallas_kernels.attention` says; residuals are its arguments, out and lse.
+
+    Args:
+      device: the GPU to compile for; by default this machine's.
+
+    Raises:
+      NotImplementedError: no GPU, a missing package, or a call that the kernels do not serve.
+    """
+    device = current() if device is None else device
+    _check(q)
+    if any(hasattr(x, "dequantize") for x in (*keys, *values)):
+        arguments = (device, scale, softcap, q, (keys, values, key_weights, value_weights), mask)
+        return _forward(*arguments)[0]
+    # Looked at before tracing, so that "auto" hears of a refusal.
+    _sides(q, (keys, values, key_weights, value_weights))
+    return _attend(device, scale, softcap, q, (keys, values, key_weights, value_weights), mask)
+
+
+def paged_attention(
+    q,
+    pages: Pages,
+    page_table,
+    kv_lengths,
+    key_weights,
+    value_weights,
+    *,
+    window,
+    scale,
+    softcap,
+    device: Device | None = None,
+):
+    """Attention over pages as `pallas_kernels.paged_attention` says; no gradients.
+
+    Args:
+      device: the GPU to compile for; by default this machine's.
+
+    Raises:
+      NotImplementedError: no GPU, a missing package, or a call that the kernels do not serve.
+    """
+    device = current() if device is None else device
+    _check(q)
+    keys, values = operands.paged(pages, key_weights, value_weights)
+    paging = Paging(table=page_table, size=pages.page_size)
+    mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
+    return _run(device, q, keys, values, mask, paging, scale, softcap)
+
+
+def _check(q):
+    if str(q.dtype) not in _DTYPES:
+        raise NotImplementedError(f"{q.dtype} queries; served are {', '.join(_DTYPES)}")
+
+
+def _sides(q, sources):
+    keys, values, key_weights, value_weights = sources
+    return (
+        operands.contiguous(keys, key_weights, q.dtype),
+        operands.contiguous(values, value_weights, q.dtype),
+    )
+
+
+def _run(device, q, keys, values, mask, paging, scale, softcap):
+    """(out, lse) by the kernel for this many queries."""
+    stored = {str(x.dtype) for x in (*keys.arrays, *values.arrays)}
+    needed = 89 if "float8_e4m3fn" in stored else 80
+    if device.compute_capability < needed:
+        raise NotImplementedError(
+            f"{', '.join(sorted(stored))} sources need compute capability {needed / 10}; "
+            f"{device.kind} has {device.compute_capability / 10}"
+        )
+    shape = lengths(q, keys, paging)
+    kernel = calls.decode if calls.is_decode(shape, mask) else calls.forward
+    return kernel(device, q, keys, values, mask, paging, scale=scale, softcap=softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(device, scale, softcap, q, sources, mask):
+    return _forward(device, scale, softcap, q, sources, mask)[0]
+
+
+def _forward(device, scale, softcap, q, sources, mask):
+    keys, values = _sides(q, sources)
+    out, lse = _run(device, q, keys, values, mask, None, scale, softcap)
+    return (out, lse), (q, sources, mask, out, lse)
+
+
+def _backward(device, scale, softcap, residuals, cotangents):
+    q, sources, mask, out, lse = residuals
+    dout, dlse = cotangents
+    blind = jnp.isneginf(lse)
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+    delta = delta - jnp.where(blind, 0, dlse)
+    dout = jnp.where(blind[..., None], 0, dout)  # combining splits can make it NaN here
+    lse = jnp.where(blind, jnp.inf, lse)  # exp(anything - inf) = 0
+    keys, values = _sides(q, sources)
+    dq, dkey, dvalue = calls.backward(
+        device, q, keys, values, mask, lse, dout, delta, scale=scale, softcap=softcap
+    )
+    present = None
+    if mask.ragged:
+        present = masks.key_positions(mask, dkey.shape[1]) >= 0
+        present = jnp.asarray(present)[:, :, None, None]
+    dkeys, dkey_weights = _unmix(dkey, sources[0], sources[2], present)
+    dvalues, dvalue_weights = _unmix(dvalue, sources[1], sources[3], present)
+    return dq, (dkeys, dvalues, dkey_weights, dvalue_weights), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _unmix(grad, sources, weights, present):
+    """Gradients of the sources and of the weights, from that of their mix, [B, S, K, H]."""
+    if weights is None:
+        return (grad.astype(sources[0].dtype),), None
+    wide = weights.astype(jnp.float32)
+    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(wide, sources, strict=True))
+    if present is not None:  # the memory of an absent key may hold NaN
+        sources = [jnp.where(present, x, 0) for x in sources]
+    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in sources]
+    return dsources, jnp.stack(dweights).astype(weights.dtype)

@@ -1,0 +1,1 @@
+"""The Triton kernels; importing this package needs triton, so nothing imports it early."""

@@ -1,0 +1,129 @@
+"""What kernels get: sources, their scales and weights, and the numbers that describe them."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+MOST = 4  # sources of keys, and of values, that the kernels have arguments for
+_STORED = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """One side, keys or values, as a kernel reads it.
+
+    Attributes:
+      arrays: J arrays whose rows (the last axis) hold one token and head.
+      scales: J arrays alike with its scale, or empty.
+      weights: float32 [J, K, H], or None.
+      size: H.
+      stride: numbers from one row to the next.
+      scale_stride: alike for scales.
+    """
+
+    arrays: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    weights: Any
+    size: int
+    stride: int
+    scale_stride: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a number."""
+        return self.arrays[0].dtype.itemsize
+
+    @property
+    def padded(self) -> int:
+        """The head size that tiles have: a power of two."""
+        return padded(self.size)
+
+
+def padded(size: int) -> int:
+    """The next power of two, at least 16, which is the least that a matrix product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def contiguous(sources, weights, dtype) -> Sources:
+    """A side of `attention`: arrays [B, S, K, H], or `Quantized` with a scale a token and head.
+
+    Raises:
+      NotImplementedError: quantized in groups, which no kernel reads.
+    """
+    arrays, scales = [], []
+    for source in sources:
+        if hasattr(source, "dequantize"):
+            if not source.per_token or source.bits != 8:
+                raise NotImplementedError(
+                    "the kernels read 8-bit sources with one scale a token and head, no groups"
+                )
+            arrays.append(source.data)
+            scales.append(source.scale.astype(jnp.float32))
+        else:
+            # Wider sources carry gradients in float32, not values; XLA merges the casts.
+            wide = source.dtype.itemsize > dtype.itemsize
+            arrays.append(source.astype(dtype) if wide else source)
+    if scales and len(scales) < len(arrays):
+        raise NotImplementedError("the kernels read sources that are all quantized, or none")
+    size = arrays[0].shape[-1]
+    return _checked(
+        Sources(
+            arrays=tuple(arrays),
+            scales=tuple(scales),
+            weights=_wide(weights),
+            size=size,
+            stride=size,
+            scale_stride=1,
+        )
+    )
+
+
+def paged(pages, key_weights, value_weights) -> tuple[Sources, Sources]:
+    """Both sides of `paged_attention`: slices of one record, which the kernels cut themselves."""
+    streams, result, start = pages.num_keys + pages.num_values, [], 0
+    for num, size, weights in (
+        (pages.num_keys, pages.key_size, key_weights),
+        (pages.num_values, pages.value_size, value_weights),
+    ):
+        side = Sources(
+            arrays=(pages.data,) * num,
+            scales=() if pages.scales is None else (pages.scales,) * num,
+            weights=_wide(weights),
+            size=size,
+            stride=pages.data.shape[-1],
+            scale_stride=streams,
+        )
+        result.append(_checked(side))
+        start += num * size
+    return result[0], result[1]
+
+
+def pointers(keys: Sources, values: Sources, num_heads: int, dtype, unused, scaled: bool):
+    """The arguments that come first in every kernel after q: weights, arrays, and scales."""
+    sides = (keys, values)
+    weights = [
+        jnp.ones((1, num_heads, x.size), jnp.float32) if x.weights is None else x.weights
+        for x in sides
+    ]
+    fill = lambda x: (*x, *(x[:1] or (unused,)) * (MOST - len(x)))[:MOST]  # noqa: E731
+    arrays = [y for x in sides for y in fill(x.arrays)]
+    scales = [y for x in sides for y in fill(x.scales)] if scaled else []
+    return *weights, *arrays, *scales
+
+
+def _wide(weights):
+    return None if weights is None else weights.astype(jnp.float32)
+
+
+def _checked(side: Sources) -> Sources:
+    if len(side.arrays) > MOST:
+        raise NotImplementedError(f"{len(side.arrays)} sources; the kernels mix at most {MOST}")
+    if side.size > 256:
+        raise NotImplementedError(f"head size {side.size}; the kernels hold at most 256")
+    dtypes = {str(x.dtype) for x in side.arrays}
+    if len(dtypes) > 1:
+        raise NotImplementedError(f"sources of types {', '.join(sorted(dtypes))}; one is served")
+    if not dtypes <= set(_STORED):
+        raise NotImplementedError(f"{dtypes.pop()} sources; served are {', '.join(_STORED)}")
+    return side

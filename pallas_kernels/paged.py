@@ -1,0 +1,248 @@
+"""Attention over a cache in pages: the pages, how tokens get into them, and the operation."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checks, choice
+from pallas_kernels.quantized import EIGHT_BIT, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Keys and values of all streams that some layers read, in pages of tokens.
+
+    A record holds everything that a reader of several streams needs of one token and head, so
+    that one copy of a page brings it.
+
+    Attributes:
+      data: [pages, K, page_size, J*H + J'*H'], the J keys, then the J' values of a token.
+      scales: None, or for 8-bit data float32 [pages, K, page_size, J + J'].
+      num_keys: J.
+      num_values: J'.
+      key_size: H.
+      value_size: H'.
+    """
+
+    data: Any
+    scales: Any
+    num_keys: int
+    num_values: int
+    key_size: int
+    value_size: int
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        num_keys: int,
+        num_values: int,
+        key_size: int,
+        value_size: int,
+        dtype: Any = jnp.bfloat16,
+    ) -> "Pages":
+        """Empty pages of a float dtype, or of an 8-bit one with scales."""
+        width = num_keys * key_size + num_values * value_size
+        lead = (num_pages, num_kv_heads, page_size)
+        scales = None
+        if jnp.dtype(dtype).itemsize == 1:
+            scales = jnp.zeros((*lead, num_keys + num_values), jnp.float32)
+        data = jnp.zeros((*lead, width), dtype)
+        return cls(data, scales, num_keys, num_values, key_size, value_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Number of pages."""
+        return self.data.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.data.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data and scales."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where each stream lies in a record, (start, stop): the keys, then the values."""
+        sizes = [self.key_size] * self.num_keys + [self.value_size] * self.num_values
+        stops = np.cumsum(sizes).tolist()
+        return tuple((stop - size, stop) for size, stop in zip(sizes, stops, strict=True))
+
+    def write(
+        self,
+        keys: Sequence[Float[Array, "B T K H"] | None],
+        values: Sequence[Float[Array, "B T K H2"] | None],
+        page_table: Int[Array, "B max_pages"],
+        positions: Int[Array, "B T"],
+    ) -> "Pages":
+        """The pages with new tokens in them.
+
+        Args:
+          keys: one array for each of the J keys; None leaves that stream as it is, for layers
+            that own one stream of the record.
+          values: alike, J'.
+          page_table: page of each row's tokens; see `paged_attention`.
+          positions: position of each token; negative ones are not written.
+        """
+        streams = (*keys, *values)
+        if (len(keys), len(values)) != (self.num_keys, self.num_values):
+            raise ValueError(
+                f"keys and values have {len(keys)} and {len(values)} streams; these pages hold "
+                f"{self.num_keys} and {self.num_values}"
+            )
+        index = jnp.clip(positions // self.page_size, 0, page_table.shape[1] - 1)
+        pages = jnp.take_along_axis(page_table, index, axis=1)
+        pages = jnp.where(positions >= 0, pages, self.num_pages)  # out of range: dropped
+        slots = positions % self.page_size
+        data, scales = self.data, self.scales
+        for i, (stream, (start, stop)) in enumerate(zip(streams, self.spans(), strict=True)):
+            if stream is None:
+                continue
+            if scales is not None:
+                stored = quantize(stream, str(data.dtype))
+                scales = scales.at[pages, :, slots, i].set(stored.scale[..., 0], mode="drop")
+                stream = stored.data
+            new = stream.astype(data.dtype)
+            data = data.at[pages, :, slots, start:stop].set(new, mode="drop")
+        return dataclasses.replace(self, data=data, scales=scales)
+
+    def check(self) -> None:
+        """Raises ValueError where the arrays do not fit each other."""
+        width = self.num_keys * self.key_size + self.num_values * self.value_size
+        if self.data.ndim != 4 or self.data.shape[3] != width:
+            raise ValueError(
+                f"pages.data has shape {self.data.shape}; it must be [pages, K, page_size, {width}]"
+            )
+        eight = str(self.data.dtype) in EIGHT_BIT
+        if not eight and not jnp.issubdtype(self.data.dtype, jnp.floating):
+            raise ValueError(
+                f"pages.data is {self.data.dtype}; it must be a float type or one of "
+                f"{', '.join(EIGHT_BIT)}"
+            )
+        if eight != (self.scales is not None):
+            need = "needs scales" if eight else "takes no scales"
+            raise ValueError(f"pages.scales is {self.scales}; {self.data.dtype} data {need}")
+        expected = (*self.data.shape[:3], self.num_keys + self.num_values)
+        if self.scales is not None and self.scales.shape != expected:
+            raise ValueError(f"pages.scales has shape {self.scales.shape}; it must be {expected}")
+
+
+jax.tree_util.register_dataclass(
+    Pages, ["data", "scales"], ["num_keys", "num_values", "key_size", "value_size"]
+)
+
+
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    pages: Pages,
+    page_table: Int[Array, "B max_pages"],
+    kv_lengths: Int[Array, "B"],
+    key_weights: Float[Array, "J K H"] | None = None,
+    value_weights: Float[Array, "J2 K H2"] | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_residuals: bool = False,
+    implementation: str = "auto",
+) -> Any:
+    """Causal attention of each row's last T tokens over its tokens in pages.
+
+    Token i of row b sits in slot i % page_size of page `page_table[b, i // page_size]`. What no
+    token reaches, pages, slots and entries of the table, may hold anything, NaN included.
+    There are no gradients.
+
+    Args:
+      q: queries, at positions kv_lengths - T to kv_lengths - 1.
+      pages: the cache.
+      page_table: int32 pages of each row.
+      kv_lengths: int32 tokens of each row, those of the queries included; 0 gives zeros.
+      key_weights, value_weights: float32, as for `attention`.
+      window, scale, softcap, return_residuals, implementation: as for `attention`.
+
+    Returns:
+      The output [B, T, N, H'], with `return_residuals` also the lse [B, T, N], as `attention`.
+
+    Raises:
+      ValueError: an argument has a wrong shape or value, or a table that is not traced points
+        to no page; the message names it.
+      NotImplementedError: differentiated, or the implementation cannot serve the call.
+    """
+    table, lengths = _check(q, pages, page_table, kv_lengths)
+    checks.scores(window, softcap)
+    heads = pages.num_kv_heads
+    weights = (
+        checks.weights("key_weights", key_weights, "keys", pages.num_keys, (heads, pages.key_size)),
+        checks.weights(
+            "value_weights", value_weights, "values", pages.num_values, (heads, pages.value_size)
+        ),
+    )
+    options = {
+        "window": None if window is None else int(window),
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "softcap": None if softcap is None else float(softcap),
+    }
+    arguments = (q, pages, table, lengths, *weights)
+    describe = functools.partial(
+        choice.describe,
+        choice.PAGED,
+        max(pages.num_keys, pages.num_values),
+        max(pages.key_size, pages.value_size),
+        return_residuals,
+    )
+
+    def call(arguments):
+        return choice.run(implementation, "paged_attention", describe, arguments, options)
+
+    reason = "pages cannot be differentiated; train with `attention` over whole sequences"
+    out, lse = checks.without_gradients(call, reason, arguments)
+    return (out, lse) if return_residuals else out
+
+
+def _check(q, pages, page_table, kv_lengths):
+    """The table, clipped to pages that exist, and the lengths, both int32."""
+    if not isinstance(pages, Pages):
+        raise ValueError(f"pages is a {type(pages).__name__}; it must be a Pages")
+    pages.check()
+    checks.queries(q, (q.shape[0], pages.num_kv_heads, pages.key_size), "pages")
+    batch, size = q.shape[0], pages.page_size
+    if jnp.ndim(page_table) != 2 or page_table.shape[0] != batch:
+        raise ValueError(f"page_table has shape {jnp.shape(page_table)}; it must be [B, max_pages]")
+    page_table = checks.integers("page_table", page_table, (batch, page_table.shape[1]))
+    kv_lengths = checks.integers("kv_lengths", kv_lengths, (batch,))
+    held = page_table.shape[1] * size
+    if not isinstance(kv_lengths, Tracer):
+        lengths = np.asarray(kv_lengths)
+        if lengths.size and not (0 <= lengths.min() and lengths.max() <= held):
+            raise ValueError(
+                f"kv_lengths reach from {lengths.min()} to {lengths.max()}; page_table has room "
+                f"for 0 to {held} tokens ({page_table.shape[1]} pages of {size})"
+            )
+        if not isinstance(page_table, Tracer):
+            used = np.arange(page_table.shape[1]) < -(-lengths[:, None] // size)
+            found = np.where(used, np.asarray(page_table), 0)
+            if found.size and not (0 <= found.min() and found.max() < pages.num_pages):
+                bad = found[(found < 0) | (found >= pages.num_pages)][0]
+                raise ValueError(
+                    f"page_table points to page {bad}; pages has 0 to {pages.num_pages - 1}"
+                )
+    # Kernels copy by these numbers, also where they are traced: none may leave the pages.
+    return jnp.clip(page_table, 0, pages.num_pages - 1), kv_lengths

@@ -1,0 +1,256 @@
+"""Decoding: few queries against a long cache, which is read once, in place, and never mixed.
+
+The cache stays in HBM and is copied by hand, one block ahead of another, several in flight; the
+blocks that hold something visible, of all rows of the batch, are one list of work. Weights fold
+into the queries and outputs, so a block meets the matrix unit as it was stored. The two forms:
+
+    contiguous  [S * K, H] of each source, as it lies in memory: one product for all KV heads,
+                in which a query sees the rows of its own head only. FLOPs are K-fold, which a
+                step that waits for memory does not feel; nothing is transposed.
+    paged       [K, page_size, record] pages: one product for each KV head.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu import steps as steps_lib
+from pallas_kernels.tpu.blocks import LANES
+from pallas_kernels.tpu.tile import HIDDEN, LOG2E, NN, NT, dot, spread
+
+_DEPTH = 3  # blocks in flight, the one at work included
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One product with a part of the stored block: lanes [start, start + width) of a buffer."""
+
+    buffer: int
+    start: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What differs between the two forms of a cache.
+
+    Attributes:
+      heads: products per block, each for its own KV head (1: one product for all).
+      rows: rows of a block in one product.
+      chunk: rows that are multiplied at once.
+      scores, outputs: the parts that are multiplied with queries, and with probabilities.
+      buffers: shapes of the VMEM buffers of a block.
+      copy: (method, row, block, slot, Memory) starts or awaits the copies of a block.
+      read: (buffer, slot, head, chunk start, chunk size, term) to [chunk, width].
+      clear: (row, block, slot, positions, Memory) zeroes what is absent from a block.
+    """
+
+    heads: int
+    rows: int
+    chunk: int
+    scores: tuple[Term, ...]
+    outputs: tuple[Term, ...]
+    buffers: tuple[tuple[int, ...], ...]
+    copy: Callable
+    read: Callable
+    clear: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """References of the kernel: page table and lengths, the cache, buffers and semaphores."""
+
+    table: Any
+    ends: Any
+    stored: Any
+    buffers: Any
+    sems: Any
+
+
+def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, form):
+    *buffers, sems, top, total, acc = scratch
+    item, count = pl.program_id(0), pl.num_programs(0)
+    code = codes[item]
+    working = code & steps_lib.WORK != 0
+
+    memory = Memory(table, ends, stored, buffers, sems)
+
+    def copies(index, method):
+        step = codes[index]
+        row, block = steps_lib.outer_block(step), steps_lib.inner_block(step)
+
+        @pl.when(step & steps_lib.WORK != 0)
+        def _():
+            form.copy(method, row, block, index % _DEPTH, memory)
+
+    @pl.when(item == 0)
+    def _():
+        for ahead in range(_DEPTH - 1):
+            pl.when(ahead < count)(functools.partial(copies, ahead, "start"))
+
+    @pl.when(item + _DEPTH - 1 < count)
+    def _():
+        copies(item + _DEPTH - 1, "start")
+
+    @pl.when(code & steps_lib.FIRST != 0)
+    def _():
+        top[...] = jnp.full_like(top, HIDDEN / 2)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(working)
+    def _():
+        copies(item, "wait")
+        slot = item % _DEPTH
+        # Memory of absent keys may hold NaN, and 0 * NaN is NaN.
+        positions = refs["k_positions"][...]
+        row, block = steps_lib.outer_block(code), steps_lib.inner_block(code)
+        absent = jnp.max(positions) >= steps_lib.FAR
+        pl.when(absent)(lambda: form.clear(row, block, slot, positions, memory))
+
+        def visit(head):
+            for start in range(0, form.rows, form.chunk):
+                _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form)
+
+        # Some heads in straight code, so that products of one overlap the softmax of another.
+        straight = next(n for n in (4, 3, 2, 1) if form.heads % n == 0)
+
+        def several(group, _):
+            for index in range(straight):
+                visit(group * straight + index)
+
+        if form.heads == straight:
+            several(0, None)
+        else:
+            jax.lax.fori_loop(0, form.heads // straight, several, None)
+
+    @pl.when(code & steps_lib.LAST != 0)
+    def _():
+        some = total[...] > 0
+        sure = jnp.where(some, total[...], 1.0)
+        for index in range(len(form.outputs)):
+            out[:, index] = acc[:, index] * _spread3(1 / sure, acc.shape[-1])
+        lse[...] = jnp.where(some, (top[...] + jnp.log2(sure)) / LOG2E, -jnp.inf)
+
+
+def _spread3(column, width):
+    return jnp.tile(column, (1, 1, pl.cdiv(width, LANES)))[:, :, :width]
+
+
+def _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form):
+    """One chunk of a block: scores, online softmax, products with the values."""
+    part = pl.ds(start, form.chunk)
+    dtype = refs["q"].dtype
+    score = 0.0
+    for index, term in enumerate(form.scores):
+        stored = form.read(buffers[term.buffer], slot, head, start, form.chunk, term)
+        product = dot(refs["q"][head, index], stored.astype(dtype), NT)  # [M, chunk]
+        if refs["scales"] is not None:
+            product = product * refs["scales"][head, pl.ds(index, 1), part]
+        score = score + product
+    if how.softcap is not None:
+        score = how.softcap * LOG2E * jnp.tanh(score / how.softcap)
+    column = lambda x: x[:, :1]  # noqa: E731
+    seen = steps_lib.visible(
+        rule, column(refs["q_positions"]), refs["k_positions"][:, part], None, None
+    )
+    if refs["k_heads"] is not None:
+        seen = seen & (column(refs["q_heads"]) == refs["k_heads"][:, part])
+    score = jnp.where(seen, score, HIDDEN)
+    before = top[head]
+    above = jnp.maximum(before, score.max(1, keepdims=True))
+    weight = jnp.exp2(score - above[:, :1])
+    decay = jnp.exp2(before - above)
+    top[head] = above
+    total[head] = decay * total[head] + weight.sum(1, keepdims=True)
+    for index, term in enumerate(form.outputs):
+        stored = form.read(buffers[term.buffer], slot, head, start, form.chunk, term)
+        share = weight
+        if refs["scales"] is not None:
+            share = weight * refs["scales"][head, pl.ds(len(form.scores) + index, 1), part]
+        grown = dot(share.astype(dtype), stored.astype(dtype), NN)
+        acc[head, index] = spread(decay, grown) * acc[head, index] + grown
+
+
+def run(how, rule, form: Form, q, stored, table, ends, visited, arrays, interpret):
+    """The kernel.
+
+    Args:
+      rule: `Mask` whose `causal` and `window` hold.
+      form: the form of the cache.
+      q: [B, heads, terms, M, width] queries of every score term, times scale.
+      stored: arrays of the cache, left in HBM.
+      table: int32 page table, flat; [1] where there are no pages.
+      ends: [B] int32, tokens of each row.
+      visited: bool [B, blocks], the blocks that hold something visible.
+      arrays: "q_positions", "q_heads" [B or 1, M], "k_positions", "k_heads" [B or 1, 1, S'],
+        "scales" [B, heads, terms, S'] or None.
+
+    Returns:
+      out [B, heads, output terms, M, width] and lse [B, heads, M] fp32.
+    """
+    batch, heads, _, rows, _ = q.shape
+    codes, _, count = steps_lib.listed(visited[None], visited[None])
+    row = lambda i, codes, *_: steps_lib.outer_block(codes[i])  # noqa: E731
+    block = lambda i, codes, *_: steps_lib.inner_block(codes[i])  # noqa: E731
+
+    def spec(shape, x, *letters):
+        maps = {"b": row, "i": block, "0": lambda *_: 0}
+        chosen = ["0" if x.shape[0] == 1 and n == 0 else y for n, y in enumerate(letters)]
+        return pl.BlockSpec(shape, lambda *args: tuple(maps[y](*args) for y in chosen))
+
+    inputs: dict[str, Any] = {"q": q}
+    specs: dict[str, Any] = {"q": spec((None, *q.shape[1:]), q, *"b0000")}
+    for name in ("q_positions", "q_heads"):
+        x = arrays[name]
+        inputs[name] = None if x is None else jnp.broadcast_to(x[:, :, None], (*x.shape, LANES))
+        specs[name] = None if x is None else spec((None, rows, LANES), x, *"b00")
+    for name in ("k_positions", "k_heads"):
+        x = inputs[name] = arrays[name]
+        last = "0" if name == "k_heads" else "i"  # the heads of every block are the same
+        specs[name] = None if x is None else spec((None, 1, form.rows), x, "b", "0", last)
+    x = inputs["scales"] = arrays["scales"]
+    specs["scales"] = None if x is None else spec((None, *x.shape[1:3], form.rows), x, *"b00i")
+
+    width = form.outputs[0].width
+    wide = (batch, heads, len(form.outputs), rows, width)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, how=how, rule=rule, form=form),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(count,),
+            in_specs=[specs, [pl.BlockSpec(memory_space=pl.ANY)] * len(stored)],
+            out_specs=[
+                pl.BlockSpec((None, *wide[1:]), lambda *args: (row(*args), 0, 0, 0, 0)),
+                pl.BlockSpec((None, heads, rows, LANES), lambda *args: (row(*args), 0, 0, 0)),
+            ],
+            scratch_shapes=[
+                *(
+                    pltpu.VMEM((_DEPTH, *shape), x.dtype)
+                    for shape, x in zip(form.buffers, stored, strict=True)
+                ),
+                pltpu.SemaphoreType.DMA((_DEPTH,)),
+                pltpu.VMEM((heads, rows, LANES), jnp.float32),
+                pltpu.VMEM((heads, rows, LANES), jnp.float32),
+                pltpu.VMEM(wide[1:], jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(wide, jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, rows, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=how.chip.vmem * 3 // 4,
+            disable_bounds_checks=True,
+        ),
+        interpret=interpret,
+        name="decode",
+    )(codes, table, ends, inputs, list(stored))
+    return out, lse[..., 0]

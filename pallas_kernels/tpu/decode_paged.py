@@ -1,0 +1,159 @@
+"""Decoding from pages, in which one copy brings the records of all heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.masks import Mask
+from pallas_kernels.tpu import chips, decode, folded
+from pallas_kernels.tpu import decode_inputs as inputs
+from pallas_kernels.tpu import steps as steps_lib
+from pallas_kernels.tpu.attend import How
+from pallas_kernels.tpu.blocks import LANES, round_up
+from pallas_kernels.tpu.decode import Form, Term
+
+
+def _paged_copy(method, row, block, slot, memory, *, pages, width, size):
+    (stored,), (buffer,) = memory.stored, memory.buffers
+
+    def page(index, _):
+        number = block * pages + index
+
+        @pl.when(number * size < memory.ends[row])
+        def _():
+            source = stored.at[memory.table[row * width + number]]
+            target = buffer.at[slot, index]
+            getattr(pltpu.make_async_copy(source, target, memory.sems.at[slot]), method)()
+
+    jax.lax.fori_loop(0, pages, page, None)
+
+
+def _paged_read(buffer, slot, head, start, size, term):
+    del start
+    part = buffer[slot, :, head, :, pl.ds(term.start, term.width)]
+    return part.reshape(size, term.width)
+
+
+def _paged_clear(row, block, slot, positions, memory, *, pages, size):
+    del positions
+    (buffer,) = memory.buffers
+
+    def page(index, _):
+        first = (block * pages + index) * size
+        token = first + jax.lax.broadcasted_iota(jnp.int32, (1, size, 1), 1)
+        old = buffer[slot, index]
+        buffer[slot, index] = jnp.where(token < memory.ends[row], old, jnp.zeros_like(old))
+
+    jax.lax.fori_loop(0, pages, page, None)
+
+
+def paged(
+    how: How, interpret, q, pages, page_table, kv_lengths, key_weights, value_weights, window
+):
+    """(out, lse) of each row's last T tokens over its pages."""
+    batch, length, num, size = q.shape
+    heads, page_size, record = pages.data.shape[1:]
+    group = num // heads
+    if length * group > inputs.MAX_ROWS:
+        raise NotImplementedError(
+            f"{length * group} rows per KV head; decoding takes {inputs.MAX_ROWS}"
+        )
+    chips.check_storage(how.chip, pages.data.dtype)
+    inputs.check_lanes([record], "records", interpret)
+    width = page_table.shape[1]
+    page_bytes = heads * page_size * record * pages.data.dtype.itemsize
+    count = max(1, min(width, inputs.BLOCK_BYTES // page_bytes))
+    need = LANES // np.gcd(LANES, page_size)  # a block's tokens fill whole lanes
+    count = round_up(count, int(need))
+    tokens = count * page_size
+    total = round_up(width, count) * page_size
+
+    rule = Mask(causal=True, window=window)
+    q_positions = kv_lengths[:, None] - length + jnp.arange(length)
+    index = jnp.arange(total)[None]
+    k_positions = jnp.where(index < kv_lengths[:, None], index, steps_lib.FAR).astype(jnp.int32)
+    visited = inputs.visited_blocks(rule, q_positions, k_positions, tokens)
+    spans = pages.spans()
+    keys, values = spans[: pages.num_keys], spans[pages.num_keys :]
+    scales = None
+    if pages.scales is not None:
+        # [B, pages, K, page_size, terms] to rows of tokens; a few bytes for each record.
+        scales = pages.scales.swapaxes(2, 3)[page_table].transpose(0, 2, 3, 1, 4)
+        scales = scales.reshape(batch, heads, len(spans), width * page_size)
+        scales = jnp.pad(scales, ((0, 0),) * 3 + ((0, total - width * page_size),))
+        scales = jnp.where(k_positions[:, None, None] < steps_lib.FAR, scales, 0.0)
+
+    # A product with a part of the record where lanes allow, else with all of it: zeros in the
+    # queries hide the other streams, and their outputs are dropped.
+    separate = scales is not None
+    scores, score_cuts = _terms(keys, record, separate)
+    outputs, output_cuts = _terms(values, record, separate)
+    queries = folded.queries(q, key_weights, how.query_factor)  # [B, J, T, N, H]
+    queries = _place(queries, keys, scores, separate)
+    queries = queries.reshape(batch, len(scores), length, heads, group, -1)
+    queries = queries.transpose(0, 3, 1, 4, 2, 5).reshape(
+        batch, heads, len(scores), group * length, -1
+    )
+    pad = round_up(group * length, 16) - group * length
+    queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, pad), (0, 0))).astype(q.dtype)
+    arrays = {
+        "q_positions": jnp.pad(
+            jnp.tile(q_positions, (1, group)), ((0, 0), (0, pad)), constant_values=-steps_lib.FAR
+        ),
+        "q_heads": None,
+        "k_positions": k_positions[:, None],
+        "k_heads": None,
+        "scales": scales,
+    }
+    form = Form(
+        heads=heads,
+        rows=tokens,
+        chunk=tokens,
+        scores=scores,
+        outputs=outputs,
+        buffers=((count, heads, page_size, record),),
+        copy=functools.partial(_paged_copy, pages=count, width=width, size=page_size),
+        read=_paged_read,
+        clear=functools.partial(_paged_clear, pages=count, size=page_size),
+    )
+    out, lse = decode.run(
+        how, rule, form, queries, [pages.data], page_table.reshape(-1), kv_lengths, visited,
+        arrays, interpret,
+    )  # fmt: skip
+    unstacked = lambda x: x.reshape(*x.shape[:-2], group, length, x.shape[-1])  # noqa: E731
+    out = unstacked(out[:, :, :, : group * length])  # [B, K, terms, G, T, width]
+    out = out.transpose(0, 2, 4, 1, 3, 5).reshape(batch, len(outputs), length, num, -1)
+    parts = [
+        out[:, min(j, len(outputs) - 1), ..., stop - pages.value_size : stop]
+        for j, stop in enumerate(output_cuts)
+    ]
+    out = folded.output(jnp.stack(parts, axis=1), value_weights).astype(q.dtype)
+    lse = unstacked(lse[:, :, : group * length, None])[..., 0].transpose(0, 3, 1, 2)
+    return out, lse.reshape(batch, length, num)
+
+
+def _terms(spans, record, separate):
+    """The products of one side, and where each stream ends in the product that has it."""
+    first, last = spans[0][0], spans[-1][1]
+    aligned = all(x % LANES == 0 for span in spans for x in span)
+    if separate:
+        cuts = spans if aligned else [(0, record)] * len(spans)
+        ends = [stop - cut[0] for (_, stop), cut in zip(spans, cuts, strict=True)]
+        return tuple(Term(0, a, b - a) for a, b in cuts), ends
+    start, stop = (first, last) if first % LANES == 0 and last % LANES == 0 else (0, record)
+    return (Term(0, start, stop - start),), [x - start for _, x in spans]
+
+
+def _place(queries, spans, terms, separate):
+    """Queries [B, J, ...] put at their stream's lanes of every product, [B, terms, ..., width]."""
+    placed = []
+    for j, (start, stop) in enumerate(spans):
+        term = terms[j if separate else 0]
+        edge = (start - term.start, term.start + term.width - stop)
+        placed.append(jnp.pad(queries[:, j], ((0, 0),) * 3 + (edge,)))
+    placed = jnp.stack(placed, axis=1)
+    return placed if separate else placed.sum(1, keepdims=True)

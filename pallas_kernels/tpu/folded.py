@@ -1,0 +1,75 @@
+"""Folding: the sources side by side are one source of J * H channels.
+
+    scores  [a_0 q, a_1 q] . [K_0, K_1]      output  b_0 (P V_0) + b_1 (P V_1)
+
+One product over J * H channels is free where that is no wider than the matrix unit. Gradients of
+the weights come from the queries and from the outputs; only the attention inside is a kernel.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import attend
+
+
+def _fold(side, weights, chip) -> bool:
+    """Several sources, together no wider than the matrix unit."""
+    return weights is not None and len(side) * side[0].shape[3] <= chip.matrix
+
+
+def folded(how: attend.How, both, interpret, q, sources, mask):
+    """(out, lse) by the tile kernel, on whichever side folds; arguments as of `attend.tiled`."""
+    keys, values, key_weights, value_weights = sources
+    dtype = q.dtype
+    folded_values = None
+    if _fold(keys, key_weights, how.chip):
+        q = _side_by_side(queries(q, key_weights)).astype(dtype)
+        keys, key_weights = _beside(keys), None
+    if _fold(values, value_weights, how.chip):
+        values, folded_values, value_weights = _beside(values), value_weights, None
+    sources = (keys, values, key_weights, value_weights)
+    found: Any = attend.tiled(how, both, interpret, q, sources, mask)
+    out, lse = found
+    if folded_values is not None:
+        out = output(_apart(out, folded_values.shape[0]), folded_values).astype(dtype)
+    return out, lse
+
+
+def _beside(side):
+    return (jnp.concatenate(side, axis=-1),)
+
+
+def queries(q, weights, factor: float = 1.0):
+    """Queries for each source: times its weights and a factor, [B, J, T, N, H] fp32."""
+    batch, length, num, size = q.shape
+    wide = q.astype(jnp.float32) * factor
+    if weights is None:
+        return wide[:, None]
+    heads = weights.shape[1]
+    grouped = wide.reshape(batch, 1, length, heads, num // heads, size)
+    wide = grouped * weights.astype(jnp.float32)[None, :, None, :, None]
+    return wide.reshape(batch, -1, length, num, size)
+
+
+def output(parts, weights):
+    """The weighted sum of what each source gave, [B, J', T, N, H'] fp32, to [B, T, N, H']."""
+    if weights is None:
+        return parts[:, 0]
+    batch, sources, length, num, size = parts.shape
+    heads = weights.shape[1]
+    grouped = parts.reshape(batch, sources, length, heads, num // heads, size)
+    wide = grouped * weights.astype(jnp.float32)[None, :, None, :, None]
+    return wide.sum(1).reshape(batch, length, num, size)
+
+
+def _side_by_side(parts):
+    """[B, J, T, N, H] to [B, T, N, J * H]."""
+    parts = jnp.moveaxis(parts, 1, 3)
+    return parts.reshape(*parts.shape[:3], -1)
+
+
+def _apart(wide, sources: int):
+    """The inverse of `_side_by_side`, in fp32."""
+    wide = wide.astype(jnp.float32).reshape(*wide.shape[:3], sources, -1)
+    return jnp.moveaxis(wide, 3, 1)

@@ -1,0 +1,163 @@
+"""Which tiles a kernel visits, in which order: one packed integer per step of its grid.
+
+Worked example, causal, two blocks of queries (rows) and of keys (columns):
+
+    x .      query-major: (0,0) first last, (1,0) first, (1,1) last
+    x x      key-major:   (0,0) first, (0,1) last, (1,1) first last
+
+Diagonal tiles are MASKED, the other is not. A row without any visible tile still gets one step,
+without WORK, which writes its zeros.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import masks
+from pallas_kernels.masks import Mask
+
+FIRST, LAST, WORK, MASKED = 1, 2, 4, 8
+_INNER, _OUTER = 4, 18  # bit offsets: 4 flags, 14 bits of the inner block, 13 of the outer
+LIMIT = 2**13  # blocks per side
+FAR = 2**30  # beyond every position
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Integers of a call, padded to whole blocks; leading dimension B, or 1 if all rows agree.
+
+    Attributes:
+      q_positions, k_positions: absent keys have position FAR, which no query reaches.
+      q_segments, k_segments: or both None; padding has -1 and -2, so that it never matches.
+      holes: some keys of the arrays themselves may be absent.
+    """
+
+    q_positions: Any
+    k_positions: Any
+    q_segments: Any
+    k_segments: Any
+    holes: bool
+
+
+def _module(x) -> Any:
+    """NumPy for what is known while tracing, else jax.numpy."""
+    return np if isinstance(x, np.ndarray) else jnp
+
+
+def _pad(x, size, value):
+    xp = _module(x)
+    return xp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
+
+
+def places(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: int) -> Places:
+    """The integers of `mask` for blocks of these sizes; NumPy where known while tracing."""
+    q_positions = masks.query_positions(mask, num_queries, num_keys)
+    k_positions = masks.key_positions(mask, num_keys)
+    xp = _module(k_positions)
+    k_positions = xp.where(k_positions < 0, FAR, k_positions).astype(np.int32)
+    q_segments, k_segments = mask.q_segment_ids, mask.kv_segment_ids
+    if q_segments is not None:
+        q_segments = _pad(jnp.where(q_segments < 0, -1, q_segments), block_q, -1)
+        k_segments = _pad(jnp.where(k_segments < 0, -2, k_segments), block_k, -2)
+    return Places(
+        _pad(q_positions.astype(np.int32), block_q, -FAR),
+        _pad(k_positions, block_k, FAR),
+        q_segments,
+        k_segments,
+        mask.ragged,
+    )
+
+
+def queries(where: Places, cut: slice) -> Places:
+    """The places of some of the queries."""
+    part = lambda x: None if x is None else x[:, cut]  # noqa: E731
+    return dataclasses.replace(
+        where, q_positions=part(where.q_positions), q_segments=part(where.q_segments)
+    )
+
+
+def visible(mask: Mask, q_positions, k_positions, q_segments, k_segments):
+    """The rule for a tile whose integers broadcast against each other."""
+    limit = q_positions if mask.causal else FAR - 1
+    seen = k_positions <= limit
+    if mask.window is not None:
+        seen = seen & (q_positions - k_positions < mask.window)
+    if q_segments is not None:
+        seen = seen & (q_segments == k_segments)
+    return seen
+
+
+def tables(mask: Mask, where: Places, block_q: int, block_k: int):
+    """(visited, full), bool [R, query blocks, key blocks]: tiles with anything, or nothing hidden.
+
+    Decided by the extremes of each block: a visited tile may be empty, a dropped one always is.
+    """
+
+    def extremes(x, block, absent, axis):
+        xp = _module(x)
+        x = x.reshape(x.shape[0], -1, block)
+        low, high = x.min(2), x.max(2)
+        there = xp.where(absent(x), -FAR, x).max(2)
+        return [xp.expand_dims(y, axis) for y in (low, high, there)]
+
+    q_low, q_high, _ = extremes(where.q_positions, block_q, lambda x: x <= -FAR, 2)
+    k_low, k_high, k_last = extremes(where.k_positions, block_k, lambda x: x >= FAR, 1)
+    q_first = -extremes(-where.q_positions, block_q, lambda x: x >= FAR, 2)[2]
+    visited = k_low < FAR
+    full = k_high < FAR
+    if mask.causal:
+        visited = visited & (k_low <= q_high)
+        full = full & (k_high <= q_low)
+    if mask.window is not None:
+        visited = visited & (q_first - k_last < mask.window)
+        full = full & (q_high - k_low < mask.window)
+    visited, full = visited & (q_high > -FAR), full & (q_high > -FAR)
+    if where.q_segments is not None:
+        q_low, q_high, _ = extremes(where.q_segments, block_q, lambda x: x < 0, 2)
+        k_low, k_high, _ = extremes(where.k_segments, block_k, lambda x: x < 0, 1)
+        visited = visited & ((k_low <= q_high) & (q_low <= k_high))
+        full = full & ((k_low == q_high) & (q_low == k_high) & (q_low == q_high))
+    return visited, full & visited
+
+
+def listed(visited, full):
+    """(steps [R * length] int32, length, count) of the tables [R, outer, inner], in order.
+
+    `count` steps are to be run: the length itself if the tables are known while tracing, else
+    a traced number. Steps of a row beyond its own end repeat its last one without work.
+    """
+    xp = _module(visited)
+    rows, outer, inner = visited.shape
+    if max(outer, inner) > LIMIT:
+        raise NotImplementedError(f"{max(outer, inner)} blocks; at most {LIMIT} are served")
+    dumb = ~visited.any(2)
+    shown = visited | (dumb[:, :, None] & (xp.arange(inner) == 0))
+    before = xp.cumsum(shown, axis=2)
+    flags = FIRST * (shown & (before == 1)) + LAST * (shown & (before == before[:, :, -1:]))
+    flags = flags + xp.where(visited, WORK, 0) + xp.where(visited & ~full, MASKED, 0)
+    code = (xp.arange(outer)[:, None] << _OUTER) + (xp.arange(inner) << _INNER) + flags
+    code, shown = code.reshape(rows, -1).astype(np.int32), shown.reshape(rows, -1)
+    if xp is np:
+        length = count = int(shown.sum(1).max())
+        order = np.argsort(~shown, axis=1, kind="stable")[:, :length]
+    else:
+        length = outer * inner
+        count = shown.sum(1).max().astype(jnp.int32)
+        order = jnp.argsort(~shown, axis=1, stable=True)
+    ends = shown.sum(1, keepdims=True)
+    at = xp.minimum(xp.arange(length), ends - 1)
+    steps = xp.take_along_axis(code, xp.take_along_axis(order, at, axis=1), axis=1)
+    steps = xp.where(xp.arange(length) < ends, steps, steps & ~15)
+    return jnp.asarray(steps.reshape(-1).astype(np.int32)), length, count
+
+
+def outer_block(step):
+    """The query block of a query-major step, the key block of a key-major one."""
+    return step >> _OUTER
+
+
+def inner_block(step):
+    """The other block."""
+    return (step >> _INNER) & (2 ** (_OUTER - _INNER) - 1)

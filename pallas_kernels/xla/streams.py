@@ -1,0 +1,95 @@
+"""What attention reads, tile by tile: arrays of all tokens, or pages."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+
+from pallas_kernels.quantized import Quantized, token_group
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """Tuples of key and value sources, each [B, S, K, H] or `Quantized`."""
+
+    keys: Any
+    values: Any
+
+    @property
+    def length(self) -> int:
+        """Keys of a row, absent ones included."""
+        return self.keys[0].shape[1]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.keys[0].shape[2]
+
+    @property
+    def value_size(self) -> int:
+        """Head size of the values."""
+        return self.values[0].shape[3]
+
+    @property
+    def group(self) -> int:
+        """Tiles start and end at multiples of this."""
+        return token_group((*self.keys, *self.values))
+
+    def tile(self, start, size: int):
+        """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
+        if size == self.length:
+            return self.keys, self.values
+
+        def cut(x):
+            if isinstance(x, Quantized):
+                return x.tokens(start, size)
+            return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+        return tuple(map(cut, self.keys)), tuple(map(cut, self.values))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedStreams:
+    """The same of `Pages` and the pages [B, max_pages] of each row, gathered tile by tile."""
+
+    pages: Any
+    table: Any
+
+    @property
+    def length(self) -> int:
+        """Keys of a row, absent ones included."""
+        return self.table.shape[1] * self.pages.page_size
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.pages.num_kv_heads
+
+    @property
+    def value_size(self) -> int:
+        """Head size of the values."""
+        return self.pages.value_size
+
+    @property
+    def group(self) -> int:
+        """Tiles start and end at multiples of this."""
+        return self.pages.page_size
+
+    def tile(self, start, size: int):
+        """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
+        step = self.pages.page_size
+        ids = lax.dynamic_slice_in_dim(self.table, start // step, size // step, axis=1)
+
+        def rows(x):  # [pages, K, page_size, .] to [B, size, K, .]
+            x = x[ids].swapaxes(2, 3)
+            return x.reshape(ids.shape[0], size, *x.shape[3:])
+
+        data = rows(self.pages.data)
+        streams = [data[..., low:high] for low, high in self.pages.spans()]
+        if self.pages.scales is not None:
+            scales = rows(self.pages.scales)
+            streams = [Quantized(x, scales[..., i : i + 1]) for i, x in enumerate(streams)]
+        return tuple(streams[: self.pages.num_keys]), tuple(streams[self.pages.num_keys :])

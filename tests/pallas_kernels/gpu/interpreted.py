@@ -1,0 +1,96 @@
+"""The shared tests on the kernels in Triton's interpreter; see `test_interpreted.py`.
+
+Kernels get block sizes so small that most cases have several tiles, splits and row blocks.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import gpu
+from pallas_kernels.gpu import blocks
+from pallas_kernels.masks import Mask
+from tests.pallas_kernels import oracle
+from tests.pallas_kernels.attention_cases import AttentionCases
+from tests.pallas_kernels.cases import CASES, close, draw, poison
+from tests.pallas_kernels.gpu.interpreter import INTERPRETER
+from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
+
+SMALL = blocks.Blocks(rows=16, keys=16, warps=4, stages=1)
+
+# Of NumPy, about how the interpreter uses it; infinity - infinity in what is then masked.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array", "ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    def choose(kernel, *_, rows, **__):
+        fitting = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        return dataclasses.replace(SMALL, rows=fitting if kernel == "decode" else 16)
+
+    monkeypatch.setattr(blocks, "choose", choose)
+
+
+def as_jax(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "shape") else x, tree)
+
+
+class Triton(Implementation):
+    implementation = "triton"
+    unsupported = frozenset({"float8_e4m3b11fnuz", "int4"})
+    narrow = "float16"  # the interpreter computes bfloat16 wrong
+
+    def attend(self, arguments, options):
+        arguments, options = as_jax((tuple(arguments), dict(options)))
+        scale, softcap = options.pop("scale", None), options.pop("softcap", None)
+        scale = arguments[0].shape[-1] ** -0.5 if scale is None else scale
+        mask = Mask(causal=options.pop("causal", True), **options)
+        return gpu.attention(*arguments, mask, scale=scale, softcap=softcap, device=INTERPRETER)
+
+    def attend_pages(self, q, pages, page_table, kv_lengths, key_weights, value_weights, options):
+        arguments = (q, pages, page_table, kv_lengths, key_weights, value_weights)
+        options = {"window": None, "softcap": None, "scale": q.shape[-1] ** -0.5, **options}
+        return gpu.paged_attention(*arguments, **options, device=INTERPRETER)
+
+
+class TestTriton(Triton, AttentionCases):
+    examples = 3
+
+
+COMMITTED = sorted({(x["kernel"], x["rows"], x["keys"]) for x in blocks.table()})
+
+
+class TestCommittedBlocks(Triton):
+    """A case with each block size of the table."""
+
+    @pytest.mark.parametrize("kernel, rows, keys", COMMITTED)
+    def test_gives_right_results(self, monkeypatch, kernel, rows, keys):
+        entry = dataclasses.replace(SMALL, rows=rows, keys=keys)
+        others = blocks.choose
+
+        def choose(name, *args, **options):
+            return entry if name == kernel else others(name, *args, **options)
+
+        monkeypatch.setattr(blocks, "choose", choose)
+        name = "two_tokens" if kernel == "decode" else "segments"
+        shape, options = CASES[name]
+        arguments, cotangents = draw(name, shape)
+
+        def both(arguments, cotangents):
+            result, pull = jax.vjp(lambda *x: self.attend(x, options), *arguments)
+            return *result, pull(cotangents)
+
+        got = jax.jit(both)(poison(arguments, options), cotangents)
+        want = oracle.attention(*arguments, options, *cotangents)
+        jax.tree.map(close, got, want)
+
+
+class TestTritonQuantized(Triton, QuantizedCases):
+    pass
+
+
+class TestTritonPaged(Triton, PagedCases):
+    pass

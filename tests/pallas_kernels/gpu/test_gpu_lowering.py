@@ -1,0 +1,53 @@
+"""Calls lower for CUDA on a machine without a GPU, with the kernels that they should launch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import gpu
+from pallas_kernels.gpu import static
+from pallas_kernels.masks import Mask
+from tests.pallas_kernels.gpu.toolchain import H100, needs_toolchain
+
+pytestmark = needs_toolchain
+
+SMALL = functools.partial(static.Call, keys=256, size=16)
+CALLS = {
+    "forward": (SMALL(name="", length=256), 1),
+    "backward": (SMALL(name="", length=256, grad=True), 3),
+    "decode": (SMALL(name="", length=1), 2),
+    "pages": (SMALL(name="", length=1, paged=True), 2),
+    "pages_int8": (SMALL(name="", length=1, paged=True, storage="int8"), 2),
+    "int8_prefill": (SMALL(name="", length=256, storage="int8"), 1),
+}
+
+
+def kernels(function, *arguments):
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("@triton_kernel_call")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_lowers_to_its_kernels(name):
+    call, count = CALLS[name]
+    assert kernels(functools.partial(static.trace, call, H100)) == count
+
+
+def test_kernels_lower_inside_shard_map():
+    """The batch split over two devices: each launches the kernels on its half."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("batch",), auto, devices=jax.devices()[:2])
+    options = {"scale": 0.25, "softcap": None, "device": H100}
+
+    def shard(q, source):
+        return gpu.attention(q, (source,), (source,), None, None, Mask(causal=True), **options)
+
+    mapped = jax.shard_map(
+        shard, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"), check_vma=False
+    )
+    q = jax.ShapeDtypeStruct((4, 1, 8, 16), jnp.bfloat16)
+    source = jax.ShapeDtypeStruct((4, 256, 2, 16), jnp.bfloat16)
+    assert kernels(mapped, q, source) == 2

@@ -1,0 +1,80 @@
+"""The kernels lower for TPU anywhere, and libtpu compiles them for chips that are not there."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from pallas_kernels import tpu
+from pallas_kernels.tpu import chips
+from tests.pallas_kernels.tpu import calls
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu"
+)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: calls.training("v5e"),
+        lambda: calls.training("v6e"),
+        lambda: calls.training("v5e", size=80, softcap=5.0, dtype="float32"),
+        lambda: calls.decoding("v5e"),
+        lambda: calls.decoding("v6e", ring=True, sources=1),
+        lambda: calls.paging("tpu7x", "float8_e4m3fn"),
+    ],
+)
+def test_lowers_for_tpu(made):
+    call, specs = made()
+    text = jax.jit(call).trace(*specs).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+
+
+def compiled(chip, made):
+    call, specs = made
+    return tpu.compile_for(chip, call, *specs).memory_analysis()
+
+
+@needs_libtpu
+def test_compiles_for_v5e():
+    compiled("v5e", calls.training("v5e", length=128))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_training_compiles_for(chip):
+    compiled(chip, calls.training(chip, length=256))
+    compiled(chip, calls.training(chip, length=256, size=96, sources=3, softcap=9.0))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_decoding_compiles_and_reads_the_cache_in_place_for(chip):
+    """No temporary of the size of one source, stored or rebuilt, whatever the storage."""
+    source = 4 * 4096 * 8 * 128
+    stored = chips.CHIPS[chip].storage[0]
+    made = [calls.decoding(chip), calls.decoding(chip, ring=True), calls.paging(chip, stored)]
+    for call in made:
+        assert compiled(chip, call).temp_size_in_bytes < source / 4
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype"), [("v5e", "float8_e4m3fn"), ("tpu7x", "int8"), ("v5p", "float8_e5m2")]
+)
+def test_storage_that_a_chip_does_not_serve_is_refused_by_name(chip, dtype):
+    for form in (calls.decoding, calls.paging):
+        call, specs = form(chip, dtype)
+        with pytest.raises(NotImplementedError, match=f"{dtype} is not served on {chip}; use"):
+            jax.eval_shape(call, *specs)
+
+
+def test_refusals_name_the_reason():
+    call, specs = calls.paging("v5e", size=80)
+    with pytest.raises(NotImplementedError, match="records of a multiple of 128"):
+        jax.eval_shape(call, *specs)
+    call, specs = calls.training(None)
+    with pytest.raises(NotImplementedError, match="the device is 'cpu'"):
+        jax.eval_shape(call, *specs)

@@ -1,0 +1,108 @@
+"""The kernel that copies by hand, on the simulator of TPU memories, with race detection.
+
+The simulator copies when a copy is awaited, fills fresh memory with NaN and refuses to read out
+of bounds; values are compared as well, since it misses a buffer that is read before its own wait.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator  # private
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import Pages, tpu
+from pallas_kernels.masks import Mask
+from pallas_kernels.tpu import decode_inputs
+from tests.pallas_kernels import oracle
+from tests.pallas_kernels.cases import I32, close, draw
+
+
+def simulated(function, *arguments):
+    """The result of `function(*arguments, interpret=...)`, which must not have raced."""
+    settings = pltpu.InterpretParams(
+        detect_races=True,
+        dma_execution_mode="on_wait",
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+    )
+    try:
+        found = jax.block_until_ready(function(*arguments, interpret=settings))
+        races = simulator.races
+        assert races is None or not races.races_found
+        return found
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_contiguous_cache_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(decode_inputs, "BLOCK_BYTES", 128 * 16 * 4 * 4)  # blocks of 128 tokens
+    lengths = I32([384, 130, 0])
+    arguments, _ = draw("simulated", (3, 1, 384, 4, 1, 16, 16, 2, 2))
+    want = oracle.attention(*arguments, {"kv_lengths": lengths})
+    absent = np.arange(384)[None, :, None, None] >= lengths[:, None, None, None]
+    q, keys, values, *weights = arguments
+    spoil = lambda side: tuple(np.where(absent, np.nan, x) for x in side)  # noqa: E731
+    arguments = jax.tree.map(jnp.asarray, (q, spoil(keys), spoil(values), *weights))
+    mask = Mask(causal=True, kv_lengths=jnp.asarray(lengths))
+
+    def attend(*arguments, interpret):
+        return tpu.attention(
+            *arguments, mask, scale=0.25, softcap=None, chip="v5e", interpret=interpret
+        )
+
+    jax.tree.map(close, tuple(simulated(attend, *arguments)), want[:2])
+
+
+def test_pages_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(
+        decode_inputs, "BLOCK_BYTES", 1
+    )  # as few pages in a block as fill the lanes
+    lengths, size = I32([250, 140]), 64
+    (q, keys, values, *weights), _ = draw("pages", (2, 1, 256, 4, 2, 16, 16, 2, 2))
+    want = oracle.attention(q, keys, values, *weights, {"kv_lengths": lengths, "window": 130})
+    pages = Pages.create(
+        num_pages=9, page_size=size, num_kv_heads=2, num_keys=2, num_values=2, key_size=16,
+        value_size=16, dtype="float32",
+    )  # fmt: skip
+    pages = Pages(jnp.full_like(pages.data, jnp.nan), None, 2, 2, 16, 16)
+    table = jnp.asarray(I32([[7, 2, 0, 5], [3, 8, 1, 4]]))
+    at = np.arange(256)
+    positions = jnp.asarray(np.where(at < lengths[:, None], at, -1).astype(np.int32))
+    pages = pages.write(*jax.tree.map(jnp.asarray, (keys, values)), table, positions)
+
+    def attend(q, pages, table, lengths, weights, interpret):
+        return tpu.paged_attention(
+            q, pages, table, lengths, *weights, window=130, scale=0.25, softcap=None,
+            chip="v5e", interpret=interpret,
+        )  # fmt: skip
+
+    arguments = (jnp.asarray(q), pages, table, jnp.asarray(lengths), weights)
+    jax.tree.map(close, tuple(simulated(attend, *arguments)), want[:2])
+
+
+def test_the_detector_detects():
+    """A buffer that the next copy overwrites while it is read."""
+
+    def kernel(x, out, buffer, sem):
+        first = pltpu.make_async_copy(x.at[0], buffer, sem)
+        second = pltpu.make_async_copy(x.at[1], buffer, sem)
+        first.start()
+        second.start()
+        first.wait()
+        out[...] = buffer[...]
+        second.wait()
+
+    def call(x, interpret):
+        return pl.pallas_call(
+            kernel,
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+            scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+            interpret=interpret,
+        )(x)
+
+    with pytest.raises(AssertionError):
+        x = jnp.arange(2 * 8 * 128, dtype=jnp.float32).reshape(2, 8, 128)
+        close(simulated(call, x), x[0])

@@ -1,0 +1,66 @@
+"""The lists of tiles that the kernels visit, against the mask itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pallas_kernels.tpu import steps
+from tests.pallas_kernels.cases import CASES
+from tests.pallas_kernels.tpu.test_tpu_attention import split
+
+BLOCK_Q, BLOCK_K = 4, 8
+LISTED = ("plain", "window_block", "segments", "nothing", "ring")
+
+
+def blocked(name):
+    """Tables, and which scores of each tile are visible, [R, outer, inner, q, k].
+
+    Queries that pad the last block may see anything: their results are dropped.
+    """
+    (batch, length, keys, *_), options = CASES[name]
+    _, mask, _, _ = split((np.zeros((1, 1)), (), ()), options)
+    where = steps.places(mask, length, keys, BLOCK_Q, BLOCK_K)
+    fields = dataclasses.asdict(where)
+    q, k, qs, ks = (
+        None if fields[x] is None else np.broadcast_to(fields[x], (batch, fields[x].shape[1]))
+        for x in ("q_positions", "k_positions", "q_segments", "k_segments")
+    )
+    column = lambda x: None if x is None else x[:, :, None]  # noqa: E731
+    row = lambda x: None if x is None else x[:, None]  # noqa: E731
+    seen = np.asarray(steps.visible(mask, column(q), row(k), column(qs), row(ks)))
+    seen = np.broadcast_to(seen, (batch, q.shape[1], k.shape[1])) & (k < steps.FAR)[:, None]
+    seen = seen.reshape(batch, -1, BLOCK_Q, seen.shape[2] // BLOCK_K, BLOCK_K).swapaxes(2, 3)
+    tables = [
+        np.broadcast_to(x, seen.shape[:3]) for x in steps.tables(mask, where, BLOCK_Q, BLOCK_K)
+    ]
+    return (*tables, seen)
+
+
+@pytest.mark.parametrize("name", [*LISTED, "full", "full_ragged", "chunk", "left_padded"])
+def test_no_visible_tile_is_dropped_and_full_tiles_hide_nothing(name):
+    visited, full, seen = blocked(name)
+    length = CASES[name][0][1]
+    last = seen[:, -1, :, : (length - 1) % BLOCK_Q + 1]
+    needed = np.concatenate([seen[:, :-1].any((3, 4)), last.any((2, 3))[:, None]], axis=1)
+    assert (visited | ~needed).all()
+    assert (seen.all((3, 4)) | ~full).all()
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_steps_visit_each_tile_once_and_mark_the_ends_of_every_row(name):
+    visited, full, _ = blocked(name)
+    codes, length, count = steps.listed(visited, full)
+    codes = np.asarray(codes).reshape(len(visited), length)[:, : int(count)]
+    for row, table, whole in zip(codes, visited, full, strict=True):
+        work = row[row & steps.WORK != 0]
+        found = np.zeros_like(table)
+        np.add.at(found, (steps.outer_block(work), steps.inner_block(work)), True)
+        assert len(work) == table.sum() and (found == table).all()
+        masked = (work & steps.MASKED != 0) == ~whole[
+            steps.outer_block(work), steps.inner_block(work)
+        ]
+        assert masked.all()
+        for flag in (steps.FIRST, steps.LAST):
+            ends = steps.outer_block(row[row & flag != 0])
+            assert (ends == np.arange(table.shape[0])).all()
