@@ -1,4 +1,4 @@
-"""Measure the library: python -m experiments.benchmark --suite=cpu.
+"""Measure the library: python -m experiments.benchmark --suite=cpu, kernels or generation.
 
 Prints a table for each measurement with the targets that it met or missed. The last line is one
 JSON document with every number, the device and the versions. Contestants run in turns, and what
@@ -12,10 +12,14 @@ import sys
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import cpu, report
+from experiments.benchmarks import cpu, generation, kernels, report
 
 # Measurements of each suite by name, given what the flags say.
-SUITES = {"cpu": cpu.measurements}
+SUITES = {
+    "cpu": cpu.measurements,
+    "kernels": kernels.measurements,
+    "generation": generation.measurements,
+}
 
 
 def define_flags() -> None:
@@ -24,11 +28,14 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("only", [], "Measurement of the suite; may be repeated; default all.")
     flags.DEFINE_bool("quick", False, "Toy sizes: shows that it runs, the numbers say nothing.")
     flags.DEFINE_integer("rounds", 5, "Turns of each contestant.", lower_bound=1)
+    flags.DEFINE_string(
+        "output", "", "Also write the document to OUTPUT.json and the tables to OUTPUT.md."
+    )
     flags.DEFINE_bool(
         "torch_compile",
         False,
-        "Decoding: also compete with transformers compiled by PyTorch, which needs a C++ compiler "
-        "and minutes.",
+        "Also compete with what PyTorch compiles (transformers, flex attention), which needs a C++ "
+        "compiler and minutes.",
     )
 
 
@@ -43,14 +50,18 @@ def main() -> None:
     document = {"suite": suite, "quick": quick, "rounds": flags.FLAGS.rounds}
     document |= report.environment()
     document["measurements"] = {}
+    tables = []
     for name in flags.FLAGS.only or measurements:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         measurement = measurements[name]()
         print(measurement.text(), end="\n\n", flush=True)
+        tables.append(measurement.text())
         document["measurements"][name] = measurement.to_dict()
     targets = [t for found in document["measurements"].values() for t in found["targets"]]
     document["targets_met"] = sum(target["met"] for target in targets)
     document["targets"] = len(targets)
+    if flags.FLAGS.output:
+        report.write(flags.FLAGS.output, document, tables)
     print(json.dumps(document))
 
 

@@ -1,34 +1,78 @@
-"""Loss of a trained model on held-out text: python -m experiments.evaluate --workdir=DIR.
+"""Evaluate a trained model: python -m experiments.evaluate --workdir=DIR [--suite=longcontext].
 
-Prints a table, and as its last line one JSON document with the same figures. Exit code 2 with
-one line for a mistake in the command.
+The suite `perplexity` is the loss on held-out text, `length` the same by position and storage type
+of the cache, and `longcontext` recall from compressed caches. Prints a table, and as its last line
+one JSON document with the same figures. Exit code 2 with one line for a mistake in the command.
 """
 
 import dataclasses
 import json
+import pathlib
+from typing import Any
 
 from absl import flags
 from flax import nnx
 
-from experiments import cli
-from fusedkv_jax import data
+from experiments import cli, longcontext, longcontext_methods, longcontext_report
+from fusedkv_jax import compression, data
+from fusedkv_jax.cache import STORAGE_TYPES
+from fusedkv_jax.evaluation import at_length, total
 from fusedkv_jax.training import evaluate, load_model, make_eval_step
 from fusedkv_jax.training.progress import Progress
 
-flags.DEFINE_string("workdir", None, "Directory of a training run.")
-flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default the newest.", lower_bound=1)
-flags.DEFINE_string(
-    "source",
-    None,
-    "File, folder or glob to evaluate on, all of it; default the held-out split of the run's data.",
-)
-flags.DEFINE_integer(
-    "max_batches", None, "Evaluate on the first so many batches only.", lower_bound=1
-)
+SUITES = ("perplexity", "length", "longcontext")
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_enum("suite", "perplexity", SUITES, "What to evaluate.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of a training run; for the suite longcontext also several, with commas between.",
+    )
+    flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default the newest.", lower_bound=1)
+    flags.DEFINE_string(
+        "source",
+        None,
+        "File, folder or glob to evaluate on, all of it; default the held-out split of the run's "
+        "data.",
+    )
+    flags.DEFINE_integer(
+        "max_batches", None, "Evaluate on the first so many batches only.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "length", None, "Tokens of an example; default that of training.", lower_bound=2
+    )
+    flags.DEFINE_integer("examples", 32, "Examples of each task.", lower_bound=1)
+    flags.DEFINE_multi_string(
+        "cache_dtype", [], f"Storage type of the cache, repeatable: {', '.join(STORAGE_TYPES)}."
+    )
+    flags.DEFINE_multi_string(
+        "compression",
+        [],
+        "A compressor with its fields, as in snapkv:budget=64; repeatable; default all that there "
+        f"are at several budgets: {', '.join(compression.names())}.",
+    )
+    flags.DEFINE_list("tasks", [], "Tasks of the suite longcontext; default all.")
+    flags.DEFINE_enum(
+        "question",
+        "inside",
+        ["inside", "after"],
+        "Whether the prompt that is compressed ends with the first question, or before it.",
+    )
+    flags.DEFINE_integer("seed", 0, "Which examples.", lower_bound=0)
+    flags.DEFINE_string("output", None, "Folder for longcontext.md, longcontext.json and the plot.")
 
 
 def main() -> None:
-    workdir = cli.require("workdir")
+    suites = {"perplexity": perplexity, "length": length, "longcontext": long_context}
+    report = suites[flags.FLAGS.suite](cli.require("workdir"))
+    print(json.dumps(report))
+
+
+def perplexity(workdir: str) -> dict[str, Any]:
+    """Loss on held-out text."""
     model, config, step = load_model(workdir, flags.FLAGS.step)
     source, settings = "held-out split", config.data
     if flags.FLAGS.source:
@@ -49,10 +93,53 @@ def main() -> None:
         **result.metrics,
     }
     print_table(report)
-    print(json.dumps(report))
+    return report
 
 
-def print_table(report: dict[str, object]) -> None:
+def length(workdir: str) -> dict[str, Any]:
+    """Loss by position and storage type, of held-out texts that are long enough."""
+    model, config, step = load_model(workdir, flags.FLAGS.step)
+    size = flags.FLAGS.length or config.data.seq_len
+    texts = longcontext.heldout_texts(config, size, flags.FLAGS.examples)
+    rows = []
+    for dtype in flags.FLAGS.cache_dtype or [model.config.dtype]:
+        parts = at_length(model, texts, chunk=max(1, size // 8), cache_dtype=dtype)
+        rows.append(
+            {
+                "cache_dtype": dtype,
+                "perplexity": total(parts).perplexity,
+                "by_position": {f"{p.start}-{p.stop}": p.perplexity for p in parts},
+            }
+        )
+        print_table({"cache": dtype, "all": rows[-1]["perplexity"], **rows[-1]["by_position"]})
+    return {"name": config.name, "step": step, "length": size, "rows": rows}
+
+
+def long_context(workdirs: str) -> dict[str, Any]:
+    """Recall from compressed caches, for one or several runs."""
+    names = [name for name in workdirs.split(",") if name]
+    chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)
+    size = flags.FLAGS.length or load_model(names[0])[1].data.seq_len
+    methods = (
+        longcontext_methods.methods(flags.FLAGS.compression, flags.FLAGS.cache_dtype)
+        if chosen
+        else longcontext_methods.defaults(size)
+    )
+    settings = longcontext.Settings(
+        tasks=tuple(flags.FLAGS.tasks),
+        length=size,
+        examples=flags.FLAGS.examples,
+        seed=flags.FLAGS.seed,
+        question=flags.FLAGS.question,
+    )
+    results = longcontext.run(names, methods, settings, strict=chosen)
+    print(longcontext_report.markdown(results))
+    if flags.FLAGS.output:
+        longcontext_report.write(results, pathlib.Path(flags.FLAGS.output).expanduser())
+    return results
+
+
+def print_table(report: dict[str, Any]) -> None:
     """Print names and values in two columns."""
     width = max(map(len, report))
     for name, value in report.items():
@@ -66,5 +153,7 @@ def _counted(batches, progress: Progress):
         progress.advance()
 
 
+# Not at import: other binaries have flags of the same names, and tests import several.
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

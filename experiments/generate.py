@@ -1,29 +1,29 @@
 """Continue prompts: python -m experiments.generate --workdir=DIR --prompt='def '.
 
 Decodes with the newest checkpoint of a training run and the tokenizer that it was trained with.
-The flags are vLLM's sampling parameters. Exit code 2 with one line for a mistake in the command.
+Prompts come from --prompt and --prompt_file; --chat holds a conversation instead. The flags are
+vLLM's sampling parameters; with --beam_width it is beam search. Rates of prefill and decoding go to
+standard error. Exit code 2 with one line for a mistake in the command.
 """
 
+import dataclasses
+import json
+import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import cli
+from experiments import chat, cli
+from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import Tokenizer, tokenizers
+from fusedkv_jax.data.chat import read_text
+from fusedkv_jax.generation import BeamSearchParams, Rates, beam_search
 from fusedkv_jax.training import load_model
 
-_SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "max_tokens",
-    "seed",
-    "ignore_eos",
-)
+_SETTINGS = ("batch_size", "cache_dtype", "max_num_batched_tokens", "enable_prefix_caching")
 
 
 def continue_texts(
@@ -31,33 +31,97 @@ def continue_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     params: fkv.SamplingParams,
+    **settings: Any,
 ) -> list[fkv.Completion]:
     """Completions of texts, each taken as the beginning of a document: after the BOS token,
-    as in training.
+    as in training. `settings` are those of `fusedkv_jax.generate`.
 
     Raises:
       ValueError: an empty prompt, or one that leaves no room for output in the model's context.
     """
-    for number, prompt in enumerate(prompts, 1):
+    tokens = document_beginnings(model, tokenizer, prompts)
+    return fkv.generate(model, tokens, params, tokenizer=tokenizer, **settings)
+
+
+def document_beginnings(
+    model: fkv.Decoder, tokenizer: Tokenizer, prompts: Sequence[str]
+) -> list[list[int]]:
+    """Tokens of texts that begin a document.
+
+    Raises:
+      ValueError: as `continue_texts`.
+    """
+    tokens = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True), 1):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; give --prompt at least one character")
-        length = 1 + len(tokenizer.encode(prompt))
-        if length >= model.config.max_length:
+        if len(ids) >= model.config.max_length:
             raise ValueError(
-                f"prompt {number} is {length} tokens long with its BOS token, and the model's "
+                f"prompt {number} is {len(ids)} tokens long with its BOS token, and the model's "
                 f"context of {model.config.max_length} leaves no room for output; shorten it"
             )
-    tokens = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    return fkv.generate(model, tokens, params, tokenizer=tokenizer)
+    return tokens
 
 
 def define_flags() -> None:
-    """Define --workdir, --step, --prompt and one flag for each sampling parameter."""
-    default = fkv.SamplingParams()
+    """Define the flags of the run, one for each sampling parameter, and those of the output."""
     flags.DEFINE_string("workdir", None, "Directory of a training run.")
     flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)
     flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+    flags.DEFINE_string(
+        "prompt_file",
+        None,
+        "UTF-8 file of prompts, one a line; in a .jsonl file each line is a JSON string.",
+    )
+    flags.DEFINE_enum("format", "text", ["text", "json"], "Text, or one JSON document a prompt.")
+    _define_sampling_flags()
+    flags.DEFINE_integer("beam_width", 0, "Beams of beam search; 0 samples.", lower_bound=0)
+    flags.DEFINE_float("length_penalty", 1.0, "Exponent of the length in a beam's score.")
+    flags.DEFINE_enum(
+        "early_stopping",
+        "false",
+        ["true", "false", "never"],
+        "When beam search ends: with the first complete beams, once none is likely to beat them, "
+        "or once none can.",
+    )
+    flags.DEFINE_integer("batch_size", 32, "Outputs decoded together at most.")
+    flags.DEFINE_string("cache_dtype", None, "Storage type of the cache; default the model's.")
+    flags.DEFINE_integer(
+        "max_num_batched_tokens", None, "Prompt tokens that one step processes; default all."
+    )
+    flags.DEFINE_bool("enable_prefix_caching", True, "Prefill what all prompts begin with once.")
+    flags.DEFINE_string(
+        "compression",
+        None,
+        f"Compressor of the prompt's cache, such as snapkv:budget=256; {', '.join(names())}.",
+    )
+    flags.DEFINE_integer(
+        "draft_tokens", 0, "Self-speculative decoding: tokens that the lower layers draft."
+    )
+    flags.DEFINE_integer("exit_layer", None, "Layers that draft; default those that cache.")
+    flags.DEFINE_bool("adaptive_draft", False, "End a draft early where it is likely wrong.")
+    chat.define_flags()
+
+
+def run_settings() -> dict[str, Any]:
+    """How to run, of the command line. Raises ValueError on a bad value."""
+    settings = {name: flags.FLAGS[name].value for name in _SETTINGS}
+    if flags.FLAGS.compression is not None:
+        settings["compression"] = parse(flags.FLAGS.compression)
+    if flags.FLAGS.draft_tokens:
+        settings["speculation"] = fkv.SelfSpeculation(
+            draft_tokens=flags.FLAGS.draft_tokens,
+            exit_layer=flags.FLAGS.exit_layer,
+            adaptive=flags.FLAGS.adaptive_draft,
+        )
+    return settings
+
+
+def _define_sampling_flags() -> None:
+    default = fkv.SamplingParams()
+    flags.DEFINE_integer("n", default.n, "Outputs for each prompt.")
     flags.DEFINE_integer("max_tokens", 128, "Tokens to generate at most.")
+    flags.DEFINE_integer("min_tokens", default.min_tokens, "Tokens before the output may stop.")
     flags.DEFINE_float(
         "temperature", default.temperature, "0 takes the likeliest token; higher is more random."
     )
@@ -73,26 +137,118 @@ def define_flags() -> None:
         default.repetition_penalty,
         "Above 1 makes tokens that the text already contains less likely.",
     )
-    flags.DEFINE_integer("seed", None, "Makes the output reproducible; default a new one.")
+    flags.DEFINE_float("frequency_penalty", 0.0, "Subtracted for each time the output has a token.")
+    flags.DEFINE_float("presence_penalty", 0.0, "Subtracted if the output has a token.")
+    flags.DEFINE_multi_string("logit_bias", [], "ID:BIAS, added to the logit of a token id.")
+    flags.DEFINE_multi_string("bad_words", [], "Text that the output will not contain.")
+    flags.DEFINE_multi_string("stop", [], "Text that ends the output.")
+    flags.DEFINE_multi_integer("stop_token_ids", [], "Token that ends the output.")
     flags.DEFINE_bool("ignore_eos", default.ignore_eos, "Go on after the end of a document.")
+    flags.DEFINE_bool("include_stop_str_in_output", False, "Keep the stop text in the output.")
+    flags.DEFINE_integer("seed", None, "Makes the output reproducible; default a new one.")
+    flags.DEFINE_integer("logprobs", None, "Log-probabilities of so many tokens (--format=json).")
+    flags.DEFINE_integer("prompt_logprobs", None, "The same for the prompt (--format=json).")
+    flags.DEFINE_bool("skip_special_tokens", True, "Leave special tokens out of the text.")
+
+
+def sampling_params() -> fkv.SamplingParams:
+    """The parameters of the command line. Raises ValueError on a bad value."""
+    names = [f.name for f in dataclasses.fields(fkv.SamplingParams)]
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    bias = {}
+    for entry in values["logit_bias"] or ():
+        token, _, number = entry.partition(":")
+        try:
+            bias[int(token)] = float(number)
+        except ValueError:
+            raise ValueError(f"--logit_bias={entry!r}; write ID:BIAS, such as 42:-5") from None
+    return fkv.SamplingParams(**{**values, "logit_bias": bias})
+
+
+def read_prompts() -> list[str]:
+    """The prompts of --prompt and --prompt_file. Raises ValueError if there are none."""
+    prompts = list(flags.FLAGS.prompt)
+    if flags.FLAGS.prompt_file is not None:
+        path = pathlib.Path(flags.FLAGS.prompt_file)
+        for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+            if path.suffix == ".jsonl":
+                line = _json_string(path, number, line)
+            prompts.append(line)
+    if not prompts:
+        raise ValueError("--prompt is missing; give the text to continue, or --prompt_file")
+    return prompts
+
+
+def _json_string(path: pathlib.Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, str):
+        raise ValueError(f'{path}: line {number} is not a JSON string, such as "def f(x):\\n"')
+    return value
+
+
+class LiveRates:
+    """Shows rates on standard error: all the time in a terminal, elsewhere once at the end."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._last: Rates | None = None
+
+    def __call__(self, rates: Rates) -> None:
+        self._last = rates
+        if self._live:
+            print(f"\r\033[K{rates}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last figures."""
+        if self._last is not None:
+            print("" if self._live else self._last, file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    workdir, prompts = cli.require("workdir"), flags.FLAGS.prompt
-    if not prompts:
-        raise ValueError("--prompt is missing; give the text to continue")
+    workdir = cli.require("workdir")
     # Before the model is read, so that a bad value is reported at once.
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in _SAMPLING}
-    params = fkv.SamplingParams(**values)
+    params = sampling_params()
+    early: Any = {"true": True, "false": False, "never": "never"}[flags.FLAGS.early_stopping]
+    beams = None
+    if flags.FLAGS.beam_width:
+        beams = BeamSearchParams(
+            beam_width=flags.FLAGS.beam_width,
+            n=params.n,
+            max_tokens=params.max_tokens or 1,
+            length_penalty=flags.FLAGS.length_penalty,
+            early_stopping=early,
+            ignore_eos=params.ignore_eos,
+            stop_token_ids=params.stop_token_ids,
+        )
+    prompts = [] if flags.FLAGS.chat else read_prompts()
+    settings = run_settings()
     model, config, step = load_model(workdir, flags.FLAGS.step)
     tokenizer = tokenizers.load(config.data.tokenizer)
-    completions = continue_texts(model, tokenizer, prompts, params)
+    if flags.FLAGS.chat:
+        chat.converse(model, tokenizer, params, settings)
+        return
+    rates = LiveRates()
+    if beams is not None:
+        tokens = document_beginnings(model, tokenizer, prompts)
+        completions = beam_search(model, tokens, beams, tokenizer=tokenizer, **settings)
+    else:
+        settings["progress"] = rates
+        completions = continue_texts(model, tokenizer, prompts, params, **settings)
+    rates.close()
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        print(
-            f"=== {config.name} at step {step}, prompt {number} of {len(prompts)}: "
-            f"{len(completion.token_ids)} tokens, ended by {completion.finish_reason}"
-        )
-        print(f"{prompt}{completion.text}")
+        if flags.FLAGS.format == "json":
+            print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}))
+            continue
+        for output in completion.outputs:
+            which = "" if len(completion.outputs) == 1 else f", output {output.index + 1}"
+            print(
+                f"=== {config.name} at step {step}, prompt {number} of {len(prompts)}{which}: "
+                f"{len(output.token_ids)} tokens, ended by {output.finish_reason}"
+            )
+            print(f"{prompt}{output.text}")
 
 
 # Not at import: other binaries have flags of the same names, and one of them imports this file.

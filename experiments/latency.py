@@ -12,6 +12,7 @@ from flax import nnx
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation import SamplingParams, loop
+from fusedkv_jax.generation.prefill import extend
 from fusedkv_jax.generation.sampling import SamplerInputs
 from fusedkv_jax.model import Decoder
 
@@ -63,12 +64,13 @@ def _once(split: tuple, prompt: np.ndarray, new_tokens: int) -> tuple[float, flo
     tokens = np.zeros((1, total), np.int32)
     tokens[0, :length] = prompt
     no_stops = np.full((1, 1), -1, np.int32)
-    arrays = (prompt[None], tokens, np.array([length]), np.array([total]), no_stops)
-    arrays = tuple(jnp.asarray(array, jnp.int32) for array in arrays)
+    arrays = (tokens, np.array([length]), np.array([total]), no_stops)
+    prompts, *arrays = (jnp.asarray(array, jnp.int32) for array in (prompt[None], *arrays))
     cache = KVCache.create(config, batch_size=1, max_length=total)
-    jax.block_until_ready((params, arrays, cache, inputs))
+    jax.block_until_ready((params, prompts, arrays, cache, inputs))
     start = time.perf_counter()
-    state = loop.start(graph, params, *arrays, cache, inputs)
+    logits, cache = extend(graph, params, prompts, arrays[1], cache)
+    state = loop.begin(logits, *arrays, cache, inputs)
     state.lengths.block_until_ready()
     first = time.perf_counter()
     state = loop.decode(graph, params, state, inputs)

@@ -1,19 +1,25 @@
 """Decoder language models whose upper layers rebuild their KV cache from lower layers' caches."""
 
-from fusedkv_jax import costs, layouts, presets
+from fusedkv_jax import compression, costs, layouts, presets
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.config import MLAConfig, ModelConfig, RopeConfig
 from fusedkv_jax.generation import (
+    BeamSearchParams,
     Completion,
     SamplingParams,
+    SelfSpeculation,
+    beam_search,
+    chat,
     decode_step,
     generate,
     prefill,
+    stream,
     warm_up,
 )
 from fusedkv_jax.model import Decoder, fold_fusion
 
 __all__ = [
+    "BeamSearchParams",
     "Completion",
     "Decoder",
     "KVCache",
@@ -21,6 +27,10 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "SamplingParams",
+    "SelfSpeculation",
+    "beam_search",
+    "chat",
+    "compression",
     "costs",
     "decode_step",
     "fold_fusion",
@@ -28,5 +38,6 @@ __all__ = [
     "layouts",
     "prefill",
     "presets",
+    "stream",
     "warm_up",
 ]

@@ -124,14 +124,14 @@ def lower_decode_loop(config: ModelConfig, *, batch: int = 2, length: int = 64) 
     inputs = SamplerInputs.create([SamplingParams()] * batch)
 
     def state() -> loop.DecodeState:
-        return loop.DecodeState(
-            tokens=jnp.zeros((batch, length), jnp.int32),
-            lengths=jnp.ones(batch, jnp.int32),
-            limits=jnp.ones(batch, jnp.int32),
-            stops=jnp.zeros((batch, 4), jnp.int32),
-            finished=jnp.zeros(batch, bool),
-            seen=jnp.zeros((batch, config.vocab_size), bool),
-            cache=KVCache.create(config, batch_size=batch, max_length=length),
+        ones = jnp.ones(batch, jnp.int32)
+        return loop.DecodeState.create(
+            jnp.zeros((batch, length), jnp.int32),
+            ones,
+            ones,
+            jnp.zeros((batch, 4), jnp.int32),
+            KVCache.create(config, batch_size=batch, max_length=length),
+            config.vocab_size,
         )
 
     return loop.decode.lower(graph, params, jax.eval_shape(state), inputs)

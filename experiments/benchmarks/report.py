@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
+import pathlib
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -89,6 +91,22 @@ def environment() -> dict[str, Any]:
         | {name: version for name in packages if (version := _version(name))},
         "flags": {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ},
     }
+
+
+def write(stem: str, document: Mapping[str, Any], tables: Sequence[str]) -> None:
+    """The document as `stem`.json, and the tables with the device's name as `stem`.md."""
+    device, versions = document["device"], document["versions"]
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [f"# Suite {document['suite']}", ""]
+    for table in tables:
+        title, *rest = table.splitlines()
+        lines += [f"## {title}", "", "```", *(line.removeprefix("  ") for line in rest), "```", ""]
+    lines.append(
+        f"Device: {device['kind']} ({device['processor']}, {device['cores']} cores). "
+        f"Versions: {names}."
+    )
+    pathlib.Path(f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    pathlib.Path(f"{stem}.md").write_text("\n".join(lines) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fusedkv_jax.cache import EIGHT_BITS, check_int4, kivi, storage_type
+from fusedkv_jax.cache.storage import SCALE_TYPE
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.visible import visible_to_last
-from fusedkv_jax.layouts import KINDS
+from fusedkv_jax.layouts import KINDS, Kind
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
-    """Bytes that one more token adds to the cache: the widths of all cached streams.
+    """Bytes that one more token adds to the cache: the widths of all cached streams, and scales.
 
     Windowed streams are among them, though they stop growing at their window (`cache_bytes`).
+    With int4 it is what a token comes to once it is quantized.
     """
-    return sum(width for width, _ in _streams(config)) * _element_bytes(dtype)
+    total = 0
+    for kind in KINDS:
+        for i in config.kv_layout.cached(kind):
+            if _in_four_bits(config, kind, i, dtype):
+                total += _codes(config, kind, kivi.GROUP) / kivi.GROUP
+            else:
+                total += _plain(config, kind, 1, dtype)
+    return math.ceil(total)
 
 
 def cache_bytes(
@@ -25,18 +35,27 @@ def cache_bytes(
 ) -> int:
     """Bytes of the streams of `KVCache.create(config, batch_size, max_length=length, dtype)`.
 
-    A stream keeps `length` tokens, or the last W if all its readers are windowed.
+    A stream keeps `length` tokens, or the last W if all its readers are windowed. With int4 it
+    keeps 160 exact tokens beside the quantized ones, or all of them exact if it is no longer.
     """
-    tokens = sum(width * min(window or length, length) for width, window in _streams(config))
-    return batch_size * tokens * _element_bytes(dtype)
+    layout, total = config.kv_layout, 0
+    for kind in KINDS:
+        for i in layout.cached(kind):
+            window = layout.stored_window(kind, i)
+            old = kivi.quantized_tokens(length)
+            if old and _in_four_bits(config, kind, i, dtype):
+                total += _codes(config, kind, old) + _plain(config, kind, kivi.PLACES, dtype)
+            else:
+                total += _plain(config, kind, min(window or length, length), dtype)
+    return batch_size * total
 
 
 def decode_cache_reads(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> int:
     """Bytes of cache that decoding one token of one sequence reads.
 
-    Every layer reads each cached stream that its attention needs once, over the visible keys. A
-    fusion of two streams counts both, a stream with several readers counts for each of them.
-    MLA reads its latent once for scores and values (absorbed form).
+    Every layer reads each cached stream that its attention needs once, over the visible keys, with
+    their scales. A fusion of two streams counts both, a stream with several readers counts for
+    each of them. MLA reads its latent once for scores and values (absorbed form).
 
     Args:
         config: the model.
@@ -45,30 +64,37 @@ def decode_cache_reads(config: ModelConfig, length: int, dtype: DTypeLike = "bfl
     """
     layout, total = config.kv_layout, 0
     for i in range(layout.num_layers):
+        visible = visible_to_last(layout, i, length)
         for kind in KINDS:
-            heads, channels = config.stream_shapes[kind]
-            total += (
-                len(layout.attended(kind, i))
-                * heads
-                * channels
-                * visible_to_last(layout, i, length)
-            )
-    return total * _element_bytes(dtype)
+            for source in layout.attended(kind, i):
+                old = 0
+                if _in_four_bits(config, kind, source, dtype):
+                    old = kivi.quantized_tokens(length - 1)
+                total += _codes(config, kind, old) + _plain(config, kind, visible - old, dtype)
+    return total
 
 
-def _streams(config: ModelConfig) -> Iterator[tuple[int, int | None]]:
-    """(elements per token, window) of every cached stream."""
-    layout = config.kv_layout
-    for kind in KINDS:
-        heads, channels = config.stream_shapes[kind]
-        for i in layout.cached(kind):
-            yield heads * channels, layout.stored_window(kind, i)
+def _in_four_bits(config: ModelConfig, kind: Kind, layer: int, dtype: DTypeLike) -> bool:
+    if storage_type(dtype) != "int4":
+        return False
+    check_int4(config)
+    return config.kv_layout.stored_window(kind, layer) is None
 
 
-def _element_bytes(dtype: DTypeLike) -> int:
-    try:
-        return jnp.dtype(dtype).itemsize
-    except TypeError:
-        raise ValueError(
-            f"dtype={dtype!r} is no dtype; use bfloat16, float32, int8 or float8_e4m3fn"
-        ) from None
+def _plain(config: ModelConfig, kind: Kind, tokens: int, dtype: DTypeLike) -> int:
+    """Bytes of tokens of one stream, each with a scale per head in 8 bits; of int4's exact ones."""
+    heads, channels = config.stream_shapes[kind]
+    name = storage_type(dtype)
+    scale = jnp.dtype(SCALE_TYPE).itemsize if name in EIGHT_BITS else 0
+    element = jnp.dtype(config.dtype if name == "int4" else name).itemsize
+    return tokens * heads * (channels * element + scale)
+
+
+def _codes(config: ModelConfig, kind: Kind, tokens: int) -> int:
+    """Bytes of tokens of one stream in 4 bits, with scales and zeros."""
+    if not tokens:  # a model whose streams cannot be in 4 bits has none
+        return 0
+    heads, channels = config.stream_shapes[kind]
+    group = kivi.channel_group(kind, channels)
+    groups = (tokens // kivi.GROUP if kind == "key" else tokens) * heads * channels // group
+    return tokens * heads * channels // 2 + groups * 2 * jnp.dtype(kivi.SCALE_TYPE).itemsize

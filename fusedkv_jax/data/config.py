@@ -14,10 +14,11 @@ class DataConfig:
 
     Attributes:
       source: "python_stdlib" (the .py files of the running interpreter's standard library
-        without its tests), or a file, a glob or a folder of text (.txt, .md, .py), JSON lines
-        (.jsonl, .json), both also compressed (.gz, .xz, .zst), Parquet (.parquet), or the
-        ArrayRecord shards that `experiments.prepare_data` wrote. Folders are read recursively
-        in the order of their sorted relative paths. A text file is one document.
+        without its tests), "recall" (synthetic tasks over the ids of the tokenizer, written as
+        they are read; only answers are targets), or a file, a glob or a folder of text (.txt,
+        .md, .py), JSON lines (.jsonl, .json), both also compressed (.gz, .xz, .zst), Parquet
+        (.parquet), or the ArrayRecord shards that `experiments.prepare_data` wrote. Folders are
+        read recursively in the order of their sorted relative paths. A text file is one document.
       text_key: the field of a JSON line, or the column of a Parquet file, that holds the text.
       tokenizer: "byte", or the path of a Hugging Face `tokenizer.json`.
       packing: "concat" (no padding but in the last sequence of an epoch) or "best_fit"

@@ -10,6 +10,7 @@ import numpy as np
 from fusedkv_jax.data import formats, shards, sources, tokenizers
 from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.packing import TokenizedDocuments
+from fusedkv_jax.data.recall import RECALL, RecallSequences
 
 _TEXTS_PER_CALL = 256  # Enough to keep the tokenizer's threads busy.
 
@@ -22,11 +23,12 @@ class EmptySplitError(ValueError):
 class Corpus:
     """Both splits of a source, and the tokenizer that made them.
 
-    Either split may be empty (length 0); who needs it says so with EmptySplitError.
+    Either split may be empty (length 0); who needs it says so with EmptySplitError. The splits of
+    the source "recall" are sequences already.
     """
 
-    train: TokenizedDocuments
-    heldout: TokenizedDocuments
+    train: TokenizedDocuments | RecallSequences
+    heldout: TokenizedDocuments | RecallSequences
     tokenizer: tokenizers.Tokenizer
 
 
@@ -65,6 +67,12 @@ def load_corpus(config: DataConfig) -> Corpus:
         tokenizer; the message names the file.
     """
     tokenizer = tokenizers.load(config.tokenizer)
+    if config.source == RECALL:
+        sizes = {"vocab_size": tokenizer.vocab_size, "seq_len": config.seq_len}
+        train, heldout = (
+            RecallSequences(split, **sizes, seed=config.seed) for split in ("train", "heldout")
+        )
+        return Corpus(train, heldout, tokenizer)
     files = sources.list_files([config.source])
     if any(sources.is_shard(file) for file in files):
         train, heldout = shards.open_splits(files, tokenizer, config.max_documents)

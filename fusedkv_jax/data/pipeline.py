@@ -11,8 +11,10 @@ import numpy as np
 from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.corpus import Corpus, EmptySplitError, load_corpus
 from fusedkv_jax.data.packing import PackedSequences, TokenizedDocuments, empty_sequence
+from fusedkv_jax.data.recall import RecallSequences
 
 Batch = dict[str, np.ndarray]
+Sequences = PackedSequences | RecallSequences
 
 
 def make_train_iterator(
@@ -41,7 +43,7 @@ def make_train_iterator(
     sequences = _pack(corpus.train, config)
     if not len(sequences):
         raise EmptySplitError(
-            f"{config.source}: no documents to train on, all {len(corpus.heldout.lengths)} are "
+            f"{config.source}: no documents to train on, all {_count(corpus.heldout)} are "
             f"held out; lower holdout_fraction ({config.holdout_fraction}) or add documents"
         )
     dataset = grain.MapDataset.source(sequences).seed(config.seed).shuffle().repeat()
@@ -77,7 +79,7 @@ def make_eval_batches(
     sequences = _pack(corpus.heldout, config)
     if not len(sequences):
         raise EmptySplitError(
-            f"{config.source}: none of {len(corpus.train.lengths)} documents is held out; "
+            f"{config.source}: none of {_count(corpus.train)} documents is held out; "
             f"raise holdout_fraction ({config.holdout_fraction}), add documents, or evaluate "
             "on a source of its own with holdout_fraction=1.0"
         )
@@ -86,8 +88,14 @@ def make_eval_batches(
     return dataset if max_batches is None else dataset[:max_batches]
 
 
-def _pack(documents: TokenizedDocuments, config: DataConfig) -> PackedSequences:
+def _pack(documents: TokenizedDocuments | RecallSequences, config: DataConfig) -> Sequences:
+    if isinstance(documents, RecallSequences):
+        return documents
     return PackedSequences(documents, packing=config.packing, seq_len=config.seq_len)
+
+
+def _count(documents: TokenizedDocuments | RecallSequences) -> int:
+    return len(documents if isinstance(documents, RecallSequences) else documents.lengths)
 
 
 def _batch(
@@ -114,7 +122,7 @@ def _sum_bytes(batch: Batch) -> dict[str, np.ndarray | int]:
 class _PaddedSequences:
     """`sequences`, followed by padding up to a multiple of the batch size."""
 
-    def __init__(self, sequences: PackedSequences, multiple: int, padding: Batch):
+    def __init__(self, sequences: Sequences, multiple: int, padding: Batch):
         self._sequences, self._padding = sequences, padding
         self._length = -(-len(sequences) // multiple) * multiple
 

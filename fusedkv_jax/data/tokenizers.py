@@ -44,8 +44,9 @@ class Tokenizer(Protocol):
         """Returns the ids of each text as `encode` does, int32; in parallel if possible."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids` without special tokens; U+FFFD for bytes not in UTF-8."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of `ids`, U+FFFD for bytes not in UTF-8. Special tokens that have a
+        text are part of it unless they are to be skipped."""
         ...
 
 
@@ -74,8 +75,9 @@ class ByteTokenizer:
         _check_ids(values, self)
         return bytes(value for value in values if value < 256)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`; U+FFFD stands for bytes that are not UTF-8."""
+        del skip_special_tokens  # BOS and EOS have no text
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
@@ -149,11 +151,11 @@ class HuggingFaceTokenizer:
         encoded = self._text.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids` without special tokens; ValueError on unknown ids."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of `ids`; see `Tokenizer.decode`. ValueError on unknown ids."""
         values = [int(token) for token in ids]
         _check_ids(values, self)
-        return self._text.decode(values, skip_special_tokens=True)
+        return self._text.decode(values, skip_special_tokens=skip_special_tokens)
 
 
 def load(name: str) -> Tokenizer:

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from fusedkv_jax.cache import KVCache
-from fusedkv_jax.generation import loop
-from fusedkv_jax.generation.sampling import SamplerInputs, SamplingParams
+from fusedkv_jax.generation.batches import Batch
+from fusedkv_jax.generation.engine import SHORTEST_BUCKET, Engine
+from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.requests import OnError, Request, Tokenizer, make_requests
+from fusedkv_jax.generation.results import Completion, Delta, Rates
+from fusedkv_jax.generation.rows import repeat_rows
+from fusedkv_jax.generation.tracker import Tracker
 from fusedkv_jax.model import Decoder, fold_fusion
 
-SHORTEST_BUCKET = 16
-_STOPS_BUCKET = 4
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be decoded; the message names the prompt and the fix."""
-
-
-@runtime_checkable
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What `generate` needs of a tokenizer."""
-
-    @property
-    def eos_id(self) -> int | None: ...
-    def encode(self, text: str) -> Sequence[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a prompt was continued with.
-
-    Attributes:
-        prompt_token_ids: the prompt.
-        token_ids: the output; a stop token is its last element.
-        text: the decoded output without the stop token, if there is a tokenizer.
-        finish_reason: `stop` (a stop token) or `length`.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str | None
-    finish_reason: Literal["stop", "length"]
+_VISIT_EVERY = 16  # tokens between visits where a stop text may come or progress is shown
 
 
 def generate(
@@ -58,11 +26,15 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     eos_id: int | None = None,
-    batch_size: int = 32,
-    cache_dtype: str | None = None,
-    bucketing: bool = True,
+    on_error: OnError = "raise",
+    progress: Callable[[Rates], None] | None = None,
+    **settings: Any,
 ) -> list[Completion]:
     """Continue prompts.
+
+    All prompts are checked before anything runs. Then batches are prefilled and decoded, each by
+    one compiled loop. What all prompts begin with is prefilled once, and `n` outputs of a prompt
+    share its prefill.
 
     Args:
         model: the model.
@@ -70,190 +42,161 @@ def generate(
         params: sampling parameters, one for all prompts or one for each.
         tokenizer: encodes prompts, decodes outputs and names the end-of-text token.
         eos_id: end-of-text token where there is no tokenizer.
-        batch_size: prompts decoded together at most.
-        cache_dtype: storage type of the cache, by default the model's activation type.
-        bucketing: round batch, prompt and cache lengths up to powers of two, so that new lengths
-            rarely compile. Outputs do not depend on it.
+        on_error: with `return`, a prompt that is refused gives a completion without outputs whose
+            `error` says why, and the others run.
+        progress: called now and then with the rates so far.
+        **settings: how to run:
+            batch_size (32): outputs decoded together at most (more where one prompt wants more).
+            cache_dtype: storage type of the cache, by default the model's activation type.
+            bucketing (True): round batch, prompt and cache lengths up to powers of two, so that new
+                lengths rarely compile. Outputs do not depend on it.
+            max_num_batched_tokens: tokens that one step of prefill processes at most, over all
+                prompts of a batch; longer prompts are prefilled in chunks. Default no bound.
+            enable_prefix_caching (True): prefill what all prompts begin with (16 tokens or more)
+                once.
+            compression: a compressor of `fusedkv_jax.compression`; it prefills whole prompts.
+            speculation: a speculative decoder; it replaces the loop and keeps its outputs.
 
     Returns:
         One completion per prompt, in order. Where prompt and `max_tokens` exceed the model's
         `max_length`, the output is cut there.
 
     Raises:
-        PromptError: an empty prompt, one that fills the model's context, or a token id outside
-            the vocabulary.
+        PromptError: an empty prompt, one that fills the model's context, a token id outside
+            the vocabulary, or a parameter that cannot be met.
     """
-    model = fold_fusion(model)
-    requests = _requests(model, prompts, params, tokenizer, eos_id)
-    # Neighbors in length share a batch, which saves padding; results return to their places.
-    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-    split = nnx.split(model)
-    completions: dict[int, Completion] = {}
-    for first in range(0, len(order), batch_size):
-        places = order[first : first + batch_size]
-        batch = [requests[i] for i in places]
-        outputs = _decode_batch(model, split, batch, cache_dtype, bucketing)
-        for place, request, output in zip(places, batch, outputs, strict=True):
-            completions[place] = _completion(request, output, tokenizer)
-    return [completions[i] for i in range(len(requests))]
+    requests, errors = make_requests(model.config, prompts, params, tokenizer, eos_id, on_error)
+    engine = Engine(fold_fusion(model), tokenizer, **settings)
+    completions: dict[int, Completion] = {
+        number: Completion((), (), error=str(error)) for number, error in errors.items()
+    }
+    for batch in _batches(engine, requests):
+        searching = any(request.params.stop for request in batch.requests)
+        interval = _VISIT_EVERY if searching or progress is not None else None
+        trackers = _trackers(batch, engine, piecewise=interval is not None)
+        for _ in _track(batch, trackers, interval):
+            if progress is not None:
+                progress(engine.rates)
+        for request in batch.requests:
+            outputs = tuple(t.output() for t in trackers if t.request is request)
+            scores = batch.prompt_logprobs.get(request.number)
+            completions[request.number] = Completion(request.prompt, outputs, scores)
+        engine.rates.requests += len(batch.requests)
+        if progress is not None:
+            progress(engine.rates)
+    return [completions[i] for i in range(len(prompts))]
+
+
+def stream(
+    model: Decoder,
+    prompts: Sequence[Any],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    eos_id: int | None = None,
+    stream_interval: int = 4,
+    progress: Callable[[Rates], None] | None = None,
+    **settings: Any,
+) -> Iterator[Delta]:
+    """Continue prompts and give back what there is as it comes.
+
+    Args:
+        stream_interval: tokens of an output between deltas; the first delta has one token. The
+            loop in between is compiled, so larger is faster.
+        model, prompts, params, tokenizer, eos_id, progress, **settings: as for `generate`.
+
+    Returns:
+        Deltas; those of different outputs are interleaved. Each output's last delta has a
+        `finish_reason`.
+
+    Raises:
+        PromptError: as `generate`, at the call, before the first delta.
+    """
+    if stream_interval < 1:
+        raise ValueError(f"stream_interval={stream_interval}; use at least 1")
+    requests, _ = make_requests(model.config, prompts, params, tokenizer, eos_id)
+    engine = Engine(fold_fusion(model), tokenizer, **settings)
+
+    def deltas() -> Iterator[Delta]:
+        for batch in _batches(engine, requests):
+            trackers = _trackers(batch, engine, piecewise=True)
+            for found in _track(batch, trackers, stream_interval):
+                if progress is not None:
+                    progress(engine.rates)
+                yield from found
+            engine.rates.requests += len(batch.requests)
+
+    return deltas()
 
 
 def warm_up(
-    model: Decoder, *, batch_size: int, max_length: int, cache_dtype: str | None = None
+    model: Decoder, *, batch_size: int, max_length: int, stream_interval: int = 4, **settings: Any
 ) -> int:
     """Compile every bucket that prompts and outputs of up to `max_length` tokens can need.
+
+    Lists that requests bring (stop tokens, biases, bad words) are covered up to 4 entries, and
+    requests without log-probabilities.
 
     Args:
         model: the model.
         batch_size: batches of 1, 2, 4, ... up to this many rows are compiled.
         max_length: longest prompt and output together, in tokens.
-        cache_dtype: storage type of the cache, as for `generate`.
+        stream_interval: as it will be given to `stream`.
+        **settings: as for `generate`.
 
     Returns:
         The number of buckets.
     """
-    model = fold_fusion(model)
-    split = nnx.split(model)
-    shapes = [
-        (rows, prompt, total)
-        for rows in _powers(1, batch_size)
-        for total in _powers(SHORTEST_BUCKET, min(max_length, model.config.max_length))
-        for prompt in _powers(SHORTEST_BUCKET, total)
-    ]
-    for rows, prompt, total in shapes:
-        batch = _Batch.empty(rows, prompt, total, _STOPS_BUCKET)
-        batch.lengths[:], batch.limits[:] = 1, 3
-        _run(model, split, batch, [SamplingParams(temperature=0.0)] * rows, cache_dtype)
-    return len(shapes)
+    engine = Engine(fold_fusion(model), batch_size=batch_size, **settings)
+    greedy = SamplingParams(temperature=0.0)
+    rows = _powers(1, batch_size)
+    totals = _powers(SHORTEST_BUCKET, min(max_length, model.config.max_length))
+    buckets = 0
+    for total in totals:
+        for size in _powers(SHORTEST_BUCKET, total):
+            prompt = (0,) * max(1, min(size, total - 2))
+            prefix = engine.prefill_prefix(prompt[: size - 1] or prompt, total)
+            for count in rows:
+                request = Request(0, prompt, greedy, len(prompt) + 2, (), None, ())
+                for interval in (None, _VISIT_EVERY, stream_interval):
+                    for _ in Batch(engine, [request] * count, length=total).visits(interval):
+                        pass
+                repeat_rows(prefix.cache, None, jnp.zeros(count, jnp.int32))
+                buckets += 1
+    return buckets
 
 
-@dataclass(frozen=True)
-class _Request:
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    limit: int
-    stops: tuple[int, ...]
+def _batches(engine: Engine, requests: Sequence[Request]) -> Iterator[Batch]:
+    prefix, length = engine.shared_prefix(requests)
+    for group in engine.batches(requests):
+        if group[0].params.prompt_logprobs is None:
+            yield Batch(engine, group, prefix, length)
+        else:
+            yield Batch(engine, group)
 
 
-def _requests(model, prompts, params, tokenizer, eos_id) -> list[_Request]:
-    if isinstance(prompts, str):
-        raise PromptError("prompts is one string; pass a list of prompts")
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise PromptError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
-    eos_id = tokenizer.eos_id if tokenizer is not None and eos_id is None else eos_id
-    requests = []
-    for i, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise PromptError(f"prompt {i} is text; pass tokenizer= or token ids")
-            prompt = tokenizer.encode(prompt)
-        ids = tuple(int(token) for token in prompt)
-        _check_prompt(model, i, ids)
-        stops = chosen.stop_token_ids
-        if eos_id is not None and not chosen.ignore_eos:
-            stops = (*stops, eos_id)
-        limit = min(len(ids) + chosen.max_tokens, model.config.max_length)
-        requests.append(_Request(ids, chosen, limit, stops))
-    return requests
+def _trackers(batch: Batch, engine: Engine, piecewise: bool) -> list[Tracker]:
+    return [Tracker(request, number, engine.tokenizer, piecewise) for request, number in batch.rows]
 
 
-def _check_prompt(model: Decoder, i: int, ids: tuple[int, ...]) -> None:
-    config = model.config
-    if not ids:
-        raise PromptError(f"prompt {i} is empty; give it at least one token")
-    if len(ids) >= config.max_length:
-        raise PromptError(
-            f"prompt {i} has {len(ids)} tokens, the model's context of {config.max_length} leaves"
-            " no room for output; shorten it or raise max_length"
-        )
-    wrong = next((t for t in ids if not 0 <= t < config.vocab_size), None)
-    if wrong is not None:
-        raise PromptError(
-            f"prompt {i} has token id {wrong}; ids are 0 to {config.vocab_size - 1} (is it the"
-            " tokenizer that the model was trained with?)"
-        )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The arrays of one batch: rows, and what `loop.start` takes of them."""
-
-    prompt: np.ndarray
-    tokens: np.ndarray
-    lengths: np.ndarray
-    limits: np.ndarray
-    stops: np.ndarray
-
-    @classmethod
-    def empty(cls, rows: int, prompt: int, total: int, stops: int) -> _Batch:
-        def zeros(*shape):
-            return np.zeros(shape, np.int32)
-
-        none = np.full((rows, stops), -1, np.int32)
-        return cls(zeros(rows, prompt), zeros(rows, total), zeros(rows), zeros(rows), none)
-
-
-def _decode_batch(
-    model: Decoder,
-    split: tuple,
-    requests: Sequence[_Request],
-    cache_dtype: str | None,
-    bucketing: bool,
-) -> list[tuple[int, ...]]:
-    """Outputs of requests that are decoded together."""
-    rows = len(requests)
-    longest = max(len(request.prompt) for request in requests)
-    total = max(request.limit for request in requests)
-    stops = max(1, *(len(request.stops) for request in requests))
-    if bucketing:
-        rows, longest, total = _power(rows, 1), _power(longest), _power(total)
-        stops = _power(stops, _STOPS_BUCKET)
-    batch = _Batch.empty(rows, longest, total, stops)
-    for row, request in enumerate(requests):
-        size = len(request.prompt)
-        batch.prompt[row, :size] = batch.tokens[row, :size] = request.prompt
-        batch.lengths[row], batch.limits[row] = size, request.limit
-        batch.stops[row, : len(request.stops)] = request.stops
-    padding = [SamplingParams(temperature=0.0)] * (rows - len(requests))
-    params = [*(request.params for request in requests), *padding]
-    ends, tokens = _run(model, split, batch, params, cache_dtype)
-    return [
-        tuple(tokens[row, len(request.prompt) : ends[row]].tolist())
-        for row, request in enumerate(requests)
-    ]
-
-
-def _run(
-    model: Decoder,
-    split: tuple,
-    batch: _Batch,
-    params: Sequence[SamplingParams],
-    cache_dtype: str | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Final lengths and token buffer of a batch."""
-    rows, total = batch.tokens.shape
-    inputs = SamplerInputs.create(params)
-    cache = KVCache.create(model.config, batch_size=rows, max_length=total, dtype=cache_dtype)
-    arrays = (batch.prompt, batch.tokens, batch.lengths, batch.limits, batch.stops)
-    state = loop.start(*split, *map(jnp.asarray, arrays), cache, inputs)
-    state = loop.decode(*split, state, inputs)
-    return np.asarray(state.lengths), np.asarray(state.tokens)
-
-
-def _completion(
-    request: _Request, output: tuple[int, ...], tokenizer: Tokenizer | None
-) -> Completion:
-    stopped = output[-1] in request.stops
-    text = None
-    if tokenizer is not None:
-        text = tokenizer.decode(output[:-1] if stopped else output)
-    return Completion(request.prompt, output, text, "stop" if stopped else "length")
-
-
-def _power(size: int, least: int = SHORTEST_BUCKET) -> int:
-    return max(least, 1 << (size - 1).bit_length())
+def _track(batch: Batch, trackers: list[Tracker], interval: int | None) -> Iterator[list[Delta]]:
+    """Hand a batch's news to the trackers, and end the rows whose text has ended."""
+    visits = batch.visits(interval)
+    stop = None
+    while True:
+        try:
+            found = visits.send(stop)
+        except StopIteration:
+            return
+        deltas = []
+        for news in found:
+            tracker = trackers[news.row]
+            text, tokens, logprobs = tracker.push(news.tokens, news.logprobs, news.ended)
+            reasons = tracker.finish_reason, tracker.stop_reason
+            delta = Delta(tracker.request.number, tracker.index, text, tokens, logprobs, *reasons)
+            deltas.append(delta)
+        stop = [row for row, tracker in enumerate(trackers) if tracker.finished]
+        yield deltas
 
 
 def _powers(least: int, most: int) -> list[int]:

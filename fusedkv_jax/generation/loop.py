@@ -2,7 +2,8 @@
 
 Prompts and outputs share one buffer per batch, as long as the cache, in which each token sits at
 its position. Shapes are rounded up to buckets, and all that differs between requests is traced, so
-nothing compiles again once a bucket has been seen.
+nothing compiles again once a bucket has been seen. The loop ends when every row has, or after a
+number of steps, where the host wants to look at what there is: to stream it, or to find stop texts.
 """
 
 from __future__ import annotations
@@ -15,16 +16,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import KVCache
+from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.sampling import SamplerInputs, sample
 from fusedkv_jax.model import Decoder
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "lengths", "limits", "stops", "finished", "seen", "cache"],
+    data_fields=[
+        "tokens",
+        "prompts",
+        "lengths",
+        "limits",
+        "stops",
+        "finished",
+        "seen",
+        "counts",
+        "cache",
+        "logprobs",
+        "extra",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -33,91 +46,179 @@ class DecodeState:
 
     Attributes:
         tokens: int32 prompt and output of each row, [B, C].
+        prompts: number of prompt tokens in each row, [B].
         lengths: number of tokens in each row, [B].
         limits: number of tokens at which a row ends, [B].
         stops: tokens that end a row, padded with -1, [B, stops].
         finished: rows that have ended, [B].
         seen: tokens that each row contains, [B, V].
+        counts: how often each row's output contains each token, int32 [B, V].
         cache: holds all of a row's tokens but the last.
+        logprobs: what is recorded of each place of the buffer, or None.
+        extra: what a speculative decoder carries along, or None.
     """
 
     tokens: Any
+    prompts: Any
     lengths: Any
     limits: Any
     stops: Any
     finished: Any
     seen: Any
-    cache: KVCache
+    counts: Any
+    cache: Any
+    logprobs: Logprobs | None = None
+    extra: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        tokens: Int[Array, "B C"],
+        lengths: Int[Array, "B"],
+        limits: Int[Array, "B"],
+        stops: Int[Array, "B n"],
+        cache: Any,
+        vocab_size: int,
+        logprobs: Logprobs | None = None,
+    ) -> DecodeState:
+        """The state after prefill.
+
+        Args:
+            tokens: the buffer, with the prompts in it.
+            lengths: tokens in each prompt; 0 for a row that only pads the batch.
+            limits: tokens at which each row ends.
+            stops: tokens that end each row.
+            cache: holds the prompts.
+            vocab_size: V.
+            logprobs: empty arrays to record into.
+        """
+        size, capacity = tokens.shape
+        inside = jnp.arange(capacity) < lengths[:, None]
+        seen = jnp.zeros((size, vocab_size), bool)
+        seen = seen.at[jnp.arange(size)[:, None], jnp.where(inside, tokens, vocab_size)].set(
+            True, mode="drop"
+        )
+        counts = jnp.zeros((size, vocab_size), jnp.int32)
+        finished = lengths == 0
+        return cls(tokens, lengths, lengths, limits, stops, finished, seen, counts, cache, logprobs)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("tokens", "cache"))
-def start(
-    graph: nnx.GraphDef[Decoder],
-    params: Any,
-    prompt: Int[Array, "B T"],
+@functools.partial(jax.jit, donate_argnames=("tokens", "cache", "logprobs"))
+def begin(
+    logits: Float[Array, "B V"],
     tokens: Int[Array, "B C"],
     lengths: Int[Array, "B"],
     limits: Int[Array, "B"],
     stops: Int[Array, "B n"],
-    cache: KVCache,
+    cache: Any,
     inputs: SamplerInputs,
+    logprobs: Logprobs | None = None,
 ) -> DecodeState:
-    """Prefill the prompts and choose each row's first token.
-
-    Args:
-        graph: structure of the model.
-        params: its parameters.
-        prompt: the prompts, right-padded to their bucket.
-        tokens: the buffer, with the prompts in it.
-        lengths: tokens in each prompt; 0 for a row that only pads the batch.
-        limits: tokens at which each row ends.
-        stops: tokens that end each row.
-        cache: an empty cache.
-        inputs: sampling parameters.
-    """
-    model = nnx.merge(graph, params)
-    logits, cache = model.extend(prompt, lengths, cache)
-    assert logits is not None
-    rows = jnp.arange(prompt.shape[0])[:, None]
-    inside = jnp.arange(prompt.shape[1]) < lengths[:, None]
-    seen = jnp.zeros((prompt.shape[0], model.config.vocab_size), bool)
-    seen = seen.at[rows, jnp.where(inside, prompt, model.config.vocab_size)].set(True, mode="drop")
-    state = DecodeState(tokens, lengths, limits, stops, lengths == 0, seen, cache)
-    return _append(state, sample(logits, inputs, lengths, seen))
+    """Choose each row's first token from the logits of prefill; see `DecodeState.create`."""
+    state = DecodeState.create(tokens, lengths, limits, stops, cache, logits.shape[1], logprobs)
+    return advance(state, logits, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def decode(
-    graph: nnx.GraphDef[Decoder], params: Any, state: DecodeState, inputs: SamplerInputs
+    graph: nnx.GraphDef[Decoder],
+    params: Any,
+    state: DecodeState,
+    inputs: SamplerInputs,
+    steps: Int[Array, ""] | int | None = None,
 ) -> DecodeState:
-    """Decode until every row has ended."""
+    """Decode until every row has ended, or for `steps` tokens a row."""
     model = nnx.merge(graph, params)
 
-    def some_row_is_running(state: DecodeState):
-        return ~jnp.all(state.finished)
+    def goes_on(carry):
+        state, done = carry
+        more = True if steps is None else done < steps
+        return more & ~jnp.all(state.finished)
 
-    def step(state: DecodeState) -> DecodeState:
+    def step(carry):
+        state, done = carry
         last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
         running = (~state.finished).astype(jnp.int32)
         logits, cache = model.extend(last, running, state.cache)
         assert logits is not None
-        state = dataclasses.replace(state, cache=cache)
-        return _append(state, sample(logits, inputs, state.lengths, state.seen))
+        return advance(dataclasses.replace(state, cache=cache), logits, inputs), done + 1
 
-    return jax.lax.while_loop(some_row_is_running, step, state)
+    return jax.lax.while_loop(goes_on, step, (state, jnp.zeros((), jnp.int32)))[0]
 
 
-def _append(state: DecodeState, token: Int[Array, "B"]) -> DecodeState:
-    """Add a token to each running row, and end rows that stop with it."""
+def advance(state: DecodeState, logits: Float[Array, "B V"], inputs: SamplerInputs) -> DecodeState:
+    """Choose each running row's next token and add it."""
+    excluded = forbidden(state, inputs)
+    token = sample(logits, inputs, state.lengths, state.seen, state.counts, excluded)
+    return append(state, token, logits)
+
+
+def append(state: DecodeState, token: Int[Array, "B"], logits: Float[Array, "B V"]) -> DecodeState:
+    """Add a token to each running row, and end rows that stop with it.
+
+    Args:
+        state: the batch.
+        token: int32 tokens; those of rows that have ended are not used.
+        logits: the model's logits of each token's place, for the log-probabilities.
+    """
     rows = jnp.arange(token.shape[0])
     running = ~state.finished
     place = jnp.where(running, state.lengths, state.tokens.shape[1])  # out of bounds: dropped
     lengths = state.lengths + running
     stopped = jnp.any(token[:, None] == state.stops, axis=1)
+    logprobs = state.logprobs
+    if logprobs is not None:
+        logprobs = logprobs.record(logits, token, state.lengths, running)
     return dataclasses.replace(
         state,
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
         lengths=lengths,
         finished=state.finished | stopped | (lengths >= state.limits),
         seen=state.seen.at[rows, token].max(running),
+        counts=state.counts.at[rows, token].add(running.astype(jnp.int32)),
+        logprobs=logprobs,
     )
+
+
+def forbidden(state: DecodeState, inputs: SamplerInputs) -> Int[Array, "B n"]:
+    """Tokens that may not come next, padded with -1: stops before `min_tokens`, ends of bad words
+    whose other tokens are the output's last ones."""
+    output = state.lengths - state.prompts
+    stops = jnp.where((output < inputs.min_tokens)[:, None], state.stops, -1)
+    begins, ends = inputs.bad_words[..., :-1], inputs.bad_words[..., -1]
+    width = begins.shape[-1]
+    places = state.lengths[:, None] + jnp.arange(-width, 0)
+    last = jnp.take_along_axis(state.tokens, jnp.maximum(places, 0), axis=1)
+    last = jnp.where(places >= state.prompts[:, None], last, -2)[:, None]
+    matches = jnp.all((begins == last) | (begins < 0), axis=-1)
+    return jnp.concatenate([stops, jnp.where(matches, ends, -1)], axis=1)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lengths", "finished", "tokens", "logprobs"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class News:
+    """What the host reads of a batch: lengths, ended rows, and a window of each row's places."""
+
+    lengths: Any
+    finished: Any
+    tokens: Any
+    logprobs: Logprobs | None
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def news(state: DecodeState, starts: Int[Array, "B"], *, size: int) -> News:
+    """The `size` places of each row from `starts` on."""
+    places = starts[:, None] + jnp.arange(size)
+    places = jnp.minimum(places, state.tokens.shape[1] - 1)
+
+    def window(array):
+        index = places.reshape(*places.shape, *[1] * (array.ndim - 2))
+        return jnp.take_along_axis(array, index, axis=1)
+
+    # New arrays throughout: the state's own are donated to the next steps.
+    lengths, finished = jnp.copy(state.lengths), jnp.copy(state.finished)
+    return News(lengths, finished, window(state.tokens), jax.tree.map(window, state.logprobs))

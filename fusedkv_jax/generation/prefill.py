@@ -1,18 +1,26 @@
-"""Prefill and single decode steps: a cache goes in, logits and the extended cache come out."""
+"""Prefill and single decode steps: a cache goes in, logits and the extended cache come out.
+
+Prompt tokens pass through the layers that cache something. The layers above run for exactly one
+row of each prompt, its last token, in the last chunk, and for none in the chunks before. Only where
+log-probabilities of the prompt are wanted does every token pass through all layers.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import KVCache, cache_plan
-from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.model import Decoder
+
+Rows = Literal["last", "none"]
 
 
 def prefill(
@@ -34,14 +42,14 @@ def prefill(
     Raises:
         ValueError: more tokens than a row of the cache can hold.
     """
-    capacity = cache_capacity(model.config, cache)
+    capacity = cache.capacity
     if capacity is not None and tokens.shape[1] > capacity:
         raise ValueError(
             f"tokens has {tokens.shape[1]} columns but the cache holds {capacity} tokens a row;"
             " create it with a larger max_length"
         )
     graph, state = nnx.split(model)
-    return _extend(graph, state, tokens, jnp.asarray(lengths, jnp.int32), cache)
+    return extend(graph, state, tokens, jnp.asarray(lengths, jnp.int32), cache)
 
 
 def decode_step(
@@ -59,21 +67,101 @@ def decode_step(
     """
     graph, state = nnx.split(model)
     one = jnp.ones(tokens.shape[0], jnp.int32)
-    return _extend(graph, state, tokens[:, None], one, cache)
+    return extend(graph, state, tokens[:, None], one, cache)
 
 
-def cache_capacity(config: ModelConfig, cache: KVCache) -> int | None:
-    """Tokens that a row can hold; None where all streams are rings as long as their window."""
-    windows = cache_plan(config.kv_layout).windows
-    limits = [
-        array.shape[2]
-        for arrays in (cache.keys, cache.values)
-        for window, array in zip(windows, arrays, strict=True)
-        if array is not None and array.shape[2] != window
-    ]
-    return min(limits, default=None)
+@functools.partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames="cache")
+def extend(
+    graph: nnx.GraphDef[Decoder],
+    params: Any,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, "B"],
+    cache: Any,
+    rows: Rows = "last",
+) -> Any:
+    """`Decoder.extend` as a program of its own."""
+    return nnx.merge(graph, params).extend(tokens, count, cache, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _extend(graph: nnx.GraphDef[Decoder], state: Any, tokens, count, cache):
-    return nnx.merge(graph, state).extend(tokens, count, cache)
+@functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
+def _extend_and_score(graph, params, tokens, targets, count, cache, k):
+    """Logits of each row's last token, and log-probabilities of the tokens that come next."""
+    logits, cache = nnx.merge(graph, params).extend(tokens, count, cache, "all")
+    last = jnp.maximum(count - 1, 0)[:, None, None]
+    return jnp.take_along_axis(logits, last, axis=1)[:, 0], score(logits, targets, k), cache
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "compression"))
+def compressed(graph, params, compression, tokens, count, cache):
+    """Prefill by a compressor: whole prompts in, the logits and a smaller cache out."""
+    return compression.prefill(nnx.merge(graph, params), tokens, count, cache)
+
+
+def chunks(lengths: np.ndarray, width: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(first token, number of tokens) of every row in each chunk of at most `width` tokens.
+
+    Short prompts join late, so that all end in the last chunk: it alone has rows in the upper
+    layers. For example lengths 5 and 2 in chunks of 2: counts (2, 0), (2, 0), (1, 2).
+    """
+    needed = -(-lengths // width)
+    plan = []
+    for late in range(int(needed.max()), 0, -1):
+        place = needed - late
+        starts = np.maximum(place, 0) * width
+        counts = np.where(place >= 0, np.minimum(width, lengths - starts), 0)
+        plan.append((starts.astype(np.int32), counts.astype(np.int32)))
+    return plan
+
+
+def fill(
+    split: tuple[nnx.GraphDef[Decoder], Any],
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    cache: Any,
+    *,
+    width: int | None = None,
+    final: Rows = "last",
+    k: int | None = None,
+) -> tuple[Any, Any, Logprobs | None]:
+    """Prefill whole prompts, in chunks.
+
+    Args:
+        split: structure and parameters of the model.
+        prompts: int32 tokens, right-padded, [B, T].
+        lengths: int32 tokens in each row, 0 for a row that only pads, [B].
+        cache: the cache to extend; it is donated.
+        width: tokens of a row in one chunk at most; None for all T at once.
+        final: rows of the last chunk whose logits are wanted: `last`, or `none`.
+        k: score the prompt through all layers, with this many likeliest tokens.
+
+    Returns:
+        Logits [B, V] of each row's last token (None if `none`), the cache, and with `k` the scores:
+        place i holds those of token i+1.
+    """
+    size = min(width or prompts.shape[1], prompts.shape[1])
+    plan = chunks(lengths, size)
+    following = np.roll(prompts, -1, axis=1)
+    logits, scores = None, None if k is None else _empty_scores(prompts.shape, k)
+    for number, (starts, counts) in enumerate(plan, 1):
+        places = np.minimum(starts[:, None] + np.arange(size), prompts.shape[1] - 1)
+        tokens = jnp.asarray(np.take_along_axis(prompts, places, axis=1))
+        count = jnp.asarray(counts)
+        if scores is None:
+            rows: Rows = final if number == len(plan) else "none"
+            logits, cache = extend(*split, tokens, count, cache, rows)
+            continue
+        targets = jnp.asarray(np.take_along_axis(following, places, axis=1))
+        logits, found, cache = _extend_and_score(*split, tokens, targets, count, cache, k)
+        for row, (start, size_here) in enumerate(zip(starts, counts, strict=True)):
+            for kept, new in zip(jax.tree.leaves(scores), jax.tree.leaves(found), strict=True):
+                kept[row, start : start + size_here] = new[row, :size_here]
+    return logits, cache, scores
+
+
+def _empty_scores(shape: tuple[int, ...], k: int) -> Logprobs:
+    return Logprobs(
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros((*shape, k), np.float32),
+        np.zeros((*shape, k), np.int32),
+    )

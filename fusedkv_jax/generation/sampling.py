@@ -1,6 +1,7 @@
 """How the next token is chosen from logits, with each request's own parameters and randomness.
 
-Names and order are vLLM's: repetition penalty, then greedy if the temperature is 0; otherwise
+The order is vLLM's: bad words and stops before `min_tokens` are excluded, then logit bias, then
+repetition, frequency and presence penalties; the likeliest token if the temperature is 0, otherwise
 temperature, min_p, top_k, top_p (each on what the one before left), and a draw.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,92 +18,113 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from fusedkv_jax.generation.params import SamplingError, SamplingParams
 
-class SamplingError(ValueError):
-    """A sampling parameter out of its bounds; the message names it, its value and the bounds."""
+__all__ = ["SamplerInputs", "SamplingError", "SamplingParams", "adjust", "sample", "scaled"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is decoded.
-
-    Attributes:
-        temperature: 0 is greedy; higher is more random.
-        top_k: draw from the k likeliest tokens; 0 or -1 for all.
-        top_p: draw from the smallest set of likeliest tokens that holds this probability.
-        min_p: drop tokens less likely than this fraction of the likeliest one's probability.
-        repetition_penalty: divide positive and multiply negative logits of tokens that the prompt
-            or output contains (CTRL, arXiv 1909.05858); 1 for none.
-        seed: makes the request reproducible, wherever it stands in a batch; None draws one.
-        max_tokens: number of tokens to generate at most.
-        stop_token_ids: tokens that end the output; they stay in it.
-        ignore_eos: the end-of-text token does not end the output.
-
-    Raises:
-        SamplingError: a value is out of bounds.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    max_tokens: int = 16
-    stop_token_ids: tuple[int, ...] = field(default=())
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _require("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more")
-        _require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all), or a count")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0 < penalty < np.inf, "above 0")
-        _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        if self.seed is not None:
-            _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 2**32 - 1, or None")
-
-
-def _require(name: str, value: object, holds: bool, bounds: str) -> None:
-    if not holds:
-        raise SamplingError(f"{name}={value!r}; use {bounds}")
+_FEWEST = 4  # smallest bucket of the lists that a request may bring
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "min_p", "penalty", "seed"],
+    data_fields=[
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition",
+        "frequency",
+        "presence",
+        "seed",
+        "min_tokens",
+        "bias_ids",
+        "bias",
+        "bad_words",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class SamplerInputs:
-    """The sampling parameters of a batch as arrays [B], so that changing them compiles nothing."""
+    """The sampling parameters of a batch as arrays, so that changing them compiles nothing.
+
+    Attributes:
+        temperature, top_k, top_p, min_p, repetition, frequency, presence, seed, min_tokens: as in
+            `SamplingParams`, one for each row, [B].
+        bias_ids, bias: tokens with a bias, padded with -1, [B, n].
+        bad_words: tokens of each bad word, right-aligned and padded with -1, [B, words, tokens].
+    """
 
     temperature: Any
     top_k: Any
     top_p: Any
     min_p: Any
-    penalty: Any
+    repetition: Any
+    frequency: Any
+    presence: Any
     seed: Any
+    min_tokens: Any
+    bias_ids: Any
+    bias: Any
+    bad_words: Any
 
     @classmethod
-    def create(cls, params: Sequence[SamplingParams]) -> SamplerInputs:
-        """Stack the parameters of a batch."""
+    def create(
+        cls,
+        params: Sequence[SamplingParams],
+        bad_words: Sequence[Sequence[Sequence[int]]] = (),
+    ) -> SamplerInputs:
+        """Stack the parameters of a batch.
+
+        Args:
+            params: those of each row.
+            bad_words: the tokens of each row's bad words; none by default.
+        """
 
         def stack(dtype, values):
             return jnp.asarray(np.asarray(list(values), dtype))
 
+        ids, bias = _bias_arrays(params)
         return cls(
-            temperature=stack(np.float32, (p.temperature for p in params)),
+            temperature=stack(np.float32, (0 if p.is_greedy else p.temperature for p in params)),
             top_k=stack(np.int32, (max(p.top_k, 0) for p in params)),
             top_p=stack(np.float32, (p.top_p for p in params)),
             min_p=stack(np.float32, (p.min_p for p in params)),
-            penalty=stack(np.float32, (p.repetition_penalty for p in params)),
+            repetition=stack(np.float32, (p.repetition_penalty for p in params)),
+            frequency=stack(np.float32, (p.frequency_penalty for p in params)),
+            presence=stack(np.float32, (p.presence_penalty for p in params)),
             seed=stack(
                 np.uint32, (secrets.randbits(32) if p.seed is None else p.seed for p in params)
             ),
+            min_tokens=stack(np.int32, (p.min_tokens for p in params)),
+            bias_ids=jnp.asarray(ids),
+            bias=jnp.asarray(bias),
+            bad_words=jnp.asarray(_bad_word_array(bad_words or [()] * len(params))),
         )
+
+
+def bucket(size: int, least: int = _FEWEST) -> int:
+    """The power of two that holds `size`, at least `least`."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def _bias_arrays(params: Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarray]:
+    width = bucket(max(len(p.logit_bias) for p in params))
+    ids = np.full((len(params), width), -1, np.int32)
+    bias = np.zeros((len(params), width), np.float32)
+    for row, p in enumerate(params):
+        for place, (token, value) in enumerate(p.logit_bias):
+            ids[row, place], bias[row, place] = token, value
+    return ids, bias
+
+
+def _bad_word_array(words: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    count = bucket(max(len(row) for row in words))
+    width = bucket(max((len(word) for row in words for word in row), default=0))
+    array = np.full((len(words), count, width), -1, np.int32)
+    for row, own in enumerate(words):
+        for place, word in enumerate(own):
+            array[row, place, width - len(word) :] = word
+    return array
 
 
 def sample(
@@ -110,6 +132,8 @@ def sample(
     inputs: SamplerInputs,
     positions: Int[Array, "B"],
     seen: Bool[Array, "B V"],
+    counts: Int[Array, "B V"] | None = None,
+    forbidden: Int[Array, "B n"] | None = None,
 ) -> Int[Array, "B"]:
     """Choose each row's next token.
 
@@ -119,11 +143,13 @@ def sample(
         positions: the position that the token will have. It and the seed alone make the random
             key, so a request gives the same tokens at any place of any batch.
         seen: tokens that the row contains, for the repetition penalty.
+        counts: how often its output contains each token, for the other penalties; 0 by default.
+        forbidden: tokens that may not come, padded with -1; none by default.
 
     Returns:
         int32 token ids.
     """
-    logits = jax.lax.cond(jnp.any(inputs.penalty != 1), _penalize, _keep, logits, inputs, seen)
+    logits = adjust(logits, inputs, seen, counts, forbidden)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.lax.cond(
         jnp.any(inputs.temperature > 0),
@@ -132,27 +158,50 @@ def sample(
     )
 
 
-def _keep(logits: Array, inputs: SamplerInputs, seen: Array) -> Array:
-    return logits
+def adjust(
+    logits: Float[Array, "B V"],
+    inputs: SamplerInputs,
+    seen: Bool[Array, "B V"],
+    counts: Int[Array, "B V"] | None = None,
+    forbidden: Int[Array, "B n"] | None = None,
+) -> Float[Array, "B V"]:
+    """Logits after exclusions, bias and penalties; arguments as for `sample`."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+
+    def at(ids):  # padding, -1, would count from the end
+        return logits.at[rows, jnp.where(ids < 0, logits.shape[1], ids)]
+
+    if forbidden is not None:
+        logits = at(forbidden).set(-jnp.inf, mode="drop")
+    logits = at(inputs.bias_ids).add(inputs.bias, mode="drop")
+
+    def penalize(logits):
+        penalty = inputs.repetition[:, None]
+        scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(seen, scaled, logits)
+        if counts is None:
+            return logits
+        logits = logits - inputs.frequency[:, None] * counts
+        return logits - inputs.presence[:, None] * (counts > 0)
+
+    used = (inputs.repetition != 1) | (inputs.frequency != 0) | (inputs.presence != 0)
+    return jax.lax.cond(jnp.any(used), penalize, lambda logits: logits, logits)
 
 
-def _penalize(logits: Array, inputs: SamplerInputs, seen: Array) -> Array:
-    penalty = inputs.penalty[:, None]
-    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    return jnp.where(seen, penalized, logits)
+def scaled(logits: Float[Array, "B V"], inputs: SamplerInputs) -> Float[Array, "B V"]:
+    """What `adjust` gave, divided by the temperature and restricted: tokens are drawn from its
+    softmax. Greedy rows take temperature 1 here."""
+    temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
+    logits = logits / temperature[:, None]
+    restricted = (inputs.top_k > 0) | (inputs.top_p < 1) | (inputs.min_p > 0)
+    return jax.lax.cond(jnp.any(restricted), restrict, lambda x, _: x, logits, inputs)
 
 
 def _draw(logits: Array, inputs: SamplerInputs, positions: Array) -> Int[Array, "B"]:
-    # Rows that are greedy get temperature 1 here; their draw is not used.
-    temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
-    scaled = logits / temperature[:, None]
-    restricted = (inputs.top_k > 0) | (inputs.top_p < 1) | (inputs.min_p > 0)
-    scaled = jax.lax.cond(jnp.any(restricted), restrict, lambda x, _: x, scaled, inputs)
-
     def draw(seed, position, row):
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)
 
-    return jax.vmap(draw)(inputs.seed, positions, scaled).astype(jnp.int32)
+    return jax.vmap(draw)(inputs.seed, positions, scaled(logits, inputs)).astype(jnp.int32)
 
 
 def restrict(logits: Float[Array, "B V"], inputs: SamplerInputs) -> Float[Array, "B V"]:

@@ -130,6 +130,8 @@ class KVLayout:
         passes: (without gradient, with gradient) passes of a cyclic layout's parallel form; not
             used by others.
         spec: the text that `layouts.resolve` turns into this layout ("" if there is none).
+        splits: layers at which equal layers are not scanned through, so that a model can stop
+            there (early exits); they change nothing else.
 
     Raises:
         LayoutError: a source out of range, above its reader, or without a cache; a stream with
@@ -139,6 +141,7 @@ class KVLayout:
     layers: tuple[LayerKV, ...]
     passes: tuple[int, int] = (7, 2)
     spec: str = field(default="", compare=False)
+    splits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -155,7 +158,8 @@ class KVLayout:
             LayerKV(stream(f["key"]), stream(f["value"]), f["window"], f["kv_norm"])
             for f in fields["layers"]
         )
-        return cls(layers, tuple(fields["passes"]), fields["spec"])
+        splits = tuple(fields.get("splits", ()))
+        return cls(layers, tuple(fields["passes"]), fields["spec"], splits)
 
     @property
     def num_layers(self) -> int:
@@ -199,6 +203,20 @@ class KVLayout:
         if self.is_cyclic:
             return self.num_layers
         return 1 + max(i for i, layer in enumerate(self.layers) if layer.caches)
+
+    @functools.cached_property
+    def exits(self) -> tuple[int, ...]:
+        """Numbers of lower layers that can run alone: none of them reads a layer above them.
+
+        A cyclic span is iterated as a whole, so a model cannot stop within it.
+        """
+        first, last = self.cyclic_span or (self.num_layers, self.num_layers)
+        return tuple(
+            exit
+            for exit in range(1, self.num_layers)
+            if (exit <= first or exit >= last)
+            and all(j < exit for layer in self.layers[:exit] for j in _reads(layer))
+        )
 
     @functools.cached_property
     def cache_ratio(self) -> float:
@@ -259,6 +277,9 @@ def _check(layout: KVLayout) -> None:
     forward, backward = layout.passes
     if forward < 0 or backward < 1:
         raise LayoutError(f"passes={layout.passes}: use (>= 0, >= 1), for example (7, 2)")
+    for split in layout.splits:
+        if not 0 < split < layout.num_layers:
+            raise LayoutError(f"splits={layout.splits}; use layers 1 to {layout.num_layers - 1}")
     for i, kind, stream in _streams(layout):
         problem = _stream_problem(layout, i, kind, stream)
         if problem:

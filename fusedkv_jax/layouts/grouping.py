@@ -38,10 +38,11 @@ class Run:
 def runs(layout: KVLayout) -> tuple[Run, ...]:
     """Partition the layers into runs, longest first from the bottom up.
 
-    No run crosses `prefill_depth` (prompt tokens stop there) or an end of the cyclic span (which
-    is iterated).
+    No run crosses `prefill_depth` (prompt tokens stop there), an end of the cyclic span (which is
+    iterated) or one of the layout's `splits`.
     """
     borders = {layout.prefill_depth, layout.num_layers, *(layout.cyclic_span or ())}
+    borders.update(layout.splits)
     result, start = [], 0
     while start < layout.num_layers:
         stop = min(b for b in borders if b > start)

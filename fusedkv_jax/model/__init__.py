@@ -3,5 +3,14 @@
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.fold import fold_fusion
 from fusedkv_jax.model.parameters import FusionWeight, NoDecayParam, weight_decay_mask
+from fusedkv_jax.model.unroll import for_decoding, unroll_layers
 
-__all__ = ["Decoder", "FusionWeight", "NoDecayParam", "fold_fusion", "weight_decay_mask"]
+__all__ = [
+    "Decoder",
+    "FusionWeight",
+    "NoDecayParam",
+    "fold_fusion",
+    "for_decoding",
+    "unroll_layers",
+    "weight_decay_mask",
+]

@@ -6,20 +6,22 @@ given, its own or those of other layers, through the one attention operation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from fusedkv_jax.cache import Piece
 from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate
-from pallas_kernels import attention
+from fusedkv_jax.model.sharded_attention import attention
+from pallas_kernels.combine import combine
 
-Sources = tuple[Float[Array, "B S K H"], ...]
 StreamWeights = Float[Array, "J K H"] | None
 
 
@@ -55,23 +57,47 @@ class Attention(nnx.Module):
     def attend(
         self,
         q: Float[Array, "B T N H"],
-        keys: Sources,
-        values: Sources,
+        pieces: tuple[Piece, ...],
         key_weights: StreamWeights,
         value_weights: Float[Array, "J2 K H"] | None,
-        mask: dict[str, Any],
-    ) -> Float[Array, "B T D"]:
-        """Attention output, projected back to the model's width."""
-        context = attention(
-            q,
-            keys,
-            values,
-            key_weights,
-            value_weights,
-            implementation=self.implementation,
-            **mask,
-        )
-        return project(context, self.o_proj[...].astype(context.dtype), 2)
+        with_lse: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Attention output, projected back to the model's width, and the scores' log-sum-exp."""
+
+        def read(q: Array, piece: Piece, **options: Any) -> Any:
+            weights, mask = (key_weights, value_weights), piece.mask | options
+            how = self.implementation
+            return attention(q, piece.keys, piece.values, *weights, implementation=how, **mask)
+
+        context, lse = over_pieces(read, rotate, q, pieces, with_lse)
+        return project(context, self.o_proj[...].astype(context.dtype), 2), lse
+
+
+def over_pieces(
+    read: Callable[..., Any],
+    turn: Callable[[Array, Rotation], Array],
+    q: Float[Array, "B T N H"],
+    pieces: tuple[Piece, ...],
+    with_lse: bool,
+) -> tuple[Array, Any]:
+    """Attention over all pieces: each is read by itself, then they are merged.
+
+    Args:
+        read: attention of queries over one piece; returns its lse as well with
+            `return_residuals=True`.
+        turn: rotates queries.
+        q: the queries.
+        pieces: what they read.
+        with_lse: the lse is wanted; without it one piece is spared the computation.
+    """
+
+    def queries(piece: Piece) -> Array:
+        return q if piece.turn is None else turn(q, piece.turn)
+
+    if len(pieces) == 1 and not with_lse:
+        return read(queries(pieces[0]), pieces[0]), None
+    found = [read(queries(piece), piece, return_residuals=True) for piece in pieces]
+    return combine(found) if len(found) > 1 else found[0]
 
 
 def _project(x: Float[Array, "B T D"], weight: nnx.Param) -> Float[Array, "B T N H"]:

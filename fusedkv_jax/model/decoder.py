@@ -9,9 +9,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache import Call, KVCache
 from fusedkv_jax.config import ConfigError, ModelConfig
 from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block
@@ -21,7 +21,8 @@ from fusedkv_jax.model.mixing import Mixing
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotation
-from fusedkv_jax.model.stack import Queries, Stack
+from fusedkv_jax.model.stack import Queries, Stack, Watch
+from fusedkv_jax.sharding import constrain
 from pallas_kernels import implementations
 
 Rows = Literal["last", "all", "none"]
@@ -83,12 +84,34 @@ class Decoder(nnx.Module):
         """Final hidden states, after the last norm: what `logits` takes."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         memory = Memory(self.config, tokens.shape, segment_ids)
-        queries = Queries(self._rotation(positions))
+        queries = Queries(self.rotation(positions))
         state = memory.start(x.dtype)
-        x, _ = self._stack(memory)(x, state, queries, 0, self.config.num_layers)
+        x, _ = self.stack(memory)(x, state, queries, 0, self.config.num_layers)
         return self.final_norm(x)
+
+    def layer_outputs(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        kept: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "L B T D"]:
+        """What every layer gives, before the final norm: for losses of early exits.
+
+        Args:
+            tokens, segment_ids, positions: as for a call of the model.
+            kept: rows that each layer changes; it passes the others on as they are.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embed(tokens)
+        memory = Memory(self.config, tokens.shape, segment_ids)
+        stack = self.stack(memory, kept=kept, collects=True)
+        queries = Queries(self.rotation(positions))
+        stack(x, memory.start(x.dtype), queries, 0, self.config.num_layers)
+        return jnp.concatenate(stack.outputs)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Output head, accumulated and returned in float32."""
@@ -116,34 +139,91 @@ class Decoder(nnx.Module):
         Returns:
             Logits in float32 (undefined for padding), or None; and the extended cache.
         """
+        width = {"last": 1, "all": tokens.shape[1], "none": 0}[rows]
+        logits, cache, _ = self._extend(tokens, count, cache, width)
+        return (logits[:, -1] if rows == "last" and logits is not None else logits), cache
+
+    def observe(
+        self,
+        tokens: Int[Array, "B T"],
+        count: Int[Array, "B"],
+        cache: KVCache,
+        watch: Watch,
+        rows: int = 1,
+    ) -> tuple[Float[Array, "B V"], KVCache, tuple[Any, ...]]:
+        """Add new tokens to a cache and look at what each layer reads.
+
+        Args:
+            tokens: int32 new tokens, right-padded.
+            count: int32 number of new tokens in each row, 1 to T.
+            cache: the cache, with room for the new tokens.
+            watch: called in every layer after its attention; gives arrays, or None.
+            rows: how many of each row's last tokens pass through the layers above
+                `prefill_depth`. A row with fewer tokens repeats its first one.
+
+        Returns:
+            Logits of each row's last token in float32, the extended cache, and what `watch` gave
+            for each layer.
+        """
+        logits, cache, found = self._extend(tokens, count, cache, rows, watch)
+        assert logits is not None
+        return logits[:, -1], cache, tuple(found[i] for i in range(self.config.num_layers))
+
+    def _extend(
+        self,
+        tokens: Int[Array, "B T"],
+        count: Int[Array, "B"],
+        cache: KVCache,
+        rows: int,
+        watch: Watch | None = None,
+    ) -> tuple[Array | None, KVCache, dict[int, Any]]:
+        """Logits of all tokens, or of the last `rows` of each row where those are fewer."""
         config, depth = self.config, self.config.kv_layout.prefill_depth
-        memory = CacheMemory(config, cache, tokens.shape, count)
-        stack = self._stack(memory)
-        x = self._embed(tokens)
-        queries = Queries(self._rotation(memory.positions))
+        memory = CacheMemory(config, cache, Call(cache.lengths, count, tokens.shape[1]))
+        stack = self.stack(memory, watch)
+        x = self.embed(tokens)
+        positions = memory.call.positions
+        queries = Queries(self.rotation(positions), positions)
         x, state = stack(x, memory.start(x.dtype), queries, 0, depth)
-        if rows == "none":
-            return None, memory.finish(state)
-        if rows == "last" and tokens.shape[1] > 1:
-            last = jnp.maximum(count - 1, 0)[:, None]
+        if not rows:
+            return None, memory.finish(state), stack.found
+        if rows < tokens.shape[1]:
+            last = jnp.maximum(count[:, None] + jnp.arange(-rows, 0), 0)
             x = jnp.take_along_axis(x, last[:, :, None], axis=1)
             positions = cache.lengths[:, None] + last
-            queries = Queries(self._rotation(positions), positions)
+            queries = Queries(self.rotation(positions), positions)
         x, state = stack(x, state, queries, depth, config.num_layers)
-        logits = self.logits(self.final_norm(x))
-        return (logits[:, 0] if rows == "last" else logits), memory.finish(state)
+        if watch is not None:
+            x = x[:, -1:] if rows < tokens.shape[1] else _last(x, count)
+        return self.logits(self.final_norm(x)), memory.finish(state), stack.found
 
-    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens].astype(self.config.dtype)
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        table = constrain(self.embedding[...], "vocabulary", None)
+        return constrain(table[tokens].astype(self.config.dtype), "batch", "sequence", None)
 
-    def _rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+    def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
+        """Rotary angles of tokens at these positions."""
         mla = self.config.mla
         channels = self.config.channels if mla is None else mla.rope_dim
         return rotation(self.config.rope, channels, positions)
 
-    def _stack(self, memory: Memory) -> Stack:
-        blocks = [[nnx.split(block) for block in run] for run in self.runs]
-        return Stack(self.config, blocks, self.mixing(), memory)
+    def stack(self, memory: Memory, watch: Watch | None = None, **options: Any) -> Stack:
+        """The layers, reading and writing a memory; options as for `Stack`."""
+        blocks = [[_split(block) for block in run] for run in self.runs]
+        return Stack(self.config, blocks, self.mixing(), memory, watch, **options)
+
+
+def _split(block: Any) -> tuple[nnx.GraphDef[Block], Any]:
+    """Structure and parameters of equal layers, the latter stacked, or a tuple if unrolled."""
+    if not isinstance(block, nnx.List):
+        return nnx.split(block)
+    graphs, params = zip(*(nnx.split(layer) for layer in block), strict=True)
+    return graphs[0], params
+
+
+def _last(x: Float[Array, "B T D"], count: Int[Array, "B"]) -> Float[Array, "B 1 D"]:
+    return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
 
 
 def _blocks(init: Initializer, run: Run) -> list[Block]:

@@ -13,13 +13,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from fusedkv_jax.cache import Piece
 from fusedkv_jax.layouts import Kind, LayerKV
+from fusedkv_jax.model.attention import over_pieces
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.mixing import mix
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate, yarn_temperature
-from pallas_kernels import attention
+from fusedkv_jax.model.sharded_attention import attention
+from pallas_kernels.quantized import Quantized
 
 
 class LatentAttention(nnx.Module):
@@ -66,53 +69,63 @@ class LatentAttention(nnx.Module):
     def attend(
         self,
         q: Float[Array, "B T N H"],
-        keys: tuple[Float[Array, "B S 1 R"], ...],
-        values: tuple[Float[Array, "B S 1 C"], ...],
+        pieces: tuple[Piece, ...],
         key_weights: Float[Array, "J 1 R"] | None,
         value_weights: Float[Array, "J 1 C"] | None,
-        mask: dict[str, Any],
-    ) -> Float[Array, "B T D"]:
-        """Attention output, projected back to the model's width.
+        with_lse: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Attention output, projected back to the model's width, and the scores' log-sum-exp.
 
         A single query per row reads the latents as they are (the up-projections are absorbed into
         query and output); several queries share keys and values that are expanded once.
         """
         one = q.shape[1] == 1
-        read = self._attend_absorbed if one else self._attend_expanded
-        context = read(q, keys, values, key_weights, value_weights, mask)
-        return project(context, self.o_proj[...].astype(context.dtype), 2)
+        weights, dtype = (key_weights, value_weights), q.dtype
+        up = self.kv_b_proj[...].astype(jnp.float32)
+        up_key, up_value = jnp.split(up, [self.mla.nope_dim], axis=-1)
 
-    def _attend_expanded(self, q, keys, values, key_weights, value_weights, mask):
-        rope_key = keys[0] if key_weights is None else mix(key_weights, list(keys))
-        latent = values[0] if value_weights is None else mix(value_weights, list(values))
+        def read(q: Array, piece: Piece, **options: Any) -> Any:
+            keys, values = (
+                [
+                    x.dequantize(dtype) if isinstance(x, Quantized) else x.astype(dtype)
+                    for x in sources
+                ]
+                for sources in (piece.keys, piece.values)
+            )
+            attend = self._attend_absorbed if one else self._attend_expanded
+            how = {"scale": self.scale, "implementation": self.implementation}
+            return attend(q, keys, values, *weights, **piece.mask, **how, **options)
+
+        if one:
+            # Two chained products stand for one of the expanded form: the first stays in float32.
+            q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
+            q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope.astype(jnp.float32), up_key)
+            q = jnp.concatenate([q_latent, q_rope.astype(jnp.float32)], axis=-1).astype(dtype)
+        context, lse = over_pieces(read, self._turn, q, pieces, with_lse)
+        if one:
+            context = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
+            context = context.astype(dtype)
+        return project(context, self.o_proj[...].astype(context.dtype), 2), lse
+
+    def _turn(self, q: Array, rotation: Rotation) -> Array:
+        """Rotate the last channels further."""
+        still, turning = jnp.split(q, [q.shape[-1] - self.mla.rope_dim], axis=-1)
+        return jnp.concatenate([still, rotate(turning, rotation)], axis=-1)
+
+    def _attend_expanded(self, q, keys, values, key_weights, value_weights, **options):
+        rope_key = keys[0] if key_weights is None else mix(key_weights, keys)
+        latent = values[0] if value_weights is None else mix(value_weights, values)
         up = self.kv_b_proj[...].astype(latent.dtype)
         both = project(latent[:, :, 0], up)
         k_nope, v = jnp.split(both, [self.mla.nope_dim], axis=-1)
         shared = jnp.broadcast_to(rope_key, (*k_nope.shape[:3], self.mla.rope_dim))
         k = jnp.concatenate([k_nope, shared], axis=-1)
-        return attention(
-            q, (k,), (v,), scale=self.scale, implementation=self.implementation, **mask
-        )
+        return attention(q, (k,), (v,), **options)
 
-    def _attend_absorbed(self, q, keys, values, key_weights, value_weights, mask):
-        up = self.kv_b_proj[...].astype(jnp.float32)
-        up_key, up_value = jnp.split(up, [self.mla.nope_dim], axis=-1)
-        q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
-        # Two chained products stand for one of the expanded form: the first stays in float32.
-        q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope.astype(jnp.float32), up_key)
-        q = jnp.concatenate([q_latent, q_rope.astype(jnp.float32)], axis=-1)
+    def _attend_absorbed(self, q, keys, values, key_weights, value_weights, **options):
+        """Queries and outputs are latents: [B, T, N, C + R] and [B, T, N, C]."""
         weights = None
         if key_weights is not None and value_weights is not None:
             weights = jnp.concatenate([value_weights, key_weights], axis=-1)
-        context = attention(
-            q.astype(values[0].dtype),
-            tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True)),
-            values,
-            weights,
-            value_weights,
-            scale=self.scale,
-            implementation=self.implementation,
-            **mask,
-        )
-        out = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
-        return out.astype(q_rope.dtype)
+        both = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True))
+        return attention(q, both, tuple(values), weights, value_weights, **options)

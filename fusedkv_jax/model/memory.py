@@ -8,6 +8,7 @@ there is a cache.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import (
-    KVCache,
-    cache_plan,
-    ring_positions,
-    write,
-    write_ring,
-)
+from fusedkv_jax.cache import Call, KVCache, Piece, Reading, Rows
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, Run, exported, runs
+from pallas_kernels.quantized import Quantized
 
 Slot = int | np.integer | Array
-Stream = Float[Array, "B S K H"]  # all tokens
 New = Float[Array, "B T K H"]  # the tokens of this call
+View = Any  # a source as a memory reads it; an array [B, S, K, H] in training
 
 
 class State(NamedTuple):
@@ -44,6 +40,8 @@ class State(NamedTuple):
 
 class Memory:
     """Streams of the sequence that is passed in: training, and scoring of whole sequences."""
+
+    differentiable = True
 
     def __init__(
         self,
@@ -76,6 +74,14 @@ class Memory:
     def _cache(self) -> KVCache | None:
         return None
 
+    def passes(self) -> tuple[int, int]:
+        """How often a cyclic span is iterated, without and then with gradient."""
+        return self.layout.passes
+
+    def segments(self, run: Run) -> tuple[range, ...]:
+        """The repeats of a run's body, cut where they keep their streams in different ways."""
+        return (range(run.repeats),)
+
     def bank_slots(self, kind: Kind, run: Run, place: int) -> list[int] | None:
         """Bank slot of each repeat's layer at one place of a run's body; None if all are unread."""
         kept = self.banked[kind]
@@ -83,6 +89,10 @@ class Memory:
         if not set(layers) & set(kept):
             return None
         return [kept.index(i) if i in kept else len(kept) for i in layers]
+
+    def slots(self, kind: Kind, layers: Sequence[int]) -> list[int]:
+        """Where each layer's stream is stored."""
+        return [0] * len(layers)
 
     def bank(self, state: State, kind: Kind, slot: Slot, new: New) -> State:
         """Keep one layer's new stream for layers outside its body."""
@@ -97,36 +107,59 @@ class Memory:
         assert array is not None
         return array[self.banked[kind].index(layer)]
 
-    def outer(self, state: State, kind: Kind, layer: int) -> Stream:
+    def outer(self, state: State, kind: Kind, layer: int) -> View:
         """All tokens' stream of a layer in an earlier run (or of the last pass), for attention."""
         # Every layer that reads it adds to its gradient: in float32, or bfloat16 would round
-        # the sum at each layer. The layers cast back, which XLA cancels in the forward pass.
+        # the sum at each layer. The attention operation rounds back, which XLA cancels in the
+        # forward pass, and returns float32 gradients.
         return self.fresh(state, kind, layer).astype(jnp.float32)
 
     def store(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> Any:
         """Put a layer's new stream into the cache."""
         return cache
 
-    def view(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> Stream:
+    def view(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> View:
         """All tokens' stream of a layer that was just stored, for attention."""
         return new
 
-    def mask(self, layer: int, positions: Int[Array, "B T"] | None) -> dict[str, Any]:
-        """Masking arguments of the attention operation in a layer."""
-        window, strict = self._window(layer)
-        mask: dict[str, Any] = {"causal": True, "window": window}
-        if self.segment_ids is not None:
-            mask |= {"q_segment_ids": self.segment_ids, "kv_segment_ids": self.segment_ids}
-        if strict:
-            rows, length = self.shape
-            mask["q_positions"] = jnp.broadcast_to(jnp.arange(length) - 1, (rows, length))
-        return mask
-
-    def _window(self, layer: int) -> tuple[int | None, bool]:
-        """Window, and whether a token is hidden from itself: a source above is not there yet."""
+    def rows(self, layer: int, positions: Int[Array, "B T"]) -> Rows:
+        """The queries of a layer: hidden from themselves if they read one that is not there yet."""
         kv = self.layout.layers[layer]
         strict = any(j > layer for j in kv.key.sources + kv.value.sources)
-        return (kv.window - 1 if kv.window and strict else kv.window), strict
+        return Rows(positions, kv.window, strict)
+
+    def pieces(
+        self,
+        cache: Any,
+        layer: int,
+        views: tuple[tuple[View, ...], tuple[View, ...]],
+        q: Float[Array, "B T N H"],
+        positions: Int[Array, "B T"] | None,
+    ) -> tuple[Piece, ...]:
+        """What the queries of a layer attend to.
+
+        Args:
+            cache: the cache.
+            layer: the layer.
+            views: of its key and of its value sources.
+            q: the queries.
+            positions: of the queries, if they are not those of all new tokens.
+        """
+        rows = self.rows(layer, jnp.broadcast_to(jnp.arange(self.shape[1]), self.shape))
+        mask = rows.mask()
+        if not rows.strict:
+            del mask["q_positions"]  # the default, which is known while tracing
+        if self.segment_ids is not None:
+            mask |= {"q_segment_ids": self.segment_ids, "kv_segment_ids": self.segment_ids}
+        return (Piece(*views, mask),)
+
+    def watches(self, layer: int) -> bool:
+        """The cache wants to see what this layer reads."""
+        return False
+
+    def watch(self, cache: Any, reading: Reading) -> Any:
+        """The cache after a layer has read it."""
+        return cache
 
     def finish(self, state: State) -> KVCache | None:
         """The cache after the call."""
@@ -134,24 +167,16 @@ class Memory:
 
 
 class CacheMemory(Memory):
-    """Streams of a cache, to which the call adds `count` new tokens per row."""
+    """Streams of a cache, to which a call adds new tokens."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        cache: KVCache,
-        shape: tuple[int, ...],
-        count: Int[Array, "B"],
-    ):
-        self.plan = cache_plan(config.kv_layout)
-        self.initial = cache
-        self.first, self.count = cache.lengths, count
-        super().__init__(config, shape)
+    differentiable = False
+
+    def __init__(self, config: ModelConfig, cache: KVCache, call: Call):
+        self.initial, self.plan, self.call = cache, cache.plan, call
+        super().__init__(config, (call.first.shape[0], call.length))
 
     def _banked(self, kind: Kind) -> tuple[int, ...]:
-        # Rings are written at the end of the call: until then their new tokens wait in the bank,
-        # since early queries of a chunk still need what its late tokens will overwrite.
-        rings = {i for i in self.layout.cached(kind) if self.plan.is_ring(kind, i)}
+        deferred = {i for i in self.layout.cached(kind) if self._deferred(kind, i)}
         residual = {
             j
             for run in runs(self.layout)
@@ -160,78 +185,83 @@ class CacheMemory(Memory):
             for j in self.layout.layers[i].stream(kind).sources
             if not run.is_local(i, j)
         }
-        return tuple(sorted(rings | residual))
+        return tuple(sorted(deferred | residual))
+
+    def _deferred(self, kind: Kind, layer: int) -> bool:
+        return self.initial.stores[self.plan.places[kind, layer][0]].deferred(self.call)
+
+    def _group(self, layer: int) -> int:
+        """The group that a layer reads."""
+        return self.plan.places["key", self.layout.attended("key", layer)[0]][0]
 
     def _cache(self) -> KVCache:
         return self.initial
 
-    @property
-    def positions(self) -> Int[Array, "B T"]:
-        """Positions of the new tokens."""
-        return self.first[:, None] + jnp.arange(self.shape[1], dtype=jnp.int32)
+    def passes(self) -> tuple[int, int]:
+        total = min(sum(self.layout.passes), self.call.length)
+        return total - 1, 1
 
-    def outer(self, state: State, kind: Kind, layer: int) -> Stream:
-        slot = self.plan.places[kind, layer][1]
-        ring = self.plan.is_ring(kind, layer)
-        new = self.fresh(state, kind, layer) if ring else None
-        return self.view(state.cache, kind, layer, slot, new)
+    def segments(self, run: Run) -> tuple[range, ...]:
+        def groups(repeat: int) -> list[int | None]:
+            layers = [run.start + repeat * run.period + place for place in range(run.period)]
+            found = [self.plan.places.get((kind, i), (None,))[0] for i in layers for kind in KINDS]
+            return found + [self._group(i) for i in layers]
+
+        starts = [r for r in range(run.repeats) if r == 0 or groups(r) != groups(r - 1)]
+        stops = [*starts[1:], run.repeats]
+        return tuple(map(range, starts, stops))
+
+    def slots(self, kind: Kind, layers: Sequence[int]) -> list[int]:
+        return [self.plan.places[kind, i][1] for i in layers]
+
+    def outer(self, state: State, kind: Kind, layer: int) -> View:
+        new = self.fresh(state, kind, layer) if self._deferred(kind, layer) else None
+        return self.view(state.cache, kind, layer, self.plan.places[kind, layer][1], new)
 
     def store(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> Any:
-        if self.plan.is_ring(kind, layer):
-            return cache
         group = self.plan.places[kind, layer][0]
-        array = write(_arrays(cache, kind)[group], slot, new, self.first, self.count)
-        return _with_array(cache, kind, group, array)
+        return _with_store(cache, group, cache.stores[group].write(kind, slot, new, self.call))
 
-    def view(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New | None) -> Stream:
-        array = _arrays(cache, kind)[self.plan.places[kind, layer][0]]
-        stored = jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
-        if new is None or not self.plan.is_ring(kind, layer):
-            return stored
-        return jnp.concatenate([stored.astype(new.dtype), new], axis=1)
+    def view(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New | None) -> View:
+        store = cache.stores[self.plan.places[kind, layer][0]]
+        return store.view(kind, slot, new if store.deferred(self.call) else None, self.call)
 
-    def mask(self, layer: int, positions: Int[Array, "B T"] | None) -> dict[str, Any]:
-        window, strict = self._window(layer)
-        positions = self.positions if positions is None else positions
-        mask: dict[str, Any] = {
-            "causal": True,
-            "window": window,
-            "q_positions": positions - strict,
-        }
-        source = self.layout.attended("key", layer)[0]
-        group = self.plan.places["key", source][0]
-        if self.plan.windows[group] is None:
-            return mask | {"kv_lengths": self.first + self.count}
-        slots = next(
-            a for a in (self.initial.keys[group], self.initial.values[group]) if a is not None
-        )
-        old = ring_positions(self.first, slots.shape[2])
-        is_new = jnp.arange(self.shape[1]) < self.count[:, None]
-        new = jnp.where(is_new, self.positions, -1)
-        return mask | {"kv_positions": jnp.concatenate([old, new], axis=1)}
+    def pieces(self, cache, layer, views, q, positions) -> tuple[Piece, ...]:
+        rows = self.rows(layer, self.call.positions if positions is None else positions)
+        pieces = cache.stores[self._group(layer)].pieces(*views, q, rows, self.call)
+        return tuple(_cast(piece, q.dtype) for piece in pieces)
+
+    def watches(self, layer: int) -> bool:
+        return self.initial.stores[self._group(layer)].watches
+
+    def watch(self, cache: Any, reading: Reading) -> Any:
+        group = self._group(reading.layer)
+        return _with_store(cache, group, cache.stores[group].watch(reading, self.call))
 
     def finish(self, state: State) -> KVCache:
         cache = state.cache
         assert cache is not None
-        for kind in KINDS:
-            for group, window in enumerate(self.plan.windows):
-                array, bank = _arrays(cache, kind)[group], state.bank[kind]
-                if window is None or array is None or bank is None:
-                    continue
-                layers = [
-                    i for i in self.layout.cached(kind) if self.plan.places[kind, i][0] == group
-                ]
-                new = bank[jnp.asarray([self.banked[kind].index(i) for i in layers])]
-                update = jax.vmap(write_ring, in_axes=(0, 0, None, None))
-                cache = _with_array(cache, kind, group, update(array, new, self.first, self.count))
-        return dataclasses.replace(cache, lengths=self.first + self.count)
+        for index, group in enumerate(self.plan.groups):
+            store, new = cache.stores[index], {}
+            if store.deferred(self.call):
+                for kind in KINDS:
+                    slots = [self.banked[kind].index(i) for i in group.layers(kind)]
+                    bank = state.bank[kind]
+                    assert bank is not None
+                    new[kind] = bank[np.asarray(slots)]
+            cache = _with_store(cache, index, store.finish(new, self.call))
+        return dataclasses.replace(cache, lengths=self.call.first + self.call.count)
 
 
-def _arrays(cache: KVCache, kind: Kind) -> tuple[Any, ...]:
-    return cache.keys if kind == "key" else cache.values
+def _with_store(cache: KVCache, index: int, store: Any) -> KVCache:
+    stores = (*cache.stores[:index], store, *cache.stores[index + 1 :])
+    return dataclasses.replace(cache, stores=stores)
 
 
-def _with_array(cache: KVCache, kind: Kind, group: int, array: Array) -> KVCache:
-    arrays = tuple(array if g == group else a for g, a in enumerate(_arrays(cache, kind)))
-    field = "keys" if kind == "key" else "values"
-    return dataclasses.replace(cache, **{field: arrays})
+def _cast(piece: Piece, dtype: Any) -> Piece:
+    """Arrays in the type of the queries; codes stay as they are."""
+
+    def cast(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x if isinstance(x, Quantized) else x.astype(dtype) for x in sources)
+
+    return piece._replace(keys=cast(piece.keys), values=cast(piece.values))

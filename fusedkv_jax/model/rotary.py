@@ -70,6 +70,14 @@ def rotation(rope: RopeConfig, channels: int, positions: Int[Array, "B T"]) -> R
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
+def turn(rope: RopeConfig, channels: int, shift: Int[Array, "B"]) -> Rotation:
+    """What rotates queries `shift` positions further: cosines and sines, [B, 1, channels / 2]."""
+    angles = shift[:, None, None].astype(jnp.float32) * jnp.asarray(
+        frequencies(rope, channels), jnp.float32
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
     """Turn every head of every token by its position's angles, in float32."""
     cos, sin = (part[:, :, None, :] for part in angles)

@@ -7,6 +7,8 @@ from typing import Any
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
+from fusedkv_jax.sharding import MeshConfig
+from fusedkv_jax.training.early_exit import EarlyExitConfig
 from fusedkv_jax.training.optimizer import OptimizerConfig
 
 
@@ -58,7 +60,7 @@ class ExperimentConfig:
 
     Attributes:
       name: what the run is called in its output.
-      model, data, optimizer, train: the parts; see their classes.
+      model, data, optimizer, train, mesh, early_exit: the parts; see their classes.
     """
 
     name: str
@@ -66,6 +68,8 @@ class ExperimentConfig:
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    early_exit: EarlyExitConfig = EarlyExitConfig()
 
     def __post_init__(self):
         if self.data.batch_size % self.train.grad_accumulation:
@@ -81,9 +85,7 @@ class ExperimentConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A nested dictionary that JSON can hold; `from_dict` reverses it."""
-        parts = {
-            name: dataclasses.asdict(getattr(self, name)) for name in ("data", "optimizer", "train")
-        }
+        parts = {name: dataclasses.asdict(getattr(self, name)) for name in _PARTS}
         return {"name": self.name, "model": self.model.to_dict(), **parts}
 
     @classmethod
@@ -96,14 +98,19 @@ class ExperimentConfig:
         parts = dict(values)
         check_fields(cls, parts, "the experiment")
         parts["model"] = ModelConfig.from_dict(parts["model"])
-        for name, kind in (
-            ("data", DataConfig),
-            ("optimizer", OptimizerConfig),
-            ("train", TrainConfig),
-        ):
+        for name, kind in _PARTS.items():
             check_fields(kind, parts.get(name, {}), name)
             parts[name] = kind(**parts.get(name, {}))
         return cls(**parts)
+
+
+_PARTS = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+    "early_exit": EarlyExitConfig,
+}
 
 
 def check_fields(kind: type, names: Iterable[str], where: str) -> None:

@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from fusedkv_jax.sharding import put_batch
 from fusedkv_jax.training.metrics import bits_per_byte
 from fusedkv_jax.training.step import BATCH_KEYS, Batch, batch_loss, split_rows
 
@@ -60,23 +64,28 @@ def evaluate(
     eval_step: Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]],
     params: nnx.State,
     batches: Iterable[Mapping[str, Any]],
+    mesh: Mesh | None = None,
 ) -> EvalResult:
     """Sum the loss over batches.
 
     Args:
       eval_step: from `make_eval_step`.
       params: the model's parameters.
-      batches: of `fusedkv_jax.data.make_eval_batches`.
+      batches: of `fusedkv_jax.data.make_eval_batches`; each process gives its rows.
+      mesh: what rows and tokens are split over; None where all is on one device.
 
     Raises:
       ValueError: there is no text to evaluate on.
     """
     loss_sum, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-        loss, count = eval_step(params, {name: batch[name] for name in BATCH_KEYS})
+        arrays = {name: batch[name] for name in BATCH_KEYS}
+        loss, count = eval_step(params, arrays if mesh is None else put_batch(arrays, mesh))
         loss_sum += float(loss)
         num_tokens += int(count)
         num_bytes += batch["num_bytes"]
+    if jax.process_count() > 1:
+        num_bytes = int(multihost_utils.process_allgather(np.asarray(num_bytes)).sum())
     if num_tokens == 0:
         raise ValueError(
             "the held-out text is empty; raise data.holdout_fraction or give more text"

@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from fusedkv_jax import costs, data
 from fusedkv_jax.data import tokenizers
+from fusedkv_jax.sharding import check_batch, make_mesh, put_batch
 from fusedkv_jax.training.checkpoints import Checkpoints
 from fusedkv_jax.training.config import ExperimentConfig
+from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
 from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
 from fusedkv_jax.training.interrupts import Interrupts
@@ -86,16 +89,19 @@ def train(
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")
     profile = ProfileWindow(workdir / "profile", profile_steps)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.data.batch_size, config.data.seq_len, config.train.grad_accumulation)
     tokenizers.check_vocab_size(tokenizers.load(config.data.tokenizer), config.model.vocab_size)
     workdir.mkdir(parents=True, exist_ok=True)
     with (
+        jax.set_mesh(mesh),
         lock_workdir(workdir),
         Interrupts() as interrupts,
         Checkpoints(
             workdir, config.train.keep_checkpoints, keep_best=config.train.keep_best
         ) as checkpoints,
     ):
-        return _Run(config, workdir, checkpoints, interrupts, profile).finish()
+        return _Run(config, workdir, mesh, checkpoints, interrupts, profile).finish()
 
 
 class _Run:
@@ -105,6 +111,7 @@ class _Run:
         self,
         config: ExperimentConfig,
         workdir: pathlib.Path,
+        mesh: Mesh,
         checkpoints: Checkpoints,
         interrupts: Interrupts,
         profile: ProfileWindow,
@@ -113,6 +120,7 @@ class _Run:
         self.profile = profile
         self.config = config
         self.workdir = workdir
+        self.mesh = mesh
         self.checkpoints = checkpoints
         self.interrupts = interrupts
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -149,11 +157,12 @@ class _Run:
         return TrainResult(step, self.interrupts.received, self.latest, self.workdir)
 
     def _start(self) -> tuple[TrainState, int]:
-        target = abstract_state(self.config.model, self.optimizer)
+        target = abstract_state(self.config.model, self.optimizer, self.mesh)
         restored = self.checkpoints.restore(target, self.data, self.config)
         if restored is not None:
             return restored
-        return create_state(self.config.model, self.optimizer, self.config.train.seed), 0
+        seed = self.config.train.seed
+        return create_state(self.config.model, self.optimizer, seed, self.mesh), 0
 
     def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
         model, devices = self.config.model, state.step.devices()
@@ -182,6 +191,9 @@ class _Run:
             self.optimizer,
             learning_rate_schedule(self.config.optimizer, train.steps),
             train.grad_accumulation,
+            make_objective(
+                self.config.early_exit, self.config.model.num_layers, train.steps, train.seed
+            ),
         )
         progress.print("compiling the training step ...")
         self.goodput.switch("compilation")
@@ -238,7 +250,7 @@ class _Run:
 
     def _next_batch(self) -> Batch:
         batch = next(self.data)
-        return {name: batch[name] for name in BATCH_KEYS}
+        return put_batch({name: batch[name] for name in BATCH_KEYS}, self.mesh)
 
     def _timer(self, state: TrainState) -> StepTimer:
         settings = self.config.data
@@ -260,7 +272,7 @@ class _Run:
     def _evaluate(self, writer, step: int, params: nnx.State) -> dict[str, float]:
         if self.eval_batches is None:
             return {}
-        result = evaluate(self.eval_step, params, self.eval_batches)
+        result = evaluate(self.eval_step, params, self.eval_batches, self.mesh)
         values = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._write(writer, step, values)
         return values

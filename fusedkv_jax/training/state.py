@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.sharding import parameter_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -45,15 +47,38 @@ def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def create_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """Initial parameters and optimizer state, computed in one compiled program."""
-    return jax.jit(lambda seed: _initial_state(config, optimizer, seed))(seed)
+    """Initial parameters and optimizer state, computed in one compiled program.
+
+    Args:
+      config: the model's configuration.
+      optimizer: the transformation whose state is made.
+      seed: of the parameters, which do not depend on the mesh.
+      mesh: the arrays are split over it, and never whole on one device; None uses one device.
+    """
+    initial = lambda seed: _initial_state(config, optimizer, seed)  # noqa: E731
+    shardings = None
+    if mesh is not None:
+        shardings = parameter_shardings(jax.eval_shape(initial, seed), mesh)
+    return jax.jit(initial, out_shardings=shardings)(seed)
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of `create_state`, for restoring a checkpoint into."""
-    return jax.eval_shape(lambda: _initial_state(config, optimizer, 0))
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
+    """Shapes, dtypes and (on a mesh) shardings of `create_state`, for restoring into."""
+    shapes = jax.eval_shape(lambda: _initial_state(config, optimizer, 0))
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
 
 
 def _initial_state(

@@ -14,6 +14,8 @@ from fusedkv_jax.training.state import TrainState
 
 Batch = dict[str, Any]  # of [B, T] arrays: NumPy from the data pipeline, or traced
 Metrics = dict[str, jax.Array]
+Loss = Callable[[nnx.GraphDef, nnx.State, Batch], Any]  # gives (sum of the losses, count)
+Objective = Callable[[jax.Array, Batch], tuple[Batch, Loss]]  # from the step's number
 
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
@@ -62,7 +64,11 @@ def split_rows(batch: Batch, parts: int) -> Batch:
 
 
 def accumulate_gradients(
-    graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, microbatches: int
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    batch: Batch,
+    microbatches: int,
+    loss: Loss = batch_loss,
 ) -> tuple[jax.Array, nnx.State]:
     """Mean loss and its gradient over a batch that is computed in `microbatches` parts.
 
@@ -72,21 +78,21 @@ def accumulate_gradients(
     Returns:
       (mean loss [] float32, gradients in float32 with the structure of params).
     """
-    value_and_grad = jax.value_and_grad(lambda p, part: batch_loss(graphdef, p, part), has_aux=True)
+    value_and_grad = jax.value_and_grad(lambda p, part: loss(graphdef, p, part), has_aux=True)
 
     def one_part(carry, part):
-        (loss, count), grads = value_and_grad(params, part)
+        (total, count), grads = value_and_grad(params, part)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
+        return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     start = (jnp.float32(0), jnp.float32(0), zeros)
     if microbatches == 1:
-        (loss, count, grads), _ = one_part(start, batch)
+        (total, count, grads), _ = one_part(start, batch)
     else:
-        (loss, count, grads), _ = jax.lax.scan(one_part, start, split_rows(batch, microbatches))
+        (total, count, grads), _ = jax.lax.scan(one_part, start, split_rows(batch, microbatches))
     count = jnp.maximum(count, 1.0)
-    return loss / count, jax.tree.map(lambda g: g / count, grads)
+    return total / count, jax.tree.map(lambda g: g / count, grads)
 
 
 def make_train_step(
@@ -94,6 +100,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     microbatches: int = 1,
+    objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build the train step; compile it with `jax.jit(step, donate_argnums=0)`.
 
@@ -106,10 +113,13 @@ def make_train_step(
       optimizer: the transformation whose state is in the train state.
       schedule: learning rate of update i, for the metrics.
       microbatches: parts that the batch is divided into to save memory; divides its rows.
+      objective: gives the loss of a step and what it needs in the batch; by default the
+        cross-entropy of the model's output.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = accumulate_gradients(graphdef, state.params, batch, microbatches)
+        batch, loss_of = (batch, batch_loss) if objective is None else objective(state.step, batch)
+        loss, grads = accumulate_gradients(graphdef, state.params, batch, microbatches, loss_of)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -8,6 +8,7 @@ import pytest
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
+from fusedkv_jax.sharding import MeshConfig
 from fusedkv_jax.training import ExperimentConfig, OptimizerConfig, TrainConfig
 
 
@@ -42,6 +43,7 @@ def comparison_config(comparison_text) -> ExperimentConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         train=TrainConfig(steps=12, log_every=4, eval_every=6, eval_batches=1000),
+        mesh=MeshConfig(devices=1),
     )
 
 

@@ -1,14 +1,21 @@
 """The generate binary: what it writes, and its mistakes."""
 
+import io
+import json
+import re
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import generate, runs
+from experiments import chat, generate, runs
 from fusedkv_jax import SamplingParams
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.training import load_model
 from tests.experiments import commands
+
+RATES = r"prefill \d+ tokens, \d+ tokens/s; decode \d+ tokens, [\d.]+ tokens/s\n"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,9 @@ def test_prints_prompts_and_completions(workdir):
         [*drawn, "--seed=3"],
         [*drawn, "--seed=4"],
     )
-    assert [(code, error) for code, _, error in outputs] == [(0, "")] * 5
+    assert [code for code, _, _ in outputs] == [0] * 5
+    for _, _, error in outputs:
+        assert re.fullmatch(RATES, error)
     first, again, three, three_again, four = (out for _, out, _ in outputs)
     assert first == again != three == three_again != four
     model, _, _ = load_model(workdir)
@@ -71,8 +80,64 @@ def test_prints_prompts_and_completions(workdir):
     assert first == "".join(expected)
 
 
+@pytest.mark.usefixtures("share_compiled_programs")
+def test_prompt_files_and_formats(workdir, tmp_path):
+    lines, strings = tmp_path / "lines.txt", tmp_path / "strings.jsonl"
+    lines.write_text("def \nreturn cache\n", encoding="utf-8")
+    strings.write_text('"def "\n"return cache"\n', encoding="utf-8")
+    common = [f"--workdir={workdir}", "--max_tokens=8", "--temperature=0", "--ignore_eos"]
+    prompts = ["--prompt=def ", "--prompt=return cache"]
+    outputs = commands.run(
+        "generate",
+        [*common, *prompts],
+        [*common, f"--prompt_file={lines}"],
+        [*common, f"--prompt_file={strings}", "--max_num_batched_tokens=3"],
+        [*common, *prompts, "--format=json", "--logprobs=1", "--prompt_logprobs=0"],
+        [*common, *prompts, "--beam_width=1"],
+        [*common[:2], *common[3:], *prompts, "--beam_width=3", "--n=2"],
+    )
+    assert [code for code, _, _ in outputs] == [0] * 6, outputs
+    texts = [out for _, out, _ in outputs]
+    assert texts[0] == texts[1] == texts[2] == texts[4]
+    assert texts[5].count("=== ") == 4 and "prompt 2 of 2, output 2: 8 tokens" in texts[5]
+    for line, prompt in zip(texts[3].splitlines(), ("def ", "return cache"), strict=True):
+        found = json.loads(line)
+        assert found["prompt"] == prompt and f"{prompt}{found['outputs'][0]['text']}" in texts[0]
+        assert len(found["outputs"][0]["logprobs"]) == 8
+        assert found["prompt_logprobs"][0] is None
+        assert len(found["prompt_logprobs"]) == 1 + len(prompt)
+
+
+def test_conversation(workdir, tmp_path, monkeypatch, capsys):
+    """Every answer continues the whole conversation; what is wrong with a message is printed."""
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:")
+    typed = ["hi", "y" * 99, "ho", "/reset", "hi", "", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    values = {"chat_template": str(template), "system": "s"}
+    monkeypatch.setattr(chat.flags, "FLAGS", types.SimpleNamespace(**values))
+    model, _, _ = load_model(workdir)
+    tokenizer = tokenizers.load("byte")
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    chat.converse(model, tokenizer, params, {})
+    out, error = capsys.readouterr()
+
+    def answer(prompt):
+        tokens = greedy(model, list(prompt.encode()), 6)
+        return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+
+    first = answer("s:s;u:hi;a:")
+    second = answer(f"s:s;u:hi;a:{first};u:ho;a:")
+    assert out == f"{first}\n{second}\n{first}\n"
+    assert error.count("decode 6 tokens") == 3
+    assert error.count("error: prompt 0 has") == 1
+
+
 def test_mistakes(workdir, tmp_path):
     where, prompt = f"--workdir={workdir}", "--prompt=def "
+    latin, line = tmp_path / "latin.txt", tmp_path / "line.jsonl"
+    latin.write_bytes("größe".encode("latin-1"))
+    line.write_text('"a"\n{"prompt": "b"}\n')
     commands.check_mistakes(
         "generate",
         [
@@ -89,6 +154,18 @@ def test_mistakes(workdir, tmp_path):
             ([where, prompt, "--repetition_penalty=0"], "repetition_penalty=0.0; use above 0"),
             ([where, prompt, "--max_tokens=0"], "max_tokens=0; use at least 1"),
             ([where, prompt, "--seed=-1"], "seed=-1"),
+            ([where, f"--prompt_file={tmp_path}/none"], "No such file"),
+            ([where, f"--prompt_file={latin}"], "not UTF-8: byte 0xf6 at offset 2; convert"),
+            ([where, f"--prompt_file={line}"], "line 2 is not a JSON string"),
+            ([where, prompt, "--n=2", "--temperature=0"], "n=2; use 1 with temperature=0"),
+            ([where, prompt, "--stop="], "stop=['']; use texts"),
+            ([where, prompt, "--logit_bias=a:1"], "--logit_bias='a:1'; write ID:BIAS"),
+            ([where, prompt, "--logit_bias=3:200"], "logit_bias={3: 200.0}; use"),
+            ([where, prompt, "--stop_token_ids=999"], "stop_token_ids token id 999"),
+            ([where, prompt, "--min_tokens=500"], "min_tokens=500; use at most max_tokens=128"),
+            ([where, prompt, "--beam_width=2", "--n=3"], "n=3; use 1 to beam_width=2"),
+            ([where, prompt, "--batch_size=0"], "batch_size=0; use at least 1"),
+            ([where, "--chat"], "has no chat template; add chat_template.jinja"),
             ([where, prompt, "--max_token=3"], "Did you mean: max_tokens"),
         ],
     )

@@ -108,6 +108,7 @@ def test_command_writes_the_table(done, config, comparison_text, tmp_path):
     train = "steps=3 eval_every=0 eval_batches=1000"
     overrides += [f"--config.train.{field}" for field in train.split()]
     overrides += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.warmup_steps=2"]
+    overrides += ["--config.mesh.devices=1"]
     toy = tmp_path / "toy.py"
     toy.write_text(
         "from experiments.configs import claim_small\n"

@@ -123,9 +123,28 @@ class TestCache:
             arrays = jax.tree.leaves((cache.keys, cache.values))
             assert costs.cache_bytes(config, 2, length) == sum(x.nbytes for x in arrays)
 
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "float8_e5m2", "int4"])
+    @pytest.mark.parametrize("spec", ["mha", "fusedkv", "svformer", "yoco:window=200"])
+    def test_bytes_of_every_storage_type(self, spec, dtype):
+        mla = MLAConfig(kv_lora_rank=16, nope_dim=8, rope_dim=6, v_dim=9)
+        geometries = [{"head_dim": 24}] + [{"mla": mla}] * (spec != "svformer")
+        for config in (build(spec, **geometry) for geometry in geometries):
+            for length in (100, 159, 160, 300):  # int4 begins at 160
+                cache = KVCache.create(config, batch_size=2, max_length=length, dtype=dtype)
+                held = sum(x.nbytes for x in jax.tree.leaves(cache.stores))
+                assert costs.cache_bytes(config, 2, length, dtype) == held == cache.nbytes
+
+    def test_four_bits(self):
+        """Keys: 4 bits and 32 for 32 tokens of a channel; values: and 32 for 32 channels."""
+        config = build(head_dim=64)
+        assert costs.cache_bytes_per_token(config, "int4") == L * 2 * K * 64 * 5 // 8
+        # 169 of 297 tokens before the last: in groups of 32, 160 of them are quantized.
+        reads = costs.decode_cache_reads(config, 298, "int4")
+        assert reads == L * 2 * K * (160 * 64 * 5 // 8 + 138 * 64 * 4)
+
     def test_per_token(self):
         assert costs.cache_bytes_per_token(build(), "float32") == L * 2 * K * H * 4
-        assert costs.cache_bytes_per_token(build("svformer"), "int8") == (L + 1) * K * H
+        assert costs.cache_bytes_per_token(build("svformer"), "int8") == (L + 1) * K * (H + 4)
         assert costs.cache_bytes_per_token(build("lckv:w=4")) == 5 * 2 * K * H * 2
 
     @pytest.mark.parametrize(
@@ -160,17 +179,17 @@ class TestCache:
         config = build("yoco:window=16")
         for length in (10, 100):
             reads = costs.decode_cache_reads(config, length, "int8")
-            assert reads == (L // 2) * 2 * K * H * (length + min(16, length))
+            assert reads == (L // 2) * 2 * K * (H + 4) * (length + min(16, length))
 
     def test_cyclic_layers_do_not_read_the_token_itself(self):
         reads = costs.decode_cache_reads(build("lckv:w=2"), 100, "int8")
-        assert reads == 2 * K * H * (100 * L - 9)
+        assert reads == 2 * K * (H + 4) * (100 * L - 9)
 
     def test_latent_attention_reads_its_latent_once(self):
         mla = MLAConfig(kv_lora_rank=14, nope_dim=8, rope_dim=6, v_dim=9)
-        assert costs.decode_cache_reads(build(mla=mla), 7, "int8") == L * (14 + 6) * 7
-        fused = costs.decode_cache_reads(build("fusedkv", mla=mla), 8, "int8")
-        assert fused == L * (14 + 6) * 12
+        assert costs.decode_cache_reads(build(mla=mla), 7, "float16") == L * (14 + 6) * 7 * 2
+        fused = costs.decode_cache_reads(build("fusedkv", mla=mla), 8, "float16")
+        assert fused == L * (14 + 6) * 12 * 2
 
     def test_an_unknown_dtype_is_named(self):
         with pytest.raises(ValueError, match="dtype='bf16' is no dtype; use bfloat16"):

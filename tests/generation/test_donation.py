@@ -19,16 +19,16 @@ def test_cache_is_aliased_and_not_copied(spec):
     config = small.config(spec, max_length=LENGTH)
     graph, params = nnx.split(small.decoder(config))
     cache = fkv.KVCache.create(config, batch_size=ROWS, max_length=LENGTH)
-    state = loop.DecodeState(
-        tokens=jnp.zeros((ROWS, LENGTH), jnp.int32),
-        lengths=jnp.ones(ROWS, jnp.int32),
-        limits=jnp.full(ROWS, 9, jnp.int32),
-        stops=jnp.full((ROWS, 4), -1, jnp.int32),
-        finished=jnp.zeros(ROWS, bool),
-        seen=jnp.zeros((ROWS, small.VOCAB), bool),
-        cache=cache,
+    state = loop.DecodeState.create(
+        jnp.zeros((ROWS, LENGTH), jnp.int32),
+        jnp.ones(ROWS, jnp.int32),
+        jnp.full(ROWS, 9, jnp.int32),
+        jnp.full((ROWS, 4), -1, jnp.int32),
+        cache,
+        small.VOCAB,
     )
     inputs = SamplerInputs.create([fkv.SamplingParams(temperature=0)] * ROWS)
+    state = jax.tree.map(jnp.copy, state)  # lengths stand in it twice: donated once each
     memory = loop.decode.lower(graph, params, state, inputs).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     # Single layers are copied out to be read, the whole cache is not.

@@ -9,6 +9,7 @@ from fusedkv_jax.generation.sampling import (
     SamplerInputs,
     SamplingError,
     SamplingParams,
+    adjust,
     restrict,
     sample,
 )
@@ -60,25 +61,72 @@ def test_support_is_exactly_the_definition():
             assert found == support(logits[row], params), params
 
 
-def draw_many(logits, params, draws):
-    """Draws of one request at many positions."""
-    inputs = SamplerInputs.create([params] * draws)
-    rows = jnp.broadcast_to(jnp.asarray(logits), (draws, len(logits)))
-    seen = jnp.zeros(rows.shape, bool)
-    return np.asarray(jax.jit(sample)(rows, inputs, jnp.arange(draws), seen))
-
-
-def test_draws_follow_the_distribution():
+@pytest.mark.parametrize("chosen", [dict(top_k=8), dict(top_p=0.9), dict(min_p=0.05, top_k=9)])
+def test_a_million_draws_follow_the_distribution(chosen):
     logits = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
-    params = SamplingParams(temperature=1.3, top_k=8, seed=11)
-    draws = 200_000
-    counts = np.bincount(draw_many(logits, params, draws), minlength=VOCAB)
+    params = SamplingParams(temperature=1.3, seed=11, **chosen)
+    rows, rounds = 2000, 500
+    inputs = SamplerInputs.create([params] * rows)
+    wide = jnp.broadcast_to(jnp.asarray(logits), (rows, VOCAB))
+    seen = jnp.zeros(wide.shape, bool)
+
+    @jax.jit
+    def count(first):
+        def add(counts, start):
+            drawn = sample(wide, inputs, start * rows + jnp.arange(rows), seen)
+            return counts + jnp.bincount(drawn, length=VOCAB), None
+
+        return jax.lax.scan(add, jnp.zeros(VOCAB, jnp.int32), first + jnp.arange(rounds))[0]
+
+    counts, draws = np.asarray(count(0)), rows * rounds
     kept = sorted(support(logits, params))
     scaled = np.exp(logits[kept].astype(np.float64) / params.temperature)
     expected = draws * scaled / scaled.sum()
-    assert counts.sum() == counts[kept].sum() == draws
+    assert counts.sum() == counts[kept].sum() == draws == 1_000_000
     chi_square = float(np.sum((counts[kept] - expected) ** 2 / expected))
-    assert chi_square < 24.3  # 0.999 quantile at 7 degrees of freedom
+    # 0.999 quantile, by Wilson and Hilferty.
+    freedom = len(kept) - 1
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert chi_square < quantile
+
+
+def adjusted(logits, params, seen, counts, forbidden):
+    """The definition: exclusions, bias, then repetition, frequency, presence."""
+    logits = np.array(logits, np.float64)
+    logits[[token for token in forbidden if token >= 0]] = -np.inf
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    for token in np.flatnonzero(seen):
+        penalty = params.repetition_penalty
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    return logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+
+
+def test_bias_and_penalties_are_the_definition():
+    rng = np.random.default_rng(3)
+    params = [
+        SamplingParams(),
+        SamplingParams(repetition_penalty=1.7),
+        SamplingParams(frequency_penalty=0.4),
+        SamplingParams(presence_penalty=-1.1),
+        SamplingParams(logit_bias={0: 3.0, 11: -2.5, 5: 100}),
+        SamplingParams(
+            logit_bias={t: 0.5 * t for t in range(7)},
+            repetition_penalty=0.6,
+            frequency_penalty=-2,
+            presence_penalty=2,
+        ),
+    ]
+    for _ in range(20):
+        logits = rng.normal(size=(len(params), VOCAB)).astype(np.float32) * 2
+        counts = rng.integers(0, 4, logits.shape).astype(np.int32)
+        seen = (counts > 0) | (rng.random(logits.shape) < 0.3)
+        forbidden = rng.integers(-1, VOCAB, (len(params), 3)).astype(np.int32)
+        inputs = SamplerInputs.create(params)
+        found = adjust(jnp.asarray(logits), inputs, *map(jnp.asarray, (seen, counts, forbidden)))
+        for row, own in enumerate(params):
+            expected = adjusted(logits[row], own, seen[row], counts[row], forbidden[row])
+            np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_rows_beside_random_ones():
@@ -122,19 +170,52 @@ def test_repetition_penalty():
 @pytest.mark.parametrize(
     "field, value",
     [
+        ("n", 0),
+        ("n", 1.5),
+        ("n", True),
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", "hot"),
         ("top_k", -2),
+        ("top_k", 0.5),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
         ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
         ("seed", -1),
         ("seed", 2**32),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [3]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("bad_words", ["", "b"]),
+        ("logit_bias", {3: 101}),
+        ("logit_bias", {3: float("nan")}),
+        ("logit_bias", {-3: 1}),
+        ("logprobs", -2),
+        ("prompt_logprobs", 1.0),
     ],
 )
+@pytest.mark.usefixtures("without_type_checks")
 def test_values_out_of_bounds_are_refused(field, value):
-    with pytest.raises(SamplingError, match=f"{field}=.*; use"):
+    with pytest.raises(SamplingError, match=f"{field}=.*; use") as error:
         SamplingParams(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_several_greedy_outputs_are_refused():
+    with pytest.raises(SamplingError, match="n=2; use 1 with temperature=0"):
+        SamplingParams(n=2, temperature=0)
+
+
+def test_parameters_are_hashable_and_equal_in_any_spelling():
+    one = SamplingParams(stop="a", logit_bias={5: 1, 2: 3.0}, stop_token_ids=[4])
+    other = SamplingParams(stop=("a",), logit_bias={2: 3, 5: 1.0}, stop_token_ids=(4,))
+    assert one == other and hash(one) == hash(other)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
+from fusedkv_jax.sharding import MeshConfig
 from fusedkv_jax.training import (
     ExperimentConfig,
     OptimizerConfig,
@@ -50,6 +51,7 @@ def toy(text_folder) -> ExperimentConfig:
         data=DataConfig(source=str(text_folder), seq_len=32, batch_size=4, holdout_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         train=TrainConfig(steps=40, eval_batches=0, checkpoint_every=20),
+        mesh=MeshConfig(devices=1),
     )
 
 

@@ -1,0 +1,197 @@
+"""Early exit in prefill, drafts by lower layers, compressed long caches: each against without."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments import runs
+from experiments.benchmarks.report import Measurement, Target
+from experiments.benchmarks.turns import take_turns
+from experiments.longcontext import heldout_texts
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.compression import Compressor
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.generation import SamplingParams, generate
+from fusedkv_jax.generation.speculation import SelfSpeculation
+from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.training import load_model
+
+DRAFTS = (2, 4, 6)
+
+
+def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Measurement:
+    """Prefill with and without early exit, to the logits of the last token."""
+    model = fold_fusion(Decoder(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+    tokens = jnp.asarray(_random_tokens(config, prompt))
+
+    @functools.partial(jax.jit, static_argnames="early")
+    def prefill(params, early):
+        model = nnx.merge(graph, params)
+        cache = KVCache.create(config, batch_size=1, max_length=prompt)
+        count = jnp.full(1, prompt, jnp.int32)
+        if early:
+            return model.extend(tokens, count, cache)
+        # All layers for all tokens, the head for the last one alone.
+        return model.observe(tokens, count, cache, lambda reading: None, rows=prompt)[:2]
+
+    logits: dict[str, Any] = {}
+
+    def contestant(name: str, early: bool) -> Callable[[], Any]:
+        def call():
+            logits[name] = jax.block_until_ready(prefill(params, early))[0]
+
+        return call
+
+    seconds = take_turns(
+        {"early exit": contestant("early exit", True), "all layers": contestant("all", False)},
+        rounds,
+    )
+    ratio = seconds["early exit"] / seconds["all layers"]
+    difference = float(jnp.abs(logits["early exit"] - logits["all"]).max())
+    return Measurement(
+        "Prefill: time to the first token of fusedkv with and without early exit, batch 1",
+        _setting(config) | {"prompt": prompt},
+        [{"prefill": name, "seconds": value} for name, value in seconds.items()],
+        [
+            Target("time to first token with early exit, of that without", ratio, "<=", 0.55),
+            Target("largest difference of their logits", difference, "<=", 1e-3),
+        ],
+    )
+
+
+def measure_speculation(run: runs.Run, *, prompt: int, new_tokens: int, rounds: int) -> Measurement:
+    """Greedy tokens per second, one request at a time, plain and with several ways to draft."""
+    model, config, _ = load_model(run.workdir)
+    prompts = heldout_texts(config, prompt, 4).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    ways: dict[str, SelfSpeculation | None] = {"plain": None}
+    # The first layer alone, and the lower half, whose drafts leave nothing to roll back.
+    for exit_layer in (1, config.model.kv_layout.prefill_depth):
+        drafter = functools.partial(SelfSpeculation, exit_layer=exit_layer)
+        for k in DRAFTS:
+            ways[f"{exit_layer} layers draft {k}"] = drafter(draft_tokens=k)
+        most = f"{exit_layer} layers draft up to {max(DRAFTS)}"
+        ways[most] = drafter(draft_tokens=max(DRAFTS), adaptive=True)
+    outputs: dict[str, list] = {}
+
+    def contestant(name: str) -> Callable[[], Any]:
+        def call():
+            found = generate(model, prompts, params, batch_size=1, speculation=ways[name])
+            outputs[name] = [completion.token_ids for completion in found]
+
+        return call
+
+    seconds = take_turns({name: contestant(name) for name in ways}, rounds)
+    total = len(prompts) * new_tokens
+    rows = [
+        {
+            "decoding": name,
+            "tokens/s": total / value,
+            "times plain": seconds["plain"] / value,
+            "same tokens": outputs[name] == outputs["plain"],
+        }
+        for name, value in seconds.items()
+    ]
+    best = max(row["times plain"] for row in rows[1:])
+    same = float(all(row["same tokens"] for row in rows))
+    return Measurement(
+        "Self-speculative decoding of a model trained with the early-exit loss, batch 1, greedy",
+        _setting(config.model)
+        | {"prompt": prompt, "new_tokens": new_tokens, "trained": config.name},
+        rows,
+        [
+            Target("speculative tokens per second, times plain", best, ">=", 1.3),
+            Target("the tokens are those of plain decoding", same, "==", 1.0),
+        ],
+    )
+
+
+def measure_long_cache(
+    config: ModelConfig,
+    compressors: Mapping[str, Compressor],
+    *,
+    tokens: int,
+    steps: int,
+    rounds: int,
+) -> Measurement:
+    """Decode steps per second after a long prompt, with the whole cache and compressed ones."""
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    room = (rounds + 1) * steps
+    cases = {"whole cache": None, **compressors}
+    runners = {name: _Runner(model, found, tokens, steps, room) for name, found in cases.items()}
+    seconds = take_turns({name: runner.run for name, runner in runners.items()}, rounds)
+    rows = [
+        {
+            "cache": name,
+            "tokens/s": steps / value,
+            "times whole": seconds["whole cache"] / value,
+            "MB": runners[name].nbytes / 1e6,
+        }
+        for name, value in seconds.items()
+    ]
+    return Measurement(
+        "Decoding after a long prompt, batch 1, float32",
+        _setting(config) | {"layout": config.kv_layout.spec, "prompt": tokens, "steps": steps},
+        rows,
+        [
+            Target(f"{row['cache']}, times the whole cache", row["times whole"], ">=", 1.0)
+            for row in rows[1:]
+        ],
+    )
+
+
+class _Runner:
+    """A prefilled request that goes on by some greedy steps at each call of `run`."""
+
+    def __init__(
+        self, model: Decoder, compressor: Compressor | None, tokens: int, steps: int, room: int
+    ):
+        prompt = jnp.asarray(_random_tokens(model.config, tokens))
+        count = jnp.full(1, tokens, jnp.int32)
+        graph, self._params = nnx.split(fold_fusion(model))
+        cache = KVCache.create(model.config, batch_size=1, max_length=tokens + room)
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def decode(params, cache, token):
+            def step(carry, _):
+                cache, token = carry
+                model = nnx.merge(graph, params)
+                logits, cache = model.extend(token[:, None], jnp.ones(1, jnp.int32), cache)
+                assert logits is not None
+                return (cache, jnp.argmax(logits, -1).astype(jnp.int32)), None
+
+            return jax.lax.scan(step, (cache, token), length=steps)[0]
+
+        if compressor is None:
+            _, self._cache = _extend(graph, self._params, prompt, count, cache)
+        else:
+            _, self._cache = compressor.prefill(
+                nnx.merge(graph, self._params), prompt, count, cache
+            )
+        self._decode, self._token = decode, jnp.zeros(1, jnp.int32)
+        self.nbytes = self._cache.nbytes
+
+    def run(self) -> None:
+        """Decode; returns when the tokens are there."""
+        self._cache, self._token = self._decode(self._params, self._cache, self._token)
+        self._token.block_until_ready()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _extend(graph, params, tokens, count, cache):
+    return nnx.merge(graph, params).extend(tokens, count, cache)
+
+
+def _random_tokens(config: ModelConfig, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
+
+
+def _setting(config: ModelConfig) -> dict[str, Any]:
+    names = ("num_layers", "d_model", "num_heads", "kv_heads", "d_ff", "vocab_size")
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,66 @@
+"""What compilers say of the kernels on a machine without an accelerator; nothing is timed."""
+
+from experiments.benchmarks.report import Measurement, Target
+
+CHIPS = ("v5e", "v6e", "v5p", "tpu7x")
+# What is held against stock splash attention: the target of each (chip, kernel), if it has one.
+KERNELS = ("splash", "plain", "tile", "folded")
+BOUNDS = {("v6e", "folded"): 1.05, ("v5e", "tile"): 1.20}
+
+
+def tpu_schedules(*, quick: bool) -> Measurement:
+    """VLIW bundles and matrix-unit slots of a step over 512 keys, beside stock splash attention."""
+    title = "TPU: bundles (about cycles) for 512 more keys, H = 128, 1024 query rows; static"
+    try:
+        from pallas_kernels.tpu import static, topology
+
+        topology.devices("v5e")
+    except (ImportError, NotImplementedError) as reason:
+        return Measurement(title, skipped=str(reason).splitlines()[0])
+    rows, targets = [], []
+    for chip in CHIPS[:1] if quick else CHIPS:
+        stock = static.step_cost(chip, "splash")["bundles"]
+        for kernel in ("splash",) if quick else KERNELS:
+            cost = static.step_cost(chip, kernel)
+            ratio = cost["bundles"] / stock
+            slots = sum(count for name, count in cost.items() if "MXU" in name)
+            rows.append(
+                {
+                    "chip": chip,
+                    "kernel": kernel,
+                    "bundles": cost["bundles"],
+                    "of splash's": ratio,
+                    "matrix slots": slots,
+                    "matrix slots a bundle": slots / cost["bundles"],
+                }
+            )
+            if bound := BOUNDS.get((chip, kernel)):
+                name = f"{chip} {kernel}: bundles, of splash attention's"
+                targets.append(Target(name, ratio, "<=", bound))
+    setting = {
+        "splash": "jax's splash attention on one source, same block sizes",
+        "accuracy": "within a tenth; blind to memory stalls",
+    }
+    return Measurement(title, setting, rows, targets)
+
+
+def gpu_resources(*, quick: bool) -> Measurement:
+    """Registers, spills and shared memory of every GPU kernel, compiled for an H100."""
+    title = "GPU: resources of the kernels, compiled for sm_90; static"
+    try:
+        from pallas_kernels.gpu import static
+
+        rows = static.report(static.CALLS[:1] if quick else static.CALLS)
+    except (ImportError, NotImplementedError) as reason:
+        return Measurement(title, skipped=str(reason).splitlines()[0])
+    spilled = sum(row["spill"] for row in rows)
+    shared = max(row["shared"] for row in rows)
+    return Measurement(
+        title,
+        {"heads": 32, "kv_heads": 8, "keys": 4096},
+        rows,
+        [
+            Target("bytes spilled by all kernels", spilled, "==", 0),
+            Target("bytes of shared memory, largest", shared, "<=", static.SHARED_LIMIT),
+        ],
+    )

@@ -1,0 +1,89 @@
+"""A conversation in the terminal: python -m experiments.generate --workdir=DIR --chat."""
+
+import sys
+from typing import Any
+
+from absl import flags
+
+import fusedkv_jax as fkv
+from fusedkv_jax.data import Tokenizer, chat
+from fusedkv_jax.data.chat import ChatTemplate
+from fusedkv_jax.generation import Rates, stream
+
+_HELP = "An empty line or the end of the input leaves, /reset begins a new conversation."
+
+
+def define_flags() -> None:
+    """Define --chat, --system and --chat_template."""
+    flags.DEFINE_bool("chat", False, "Hold a conversation; the model's turns are streamed.")
+    flags.DEFINE_string("system", None, "System message of --chat.")
+    flags.DEFINE_string(
+        "chat_template", None, "Jinja file with the chat template; default the tokenizer's own."
+    )
+
+
+def converse(
+    model: fkv.Decoder, tokenizer: Tokenizer, params: fkv.SamplingParams, settings: dict[str, Any]
+) -> None:
+    """Read messages from standard input and stream the answers to standard output.
+
+    Raises:
+      ValueError: there is no chat template. What is wrong with a single message is printed.
+    """
+    if flags.FLAGS.chat_template is not None:
+        template = ChatTemplate(chat.read_text(flags.FLAGS.chat_template), _special(tokenizer))
+    else:
+        template = chat.load_template(tokenizer.name)
+    system = flags.FLAGS.system
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(beginning)
+    print(_HELP, file=sys.stderr)
+    while (text := _read()) is not None:
+        if text == "/reset":
+            messages = list(beginning)
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            answer = _answer(model, tokenizer, template, asked, params, settings)
+        except ValueError as error:  # The conversation goes on without this message.
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _answer(model, tokenizer, template, messages, params, settings) -> str:
+    prompt = tokenizer.encode(template.render(messages), allow_special=True)
+    last = Rates()
+
+    def keep(rates: Rates) -> None:
+        nonlocal last
+        last = rates
+
+    text = ""
+    try:
+        for delta in stream(
+            model, [prompt], params, tokenizer=tokenizer, progress=keep, **settings
+        ):
+            text += delta.text or ""
+            print(delta.text, end="", flush=True)
+    except KeyboardInterrupt:  # ends the answer, not the conversation
+        pass
+    print(flush=True)
+    print(last, file=sys.stderr, flush=True)
+    return text
+
+
+def _read() -> str | None:
+    """The next message; None at the end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") or None
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens that a template may name, as their texts."""
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return {
+        name: tokenizer.decode([token], skip_special_tokens=False) for name, token in names.items()
+    }

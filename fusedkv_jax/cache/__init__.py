@@ -1,0 +1,47 @@
+"""The key/value cache: what is stored of each stream, and what attention reads of it."""
+
+from fusedkv_jax.cache.cache import KVCache, check_int4
+from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
+from fusedkv_jax.cache.kivi import KiviStore
+from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, split_plan
+from fusedkv_jax.cache.storage import (
+    EIGHT_BITS,
+    FLOATS,
+    STORAGE_TYPES,
+    encode,
+    ring_positions,
+    select,
+    storage_type,
+    take_tokens,
+    write,
+    write_ring,
+)
+from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
+
+__all__ = [
+    "EIGHT_BITS",
+    "FLOATS",
+    "STORAGE_TYPES",
+    "CachePlan",
+    "Call",
+    "Group",
+    "KVCache",
+    "KiviStore",
+    "LinearStore",
+    "Piece",
+    "Reading",
+    "RingStore",
+    "Rows",
+    "Store",
+    "cache_plan",
+    "check_int4",
+    "encode",
+    "ring_positions",
+    "select",
+    "split_plan",
+    "storage_of",
+    "storage_type",
+    "take_tokens",
+    "write",
+    "write_ring",
+]

@@ -1,0 +1,128 @@
+"""The key/value cache: a pytree of stores, allocated only for the streams that are cached.
+
+Keys are stored after their norm and rotation. With multi-head latent attention "keys" hold the
+rotary key and "values" the latent.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fusedkv_jax.cache import kivi
+from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan
+from fusedkv_jax.cache.storage import empty, storage_type
+from fusedkv_jax.cache.stores import LinearStore, RingStore, Store
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import KINDS, Kind
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["stores", "lengths"], meta_fields=["plan"]
+)
+@dataclass(frozen=True)
+class KVCache:
+    """Cached streams of a batch, one store for each group of the plan.
+
+    Attributes:
+        stores: where the groups' tokens are.
+        lengths: tokens seen by each row so far, which is the next token's position; [B] int32.
+            A compressed store holds fewer.
+        plan: which streams are where.
+    """
+
+    # Not typed as stores and arrays: a pytree is also rebuilt around specifications and masks.
+    stores: tuple[Any, ...]
+    lengths: Any
+    plan: CachePlan
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_length: int,
+        dtype: DTypeLike | None = None,
+    ) -> KVCache:
+        """Allocate an empty cache.
+
+        Args:
+            config: the model's configuration.
+            batch_size: rows B.
+            max_length: tokens a row can hold, prompt and generated together.
+            dtype: storage type, by default the model's activation type: `float32`, `bfloat16`,
+                `float16`; `int8`, `float8_e4m3fn`, `float8_e5m2` with a scale for each token and
+                head; `int4` as KIVI has it, which leaves the newest 128 tokens and windowed
+                streams exact.
+
+        Raises:
+            ValueError: a size below 1, an unknown dtype, or one that the model cannot have.
+        """
+        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+            if size < 1:
+                raise ValueError(f"{name}={size}; use at least 1")
+        chosen = storage_type(config.dtype if dtype is None else dtype)
+        if chosen == "int4":
+            check_int4(config)
+        plan = cache_plan(config.kv_layout)
+        stores = tuple(_store(config, g, batch_size, max_length, chosen) for g in plan.groups)
+        return cls(stores, jnp.zeros(batch_size, jnp.int32), plan)
+
+    @property
+    def keys(self) -> tuple[Any, ...]:
+        """Storage [P, B, S, K, H] of each group's keys."""
+        return tuple(store.keys for store in self.stores)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Storage [P, B, S, K, H'] of each group's values."""
+        return tuple(store.values for store in self.stores)
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a row can be given in all; None where windows forget as many as come."""
+        limits = [store.capacity for store in self.stores]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached streams, with their scales and whatever else a store keeps."""
+        return sum(store.nbytes for store in self.stores)
+
+
+def check_int4(config: ModelConfig) -> None:
+    """Raises ValueError where a model's streams cannot be stored in 4 bits."""
+    for kind in KINDS:
+        kivi.channel_group(kind, config.stream_shapes[kind][1])
+    layout = config.kv_layout
+    for i, layer in enumerate(layout.layers):
+        source = layout.attended("key", i)[0]
+        if layer.window is not None and layout.stored_window("key", source) is None:
+            raise ValueError(
+                f"dtype='int4' does not serve layer {i}, whose window reads a stream that is kept"
+                " in full for other layers; use int8"
+            )
+
+
+def _store(config: ModelConfig, group: Group, rows: int, max_length: int, dtype: str) -> Store:
+    ring = group.window is not None and group.window <= max_length
+    length = group.window if ring and group.window else max_length
+
+    def shape(kind: Kind, length: int) -> tuple[int, ...]:
+        return (len(group.layers(kind)), rows, length, *config.stream_shapes[kind])
+
+    if dtype == "int4":
+        old = kivi.quantized_tokens(max_length)
+        if group.window is None and old:
+            codes = (kivi.empty_codes(kind, shape(kind, old)) for kind in KINDS)
+            exact = (jnp.zeros(shape(kind, kivi.PLACES), config.dtype) for kind in KINDS)
+            return kivi.KiviStore(*codes, *exact)
+        dtype = config.dtype
+    keys, values = (empty(shape(kind, length), dtype) for kind in KINDS)
+    return RingStore(keys, values) if ring else LinearStore(keys, values)

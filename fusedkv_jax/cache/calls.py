@@ -1,0 +1,93 @@
+"""What a call adds to a cache, and what its layers read of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from fusedkv_jax.layouts import Kind
+
+
+class Call(NamedTuple):
+    """The tokens that one call adds: row b gets positions first[b], ..., first[b] + count[b] - 1.
+
+    Attributes:
+        first: int32 [B].
+        count: int32 [B], 0 to `length`.
+        length: columns T of the call, padding included.
+    """
+
+    first: Any
+    count: Any
+    length: int
+
+    @property
+    def positions(self) -> Int[Array, "B T"]:
+        """Positions of the new tokens; padding counts on."""
+        return self.first[:, None] + jnp.arange(self.length, dtype=jnp.int32)
+
+    @property
+    def valid_positions(self) -> Int[Array, "B T"]:
+        """Positions of the new tokens, -1 for padding."""
+        return jnp.where(jnp.arange(self.length) < self.count[:, None], self.positions, -1)
+
+
+class Rows(NamedTuple):
+    """The queries of one layer and what they may see.
+
+    Attributes:
+        positions: int32 [B, t].
+        window: positions that a query sees, its own included; None for all.
+        strict: a token does not see itself: the layer reads one above it.
+    """
+
+    positions: Any
+    window: int | None
+    strict: bool
+
+    def mask(self) -> dict[str, Any]:
+        """The queries' part of the masking arguments of `pallas_kernels.attention`."""
+        # Without the token itself, a window of W positions begins one position before it.
+        window = self.window - 1 if self.window and self.strict else self.window
+        return {"causal": True, "window": window, "q_positions": self.positions - self.strict}
+
+
+class Piece(NamedTuple):
+    """A set of tokens that a layer reads; a layer's pieces have no token in common.
+
+    Attributes:
+        keys: J sources [B, S, K, H], arrays or `Quantized`.
+        values: J' sources [B, S, K, H'].
+        mask: masking arguments of `pallas_kernels.attention`.
+        turn: cosines and sines [B, t, h/2] by which queries are rotated further before they read
+            this piece; None for not at all.
+    """
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    mask: dict[str, Any]
+    turn: Any = None
+
+
+class Reading(NamedTuple):
+    """What one layer has just read.
+
+    Attributes:
+        layer: the layer; where equal layers are scanned, the first of them.
+        slots: places of the key and of the value sources in their store.
+        weights: fusion weights [J, K, H] of the sources, None where one source is reused.
+        q: queries, [B, t, N, H].
+        pieces: what they read.
+        lse: log-sum-exp of the scores over all pieces, float32 [B, t, N].
+        rows: positions of the queries.
+    """
+
+    layer: int
+    slots: dict[Kind, tuple[Any, ...]]
+    weights: dict[Kind, Any]
+    q: Any
+    pieces: tuple[Piece, ...]
+    lse: Any
+    rows: Rows

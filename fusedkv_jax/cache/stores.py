@@ -1,0 +1,205 @@
+"""Stores: what becomes of the tokens of one group of streams, and what attention reads of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
+from fusedkv_jax.cache.storage import (
+    Slot,
+    encode,
+    ring_positions,
+    select,
+    write,
+    write_ring,
+)
+from fusedkv_jax.layouts import Kind
+
+
+class Store:
+    """The tokens of one group of streams; subclasses are frozen pytree dataclasses.
+
+    A call writes every stream, layer by layer; layers read sources as views, which are made once
+    for all layers that read them, and turned into pieces by each layer's queries.
+    """
+
+    watches: ClassVar[bool] = False  # `watch` wants to see what layers read
+
+    def deferred(self, call: Call) -> bool:
+        """New tokens come to `finish`, and to `view` until then."""
+        return False
+
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Any:
+        """The store with one layer's new stream; writing it again changes nothing."""
+        raise NotImplementedError
+
+    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+        """One source as `pieces` takes it.
+
+        Args:
+            kind: keys or values.
+            slot: the stream.
+            new: its new tokens [B, T, K, H] where they are deferred, else None.
+            call: the tokens of this call.
+        """
+        raise NotImplementedError
+
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
+        """What a layer's queries attend to, given the views of its sources."""
+        raise NotImplementedError
+
+    def watch(self, reading: Reading, call: Call) -> Any:
+        """The store after a layer has read it; called if `watches`."""
+        return self
+
+    def finish(self, new: dict[Kind, Float[Array, "P B T K H"]], call: Call) -> Any:
+        """The store at the end of the call.
+
+        Args:
+            new: where new tokens are deferred, those of all streams, in the order of slots.
+            call: the tokens of this call.
+        """
+        return self
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a row can be given in all; None for any number."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def _with(self, kind: Kind, storage: Any, prefix: str = "") -> Any:
+        field = prefix + ("keys" if kind == "key" else "values")
+        return dataclasses.replace(self, **{field: storage})  # type: ignore[type-var]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values", "dropped"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class LinearStore(Store):
+    """Tokens in order: position p sits in place p - dropped.
+
+    Attributes:
+        keys: storage [P, B, S, K, H].
+        values: storage [P, B, S, K, H'].
+        dropped: tokens that a compressor took out of each row, int32 [B]; None for none. The
+            tokens that it left sit in the first places in any order, each KV head's own; later
+            tokens follow them.
+    """
+
+    keys: Any
+    values: Any
+    dropped: Any = None
+
+    def _place(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
+        if self.dropped is None:
+            return position
+        return position - self.dropped.reshape(-1, *(1,) * (position.ndim - 1))
+
+    def write(
+        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call
+    ) -> LinearStore:
+        storage = storage_of(self, kind)
+        start = self._place(call.first)
+        return self._with(kind, write(storage, slot, encode(new, storage), start, call.count))
+
+    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+        return select(storage_of(self, kind), slot)
+
+    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+        if self.dropped is not None and rows.window is not None:
+            raise ValueError(
+                f"window={rows.window} cannot be told in a store whose tokens were compressed;"
+                " compress streams that are read in full only"
+            )
+        mask = rows._replace(positions=self._place(rows.positions)).mask()
+        return (Piece(keys, values, mask | {"kv_lengths": self._place(call.first + call.count)}),)
+
+    @property
+    def capacity(self) -> int | None:
+        return self.keys.shape[2]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class RingStore(Store):
+    """The last S tokens: position p sits in place p mod S.
+
+    One new token is written before it is read, as the token that it overwrites has left every
+    window. Of several, early ones still need what late ones overwrite: they are read beside the
+    ring, and written at the end.
+
+    Attributes:
+        keys: storage [P, B, S, K, H].
+        values: storage [P, B, S, K, H'].
+    """
+
+    keys: Any
+    values: Any
+
+    def deferred(self, call: Call) -> bool:
+        return call.length > 1
+
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> RingStore:
+        if self.deferred(call):
+            return self
+        storage = storage_of(self, kind)
+        place = call.first % storage.shape[2]
+        return self._with(kind, write(storage, slot, encode(new, storage), place, call.count))
+
+    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> tuple[Any, ...]:
+        storage = storage_of(self, kind)
+        old = select(storage, slot)
+        return (old, encode(new, storage)) if self.deferred(call) else (old,)
+
+    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+        slots = self.keys.shape[2]
+        if self.deferred(call):
+            held = (ring_positions(call.first, slots), call.valid_positions)
+        else:
+            held = (ring_positions(call.first + call.count, slots),)
+        return tuple(
+            Piece(
+                tuple(view[piece] for view in keys),
+                tuple(view[piece] for view in values),
+                rows.mask() | {"kv_positions": positions},
+            )
+            for piece, positions in enumerate(held)
+        )
+
+    def finish(self, new: dict[Kind, Float[Array, "P B T K H"]], call: Call) -> RingStore:
+        store = self
+        for kind, streams in new.items():
+            storage = storage_of(self, kind)
+
+            def update(ring, tokens, storage=storage):
+                return write_ring(ring, encode(tokens, storage), call.first, call.count)
+
+            store = store._with(kind, jax.vmap(update)(storage, streams))
+        return store
+
+    @property
+    def capacity(self) -> int | None:
+        return None
+
+
+def storage_of(store: Any, kind: Kind, prefix: str = "") -> Any:
+    """A store's storage of keys or values."""
+    return getattr(store, prefix + ("keys" if kind == "key" else "values"))

@@ -1,0 +1,233 @@
+"""H2O: keep the tokens that have received most attention so far, and the last ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache import (
+    Call,
+    Group,
+    KVCache,
+    Piece,
+    Reading,
+    Rows,
+    Store,
+    encode,
+    select,
+    storage_of,
+    take_tokens,
+)
+from fusedkv_jax.compression import scoring
+from fusedkv_jax.compression.compressor import CompressionError, Compressor, Prompt, check_count
+from fusedkv_jax.compression.token_sets import (
+    merged,
+    read_keys,
+    readers,
+    refuse_windows,
+    storages,
+    token_sets,
+)
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import KINDS, Kind
+from fusedkv_jax.model import Decoder
+
+
+@dataclass(frozen=True)
+class H2O(Compressor):
+    """Heavy hitters (arXiv 2306.14048): each new token overwrites the least attended one.
+
+    A token's score is the attention probability that it has received from all queries since it
+    came, averaged over the query heads of a KV head and added up over the layers that read it. So
+    a prompt runs through all layers: prefill does not stop at `prefill_depth`.
+
+    Attributes:
+        budget: tokens that are kept.
+        recent: last tokens that stay whatever they score; half of the budget by default.
+        decode_scores: attention of generated tokens counts as well; otherwise the prompt's only.
+
+    Raises:
+        CompressionError: a field is out of range.
+    """
+
+    budget: int = 1024
+    recent: int | None = None
+    decode_scores: bool = True
+
+    title: ClassVar[str] = "H2O"
+
+    def __post_init__(self) -> None:
+        check_count(self, "budget")
+        if self.recent is None:
+            object.__setattr__(self, "recent", self.budget // 2)
+        check_count(self, "recent", least=0)
+        if self.window >= self.budget:
+            raise CompressionError(
+                f"H2O: recent={self.recent} leaves nothing to evict of budget={self.budget};"
+                " use less than the budget"
+            )
+
+    @property
+    def window(self) -> int:
+        """`recent`, after its default."""
+        assert self.recent is not None
+        return self.recent
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        refuse_windows(self.title, config.kv_layout, CompressionError)
+
+    def run(
+        self, model: Decoder, prompt: Prompt, cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        capacity = cache.capacity
+        groups = token_sets(model.config.kv_layout)
+        if not groups or capacity is None or self.budget >= capacity:
+            return prompt.whole(model, cache)
+
+        def observe(index, cache, masses):
+            tokens, count = prompt.part(index)
+            end = cache.lengths + count
+
+            def watch(reading: Reading) -> Float[Array, "B K S"]:
+                keys, place = read_keys(reading), reading.rows.positions
+                place = jnp.where(place < end[:, None], place, -1)
+                scale = reading.q.shape[-1] ** -0.5
+                mass = scoring.received(reading.q, keys, reading.lse, place, end, scale=scale)
+                return scoring.per_kv_head(mass, keys.shape[2])
+
+            logits, cache, found = model.observe(tokens, count, cache, watch, rows=prompt.chunk)
+            layers = [readers(model.config.kv_layout, group) for group in groups]
+            new = [sum(found[i] for i in read) for read in layers]
+            return logits, cache, jax.tree.map(jnp.add, masses, new)
+
+        heads = model.config.kv_heads
+        masses = [jnp.zeros((len(prompt.count), heads, capacity))] * len(groups)
+        if prompt.chunks > 1:
+            cache, masses = jax.lax.fori_loop(
+                0, prompt.chunks - 1, lambda i, carry: observe(i, *carry)[1:], (cache, masses)
+            )
+        logits, cache, masses = observe(prompt.chunks - 1, cache, masses)
+        return logits, self._compressed(cache, groups, masses)
+
+    def _compressed(self, cache: KVCache, groups: Sequence[Group], masses) -> KVCache:
+        whole = next(group for group in cache.plan.groups if group.window is None)
+        index = [scoring.keep(mass, cache.lengths, self.budget, self.window) for mass in masses]
+        sets = {
+            kind: tuple(
+                next(m for m, group in enumerate(groups) if layer in group.layers(kind))
+                for layer in whole.layers(kind)
+            )
+            for kind in KINDS
+        }
+        kept = jnp.stack(index)  # [M, B, K, C]
+        found = storages(cache, whole)
+        keys, values = (take_tokens(found[kind], kept[jnp.asarray(sets[kind])]) for kind in KINDS)
+        mass = jnp.take_along_axis(jnp.stack(masses), kept, axis=3)
+        place = jnp.zeros(kept.shape[:3], jnp.int32)
+        static = (sets["key"], sets["value"], self.window, self.decode_scores)
+        store = HeavyStore(keys, values, mass, kept, place, *static)
+        return merged(cache, [whole], [store.prepared(cache.lengths, jnp.ones_like(cache.lengths))])
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "mass", "positions", "place"],
+    meta_fields=["key_sets", "value_sets", "recent", "accumulate"],
+)
+@dataclass(frozen=True)
+class HeavyStore(Store):
+    """C tokens of each of M sets of streams and each KV head, in any order.
+
+    Attributes:
+        keys: storage [P, B, C, K, H].
+        values: storage [P, B, C, K, H'].
+        mass: attention received by each token, float32 [M, B, K, C].
+        positions: of the tokens, int32 [M, B, K, C].
+        place: where the next token goes, int32 [M, B, K].
+        key_sets: the set of each key stream.
+        value_sets: the set of each value stream.
+        recent: last tokens, the next one included, that are not overwritten.
+        accumulate: later queries add to the mass.
+    """
+
+    keys: Any
+    values: Any
+    mass: Any
+    positions: Any
+    place: Any
+    key_sets: tuple[int, ...]
+    value_sets: tuple[int, ...]
+    recent: int
+    accumulate: bool
+
+    watches: ClassVar[bool] = True
+
+    def _set(self, kind: Kind, slot: Any) -> Int[Array, ""]:
+        sets = self.key_sets if kind == "key" else self.value_sets
+        return jnp.asarray(sets, jnp.int32)[slot]
+
+    def write(self, kind: Kind, slot: Any, new: Float[Array, "B T K H"], call: Call) -> HeavyStore:
+        if call.length != 1:
+            raise CompressionError(
+                f"H2O evicts after every token, but {call.length} came at once; decode without"
+                " speculation"
+            )
+        storage = storage_of(self, kind)
+        place = self.place[self._set(kind, slot)]  # [B, K]
+        place = jnp.where(call.count[:, None] > 0, place, storage.shape[2])  # dropped
+        rows, heads = (jnp.arange(size) for size in place.shape)
+
+        def put(array, part):
+            return array.at[slot, rows[:, None], place, heads].set(part[:, 0], mode="drop")
+
+        return self._with(kind, jax.tree.map(put, storage, encode(new, storage)))
+
+    def view(self, kind: Kind, slot: Any, new: Any, call: Call) -> Any:
+        return select(storage_of(self, kind), slot)
+
+    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+        held = jnp.minimum(call.first + call.count, self.keys.shape[2])
+        return (Piece(keys, values, {"causal": False, "kv_lengths": held}),)
+
+    def watch(self, reading: Reading, call: Call) -> HeavyStore:
+        if not self.accumulate:
+            return self
+        end = jnp.full_like(reading.rows.positions, self.keys.shape[2])  # whatever is there
+        held = reading.pieces[0].mask["kv_lengths"]
+        scale = reading.q.shape[-1] ** -0.5
+        mass = scoring.received(reading.q, read_keys(reading), reading.lse, end, held, scale=scale)
+        mass = scoring.per_kv_head(mass, self.mass.shape[2])
+        mass = jnp.where(call.count[:, None, None] > 0, mass, 0)
+        found = self._set("key", reading.slots["key"][0])
+        return dataclasses.replace(self, mass=self.mass.at[found].add(mass))
+
+    def finish(self, new: Any, call: Call) -> HeavyStore:
+        return self.prepared(call.first + call.count, call.count)
+
+    def prepared(self, lengths: Int[Array, "B"], count: Int[Array, "B"]) -> HeavyStore:
+        """The store with a place for the token at position `lengths`, in rows that have had one."""
+        slots = self.keys.shape[2]
+        lengths = lengths[None, :, None]
+        old = self.positions <= lengths[..., None] - self.recent
+        least = jnp.argmin(jnp.where(old, self.mass, jnp.inf), axis=3)
+        place = jnp.where(lengths < slots, lengths, least).astype(jnp.int32)
+        place = jnp.where(count[None, :, None] > 0, place, self.place)
+        chosen = (jnp.arange(slots) == place[..., None]) & (count[None, :, None, None] > 0)
+        return dataclasses.replace(
+            self,
+            mass=jnp.where(chosen, 0, self.mass),
+            positions=jnp.where(chosen, lengths[..., None], self.positions),
+            place=place,
+        )
+
+    @property
+    def capacity(self) -> int | None:
+        return None

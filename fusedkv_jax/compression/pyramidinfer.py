@@ -1,0 +1,157 @@
+"""PyramidInfer: prompts lose tokens on their way up, so upper layers compute and store fewer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache import Call, Group, KVCache, LinearStore, Reading
+from fusedkv_jax.compression import scoring
+from fusedkv_jax.compression.budgets import FIRST_TOKENS, pyramid_lengths, recent_tokens
+from fusedkv_jax.compression.compressor import (
+    CompressionError,
+    Compressor,
+    Prompt,
+    check_count,
+    check_share,
+)
+from fusedkv_jax.compression.token_sets import lengthened, merged, read_keys, storages
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import KINDS
+from fusedkv_jax.model import Decoder
+from fusedkv_jax.model.memory import CacheMemory
+from fusedkv_jax.model.stack import Queries
+
+_LAST_WEIGHT = 1.2  # of the newest query in the scores; the oldest has 1
+
+
+@dataclass(frozen=True)
+class PyramidInfer(Compressor):
+    """Prune hidden states between the layers of prefill (arXiv 2405.12532).
+
+    The last fifth of a prompt always stays, and scores the tokens before it; each cut keeps a
+    share of those that falls with depth towards `budget`. Outputs are not pruned.
+
+    Attributes:
+        budget: share of the context that the deepest cut keeps, p; 1 prunes nothing.
+        interval: layers between cuts.
+
+    Raises:
+        CompressionError: a field is out of range.
+    """
+
+    budget: float = 0.9
+    interval: int = 1
+
+    title: ClassVar[str] = "PyramidInfer"
+
+    def __post_init__(self) -> None:
+        check_share(self, "budget")
+        check_count(self, "interval")
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        layout = config.kv_layout
+        for i, layer in enumerate(layout.layers):
+            streams = [layer.stream(kind) for kind in KINDS]
+            if any(not stream.own or stream.sources for stream in streams):
+                raise CompressionError(
+                    f"PyramidInfer drops tokens between layers, but layer {i} reads streams of"
+                    " other layers, in which those tokens are still there; use a layout without"
+                    " sharing, such as mha"
+                )
+            if layer.window is not None:
+                raise CompressionError(
+                    f"PyramidInfer drops tokens between layers, so the window of layer {i} could"
+                    " not be told; use a layout without windows"
+                )
+
+    def run(
+        self, model: Decoder, prompt: Prompt, cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        layers, most = model.config.num_layers, prompt.length
+        table = pyramid_lengths(most, layers, self.budget, self.interval)
+        widths = table.max(0)
+        if (table == table[:, :1]).all():
+            return prompt.whole(model, cache)
+        room = cache.keys[0].shape[2] - most
+        cuts = [i for i in range(layers) if i == 0 or (table[:, i] != table[:, i - 1]).any()]
+        spans = list(zip(cuts, [*cuts[1:], layers], strict=True))
+        x = model.embed(prompt.tokens)
+        positions = jnp.broadcast_to(jnp.arange(most), prompt.tokens.shape)
+        newest = recent_tokens(np.arange(most + 1))
+        recent = jnp.asarray(newest, jnp.int32)[prompt.count]
+        groups, stores = [], []
+        for first, last in spans:
+            held = jnp.asarray(table[:, first], jnp.int32)[prompt.count]
+            x, cache, found = self._layers(
+                model, x, positions, held, recent, cache, (first, last), int(newest[-1])
+            )
+            groups.append(Group(None, *(tuple(range(first, last)),) * 2))
+            width = int(widths[first])
+            keys, values = (
+                lengthened(jax.tree.map(lambda a, w=width: a[:, :, :w], storage), room)
+                for storage in storages(cache, groups[-1]).values()
+            )
+            stores.append(LinearStore(keys, values, prompt.count - held))
+            if last < layers:
+                after = jnp.asarray(table[:, last], jnp.int32)[prompt.count]
+                index = _survivors(found, held, recent, after, int(widths[last]))
+                x = jnp.take_along_axis(x, index[..., None], axis=1)
+                positions = jnp.take_along_axis(positions, index, axis=1)
+        end = jnp.maximum(held - 1, 0)[:, None, None]
+        logits = model.logits(model.final_norm(jnp.take_along_axis(x, end, axis=1)))[:, 0]
+        cache = KVCache(cache.stores, prompt.count, cache.plan)
+        return logits, merged(cache, groups, stores)
+
+    def _layers(self, model, x, positions, held, recent, cache, span, rows):
+        """Hidden states through some layers; and the scores of the tokens in the last of them."""
+
+        def watch(reading: Reading) -> Float[Array, "B S"]:
+            return _scores(reading, held, recent, rows)
+
+        call = Call(jnp.zeros_like(held), held, x.shape[1])
+        memory = CacheMemory(model.config, cache, call)
+        stack = model.stack(memory, watch)
+        queries = Queries(model.rotation(positions), call.positions)
+        x, state = stack(x, memory.start(x.dtype), queries, *span)
+        return x, state.cache, stack.found[span[1] - 1]
+
+
+def _scores(
+    reading: Reading, held: Int[Array, "B"], recent: Int[Array, "B"], rows: int
+) -> Float[Array, "B S"]:
+    """What the recent tokens attend to, over all heads, later queries counting more."""
+    keys = read_keys(reading)
+    back = jnp.arange(rows, 0, -1)
+    column = held[:, None] - back
+    age = jnp.maximum(recent[:, None] - back, 0) / jnp.maximum(recent[:, None] - 1, 1)
+    weights = jnp.where(back <= recent[:, None], 1 + (_LAST_WEIGHT - 1) * age, 0.0)
+    place = jnp.maximum(column, 0)
+    q = jnp.take_along_axis(reading.q, place[..., None, None], axis=1)
+    lse = jnp.take_along_axis(reading.lse, place[..., None], axis=1)
+    scale = q.shape[-1] ** -0.5
+    mass = scoring.received(q, keys, lse, column, held, scale=scale, weights=weights)
+    return mass.mean(1)
+
+
+def _survivors(
+    scores: Float[Array, "B S"],
+    held: Int[Array, "B"],
+    recent: Int[Array, "B"],
+    after: Int[Array, "B"],
+    width: int,
+) -> Int[Array, "B M"]:
+    """Slots of the tokens that go on to the next layers, in order; padding after them."""
+    slot = jnp.arange(scores.shape[1])
+    certain = (slot < FIRST_TOKENS) | (slot >= (held - recent)[:, None])
+    scores = jnp.where(certain, jnp.inf, scores)
+    scores = jnp.where(slot < held[:, None], scores, -jnp.inf)
+    best = jax.lax.top_k(scores, width)[1]
+    chosen = jnp.where(jnp.arange(width) < after[:, None], best, scores.shape[1])
+    return jnp.minimum(jnp.sort(chosen, axis=1), scores.shape[1] - 1).astype(jnp.int32)

@@ -1,0 +1,70 @@
+"""Compressors by name, for the command line: `snapkv:budget=1024,window=16`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from fusedkv_jax.compression.compressor import CompressionError, Compressor
+from fusedkv_jax.compression.double_sparsity import DoubleSparsity
+from fusedkv_jax.compression.h2o import H2O
+from fusedkv_jax.compression.minicache import MiniCache
+from fusedkv_jax.compression.pyramidinfer import PyramidInfer
+from fusedkv_jax.compression.snapkv import PyramidKV, SnapKV
+from fusedkv_jax.compression.streaming import StreamingLLM
+
+_REGISTRY: dict[str, type[Compressor]] = {
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "pyramidinfer": PyramidInfer,
+    "minicache": MiniCache,
+    "double_sparsity": DoubleSparsity,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The compressors that `parse` knows."""
+    return tuple(_REGISTRY)
+
+
+def parse(spec: str) -> Compressor:
+    """Build a compressor from text: a name, or `name:field=value,field=value`.
+
+    Raises:
+        CompressionError: an unknown name or field (the nearest are suggested), or a bad value.
+    """
+    name, _, text = spec.partition(":")
+    found = _REGISTRY.get(name)
+    if found is None:
+        raise CompressionError(f"unknown compressor {name!r}{_nearest(name, list(_REGISTRY))}")
+    # What calibration finds is no text.
+    known = [f.name for f in dataclasses.fields(found) if f.name != "channels"]
+    options = {}
+    for part in filter(None, text.split(",")):
+        field, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise CompressionError(f"compressor {spec!r}: write fields as name:field=value")
+        if field not in known:
+            raise CompressionError(f"compressor {name!r} has no {field!r}{_nearest(field, known)}")
+        options[field] = _value(value)
+    return found(**options)
+
+
+def _value(text: str) -> Any:
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; choose {', '.join(known)}"

@@ -1,0 +1,161 @@
+"""Chat templates: messages to the text of a prompt, by the tokenizer's own template in a sandbox.
+
+A template is a program in Jinja that comes with a tokenizer, so it is not trusted: it runs in
+Jinja's immutable sandbox, where it can compute text and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+class ChatError(ValueError):
+    """Messages or a template that give no prompt; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation becomes a prompt.
+
+    Attributes:
+        source: the template, in Jinja.
+        special_tokens: names and texts that it may use, such as `bos_token`.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt of a conversation.
+
+        Args:
+            messages: each has `role` (system, user, assistant) and `content`.
+            add_generation_prompt: end with what begins the assistant's answer.
+            **variables: what else the template takes, such as `tools` or `enable_thinking`.
+
+        Raises:
+            ChatError: malformed messages, or a template that fails, refuses the messages, or tries
+                to leave the sandbox.
+        """
+        import jinja2
+
+        check_messages(messages)
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **{**self.special_tokens, **variables},
+            )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ChatError(f"the chat template refuses the messages: {reason}") from None
+
+    @functools.cached_property
+    def _template(self):
+        import jinja2
+        import jinja2.ext
+        import jinja2.sandbox
+
+        # Set as templates on the Hugging Face hub expect it.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        try:
+            return environment.from_string(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            message = f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+            raise ChatError(message) from None
+
+
+def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
+    """The template of a tokenizer: `chat_template.jinja` in its folder, or `chat_template` in its
+    `tokenizer_config.json`.
+
+    Args:
+        tokenizer: path of a `tokenizer.json`, or its folder.
+
+    Raises:
+        ChatError: it has none.
+    """
+    path = pathlib.Path(tokenizer).expanduser()
+    folder = path if path.is_dir() else path.parent
+    entries = _read_config(folder / "tokenizer_config.json")
+    source = entries.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        source = read_text(file)
+    if not isinstance(source, str):
+        raise ChatError(
+            f"{folder}: the tokenizer has no chat template; add chat_template.jinja, or pass one"
+        )
+    special = {}
+    for name, token in entries.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            special[name] = text
+    return ChatTemplate(source, special)
+
+
+def read_text(path: str | pathlib.Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is not UTF-8; the message says where.
+    """
+    path = pathlib.Path(path).expanduser()
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start};"
+            " convert the file to UTF-8"
+        ) from None
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises ChatError if these are not messages."""
+    if not messages:
+        raise ChatError("there are no messages; give at least one")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ChatError(f"message {number} is {message!r}; use {{'role': ..., 'content': ...}}")
+        if "content" not in message:
+            raise ChatError(f"message {number} has no content")
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(read_text(path))
+    except json.JSONDecodeError:
+        entries = None
+    if not isinstance(entries, dict):
+        raise ChatError(f"{path}: not a JSON object")
+    return entries
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

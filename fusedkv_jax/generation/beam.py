@@ -1,0 +1,119 @@
+"""`beam_search`: the best continuations of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fusedkv_jax.generation.beam_loop import Beams, Limits, search
+from fusedkv_jax.generation.engine import SHORTEST_BUCKET, Engine
+from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
+from fusedkv_jax.generation.prefill import fill
+from fusedkv_jax.generation.requests import Request, Tokenizer, make_requests
+from fusedkv_jax.generation.results import Completion, Output
+from fusedkv_jax.generation.rows import repeat_rows
+from fusedkv_jax.generation.sampling import bucket
+from fusedkv_jax.model import Decoder, fold_fusion
+
+
+def beam_search(
+    model: Decoder,
+    prompts: Sequence[Any],
+    params: BeamSearchParams | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    eos_id: int | None = None,
+    **settings: Any,
+) -> list[Completion]:
+    """Continue prompts by beam search.
+
+    In every step each beam is continued by every token. Of the best `beam_width` continuations,
+    those that end with a stop token are complete; the best `beam_width` of the others go on. At
+    `max_tokens` all are complete. The rows of the cache follow their beams.
+
+    Args:
+        model: the model.
+        prompts: texts (with `tokenizer`), or lists or arrays of token ids.
+        params: parameters for all prompts.
+        tokenizer: encodes prompts, decodes outputs and names the end-of-text token.
+        eos_id: end-of-text token where there is no tokenizer.
+        **settings: as for `generate`; `batch_size` counts beams.
+
+    Returns:
+        One completion per prompt, in order, its outputs best first, with `cumulative_logprob`.
+
+    Raises:
+        PromptError: as `generate`.
+    """
+    params = params or BeamSearchParams()
+    plain = SamplingParams(
+        max_tokens=params.max_tokens,
+        ignore_eos=params.ignore_eos,
+        stop_token_ids=params.stop_token_ids,
+    )
+    requests, _ = make_requests(model.config, prompts, plain, tokenizer, eos_id)
+    engine = Engine(fold_fusion(model), tokenizer, **settings)
+    together = max(1, engine.batch_size // params.beam_width)
+    order = sorted(requests, key=lambda request: len(request.prompt))
+    completions = {}
+    for first in range(0, len(order), together):
+        batch = order[first : first + together]
+        beams = _search_batch(engine, batch, params)
+        for row, request in enumerate(batch):
+            completions[request.number] = _completion(request, beams, row, params, tokenizer)
+    return [completions[i] for i in range(len(prompts))]
+
+
+def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchParams) -> Beams:
+    rows, width = engine.bucket(len(requests), 1), params.beam_width
+    longest = engine.bucket(max(len(r.prompt) for r in requests), SHORTEST_BUCKET)
+    total = engine.bucket(max(r.limit for r in requests), SHORTEST_BUCKET)
+    most = engine.bucket(max(r.limit - len(r.prompt) for r in requests), SHORTEST_BUCKET)
+    prompts, lengths = np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32)
+    limits = np.zeros(rows, np.int32)
+    for row, request in enumerate(requests):
+        prompts[row, : len(request.prompt)] = request.prompt
+        lengths[row] = len(request.prompt)
+        limits[row] = request.limit - len(request.prompt)
+    stops = np.full(bucket(len(requests[0].stops)), -1, np.int32)
+    stops[: len(requests[0].stops)] = requests[0].stops
+    chunk = engine.width(rows, engine.max_num_batched_tokens)
+    logits, cache, _ = fill(
+        engine.split, prompts, lengths, engine.empty_cache(rows, total), width=chunk
+    )
+    cache, logits = repeat_rows(cache, logits, jnp.repeat(jnp.arange(rows), width))
+    early = 2 if params.early_stopping == "never" else int(params.early_stopping)
+    bounds = Limits(
+        jnp.asarray(limits),
+        jnp.asarray(stops),
+        jnp.float32(params.length_penalty),
+        jnp.int32(early),
+    )
+    ended = jnp.asarray(lengths == 0)
+    return search(*engine.split, logits, ended, cache, bounds, width=width, most=most)
+
+
+def _completion(
+    request: Request,
+    beams: Beams,
+    row: int,
+    params: BeamSearchParams,
+    tokenizer: Tokenizer | None,
+) -> Completion:
+    outputs = []
+    for index in range(params.n or params.beam_width):
+        length = int(beams.done_lengths[row, index])
+        if length == 0:  # fewer sequences exist than there are beams
+            break
+        tokens = tuple(np.asarray(beams.done[row, index, :length]).tolist())
+        stopped = tokens[-1] in request.stops
+        text = None
+        if tokenizer is not None:
+            text = tokenizer.decode(tokens[: length - stopped])
+        reason = tokens[-1] if stopped and tokens[-1] != request.eos_id else None
+        total = float(beams.done_sums[row, index])
+        outputs.append(Output(index, text, tokens, "stop" if stopped else "length", reason, total))
+    return Completion(request.prompt, tuple(outputs))

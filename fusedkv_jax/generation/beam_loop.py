@@ -1,0 +1,187 @@
+"""The search of `beam_search`: one compiled loop, rows of the cache follow their beams."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from fusedkv_jax.generation.rows import take_rows
+from fusedkv_jax.model import Decoder
+
+_IMPOSSIBLE = -1e30  # a sum of log-probabilities that no sequence has
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "sums", "length", "done", "done_sums", "done_scores", "done_lengths"]
+    + ["ended", "cache"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Beams:
+    """The search of a batch: W beams of each prompt, outputs of up to M tokens.
+
+    Attributes:
+        tokens: outputs of the beams that go on, [B, W, M].
+        sums: their log-probabilities, [B, W].
+        length: tokens in each of them, [].
+        done: complete outputs, best first, [B, W, M].
+        done_sums, done_scores, done_lengths: theirs, [B, W].
+        ended: prompts whose search is over, [B].
+        cache: one row for each beam, B * W rows.
+    """
+
+    tokens: Any
+    sums: Any
+    length: Any
+    done: Any
+    done_sums: Any
+    done_scores: Any
+    done_lengths: Any
+    ended: Any
+    cache: Any
+
+    @classmethod
+    def create(cls, rows: int, width: int, most: int, ended: Array, cache: Any) -> Beams:
+        """The search before its first token: one beam, the others impossible."""
+        tokens = jnp.zeros((rows, width, most), jnp.int32)
+        none = jnp.full((rows, width), _IMPOSSIBLE)
+        lengths = jnp.zeros((rows, width), jnp.int32)
+        return cls(
+            tokens, none.at[:, 0].set(0), jnp.int32(0), tokens, none, none, lengths, ended, cache
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["most", "stops", "penalty", "early"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Limits:
+    """What ends a search.
+
+    Attributes:
+        most: output tokens of each prompt at most, [B].
+        stops: tokens that end an output, padded with -1, [n].
+        penalty: exponent of the length, [].
+        early: `early_stopping`: 0 False, 1 True, 2 "never", [].
+    """
+
+    most: Any
+    stops: Any
+    penalty: Any
+    early: Any
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "width", "most"), donate_argnames="cache")
+def search(
+    graph: nnx.GraphDef[Decoder],
+    params: Any,
+    logits: Float[Array, "R V"],
+    ended: Bool[Array, "B"],
+    cache: Any,
+    limits: Limits,
+    *,
+    width: int,
+    most: int,
+) -> Beams:
+    """Search until it has ended for all prompts.
+
+    Args:
+        graph: structure of the model.
+        params: its parameters.
+        logits: what prefill gave, a row for each beam.
+        ended: rows that only pad the batch.
+        cache: what prefill gave, a row for each beam; it is donated.
+        limits: what ends the search.
+        width: beams of each prompt.
+        most: room for output tokens.
+    """
+    model = nnx.merge(graph, params)
+
+    def step(beams: Beams) -> Beams:
+        place = jnp.maximum(beams.length - 1, 0)
+        last = jax.lax.dynamic_index_in_dim(beams.tokens, place, 2, keepdims=False)
+        count = jnp.repeat((~beams.ended).astype(jnp.int32), beams.sums.shape[1])
+        logits, cache = model.extend(last.reshape(-1, 1), count, beams.cache)
+        assert logits is not None
+        return grow(dataclasses.replace(beams, cache=cache), logits, limits)
+
+    start = Beams.create(ended.shape[0], width, most, ended, cache)
+    first = grow(start, logits, limits)
+    return jax.lax.while_loop(lambda beams: ~jnp.all(beams.ended), step, first)
+
+
+def grow(beams: Beams, logits: Float[Array, "R V"], limits: Limits) -> Beams:
+    """Continue every beam by one token."""
+    rows, width, _ = beams.tokens.shape
+    length = beams.length + 1
+    values = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(rows, width, -1)
+    sums = (beams.sums[:, :, None] + values).reshape(rows, -1)  # [B, W * V]
+    sums, index = jax.lax.top_k(sums, 2 * width)  # at least W of them are no stop tokens
+    parent, token = index // values.shape[-1], index % values.shape[-1]
+    tokens = jnp.take_along_axis(beams.tokens, parent[:, :, None], axis=1)
+    tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, beams.length, 2)
+
+    stops = jnp.any(token[:, :, None] == limits.stops, axis=-1)
+    at_end = (length >= limits.most)[:, None]
+    best = jnp.arange(2 * width) < width
+    complete = (stops | at_end) & best & (sums > _IMPOSSIBLE / 2)
+    scores = jnp.where(complete, sums / length.astype(jnp.float32) ** limits.penalty, _IMPOSSIBLE)
+    merged = _best(
+        width,
+        (beams.done_scores, beams.done, beams.done_sums, beams.done_lengths),
+        (scores, tokens, sums, jnp.broadcast_to(length, sums.shape)),
+    )
+    going, order = jax.lax.top_k(jnp.where(stops, _IMPOSSIBLE, sums), width)
+    kept = jnp.take_along_axis(tokens, order[:, :, None], axis=1)
+    parents = jnp.take_along_axis(parent, order, axis=1)
+
+    def unless_ended(new, old):
+        ended = beams.ended.reshape(-1, *[1] * (new.ndim - 1))
+        return jnp.where(ended, old, new)
+
+    done_scores, done, done_sums, done_lengths = merged
+    new = dataclasses.replace(
+        beams,
+        tokens=unless_ended(kept, beams.tokens),
+        sums=unless_ended(going, beams.sums),
+        length=length,
+        done=unless_ended(done, beams.done),
+        done_sums=unless_ended(done_sums, beams.done_sums),
+        done_scores=unless_ended(done_scores, beams.done_scores),
+        done_lengths=unless_ended(done_lengths, beams.done_lengths),
+    )
+    ended = beams.ended | at_end[:, 0] | _cannot_improve(new, limits)
+    cache = take_rows(beams.cache, (jnp.arange(rows)[:, None] * width + parents).reshape(-1))
+    return dataclasses.replace(new, ended=ended, cache=cache)
+
+
+def _best(width: int, kept: tuple, new: tuple) -> tuple:
+    """The best `width` of complete outputs and new ones, by their scores, the first of each."""
+    both = [jnp.concatenate(pair, axis=1) for pair in zip(kept, new, strict=True)]
+    _, order = jax.lax.top_k(both[0], width)
+    return tuple(
+        jnp.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 2)), axis=1)
+        for array in both
+    )
+
+
+def _cannot_improve(beams: Beams, limits: Limits) -> Array:
+    """Prompts with all outputs complete, where what goes on is not to beat the worst of them."""
+    length = beams.length.astype(jnp.float32)
+    # A sum is negative and only falls: at a positive penalty it scores best at the full length.
+    longest = jnp.where(limits.penalty > 0, limits.most.astype(jnp.float32), length)
+    hope = jnp.max(beams.sums, axis=1)
+    attainable = hope / jnp.where(limits.early == 2, longest, length) ** limits.penalty
+    worst = jnp.min(beams.done_scores, axis=1)
+    full = worst > _IMPOSSIBLE / 2
+    return full & ((limits.early == 1) | (attainable <= worst))

@@ -1,0 +1,127 @@
+"""How a model is run: buckets, budgets, which requests go together, and what they share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.generation.prefill import fill
+from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.generation.results import Rates
+from fusedkv_jax.generation.sampling import bucket
+from fusedkv_jax.model import Decoder, for_decoding
+
+SHORTEST_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that prompts begin with, prefilled once.
+
+    Attributes:
+        tokens: the tokens.
+        cache: holds them, in one row.
+    """
+
+    tokens: tuple[int, ...]
+    cache: Any
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model whose fusion is folded, and how it is run; see `generate` for the settings."""
+
+    model: Decoder
+    tokenizer: Any = None
+    batch_size: int = 32
+    cache_dtype: str | None = None
+    bucketing: bool = True
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    compression: Any = None
+    speculation: Any = None
+    rates: Rates = field(default_factory=Rates)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; use at least 1")
+        if self.speculation is not None:
+            self.speculation.check(self.model.config)
+        if self.compression is not None:
+            self.compression.check(self.model.config)
+
+    @functools.cached_property
+    def split(self) -> tuple[nnx.GraphDef[Decoder], Any]:
+        """Structure and parameters of the model, in its form for decoding."""
+        return nnx.split(for_decoding(self.model))
+
+    def bucket(self, size: int, least: int) -> int:
+        return bucket(size, least) if self.bucketing else max(1, size)
+
+    def empty_cache(self, rows: int, length: int) -> Any:
+        return KVCache.create(
+            self.model.config, batch_size=rows, max_length=length, dtype=self.cache_dtype
+        )
+
+    def width(self, rows: int, limit: int | None) -> int | None:
+        """Tokens of a row in a chunk, so that all rows together keep within the budget."""
+        if limit is None:
+            return None
+        width = max(1, limit // rows)
+        return 1 << (width.bit_length() - 1) if self.bucketing else width
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Requests that run together. Neighbors in length do, which saves padding; those that want
+        log-probabilities of their prompts are apart, since their prefill runs all layers."""
+        rows = min(self.batch_size, self.max_num_batched_tokens or self.batch_size)
+        found: list[list[Request]] = []
+        for scored in (False, True):
+            own = [r for r in requests if (r.params.prompt_logprobs is not None) == scored]
+            size = rows  # a new batch for the first
+            for request in sorted(own, key=lambda r: len(r.prompt)):
+                if size + request.params.n > rows:
+                    found.append([])
+                    size = 0
+                found[-1].append(request)
+                size += request.params.n
+        return found
+
+    def shared_prefix(self, requests: Sequence[Request]) -> tuple[Prefix | None, int]:
+        """What all prompts begin with, prefilled, and the cache length that all batches then have.
+
+        Cyclic layouts are left out: there several passes approximate what token by token gives, and
+        the approximation depends on where a prompt is cut.
+        """
+        plain = [r for r in requests if r.params.prompt_logprobs is None]
+        cyclic = self.model.config.kv_layout.is_cyclic
+        if not self.enable_prefix_caching or self.compression or cyclic or len(plain) < 2:
+            return None, 0
+        first, last = min(r.prompt for r in plain), max(r.prompt for r in plain)
+        most = min(len(r.prompt) for r in plain) - 1  # the last token's logits are needed
+        common = next((i for i in range(most) if first[i] != last[i]), most)
+        if common < SHORTEST_BUCKET:
+            return None, 0
+        length = self.bucket(max(r.limit for r in plain), SHORTEST_BUCKET)
+        return self.prefill_prefix(first[:common], length), length
+
+    def prefill_prefix(self, tokens: tuple[int, ...], length: int) -> Prefix:
+        """A prefix in a cache of `length` tokens."""
+        prompts = np.zeros((1, self.bucket(len(tokens), SHORTEST_BUCKET)), np.int32)
+        prompts[0, : len(tokens)] = tokens
+        _, cache, _ = fill(
+            self.split,
+            prompts,
+            np.array([len(tokens)]),
+            self.empty_cache(1, length),
+            width=self.width(1, self.max_num_batched_tokens),
+            final="none",
+        )
+        return Prefix(tokens, cache)

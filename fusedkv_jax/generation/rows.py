@@ -1,0 +1,23 @@
+"""Rows of a cache: repeated for several outputs of one prompt, gathered for beams."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+
+def take_rows(cache: Any, rows: Int[Array, "R"]) -> Any:
+    """The cache whose row i is row `rows[i]` of this one.
+
+    Streams are stored as [P, B, ...], what belongs to a row alone (its length) as [B].
+    """
+    return jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim == 1 else leaf[:, rows], cache)
+
+
+@functools.partial(jax.jit, donate_argnums=())
+def repeat_rows(cache: Any, logits: Array | None, rows: Int[Array, "R"]) -> tuple[Any, Any]:
+    """`take_rows` of a cache, and the logits that follow it, as a program of its own."""
+    return take_rows(cache, rows), None if logits is None else logits[rows]

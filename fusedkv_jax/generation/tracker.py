@@ -1,0 +1,128 @@
+"""One output while it is generated: its tokens, its text, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusedkv_jax.generation.logprobs import Logprobs
+from fusedkv_jax.generation.requests import Request, Tokenizer, decoder
+from fusedkv_jax.generation.results import FinishReason, Output, PlaceLogprobs
+from fusedkv_jax.generation.text import Detokenizer, StopTexts
+
+
+class Tracker:
+    """Takes an output's tokens as they come.
+
+    Args:
+        request: what the output belongs to.
+        index: its number among the request's outputs.
+        tokenizer: decodes it.
+        piecewise: text is wanted with every `push`, not only at the end.
+    """
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, piecewise: bool):
+        self.request, self.index = request, index
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._tokens: list[int] = []
+        self._logprobs: list[PlaceLogprobs] | None = None
+        self._texts: list[str] = []
+        params = request.params
+        self._decode = decoder(tokenizer, params.skip_special_tokens)
+        self._detokenizer = None if self._decode is None else Detokenizer(self._decode)
+        self._stops = StopTexts(params.stop, params.include_stop_str_in_output)
+        self._piecewise = piecewise or bool(params.stop)
+        if params.logprobs is not None:
+            self._logprobs = []
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def push(
+        self, tokens: Sequence[int], logprobs: Logprobs | None, ended: bool
+    ) -> tuple[str | None, tuple[int, ...], list[PlaceLogprobs] | None]:
+        """Take new tokens.
+
+        Args:
+            tokens: those after the ones taken before.
+            logprobs: the row's arrays, at the places of these tokens.
+            ended: the batch has ended this row with them.
+
+        Returns:
+            New text, and the tokens and log-probabilities that belong to the output: nothing after
+            the token that completes a stop text.
+        """
+        stopped = ended and tokens[-1] in self.request.stops
+        text, kept = self._take(tokens, stopped)
+        self._tokens.extend(tokens[:kept])
+        if self.finish_reason is None and ended:
+            self.finish_reason = "stop" if stopped else "length"
+            if stopped and tokens[-1] != self.request.eos_id:
+                self.stop_reason = tokens[-1]
+        new = None
+        if self._logprobs is not None and logprobs is not None:
+            wanted = self.request.params.logprobs
+            new = logprobs.dictionaries(tokens[:kept], wanted, self._decode)
+            self._logprobs += new
+        if text is not None:
+            self._texts.append(text)
+        return text, tuple(tokens[:kept]), new
+
+    def output(self) -> Output:
+        """The whole output, once it has ended."""
+        assert self.finish_reason is not None
+        text = None if self._decode is None else "".join(self._texts)
+        total = None
+        if self._logprobs is not None:
+            pairs = zip(self._tokens, self._logprobs, strict=True)
+            total = sum(place[token].logprob for token, place in pairs)
+        return Output(
+            self.index,
+            text,
+            tuple(self._tokens),
+            self.finish_reason,
+            self.stop_reason,
+            total,
+            self._logprobs,
+        )
+
+    def _take(self, tokens: Sequence[int], stopped: bool) -> tuple[str | None, int]:
+        """New text, and how many of the tokens the output keeps."""
+        if self._detokenizer is None or self._decode is None:
+            return None, len(tokens)
+        params = self.request.params
+        hidden = stopped and not params.include_stop_str_in_output
+        shown = tokens[: len(tokens) - hidden]
+        if not self._piecewise:  # all tokens come at once
+            return self._decode(shown), len(tokens)
+        if not params.stop:
+            text = self._detokenizer.push(shown)
+            if self._ends(tokens, stopped):
+                text += self._detokenizer.flush()
+            return text, len(tokens)
+        return self._search(tokens, shown, stopped)
+
+    def _search(self, tokens, shown, stopped) -> tuple[str, int]:
+        """Token by token, so that the output ends with the one that completes a stop text."""
+        assert self._detokenizer is not None
+        before, text = len(self._tokens), ""
+        for place, token in enumerate(shown):
+            armed = before + place + 1 > self.request.params.min_tokens
+            text += self._stops.push(self._detokenizer.push([token]), armed)
+            if self._stops.found is not None:
+                return self._stop_text(text, place + 1)
+        if self._ends(tokens, stopped):
+            text += self._stops.push(self._detokenizer.flush())
+            if self._stops.found is not None:
+                return self._stop_text(text, len(tokens))
+            text += self._stops.flush()
+        return text, len(tokens)
+
+    def _stop_text(self, text: str, kept: int) -> tuple[str, int]:
+        self.finish_reason, self.stop_reason = "stop", self._stops.found
+        return text, kept
+
+    def _ends(self, tokens: Sequence[int], stopped: bool) -> bool:
+        total = len(self.request.prompt) + len(self._tokens) + len(tokens)
+        return stopped or total >= self.request.limit

@@ -1,0 +1,175 @@
+"""Early exits: the lower layers draft tokens one by one, the upper ones then run for all of them.
+
+What the lower layers computed is kept, their hidden states and whatever of their streams the upper
+layers or the end of the call need, so that nothing is computed twice (LayerSkip, arXiv 2404.16710).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fusedkv_jax.cache import Call, KiviStore, KVCache, LinearStore, RingStore
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import KINDS, Kind
+from fusedkv_jax.model.decoder import Decoder
+from fusedkv_jax.model.memory import CacheMemory
+from fusedkv_jax.model.stack import Queries
+
+# What a rejected draft leaves behind in these is never read, or can be undone.
+_REWINDABLE = (LinearStore, RingStore, KiviStore)
+
+
+class Draft(NamedTuple):
+    """Tokens that have passed through the lower layers only.
+
+    Attributes:
+        cache: holds their streams.
+        hidden: what the lower layers gave for each of them, [B, T, D].
+        bank: their streams that the upper layers and the end of the call need, per kind
+            [slots, B, T, K, H]; None where nobody needs any.
+    """
+
+    cache: KVCache
+    hidden: Any
+    bank: dict[Kind, Any]
+
+
+class _DraftMemory(CacheMemory):
+    """Takes one token, and banks what a call of all drafted tokens will need."""
+
+    def __init__(self, config: ModelConfig, cache: KVCache, call: Call, later: CacheMemory):
+        self.later = later
+        super().__init__(config, cache, call)
+
+    def _banked(self, kind: Kind) -> tuple[int, ...]:
+        return self.later.banked[kind]
+
+
+def begin_draft(model: Decoder, cache: KVCache, length: int) -> Draft:
+    """An empty draft that holds up to `length` tokens of each row.
+
+    Raises:
+        ValueError: what `cache` keeps cannot be taken back.
+    """
+    for store in cache.stores:
+        if type(store) not in _REWINDABLE:
+            raise ValueError(
+                f"speculation cannot take back what a {type(store).__name__} has forgotten for a"
+                " rejected token; use it without this compression"
+            )
+        if isinstance(store, RingStore) and store.keys.shape[2] < length:
+            raise ValueError(
+                f"drafts of {length - 1} tokens do not fit in a window of"
+                f" {store.keys.shape[2]} tokens; use a smaller draft_tokens"
+            )
+    config = model.config
+    memory = _later(config, cache, jnp.zeros_like(cache.lengths), length)
+    hidden = jnp.zeros((*memory.shape, config.d_model), config.dtype)
+    return Draft(cache, hidden, memory.start(hidden.dtype).bank)
+
+
+def extend_draft(
+    model: Decoder,
+    draft: Draft,
+    tokens: Int[Array, "B"],
+    running: Bool[Array, "B"],
+    place: Int[Array, ""],
+    exit_layer: int,
+) -> tuple[Float[Array, "B D"], Draft]:
+    """Pass one token of each running row through the layers below `exit_layer`.
+
+    Args:
+        model: the model; one of its runs must begin at `exit_layer`.
+        draft: the tokens before it.
+        tokens: int32 tokens.
+        running: rows that have a token.
+        place: number of tokens in the draft.
+        exit_layer: number of lower layers.
+
+    Returns:
+        What the lower layers gave, for `exit_logits`, and the longer draft.
+    """
+    cache, length = draft.cache, draft.hidden.shape[1]
+    call = Call(cache.lengths, running.astype(jnp.int32), 1)
+    later = _later(model.config, cache, call.count, length)
+    memory = _DraftMemory(model.config, cache, call, later)
+    queries = Queries(model.rotation(call.positions), call.positions)
+    x = model.embed(tokens[:, None])
+    x, state = model.stack(memory)(x, memory.start(x.dtype), queries, 0, exit_layer)
+
+    def put(array, new, axis):
+        return jax.lax.dynamic_update_slice_in_dim(array, new, place, axis)
+
+    bank: dict[Kind, Any] = {
+        kind: None if new is None else put(draft.bank[kind], new, 2)
+        for kind, new in state.bank.items()
+    }
+    return x[:, 0], Draft(memory.finish(state), put(draft.hidden, x, 1), bank)
+
+
+def exit_logits(model: Decoder, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits of the early exit: the final norm and head, which all exits share."""
+    return model.logits(model.final_norm(x))
+
+
+def verify_draft(
+    model: Decoder,
+    cache: KVCache,
+    draft: Draft,
+    count: Int[Array, "B"],
+    exit_layer: int,
+) -> tuple[Float[Array, "B T V"], Callable[[Array], KVCache]]:
+    """Pass all tokens of a draft through the layers from `exit_layer` on, together.
+
+    Args:
+        model: the model.
+        cache: the cache before the draft.
+        draft: the draft.
+        count: int32 number of its tokens in each row.
+        exit_layer: number of lower layers.
+
+    Returns:
+        The logits that follow each token, and a function from the number of tokens of each row
+        that are kept to the cache that holds just these.
+    """
+    config, length = model.config, draft.hidden.shape[1]
+    memory = _later(config, cache, count, length)
+    # New tokens of a deferred store come at the end, so it starts from where it was; the others
+    # hold the draft, whose rejected tokens lie beyond the lengths and are overwritten.
+    stores = tuple(
+        old if old.deferred(memory.call) else new
+        for old, new in zip(cache.stores, draft.cache.stores, strict=True)
+    )
+    memory.initial = dataclasses.replace(cache, stores=stores)
+    state = memory.start(draft.hidden.dtype)._replace(bank=draft.bank)
+    state = state._replace(cache=_repeat_deferred_writes(memory, state, exit_layer))
+    queries = Queries(model.rotation(memory.call.positions), memory.call.positions)
+    x, state = model.stack(memory)(draft.hidden, state, queries, exit_layer, config.num_layers)
+
+    def keep(tokens: Array) -> KVCache:
+        memory.call = memory.call._replace(count=tokens)
+        return memory.finish(state)
+
+    return exit_logits(model, x), keep
+
+
+def _later(config: ModelConfig, cache: KVCache, count: Array, length: int) -> CacheMemory:
+    """The memory of one call with all tokens of a draft."""
+    return CacheMemory(config, cache, Call(cache.lengths, count, length))
+
+
+def _repeat_deferred_writes(memory: CacheMemory, state: Any, exit_layer: int) -> KVCache:
+    """Tell deferred stores of the lower layers' streams, as a call through all layers would."""
+    cache = state.cache
+    for kind in KINDS:
+        for i in memory.layout.cached(kind):
+            group, slot = memory.plan.places[kind, i]
+            if i < exit_layer and cache.stores[group].deferred(memory.call):
+                cache = memory.store(cache, kind, i, slot, memory.fresh(state, kind, i))
+    return cache

@@ -1,0 +1,108 @@
+"""The attention operation on a mesh: every device attends with its rows, tokens and heads.
+
+Inside `shard_map` the operation is local, so a kernel sees plain arrays. Keys and values whose
+sequence is split over `context` are gathered there, and only there: they stay split between layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+import pallas_kernels
+from fusedkv_jax.sharding import active_mesh, spec
+
+Sources = tuple[Any, ...]  # [B, S, K, H] arrays or `pallas_kernels.Quantized`
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    keys: Sources,
+    values: Sources,
+    key_weights: Any = None,
+    value_weights: Any = None,
+    *,
+    return_residuals: bool = False,
+    **options: Any,
+) -> Any:
+    """`pallas_kernels.attention`, split over the mesh that is set, if one is."""
+    mesh = active_mesh()
+    options |= {"return_residuals": return_residuals}
+    if mesh is None:
+        return pallas_kernels.attention(q, keys, values, key_weights, value_weights, **options)
+    arrays = {name: options.pop(name) for name in _AXES if options.get(name) is not None}
+    length, whole = q.shape[1], keys[0].shape[1]
+    # A cache is whole on every device along `context`; the sequence that is trained on is split.
+    split = "kv_lengths" not in arrays and "kv_positions" not in arrays and whole == length
+    tokens = "sequence" if split and length % mesh.shape["context"] == 0 else None
+    if tokens and mesh.shape["context"] > 1 and "q_positions" not in arrays:
+        arrays["q_positions"] = jnp.broadcast_to(jnp.arange(length), q.shape[:2])
+    heads, kv_heads = _head_axes(q.shape[2], keys[0].shape[2], mesh.shape["tensor"])
+
+    def source_spec(x):
+        return spec(("batch", tokens, kv_heads, None), x.shape, mesh)
+
+    def weight_spec(x):
+        return spec((None, kv_heads, None), x.shape, mesh)
+
+    q_spec = spec(("batch", tokens, heads, None), q.shape, mesh)
+    sources, weights = (keys, values), (key_weights, value_weights)
+    names = {name: tuple(tokens if a == "tokens" else a for a in _AXES[name]) for name in arrays}
+    in_specs = (
+        q_spec,
+        jax.tree.map(source_spec, sources),
+        jax.tree.map(weight_spec, weights),
+        {name: spec(names[name], x.shape, mesh) for name, x in arrays.items()},
+    )
+    local = functools.partial(
+        _local,
+        groups=q.shape[2] // keys[0].shape[2],
+        gather=tokens is not None and mesh.shape["context"] > 1,
+        select=heads is not None and kv_heads is None,
+        options=options,
+    )
+    out_specs = (q_spec, P(*q_spec[:3])) if return_residuals else q_spec
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return run(q, sources, weights, arrays)
+
+
+# Logical axes of the integer arguments.
+_AXES = {
+    "q_positions": ("batch", "tokens"),
+    "kv_positions": ("batch", None),
+    "q_segment_ids": ("batch", "tokens"),
+    "kv_segment_ids": ("batch", "tokens"),
+    "kv_lengths": ("batch",),
+}
+
+
+def _head_axes(heads: int, kv_heads: int, parts: int) -> tuple[str | None, str | None]:
+    """How query heads and KV heads are split; where both are, a device has whole groups."""
+    if kv_heads % parts == 0:
+        return "heads", "kv_heads"
+    if parts % kv_heads == 0 and heads % parts == 0:  # several devices share one KV head
+        return "heads", None
+    return None, None
+
+
+def _local(q, sources, weights, arrays, *, groups, gather, select, options):
+    """Attention of one device's rows and heads."""
+    if gather:
+        whole = functools.partial(jax.lax.all_gather, axis_name="context", axis=1, tiled=True)
+        sources = jax.tree.map(whole, sources)
+        if "kv_segment_ids" in arrays:
+            arrays = arrays | {"kv_segment_ids": whole(arrays["kv_segment_ids"])}
+    if select:
+        mine = jax.lax.axis_index("tensor") * q.shape[2] // groups
+
+        def own(x, axis):
+            return jax.lax.dynamic_slice_in_dim(x, mine, 1, axis)
+
+        sources = jax.tree.map(lambda x: own(x, 2), sources)
+        weights = jax.tree.map(lambda x: own(x, 1), weights)
+    return pallas_kernels.attention(q, *sources, *weights, **arrays, **options)

@@ -1,0 +1,199 @@
+"""Sharding: which mesh axes split which logical axis, in one table, and what applies it.
+
+A mesh has four axes. `data` copies the parameters, `fsdp` splits them (and the batch), `tensor`
+splits heads, feed-forward and vocabulary, `context` splits the sequence. Without a mesh, or on one
+device, every function here leaves its arrays as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# Logical axis -> mesh axes. An axis whose size they do not divide stays whole.
+RULES: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "sequence": ("context",),
+    "width": ("fsdp", "context"),  # of parameters; activations keep it whole
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocabulary": ("tensor",),
+    None: (),
+}
+
+# Name of a parameter -> logical axes of its last dimensions. Stacked layers have one more in
+# front, and what is not here (norm scales, fusion weights, counters) is copied everywhere.
+PARAMETERS: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocabulary", "width"),
+    "head": ("width", "vocabulary"),
+    "q_proj": ("width", "heads", None),
+    "k_proj": ("width", "kv_heads", None),
+    "v_proj": ("width", "kv_heads", None),
+    "o_proj": ("heads", None, "width"),
+    "q_a_proj": ("width", None),
+    "kv_a_proj": ("width", None),
+    "kv_b_proj": (None, "heads", None),
+    "gate": ("width", "hidden"),
+    "up": ("width", "hidden"),
+    "down": ("hidden", "width"),
+}
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices, the model or the batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The shape of the mesh.
+
+    Attributes:
+      data: copies of the model, each with its part of the batch; -1 takes what the others leave.
+      fsdp: parts into which parameters, gradients and optimizer state are split, each with its
+        part of the batch (ZeRO-3).
+      context: parts of every sequence.
+      tensor: parts of every layer's heads, feed-forward and vocabulary.
+      devices: use the first so many devices; None uses all.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    devices: int | None = None
+
+    def __post_init__(self):
+        for axis in AXES:
+            size = getattr(self, axis)
+            if size != -1 and size < 1:
+                raise MeshError(f"mesh.{axis}={size} must be 1 or more, or -1 for the rest")
+        if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
+            raise MeshError("only one axis of the mesh can be -1")
+        if self.devices is not None and self.devices < 1:
+            raise MeshError(f"mesh.devices={self.devices} must be 1 or more, or none for all")
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """Size of each of `AXES` on `count` devices.
+
+        Raises:
+          MeshError: they do not multiply to the number of devices.
+        """
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        rest = next((axis for axis, size in sizes.items() if size == -1), None)
+        text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        if rest is None and fixed != count:
+            raise MeshError(
+                f"mesh {text} has {fixed} places for {count} devices; change an axis, set one to "
+                f"-1, or use fewer devices with mesh.devices={fixed}"
+            )
+        if count % fixed:
+            raise MeshError(f"mesh {text}: {fixed} does not divide the {count} devices")
+        if rest is not None:
+            sizes[rest] = count // fixed
+        return tuple(sizes[axis] for axis in AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over these devices, by default all that JAX sees.
+
+    Raises:
+      MeshError: its axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if config.devices is not None:
+        if config.devices > len(devices):
+            raise MeshError(f"mesh.devices={config.devices}, and there are {len(devices)} devices")
+        devices = devices[: config.devices]
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
+    """The partition of an array with these logical axes on a mesh."""
+    parts = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = tuple(name for name in RULES[axis] if mesh.shape[name] > 1)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        parts.append(names if len(names) > 1 else names[0] if names else None)
+    return P(*parts)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A sharding for every array of a tree of parameters, gradients or optimizer state.
+
+    Args:
+      tree: arrays or shapes; a leaf is recognised by the last name in its path that `PARAMETERS`
+        has.
+      mesh: the mesh.
+    """
+
+    def of(path, leaf) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        known = next((name for name in reversed(names) if name in PARAMETERS), None)
+        axes: tuple[str | None, ...] = ()
+        if known is not None and len(leaf.shape) >= len(PARAMETERS[known]):
+            axes = PARAMETERS[known]
+        axes = (None,) * (len(leaf.shape) - len(axes)) + axes
+        return NamedSharding(mesh, spec(axes, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of [B, T] arrays: rows over `data` and `fsdp`, tokens over `context`."""
+    return NamedSharding(mesh, P(("data", "fsdp"), "context"))
+
+
+def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1) -> None:
+    """Refuse a batch that does not divide over the mesh.
+
+    Raises:
+      MeshError: it does not; the message says which sizes would.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (rows * microbatches):
+        raise MeshError(
+            f"data.batch_size={batch_size} does not divide over data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']} x {microbatches} microbatches; use a multiple of "
+            f"{rows * microbatches}"
+        )
+    if seq_len % mesh.shape["context"]:
+        raise MeshError(
+            f"data.seq_len={seq_len} does not divide over context={mesh.shape['context']}; use a "
+            f"multiple of it"
+        )
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of [B, T] arrays as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        for name, array in batch.items()
+    }
+
+
+def active_mesh() -> Any:
+    """The mesh that is set around the code being traced, or None if it does not split anything."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fix how an activation with these logical axes is split, under `jax.set_mesh`."""
+    mesh = active_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

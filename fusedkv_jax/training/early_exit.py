@@ -1,0 +1,178 @@
+"""Training for early exits: layer dropout, and a loss on what lower layers predict.
+
+LayerSkip (arXiv 2404.16710). A model trained so can draft for itself
+(`fusedkv_jax.generation.SelfSpeculation`).
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fusedkv_jax.training.step import Batch, Objective, sum_cross_entropy
+
+DropoutCurriculum = Literal["constant", "exponential"]
+Weights = Literal["cumulative", "uniform", "linear", "sqrt", "inverse"]
+Curriculum = Literal["rotational", "gradual", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyExitConfig:
+    """Layer dropout and the early-exit loss; both are off by default.
+
+    With the loss on, "train/loss" is the weighted mean over all exits of a step; "eval/loss" stays
+    that of the whole model. LayerSkip's recipe for training from scratch is `max_dropout` 0.2,
+    `loss_scale` 1, `rotation` 4.
+
+    Attributes:
+      max_dropout: probability with which the last layer leaves a row's hidden states as they are.
+        Layer l of L does so with max_dropout * (2^(l / (L-1)) - 1); what it caches is there
+        nevertheless.
+      dropout_curriculum: `constant`, or `exponential`: times 2^(t / (T-1)) - 1 at step t of T.
+      loss_scale: scale of the lower layers' weights in the loss; 0 turns their losses off.
+      weights: of layer l: `cumulative` 0 + 1 + ... + l, for the last one L-1 + loss_scale times
+        the sum up to L-2; `uniform` 1; `linear` l+1; `sqrt` (l+1)^0.5; `inverse` 1/(l+1).
+        The weights of a step's enabled layers are divided by their sum.
+      curriculum: which layers below the last have a loss at step t: `rotational` every
+        `rotation`-th, shifted by one from step to step; `gradual` layer l from
+        t = T/2 * (L-l)/L on; `none` all of them.
+      rotation: period of the rotational curriculum.
+    """
+
+    max_dropout: float = 0.0
+    dropout_curriculum: DropoutCurriculum = "constant"
+    loss_scale: float = 0.0
+    weights: Weights = "cumulative"
+    curriculum: Curriculum = "rotational"
+    rotation: int = 4
+
+    def __post_init__(self):
+        if not 0 <= self.max_dropout < 1:
+            raise ValueError(f"early_exit.max_dropout={self.max_dropout}; use 0 up to below 1")
+        if not 0 <= self.loss_scale < float("inf"):
+            raise ValueError(f"early_exit.loss_scale={self.loss_scale}; use 0 or more")
+        if self.rotation < 1:
+            raise ValueError(f"early_exit.rotation={self.rotation}; use 1 or more")
+        for name, choices in (
+            ("dropout_curriculum", DropoutCurriculum),
+            ("weights", Weights),
+            ("curriculum", Curriculum),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise ValueError(f"early_exit.{name}={value!r}; choose {known}")
+
+
+def make_objective(
+    config: EarlyExitConfig, num_layers: int, steps: int, seed: int
+) -> Objective | None:
+    """The training objective of a run, for `make_train_step`; None where both parts are off.
+
+    Which layers a row skips depends on seed, step and row alone, so gradient accumulation changes
+    nothing.
+
+    Args:
+      config: what is on.
+      num_layers: layers L of the model.
+      steps: batches T of the run.
+      seed: of the layer dropout.
+    """
+    if not (config.max_dropout or config.loss_scale) or num_layers == 1:
+        return None
+
+    def objective(step, batch: Batch):
+        weights = exit_weights(config, num_layers, step, steps)
+        if config.max_dropout:
+            rates = dropout_rates(config, num_layers, step, steps)
+            rows = batch["tokens"].shape[0]
+            batch = batch | {"kept": kept_layers(rates, seed, step, rows)}
+
+        def loss(graphdef: nnx.GraphDef, params: nnx.State, part: Batch):
+            return exit_loss(nnx.merge(graphdef, params), part, weights, bool(config.loss_scale))
+
+        return batch, loss
+
+    return objective
+
+
+def dropout_rates(
+    config: EarlyExitConfig, num_layers: int, step: Int[Array, ""], steps: int
+) -> Float[Array, "L"]:
+    """Probability with which each layer is skipped."""
+    depth = jnp.arange(num_layers) / max(num_layers - 1, 1)
+    rates = config.max_dropout * (2.0**depth - 1)
+    if config.dropout_curriculum == "exponential":
+        rates = rates * (2.0 ** (step / max(steps - 1, 1)) - 1)
+    return rates
+
+
+def kept_layers(
+    rates: Float[Array, "L"], seed: int, step: Int[Array, ""], rows: int
+) -> Bool[Array, "B L"]:
+    """Layers that each row of a step's batch does not skip."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.uniform(key, (rows, rates.shape[0])) >= rates
+
+
+def exit_weights(
+    config: EarlyExitConfig, num_layers: int, step: Int[Array, ""], steps: int
+) -> Float[Array, "L"]:
+    """Weight of each layer's loss at a step; they sum to 1, and the last one is never 0."""
+    layer, last = jnp.arange(num_layers, dtype=jnp.float32), num_layers - 1
+    if config.weights == "cumulative":
+        weight = config.loss_scale * jnp.cumsum(layer)
+        top = last + weight[last - 1]
+    else:
+        sizes = {"uniform": jnp.ones_like(layer), "linear": layer + 1, "inverse": 1 / (layer + 1)}
+        size = sizes.get(config.weights, jnp.sqrt(layer + 1))
+        weight, top = config.loss_scale * size, size[last]
+    if config.curriculum == "rotational":
+        enabled = (jnp.arange(num_layers) - step) % config.rotation == 0
+    elif config.curriculum == "gradual":
+        enabled = step >= 0.5 * steps * (num_layers - layer) / num_layers
+    else:
+        enabled = jnp.ones(num_layers, bool)
+    weight = jnp.where(enabled, weight, 0.0).at[last].set(top)
+    return weight / weight.sum()
+
+
+def exit_loss(model, batch: Batch, weights: Float[Array, "L"], early: bool = True):
+    """Weighted `sum_cross_entropy` of the exits of all layers, with the shared norm and head.
+
+    Layers of weight 0 cost nothing, whichever they are at this step.
+
+    Args:
+      model: a `Decoder`.
+      batch: as for `batch_loss`; and "kept", rows that each layer changes, [B, L].
+      weights: of the layers.
+      early: False leaves out all but the last layer, whose weight is then 1.
+    """
+    outputs = model.layer_outputs(
+        batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("kept")
+    )
+
+    def loss(x):
+        return sum_cross_entropy(
+            model.logits(model.final_norm(x)), batch["targets"], batch["loss_mask"]
+        )
+
+    total, count = loss(outputs[-1])
+    if not early:
+        return total, count
+
+    # Recomputed in the backward pass: the logits of all exits together would be too many.
+    exit_total = jax.checkpoint(lambda x: loss(x)[0])
+
+    def add(total, layer):
+        x, weight = layer
+        found = jax.lax.cond(
+            weight > 0, lambda: weight * exit_total(x), lambda: jnp.zeros((), jnp.float32)
+        )
+        return total + found, None
+
+    total, _ = jax.lax.scan(add, weights[-1] * total, (outputs[:-1], weights[:-1]))
+    return total, count
