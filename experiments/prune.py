@@ -1,0 +1,85 @@
+"""Drop the fusion sources that matter least: python -m experiments.prune --workdir=DIR.
+
+Prunes a trained model step by step on some of its held-out text, and prints for every step the
+cache bytes that a token reads and how far the predictions have moved; then, for each budget, the
+loss on the held-out text and the time per output token, models in turns. The last line is one JSON
+document.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from experiments import cli, latency, longcontext
+from fusedkv_jax import data
+from fusedkv_jax.compression import prune_sources
+from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.training import ExperimentConfig, evaluate, load_model, make_eval_step
+
+NEW_TOKENS = 33
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_string("workdir", None, "Directory of a training run whose layout fuses streams.")
+    flags.DEFINE_multi_float(
+        "budget", [1.25, 1.0], "Cache reads to reach, of one stream a layer; may be repeated."
+    )
+    flags.DEFINE_integer("texts", 8, "Held-out texts to calibrate on.", lower_bound=1)
+    flags.DEFINE_integer("group", 1, "Consecutive layers that are pruned alike.", lower_bound=1)
+    flags.DEFINE_bool("refit", True, "Fit the weights that remain by least squares.")
+    flags.DEFINE_integer("max_batches", 16, "Batches of held-out text for the loss.", lower_bound=1)
+    flags.DEFINE_integer("length", 1024, "Prompt tokens where the time is measured.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Turns of each model.", lower_bound=1)
+
+
+def main() -> None:
+    model, config, step = load_model(cli.require("workdir"))
+    texts = longcontext.heldout_texts(config, config.data.seq_len, flags.FLAGS.texts)
+    options = {"group": flags.FLAGS.group, "refit": flags.FLAGS.refit}
+    models: dict[str, Decoder] = {"whole": fold_fusion(model)}
+    reads: dict[str, float] = {}
+    report: Any = None
+    for budget in sorted(flags.FLAGS.budget):  # the smallest first: its report has all steps
+        pruned, found = prune_sources(model, budget, texts, **options)
+        report = report or found
+        name = f"budget {budget:g}"
+        models[name], reads[name] = pruned, found.steps[-1].reads
+    reads["whole"] = report.steps[0].reads
+    print(report)
+    rows = _rows(models, reads, config)
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    steps = [dataclasses.asdict(s) for s in report.steps]
+    print(json.dumps({"name": config.name, "step": step, "steps": steps, "models": rows}))
+
+
+def _rows(
+    models: dict[str, Decoder], reads: dict[str, float], config: ExperimentConfig
+) -> list[dict[str, Any]]:
+    """Reads, loss and time of every model."""
+    prompt = np.arange(flags.FLAGS.length, dtype=np.int32) % config.model.vocab_size
+    times = latency.measure(models, prompt, new_tokens=NEW_TOKENS, repeats=flags.FLAGS.rounds)
+    rows = []
+    for name, model in models.items():
+        graphdef, params = nnx.split(model, nnx.Param)
+        batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
+        result = evaluate(make_eval_step(graphdef), params, batches)
+        rows.append(
+            {
+                "model": name,
+                "reads": round(reads[name], 3),
+                "loss": round(result.metrics["loss"], 4),
+                "ms_per_token": round(1e3 * times[name].output_token, 3),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
