@@ -53,7 +53,14 @@ def _state(model, rows, total=32, params=None, cache_dtype=None):
 def _cases():
     """Every layout; exits in the middle of scanned bodies, below and above what caches."""
     exits = {"mha": 3, "cla": 3, "mlkv": 4, "svformer": 2, "resformer": 5, "window_hybrid": 3}
-    exits |= {"yoco_pp": 2, "lckv": 1, "lckv_middle": 1, "lckv_windowed": None, "yoco_windowed": 2}
+    exits |= {
+        "yoco_pp": 2,
+        "lckv": 1,
+        "lckv_middle": 1,
+        "lckv_windowed": None,
+        "yoco_windowed": 2,
+        "hybrid_window_only": 3,
+    }
     skipped = {"lckv_windowed", "serves_others"}
     for name, spec in {**small.SPECS, **small.EXTRA_SPECS}.items():
         if name not in skipped:

@@ -55,7 +55,8 @@ def regrouped(cache, plan):
 def test_quantized_caches(spec, geometry, dtype):
     mla = fkv.MLAConfig(kv_lora_rank=16, nope_dim=8, rope_dim=4, v_dim=6)
     changes = {"mla": mla} if geometry == "mla" else {}
-    config = small.config(spec, "gqa", num_layers=4, max_length=256, init_std=0.1, **changes)
+    depth = 8 if spec.startswith("window_hybrid") else 4  # two layers of a kind in each half
+    config = small.config(spec, "gqa", num_layers=depth, max_length=256, init_std=0.1, **changes)
     model = small.decoder(config)
     tokens = small.tokens(B, T)
     exact = np.asarray(model(tokens))[np.arange(B), LENGTHS - 1]
