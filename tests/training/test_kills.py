@@ -1,6 +1,6 @@
 """Kill -9 at random moments, many of them while a checkpoint is written: nothing is lost.
 
-FUSEDKV_KILLS=10 kills each layout's run ten times instead of three.
+FUSEDKV_KILLS=10 kills each layout's run ten times instead of twice.
 """
 
 import json
@@ -26,7 +26,7 @@ from fusedkv_jax.training import (
     train,
 )
 
-KILLS = int(os.environ.get("FUSEDKV_KILLS", "3"))
+KILLS = int(os.environ.get("FUSEDKV_KILLS", "2"))
 STEPS, INTERVAL = 400, 5
 RUN = """
 import json, sys
