@@ -11,18 +11,23 @@ from absl import flags
 from experiments import cli
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, train
 
-cli.define_config()
-flags.DEFINE_string(
-    "workdir", None, "Directory for checkpoints and metrics; a run found there is resumed."
-)
-_PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps", None, "FIRST:LAST: write a profiler trace of these steps to WORKDIR/profile."
-)
+
+def define_flags() -> None:
+    """Define the flags."""
+    cli.define_config()
+    flags.DEFINE_string(
+        "workdir", None, "Directory for checkpoints and metrics; a run found there is resumed."
+    )
+    flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "FIRST:LAST: write a profiler trace of these steps to WORKDIR/profile.",
+    )
 
 
 def main() -> int:
     config = cli.load_config()
-    profile_steps = _steps(_PROFILE_STEPS.value)
+    profile_steps = _steps(flags.FLAGS.profile_steps)
     result = train(config, cli.require("workdir"), profile_steps=profile_steps)
     summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
     print(json.dumps(summary | result.metrics))
@@ -39,4 +44,5 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.experiments.commands import check_mistakes
+
 CONFIG = """
 from fusedkv_jax import ModelConfig
 from fusedkv_jax.data import DataConfig
@@ -23,35 +25,6 @@ def get_config():
         optimizer=OptimizerConfig(learning_rate=1e-2),
         train=TrainConfig(steps=1000000, log_every=5, eval_batches=2),
     )
-"""
-
-# Imports once, then runs each command line in a fork of its own.
-MANY_COMMANDS = """
-import json, os, sys
-from experiments import cli, train
-results = []
-for arguments in json.loads(sys.argv[1]):
-    pipes = [os.pipe(), os.pipe()]
-    child = os.fork()
-    if child == 0:
-        for number, (_, end) in zip((1, 2), pipes):
-            os.dup2(end, number)
-        sys.argv = ["train", *arguments]
-        try:
-            cli.run(train.main)
-        except SystemExit as end:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(end.code or 0)
-        except BaseException as error:
-            os.write(2, b"TRACEBACK " + repr(error).encode())
-            os._exit(1)
-    texts = []
-    for read, end in pipes:
-        os.close(end)
-        texts.append(os.fdopen(read).read())
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    results.append([code, *texts])
-print(json.dumps(results))
 """
 
 
@@ -113,17 +86,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy, tmp_path):
         ([config, workdir, "--profile_steps=5"], "--profile_steps=5 must be FIRST:LAST"),
         ([config, workdir, "--profile_steps=5:4"], "profile_steps=5:4; use 1 <= first <= last"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", MANY_COMMANDS, json.dumps([arguments for arguments, _ in cases])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    results = json.loads(done.stdout.splitlines()[-1])
-    for (arguments, message), (code, out, error) in zip(cases, results, strict=True):
-        assert (code, out) == (2, ""), (arguments, out, error)
-        assert error.startswith("error: ") and error.count("\n") == 1, (arguments, error)
-        assert message in error, (arguments, error)
+    check_mistakes("train", cases)
 
 
 @pytest.mark.slow
