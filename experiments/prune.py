@@ -10,6 +10,7 @@ import dataclasses
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
@@ -39,7 +40,7 @@ def define_flags() -> None:
 
 def main() -> None:
     model, config, step = load_model(cli.require("workdir"))
-    texts = longcontext.heldout_texts(config, config.data.seq_len, flags.FLAGS.texts)
+    texts = jnp.asarray(longcontext.heldout_texts(config, config.data.seq_len, flags.FLAGS.texts))
     options = {"group": flags.FLAGS.group, "refit": flags.FLAGS.refit}
     models: dict[str, Decoder] = {"whole": fold_fusion(model)}
     reads: dict[str, float] = {}
