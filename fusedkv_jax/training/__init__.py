@@ -14,6 +14,7 @@ from fusedkv_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
+from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
 from fusedkv_jax.training.step import make_train_step, sum_cross_entropy
 from fusedkv_jax.training.store import committed_steps
@@ -28,6 +29,7 @@ __all__ = [
     "ExperimentConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "TrainProgram",
     "TrainResult",
     "TrainState",
     "WorkdirLockedError",

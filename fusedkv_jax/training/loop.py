@@ -8,14 +8,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from fusedkv_jax import costs, data
 from fusedkv_jax.data import tokenizers
-from fusedkv_jax.sharding import check_batch, make_mesh, put_batch
+from fusedkv_jax.sharding import make_mesh, put_batch
 from fusedkv_jax.training.checkpoints import Checkpoints
 from fusedkv_jax.training.config import ExperimentConfig
-from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
 from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
 from fusedkv_jax.training.interrupts import Interrupts
@@ -31,11 +29,11 @@ from fusedkv_jax.training.metrics import (
     device_peak_flops,
     last_step,
 )
-from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fusedkv_jax.training.profiling import ProfileWindow
+from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.progress import Progress
-from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-from fusedkv_jax.training.step import BATCH_KEYS, Batch, make_train_step
+from fusedkv_jax.training.state import TrainState
+from fusedkv_jax.training.step import BATCH_KEYS, Batch
 
 LOGGED = ("grad_norm", "learning_rate", "skipped")  # of the last step; the loss is a mean
 METRICS_FILE = "metrics.jsonl"
@@ -89,19 +87,18 @@ def train(
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")
     profile = ProfileWindow(workdir / "profile", profile_steps)
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.data.batch_size, config.data.seq_len, config.train.grad_accumulation)
+    program = TrainProgram(config, make_mesh(config.mesh))
     tokenizers.check_vocab_size(tokenizers.load(config.data.tokenizer), config.model.vocab_size)
     workdir.mkdir(parents=True, exist_ok=True)
     with (
-        jax.set_mesh(mesh),
+        jax.set_mesh(program.mesh),
         lock_workdir(workdir),
         Interrupts() as interrupts,
         Checkpoints(
             workdir, config.train.keep_checkpoints, keep_best=config.train.keep_best
         ) as checkpoints,
     ):
-        return _Run(config, workdir, mesh, checkpoints, interrupts, profile).finish()
+        return _Run(config, workdir, program, checkpoints, interrupts, profile).finish()
 
 
 class _Run:
@@ -111,7 +108,7 @@ class _Run:
         self,
         config: ExperimentConfig,
         workdir: pathlib.Path,
-        mesh: Mesh,
+        program: TrainProgram,
         checkpoints: Checkpoints,
         interrupts: Interrupts,
         profile: ProfileWindow,
@@ -120,11 +117,9 @@ class _Run:
         self.profile = profile
         self.config = config
         self.workdir = workdir
-        self.mesh = mesh
+        self.program = program
         self.checkpoints = checkpoints
         self.interrupts = interrupts
-        self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.graphdef, _ = abstract_model(config.model)
         corpus = data.load_corpus(config.data)
         self.data = data.make_train_iterator(config.data, corpus=corpus)
         self.eval_batches = None
@@ -132,7 +127,7 @@ class _Run:
             self.eval_batches = data.make_eval_batches(
                 config.data, config.train.eval_batches, corpus=corpus
             )
-        self.eval_step = make_eval_step(self.graphdef, config.train.grad_accumulation)
+        self.eval_step = make_eval_step(program.graphdef, config.train.grad_accumulation)
         self.latest: dict[str, float] = {}
         self.seen = last_step(self.workdir / METRICS_FILE)
 
@@ -157,12 +152,8 @@ class _Run:
         return TrainResult(step, self.interrupts.received, self.latest, self.workdir)
 
     def _start(self) -> tuple[TrainState, int]:
-        target = abstract_state(self.config.model, self.optimizer, self.mesh)
-        restored = self.checkpoints.restore(target, self.data, self.config)
-        if restored is not None:
-            return restored
-        seed = self.config.train.seed
-        return create_state(self.config.model, self.optimizer, seed, self.mesh), 0
+        restored = self.checkpoints.restore(self.program.state, self.data, self.config)
+        return (self.program.create(), 0) if restored is None else restored
 
     def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
         model, devices = self.config.model, state.step.devices()
@@ -184,21 +175,11 @@ class _Run:
             report=progress.print,
         )
 
-    def _compile(self, state: TrainState, batch: Batch, progress: Progress) -> Any:
-        train = self.config.train
-        step_function = make_train_step(
-            self.graphdef,
-            self.optimizer,
-            learning_rate_schedule(self.config.optimizer, train.steps),
-            train.grad_accumulation,
-            make_objective(
-                self.config.early_exit, self.config.model.num_layers, train.steps, train.seed
-            ),
-        )
+    def _compile(self, progress: Progress) -> Any:
         progress.print("compiling the training step ...")
         self.goodput.switch("compilation")
         start = time.perf_counter()
-        compiled = jax.jit(step_function, donate_argnums=0).lower(state, batch).compile()
+        compiled = self.program.lower().compile()
         progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
         progress.restart_clock()
         return compiled
@@ -206,7 +187,7 @@ class _Run:
     def _loop(self, state: TrainState, step: int, progress: Progress, writer: MetricWriter) -> int:
         train = self.config.train
         batch = self._next_batch()
-        train_step = self._compile(state, batch, progress)
+        train_step = self._compile(progress)
         timer = self._timer(state)
         queued: collections.deque = collections.deque()
         losses, waited = [], 0.0
@@ -250,7 +231,7 @@ class _Run:
 
     def _next_batch(self) -> Batch:
         batch = next(self.data)
-        return put_batch({name: batch[name] for name in BATCH_KEYS}, self.mesh)
+        return put_batch({name: batch[name] for name in BATCH_KEYS}, self.program.mesh)
 
     def _timer(self, state: TrainState) -> StepTimer:
         settings = self.config.data
@@ -272,7 +253,7 @@ class _Run:
     def _evaluate(self, writer, step: int, params: nnx.State) -> dict[str, float]:
         if self.eval_batches is None:
             return {}
-        result = evaluate(self.eval_step, params, self.eval_batches, self.mesh)
+        result = evaluate(self.eval_step, params, self.eval_batches, self.program.mesh)
         values = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._write(writer, step, values)
         return values
