@@ -140,15 +140,20 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def of(path, leaf) -> NamedSharding:
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        known = next((name for name in reversed(names) if name in PARAMETERS), None)
+        name = matrix_name(path)
         axes: tuple[str | None, ...] = ()
-        if known is not None and len(leaf.shape) >= len(PARAMETERS[known]):
-            axes = PARAMETERS[known]
+        if name is not None and len(leaf.shape) >= len(PARAMETERS[name]):
+            axes = PARAMETERS[name]
         axes = (None,) * (len(leaf.shape) - len(axes)) + axes
         return NamedSharding(mesh, spec(axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def matrix_name(path: Sequence[Any]) -> str | None:
+    """The name in `PARAMETERS` of the leaf at this path of a tree, or None."""
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    return next((name for name in reversed(names) if name in PARAMETERS), None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -115,8 +115,12 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Output head, accumulated and returned in float32."""
-        head = self.embedding[...].T if self.head is None else self.head[...]
-        return project(x, head.astype(x.dtype), 1, jnp.float32)
+        return project(x, self.head_matrix.astype(x.dtype), 1, jnp.float32)
+
+    @property
+    def head_matrix(self) -> Float[Array, "D V"]:
+        """What final hidden states are multiplied with; the transposed embedding where tied."""
+        return self.embedding[...].T if self.head is None else self.head[...]
 
     def extend(
         self,

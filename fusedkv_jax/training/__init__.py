@@ -7,6 +7,7 @@ from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
 from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
 from fusedkv_jax.training.lock import WorkdirLockedError
 from fusedkv_jax.training.loop import TrainResult, train
+from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
 from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError
 from fusedkv_jax.training.metrics import bits_per_byte
 from fusedkv_jax.training.optimizer import (
@@ -16,7 +17,7 @@ from fusedkv_jax.training.optimizer import (
 )
 from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-from fusedkv_jax.training.step import make_train_step, sum_cross_entropy
+from fusedkv_jax.training.step import make_train_step
 from fusedkv_jax.training.store import committed_steps
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "committed_steps",
     "create_state",
     "evaluate",
+    "head_cross_entropy",
     "learning_rate_schedule",
     "load_model",
     "make_eval_step",

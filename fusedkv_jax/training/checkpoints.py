@@ -160,6 +160,7 @@ class Checkpoints:
         return TrainState(
             step=rest["step"],
             skipped=rest["skipped"],
+            recent=rest["recent"],
             params=unplain(abstract.params, loaded["params"]),
             opt_state=unplain(abstract.opt_state, rest["opt_state"]),
         )
@@ -262,5 +263,6 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "skipped": state.skipped,
+        "recent": state.recent,
         "opt_state": plain(state.opt_state),
     }

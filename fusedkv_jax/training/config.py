@@ -3,13 +3,16 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.sharding import MeshConfig
 from fusedkv_jax.training.early_exit import EarlyExitConfig
+from fusedkv_jax.training.loss import LOGITS_MIB
 from fusedkv_jax.training.optimizer import OptimizerConfig
+
+GradientType = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,11 @@ class TrainConfig:
       steps: batches of the whole run.
       grad_accumulation: microbatches that a batch is computed in; the result is that of one big
         batch, the activations are those of a small one.
+      gradient_dtype: "float32"; or "bfloat16", which differentiates a bfloat16 copy of the
+        matrices: gathered weights and reduced gradients are half as large. Sums over
+        microbatches, the optimizer's state and the parameters themselves stay as they are.
+      logits_mib: MiB of float32 logits that a device holds at a time; larger batches compute the
+        loss in chunks.
       seed: of the initial parameters.
       log_every: steps between metric lines.
       eval_every: steps between evaluations on held-out text; 0 means only at the end.
@@ -34,6 +42,8 @@ class TrainConfig:
 
     steps: int = 1000
     grad_accumulation: int = 1
+    gradient_dtype: GradientType = "float32"
+    logits_mib: int = LOGITS_MIB
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -44,12 +54,15 @@ class TrainConfig:
     peak_flops: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "grad_accumulation", "log_every", "keep_checkpoints"):
+        for name in ("steps", "grad_accumulation", "logits_mib", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
         for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
+        if self.gradient_dtype not in get_args(GradientType):
+            known = " or ".join(get_args(GradientType))
+            raise ValueError(f"train.gradient_dtype={self.gradient_dtype!r}; choose {known}")
         if self.peak_flops is not None and self.peak_flops <= 0:
             raise ValueError(f"train.peak_flops={self.peak_flops} must be positive, or none")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fusedkv_jax.training.step import Batch, Objective, sum_cross_entropy
+from fusedkv_jax.training.loss import LOGITS_MIB, Batch, Objective, head_cross_entropy
 
 DropoutCurriculum = Literal["constant", "exponential"]
 Weights = Literal["cumulative", "uniform", "linear", "sqrt", "inverse"]
@@ -68,7 +68,11 @@ class EarlyExitConfig:
 
 
 def make_objective(
-    config: EarlyExitConfig, num_layers: int, steps: int, seed: int
+    config: EarlyExitConfig,
+    num_layers: int,
+    steps: int,
+    seed: int,
+    logits_mib: float = LOGITS_MIB,
 ) -> Objective | None:
     """The training objective of a run, for `make_train_step`; None where both parts are off.
 
@@ -80,6 +84,7 @@ def make_objective(
       num_layers: layers L of the model.
       steps: batches T of the run.
       seed: of the layer dropout.
+      logits_mib: as for `head_cross_entropy`.
     """
     if not (config.max_dropout or config.loss_scale) or num_layers == 1:
         return None
@@ -92,7 +97,8 @@ def make_objective(
             batch = batch | {"kept": kept_layers(rates, seed, step, rows)}
 
         def loss(graphdef: nnx.GraphDef, params: nnx.State, part: Batch):
-            return exit_loss(nnx.merge(graphdef, params), part, weights, bool(config.loss_scale))
+            model, early = nnx.merge(graphdef, params), bool(config.loss_scale)
+            return exit_loss(model, part, weights, early, logits_mib)
 
         return batch, loss
 
@@ -140,8 +146,14 @@ def exit_weights(
     return weight / weight.sum()
 
 
-def exit_loss(model, batch: Batch, weights: Float[Array, "L"], early: bool = True):
-    """Weighted `sum_cross_entropy` of the exits of all layers, with the shared norm and head.
+def exit_loss(
+    model,
+    batch: Batch,
+    weights: Float[Array, "L"],
+    early: bool = True,
+    logits_mib: float = LOGITS_MIB,
+):
+    """Weighted `head_cross_entropy` of the exits of all layers, with the shared norm and head.
 
     Layers of weight 0 cost nothing, whichever they are at this step.
 
@@ -150,21 +162,22 @@ def exit_loss(model, batch: Batch, weights: Float[Array, "L"], early: bool = Tru
       batch: as for `batch_loss`; and "kept", rows that each layer changes, [B, L].
       weights: of the layers.
       early: False leaves out all but the last layer, whose weight is then 1.
+      logits_mib: as for `head_cross_entropy`.
     """
     outputs = model.layer_outputs(
         batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("kept")
     )
 
     def loss(x):
-        return sum_cross_entropy(
-            model.logits(model.final_norm(x)), batch["targets"], batch["loss_mask"]
-        )
+        targets, mask = batch["targets"], batch["loss_mask"]
+        normed = model.final_norm(x)
+        return head_cross_entropy(normed, model.head_matrix, targets, mask, logits_mib)
 
     total, count = loss(outputs[-1])
     if not early:
         return total, count
 
-    # Recomputed in the backward pass: the logits of all exits together would be too many.
+    # Recomputed in the backward pass: the gradients of all exits together would be too many.
     exit_total = jax.checkpoint(lambda x: loss(x)[0])
 
     def add(total, layer):

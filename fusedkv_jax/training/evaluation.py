@@ -12,8 +12,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from fusedkv_jax.sharding import put_batch
+from fusedkv_jax.training.loss import LOGITS_MIB, Batch, batch_loss
 from fusedkv_jax.training.metrics import bits_per_byte
-from fusedkv_jax.training.step import BATCH_KEYS, Batch, batch_loss, split_rows
+from fusedkv_jax.training.step import BATCH_KEYS, split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +43,22 @@ class EvalResult:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, microbatches: int = 1
+    graphdef: nnx.GraphDef, microbatches: int = 1, logits_mib: float = LOGITS_MIB
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Build the compiled function (params, batch) -> (loss sum, token count).
 
     Args:
       graphdef: the model's structure.
       microbatches: parts that a batch is computed in one after the other; divides its rows.
+      logits_mib: as for `head_cross_entropy`.
     """
 
     @jax.jit
     def eval_step(params: nnx.State, batch: Batch):
         parts = split_rows(batch, microbatches)
-        losses, counts = jax.lax.map(lambda part: batch_loss(graphdef, params, part), parts)
+        losses, counts = jax.lax.map(
+            lambda part: batch_loss(graphdef, params, part, logits_mib), parts
+        )
         return losses.sum(), counts.sum()
 
     return eval_step

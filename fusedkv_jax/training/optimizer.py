@@ -24,6 +24,10 @@ class OptimizerConfig:
       weight_decay: decoupled decay of matrices and embeddings (not of norms, biases and fusion
         weights).
       clip_norm: gradients with a larger global norm are scaled down to this norm.
+      skip_spikes: a step whose loss or gradient norm is above the mean of the last 128 by more
+        standard deviations than this changes nothing; 0 turns the rule off, 6 is usual.
+      offload: keep the optimizer's state in the host's memory; each step brings it to the
+        device for the update.
     """
 
     learning_rate: float = 3e-4
@@ -34,6 +38,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    skip_spikes: float = 0.0
+    offload: bool = False
 
     def __post_init__(self):
         for name in ("learning_rate", "eps", "clip_norm"):
@@ -49,6 +55,8 @@ class OptimizerConfig:
             )
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+        if not (self.skip_spikes >= 0 and math.isfinite(self.skip_spikes)):
+            raise ValueError(f"optimizer.skip_spikes={self.skip_spikes} must be 0 or more")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0 or more")
 

@@ -1,5 +1,6 @@
 """What a run computes, from its configuration and mesh: the state and the compiled step."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,9 +11,10 @@ from jax.sharding import Mesh
 from fusedkv_jax.sharding import batch_sharding, check_batch
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.early_exit import make_objective
+from fusedkv_jax.training.loss import Batch, Objective, batch_loss
 from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-from fusedkv_jax.training.step import BATCH_KEYS, Batch, make_train_step
+from fusedkv_jax.training.step import BATCH_KEYS, Step, make_train_step
 
 
 class TrainProgram:
@@ -38,12 +40,15 @@ class TrainProgram:
 
     def create(self) -> TrainState:
         """The initial state."""
-        return create_state(self.config.model, self.optimizer, self.config.train.seed, self.mesh)
+        config = self.config
+        seed, offload = config.train.seed, config.optimizer.offload
+        return create_state(config.model, self.optimizer, seed, self.mesh, offload)
 
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.config.model, self.optimizer, self.mesh)
+        config = self.config
+        return abstract_state(config.model, self.optimizer, self.mesh, config.optimizer.offload)
 
     @functools.cached_property
     def batch(self) -> Batch:
@@ -70,8 +75,28 @@ class TrainProgram:
             self.optimizer,
             learning_rate_schedule(config.optimizer, train.steps),
             train.grad_accumulation,
-            make_objective(config.early_exit, config.model.num_layers, train.steps, train.seed),
+            self._objective(),
+            None if train.gradient_dtype == "float32" else train.gradient_dtype,
+            config.optimizer.skip_spikes,
         )
+        if config.optimizer.offload:
+            step = _brings_to_device(step)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         return jitted.lower(self.state, self.batch)
+
+    def _objective(self) -> Objective:
+        config, train = self.config, self.config.train
+        early_exits = make_objective(
+            config.early_exit, config.model.num_layers, train.steps, train.seed, train.logits_mib
+        )
+        loss = functools.partial(batch_loss, logits_mib=train.logits_mib)
+        return early_exits or (lambda step, batch: (batch, loss))
+
+
+def _brings_to_device(step: Step) -> Step:
+    def brought(state: TrainState, batch: Batch):
+        opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
+        return step(dataclasses.replace(state, opt_state=opt_state), batch)
+
+    return brought

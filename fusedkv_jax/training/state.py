@@ -13,6 +13,8 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import parameter_shardings
 
+RECENT_STEPS = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,9 @@ class TrainState:
     Attributes:
       step: [] int32, batches seen so far.
       skipped: [] int32, those of them that did not update the weights because the loss or the
-        gradient norm was not finite.
+        gradient norm was not finite, or a spike.
+      recent: loss and gradient norm of the last steps, by step modulo their number; float32,
+        negative where there is none.
       params: `nnx.State` of the model's `nnx.Param`s.
       opt_state: the optimizer's state.
     """
@@ -30,6 +34,7 @@ class TrainState:
     # Any, because a pytree also holds shapes, shardings or flags in the places of its arrays.
     step: Any
     skipped: Any
+    recent: Any
     params: Any
     opt_state: Any
 
@@ -51,6 +56,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """Initial parameters and optimizer state, computed in one compiled program.
 
@@ -59,16 +65,20 @@ def create_state(
       optimizer: the transformation whose state is made.
       seed: of the parameters, which do not depend on the mesh.
       mesh: the arrays are split over it, and never whole on one device; None uses one device.
+      offload: on a mesh, the optimizer's state is in the host's memory.
     """
     initial = lambda seed: _initial_state(config, optimizer, seed)  # noqa: E731
     shardings = None
     if mesh is not None:
-        shardings = parameter_shardings(jax.eval_shape(initial, seed), mesh)
+        shardings = _shardings(jax.eval_shape(initial, seed), mesh, offload)
     return jax.jit(initial, out_shardings=shardings)(seed)
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and (on a mesh) shardings of `create_state`, for restoring into."""
     shapes = jax.eval_shape(lambda: _initial_state(config, optimizer, 0))
@@ -77,18 +87,35 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        parameter_shardings(shapes, mesh),
+        _shardings(shapes, mesh, offload),
     )
+
+
+def _shardings(shapes: TrainState, mesh: Mesh, offload: bool) -> TrainState:
+    shardings = parameter_shardings(shapes, mesh)
+    if not offload:
+        return shardings
+
+    def on_host(leaf, sharding):  # XLA keeps no scalars there
+        return sharding.with_memory_kind("pinned_host") if leaf.shape else sharding
+
+    moved = jax.tree.map(on_host, shapes.opt_state, shardings.opt_state)
+    return dataclasses.replace(shardings, opt_state=moved)
 
 
 def _initial_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array
 ) -> TrainState:
     rngs = nnx.Rngs(jax.random.key(seed))
-    params = nnx.state(Decoder(config, rngs=rngs), nnx.Param)
+    return initial_state(nnx.state(Decoder(config, rngs=rngs), nnx.Param), optimizer)
+
+
+def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, with these parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        recent={name: jnp.full(RECENT_STEPS, -1.0) for name in ("loss", "grad_norm")},
         params=params,
         # Adam's moments stay float32 also for bfloat16 parameters.
         opt_state=optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params)),

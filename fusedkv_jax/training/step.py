@@ -7,49 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from fusedkv_jax.sharding import matrix_name
+from fusedkv_jax.training.loss import Batch, Loss, Objective, batch_loss
 from fusedkv_jax.training.optimizer import select
 from fusedkv_jax.training.state import TrainState
 
-Batch = dict[str, Any]  # of [B, T] arrays: NumPy from the data pipeline, or traced
 Metrics = dict[str, jax.Array]
-Loss = Callable[[nnx.GraphDef, nnx.State, Batch], Any]  # gives (sum of the losses, count)
-Objective = Callable[[jax.Array, Batch], tuple[Batch, Loss]]  # from the step's number
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-
-
-def sum_cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Array
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Negative log-likelihood in nats, summed over the tokens that count.
-
-    Sums and counts are returned apart, so that means over microbatches, padded batches and
-    whole data sets are exact.
-
-    Args:
-      logits: unnormalised scores; the softmax is computed in float32.
-      targets: next-token ids; ids at masked places are ignored and may be negative.
-      mask: [B, T] bool or number, nonzero where the target counts.
-
-    Returns:
-      (sum of the losses, number of targets counted), both float32.
-    """
-    counted = mask != 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counted, targets, 0)
-    )  # [B, T]
-    # where, not a product: an infinite loss at a padding place must not become NaN.
-    return jnp.where(counted, losses, 0.0).sum(), counted.sum(dtype=jnp.float32)
-
-
-def batch_loss(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch):
-    """`sum_cross_entropy` of a batch under the model (graphdef, params)."""
-    logits = nnx.merge(graphdef, params)(
-        batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-    )
-    return sum_cross_entropy(logits, batch["targets"], batch["loss_mask"])
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
@@ -63,22 +31,40 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     )
 
 
+def cast_matrices(params: nnx.State, dtype: Any) -> nnx.State:
+    """Parameters with their matrices, but not norms and fusion weights, in another type."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if matrix_name(path) is None else leaf.astype(dtype), params
+    )
+
+
 def accumulate_gradients(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     batch: Batch,
     microbatches: int,
     loss: Loss = batch_loss,
+    dtype: Any = None,
 ) -> tuple[jax.Array, nnx.State]:
     """Mean loss and its gradient over a batch that is computed in `microbatches` parts.
 
     The gradient of the summed loss is accumulated in float32 and divided by the token count of
     the whole batch, so the result does not depend on how padding falls into the parts.
 
+    Args:
+      graphdef, params: the model.
+      batch: [B, T] arrays.
+      microbatches: the parts; divides B.
+      loss: gives a part's summed loss and count.
+      dtype: of the matrices that are differentiated, and so of one part's gradients when they are
+        reduced over devices; None leaves the parameters' own.
+
     Returns:
       (mean loss [] float32, gradients in float32 with the structure of params).
     """
     value_and_grad = jax.value_and_grad(lambda p, part: loss(graphdef, p, part), has_aux=True)
+    if dtype is not None:
+        params = cast_matrices(params, dtype)
 
     def one_part(carry, part):
         (total, count), grads = value_and_grad(params, part)
@@ -101,12 +87,14 @@ def make_train_step(
     schedule: optax.Schedule,
     microbatches: int = 1,
     objective: Objective | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    gradient_dtype: Any = None,
+    skip_spikes: float = 0.0,
+) -> Step:
     """Build the train step; compile it with `jax.jit(step, donate_argnums=0)`.
 
     The step returns the new state and the metrics loss, grad_norm (before clipping),
-    learning_rate and skipped (so far). Where the loss or the gradient norm is not finite,
-    parameters and optimizer state stay as they were and `skipped` grows by one.
+    learning_rate and skipped (so far). Where the loss or the gradient norm is not finite, or a
+    spike, parameters and optimizer state stay as they were and `skipped` grows by one.
 
     Args:
       graphdef: the model's structure.
@@ -115,28 +103,60 @@ def make_train_step(
       microbatches: parts that the batch is divided into to save memory; divides its rows.
       objective: gives the loss of a step and what it needs in the batch; by default the
         cross-entropy of the model's output.
+      gradient_dtype: as `dtype` of `accumulate_gradients`.
+      skip_spikes: as for `is_spike`; 0 skips none.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch, loss_of = (batch, batch_loss) if objective is None else objective(state.step, batch)
-        loss, grads = accumulate_gradients(graphdef, state.params, batch, microbatches, loss_of)
+        loss, grads = accumulate_gradients(
+            graphdef, state.params, batch, microbatches, loss_of, gradient_dtype
+        )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = {"loss": loss, "grad_norm": grad_norm}
+        accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if skip_spikes:
+            spikes = [is_spike(state.recent[name], new[name], skip_spikes) for name in new]
+            accepted &= ~jnp.any(jnp.stack(spikes))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
+        skipped = state.skipped + jnp.where(accepted, 0, 1).astype(jnp.int32)
         metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
+            **new,
             "learning_rate": schedule(state.step - state.skipped),
             "skipped": skipped,
         }
         new_state = TrainState(
             step=state.step + 1,
             skipped=skipped,
-            params=select(finite, params, state.params),
-            opt_state=select(finite, opt_state, state.opt_state),
+            recent={name: _record(state, name, value) for name, value in new.items()},
+            params=select(accepted, params, state.params),
+            opt_state=select(accepted, opt_state, state.opt_state),
         )
         return new_state, metrics
 
     return train_step
+
+
+def is_spike(recent: Float[Array, "R"], value: Float[Array, ""], deviations: float) -> jax.Array:
+    """Whether a value is far above the recent ones.
+
+    It is where it exceeds their mean by more than `deviations` standard deviations, once half of
+    the places are filled. Skipped values are recent ones too: a level that stays is not skipped
+    for long.
+
+    Args:
+      recent: values of the last steps, negative where there is none.
+      value: the new one.
+      deviations: the bound; 6 of 128 steps is the choice of OLMo-core's SkipStepOptimizer.
+    """
+    there = recent >= 0
+    count = jnp.maximum(there.sum(), 1)
+    mean = jnp.where(there, recent, 0.0).sum() / count
+    variance = jnp.where(there, (recent - mean) ** 2, 0.0).sum() / count
+    return (2 * count >= recent.size) & (value > mean + deviations * jnp.sqrt(variance))
+
+
+def _record(state: TrainState, name: str, value: jax.Array) -> jax.Array:
+    recent = state.recent[name]
+    return recent.at[state.step % recent.size].set(jnp.where(jnp.isfinite(value), value, -1.0))

@@ -21,6 +21,7 @@ from fusedkv_jax.training import (
     create_state,
     make_optimizer,
 )
+from fusedkv_jax.training.state import initial_state
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +66,7 @@ def toy_params(toy) -> nnx.State:
 def toy_state(toy, toy_params) -> TrainState:
     """A fresh state of the toy experiment, with arrays of its own."""
     params = jax.tree.map(jnp.copy, toy_params)
-    opt_state = make_optimizer(toy.optimizer, toy.train.steps).init(params)
-    return TrainState(step=jnp.int32(0), skipped=jnp.int32(0), params=params, opt_state=opt_state)
+    return initial_state(params, make_optimizer(toy.optimizer, toy.train.steps))
 
 
 @pytest.fixture

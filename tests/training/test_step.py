@@ -9,15 +9,16 @@ import optax
 import pytest
 from flax import nnx
 
+from fusedkv_jax.sharding import PARAMETERS
 from fusedkv_jax.training import (
-    TrainState,
     abstract_model,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
     sum_cross_entropy,
 )
-from fusedkv_jax.training.step import accumulate_gradients
+from fusedkv_jax.training.state import initial_state
+from fusedkv_jax.training.step import accumulate_gradients, cast_matrices, is_spike
 
 
 def _batch(rng, rows=8, length=12, vocab=258):
@@ -86,20 +87,18 @@ class _RootModel(nnx.Module):
     def __init__(self):
         self.weight = nnx.Param(jnp.zeros((258,)))
 
-    def __call__(self, tokens, segment_ids, positions):
-        logits = jnp.sqrt(self.weight[...])
-        return jnp.broadcast_to(logits, (*tokens.shape, 258))
+    def hidden(self, tokens, segment_ids, positions):
+        return jnp.broadcast_to(jnp.sqrt(self.weight[...]), (*tokens.shape, 258))
+
+    @property
+    def head_matrix(self):
+        return jnp.eye(258)
 
 
 def _root_state():
     graphdef, params = nnx.split(_RootModel(), nnx.Param)
     optimizer = optax.adam(0.1)
-    state = TrainState(
-        step=jnp.int32(0),
-        skipped=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-    )
+    state = initial_state(params, optimizer)
     return graphdef, optimizer, state
 
 
@@ -146,3 +145,63 @@ def test_finite_step_updates_and_reports(toy, toy_state):
             np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     assert losses[-1] < losses[0] - 0.5  # one batch, again and again
     assert (int(state.step), int(state.skipped)) == (10, 0)
+
+
+def test_a_spike_is_far_above_enough_recent_values():
+    rng = np.random.default_rng(8)
+    values = rng.uniform(2.0, 3.0, 128).astype(np.float32)
+    bound = values.mean() + 4.0 * values.std()
+    for value, wanted in ((bound - 0.01, False), (bound + 0.01, True), (0.0, False)):
+        assert bool(is_spike(jnp.asarray(values), jnp.float32(value), 4.0)) == wanted
+    few = np.where(np.arange(128) < 64, values, -1.0)
+    bound = values[:64].mean() + 4.0 * values[:64].std()
+    for value, wanted in ((bound - 0.01, False), (bound + 0.01, True)):
+        assert bool(is_spike(jnp.asarray(few), jnp.float32(value), 4.0)) == wanted
+    fewer = np.where(np.arange(128) < 63, values, -1.0)
+    assert not is_spike(jnp.asarray(fewer), jnp.float32(99.0), 4.0)
+
+
+def test_a_spike_updates_nothing_and_a_new_level_is_accepted_after_a_while(toy, toy_state):
+    optimizer = make_optimizer(toy.optimizer, 400)
+    graphdef, _ = abstract_model(toy.model)
+    schedule = learning_rate_schedule(toy.optimizer, 400)
+    step = jax.jit(make_train_step(graphdef, optimizer, schedule, skip_spikes=6.0))
+    rng = np.random.default_rng(9)
+    recent = {name: jnp.asarray(rng.uniform(1, 2, 128), jnp.float32) for name in toy_state.recent}
+    state = dataclasses.replace(toy_state, recent=recent)
+    batch = _batch(rng)
+    new, metrics = step(state, batch)  # the initial loss is ln 258 = 5.6
+    assert (int(new.step), int(new.skipped)) == (1, 1)
+    _assert_same(new.params, state.params)
+    _assert_same(new.opt_state, state.opt_state)
+    np.testing.assert_array_equal(new.recent["loss"][0], metrics["loss"])
+    np.testing.assert_array_equal(new.recent["loss"][1:], recent["loss"][1:])
+    for _ in range(20):
+        new, _ = step(new, batch)
+    assert 0 < int(new.skipped) < 10
+    # A loss that is not finite leaves no value behind.
+    broken = dataclasses.replace(
+        state, params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+    )
+    assert float(step(broken, batch)[0].recent["loss"][0]) == -1.0
+
+
+def test_bfloat16_gradients_update_float32_parameters(toy, toy_state):
+    graphdef, _ = abstract_model(toy.model)
+    batch = _batch(np.random.default_rng(10))
+    gradients = jax.jit(accumulate_gradients, static_argnums=(0, 3), static_argnames="dtype")
+    loss, wanted = gradients(graphdef, toy_state.params, batch, 2)
+    half_loss, found = gradients(graphdef, toy_state.params, batch, 2, dtype="bfloat16")
+    np.testing.assert_allclose(half_loss, loss, rtol=1e-2)
+    differ = False
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert x.dtype == jnp.float32  # sums over microbatches
+        assert np.linalg.norm(x - y) < 0.05 * np.linalg.norm(y) + 1e-6
+        differ |= bool((x != y).any())
+    assert differ
+    cast = jax.tree_util.tree_flatten_with_path(cast_matrices(toy_state.params, jnp.bfloat16))[0]
+    for path, leaf in cast:
+        text = jax.tree_util.keystr(path)
+        is_matrix = any(f"'{name}'" in text for name in PARAMETERS)
+        assert leaf.dtype == (jnp.bfloat16 if is_matrix else jnp.float32), text
+    assert len({leaf.dtype for _, leaf in cast}) == 2

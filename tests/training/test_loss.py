@@ -1,0 +1,101 @@
+"""The chunked loss against the plain one, on one device and on meshes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusedkv_jax.sharding import MeshConfig, make_mesh
+from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
+
+B, T, D, V = 8, 16, 8, 64
+MESHES = {
+    "one device": MeshConfig(devices=1),
+    "fsdp x context x tensor": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
+    "data x tensor": MeshConfig(data=2, tensor=4),
+    "rows that do not divide": MeshConfig(data=1, context=8),
+}
+
+
+def _inputs(vocabulary=V, rows=B):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, T, D)).astype(np.float32)
+    head = rng.standard_normal((D, vocabulary)).astype(np.float32)
+    mask = rng.integers(0, 2, (rows, T)).astype(np.float32)
+    targets = np.where(mask, rng.integers(0, vocabulary, (rows, T)), -7).astype(np.int32)
+    return tuple(map(jnp.asarray, (x, head, targets, mask)))
+
+
+def _plain(x, head, targets, mask):
+    return sum_cross_entropy(jnp.einsum("btd,dv->btv", x, head), targets, mask)
+
+
+def _chunked(mib):
+    # The bound is in MiB; the tests need one of a few logits.
+    def loss(*inputs):
+        return head_cross_entropy(*inputs, logits_mib=mib)
+
+    return loss
+
+
+def _compare(loss, inputs):
+    x, head, targets, mask = inputs
+    for argument in (0, 1):
+        wanted = jax.value_and_grad(_plain, argument, has_aux=True)(x, head, targets, mask)
+        found = jax.jit(jax.value_and_grad(loss, argument, has_aux=True))(x, head, targets, mask)
+        np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=1e-6)
+        assert float(found[0][1]) == float(mask.sum())
+        np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
+    total, _ = jax.jit(loss)(*inputs)  # without gradients it is another program
+    np.testing.assert_allclose(total, _plain(*inputs)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1e9, 1, 40 * V, 7 * V])
+def test_chunks_of_any_size_give_loss_and_gradients_of_the_whole(limit):
+    _compare(_chunked(limit * 4 / 2**20), _inputs())
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
+@pytest.mark.parametrize(("vocabulary", "rows"), [(V, B), (63, 6)])
+def test_a_mesh_changes_nothing(mesh, vocabulary, rows):
+    inputs = _inputs(vocabulary, rows)
+    with jax.set_mesh(make_mesh(mesh)):
+        _compare(_chunked(5 * V * 4 / 2**20), inputs)
+
+
+def test_a_weighted_loss_scales_its_gradients():
+    x, head, targets, mask = _inputs()
+    loss = lambda x, scale: scale * _chunked(1)(x, head, targets, mask)[0]  # noqa: E731
+    one, three = (jax.grad(loss)(x, jnp.float32(scale)) for scale in (1, 3))
+    np.testing.assert_allclose(three, 3 * one, rtol=1e-6)
+
+
+def test_bfloat16_states_give_a_float32_loss_and_gradient_of_the_head():
+    x, head, targets, mask = _inputs()
+    loss = lambda x, head: _chunked(1)(x, head, targets, mask)[0]  # noqa: E731
+    half = x.astype(jnp.bfloat16)
+    total, (dx, dhead) = jax.value_and_grad(loss, (0, 1))(half, head)
+    assert (total.dtype, dx.dtype, dhead.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    wanted = jax.grad(lambda head: _plain(x, head, targets, mask)[0])(head)
+    np.testing.assert_allclose(dhead, wanted, rtol=0.05, atol=0.05)
+
+
+def test_infinities_at_padding_do_not_matter():
+    x, head, targets, mask = _inputs()
+    x = jnp.where(mask[..., None] != 0, x, 1e38)
+    loss = lambda x: _chunked(1)(x, 10 * head, targets, mask)[0]  # noqa: E731
+    total, gradient = jax.value_and_grad(loss)(x)
+    assert np.isfinite(total) and np.isfinite(gradient).all()
+
+
+def test_no_array_of_the_program_holds_all_logits():
+    x, head, targets, mask = _inputs()
+    step = jax.jit(jax.value_and_grad(lambda *a: _chunked(8 * V * 4 / 2**20)(*a)[0], (0, 1)))
+    text = step.lower(x, head, targets, mask).as_text()
+    sizes = [
+        np.prod([int(n) for n in shape.split("x")[:-1]])
+        for shape in re.findall(r"tensor<((?:\d+x)+\w+)>", text)
+    ]
+    assert max(sizes) < B * T * V // 2
