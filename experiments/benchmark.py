@@ -1,5 +1,6 @@
-"""Measure the library: python -m experiments.benchmark --suite=cpu, kernels or generation.
+"""Measure the library: python -m experiments.benchmark --suite=cpu.
 
+The suites are cpu, kernels, generation and training.
 Prints a table for each measurement with the targets that it met or missed. The last line is one
 JSON document with every number, the device and the versions. Contestants run in turns, and what
 is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS and is recorded.
@@ -12,13 +13,14 @@ import sys
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks import cpu, generation, kernels, report
+from experiments.benchmarks import cpu, generation, kernels, report, training
 
 # Measurements of each suite by name, given what the flags say.
 SUITES = {
     "cpu": cpu.measurements,
     "kernels": kernels.measurements,
     "generation": generation.measurements,
+    "training": training.measurements,
 }
 
 

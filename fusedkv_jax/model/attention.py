@@ -51,7 +51,7 @@ class Attention(nnx.Module):
             keys = _rotated(x, self.k_proj, self.k_norm, rotation)
             streams["key"] = checkpoint_name(keys, "k")
         if self.v_proj is not None:
-            streams["value"] = checkpoint_name(_project(x, self.v_proj), "v")
+            streams["value"] = checkpoint_name(project(x, self.v_proj[...]), "v")
         return streams
 
     def attend(
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
             return attention(q, piece.keys, piece.values, *weights, implementation=how, **mask)
 
         context, lse = over_pieces(read, rotate, q, pieces, with_lse)
-        return project(context, self.o_proj[...].astype(context.dtype), 2), lse
+        return project(context, self.o_proj[...], 2), lse
 
 
 def over_pieces(
@@ -100,12 +100,8 @@ def over_pieces(
     return combine(found) if len(found) > 1 else found[0]
 
 
-def _project(x: Float[Array, "B T D"], weight: nnx.Param) -> Float[Array, "B T N H"]:
-    return project(x, weight[...].astype(x.dtype))
-
-
 def _rotated(
     x: Float[Array, "B T D"], weight: nnx.Param, norm: RMSNorm | None, rotation: Rotation
 ) -> Float[Array, "B T N H"]:
-    heads = _project(x, weight)
+    heads = project(x, weight[...])
     return rotate(norm(heads) if norm is not None else heads, rotation)

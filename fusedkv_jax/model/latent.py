@@ -52,8 +52,8 @@ class LatentAttention(nnx.Module):
     def queries(self, x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
         """Queries [..., nope + rope], the last channels rotated."""
         if self.q_a_proj is not None and self.q_a_norm is not None:
-            x = self.q_a_norm(project(x, self.q_a_proj[...].astype(x.dtype)))
-        q = project(x, self.q_proj[...].astype(x.dtype))
+            x = self.q_a_norm(project(x, self.q_a_proj[...]))
+        q = project(x, self.q_proj[...])
         q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
         return checkpoint_name(jnp.concatenate([q_nope, rotate(q_rope, rotation)], axis=-1), "q")
 
@@ -61,7 +61,7 @@ class LatentAttention(nnx.Module):
         """New tokens' rotary key [B, T, 1, rope] and normed latent [B, T, 1, d_c], if owned."""
         if self.kv_a_proj is None or self.kv_a_norm is None:
             return {}
-        both = project(x, self.kv_a_proj[...].astype(x.dtype))[:, :, None, :]
+        both = project(x, self.kv_a_proj[...])[:, :, None, :]
         latent, key = jnp.split(both, [self.mla.kv_lora_rank], axis=-1)
         key, latent = rotate(key, rotation), self.kv_a_norm(latent)
         return {"key": checkpoint_name(key, "k"), "value": checkpoint_name(latent, "v")}
@@ -105,7 +105,7 @@ class LatentAttention(nnx.Module):
         if one:
             context = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
             context = context.astype(dtype)
-        return project(context, self.o_proj[...].astype(context.dtype), 2), lse
+        return project(context, self.o_proj[...], 2), lse
 
     def _turn(self, q: Array, rotation: Rotation) -> Array:
         """Rotate the last channels further."""
@@ -115,8 +115,7 @@ class LatentAttention(nnx.Module):
     def _attend_expanded(self, q, keys, values, key_weights, value_weights, **options):
         rope_key = keys[0] if key_weights is None else mix(key_weights, keys)
         latent = values[0] if value_weights is None else mix(value_weights, values)
-        up = self.kv_b_proj[...].astype(latent.dtype)
-        both = project(latent[:, :, 0], up)
+        both = project(latent[:, :, 0], self.kv_b_proj[...])
         k_nope, v = jnp.split(both, [self.mla.nope_dim], axis=-1)
         shared = jnp.broadcast_to(rope_key, (*k_nope.shape[:3], self.mla.rope_dim))
         k = jnp.concatenate([k_nope, shared], axis=-1)

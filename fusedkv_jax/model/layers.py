@@ -35,5 +35,5 @@ class SwiGLU(nnx.Module):
         self.down = init.matrix(hidden, width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (w[...] for w in (self.gate, self.up, self.down))
         return project(jax.nn.silu(project(x, gate)) * project(x, up), down)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -21,7 +21,8 @@ def project(
 
     Args:
         x: tokens.
-        weight: parameter, of the same type.
+        weight: parameter. It is cast to the type of `x`; its gradient, which devices add up, has
+            its own type and is rounded once.
         axes: number of axes to contract.
         dtype: of the sums and the result, by default that of `x`.
     """
@@ -29,6 +30,7 @@ def project(
 
 
 def _product(x, weight, axes, dtype):
+    weight = weight.astype(x.dtype)
     inner = tuple(range(x.ndim - axes, x.ndim))
     dims = ((inner, tuple(range(axes))), ((), ()))
     return lax.dot_general(x, weight, dims, preferred_element_type=dtype)
@@ -42,9 +44,11 @@ def _backward(axes, dtype, residuals, gradient):
     x, weight = residuals
     batch = tuple(range(x.ndim - axes))
     outer = tuple(range(len(batch), gradient.ndim)), tuple(range(axes, weight.ndim))
-    product = functools.partial(lax.dot_general, preferred_element_type=dtype)
-    dx = product(gradient, weight, (outer, ((), ())))
-    dweight = product(x, gradient, ((batch, batch), ((), ())))
+    dx = lax.dot_general(
+        gradient, weight.astype(x.dtype), (outer, ((), ())), preferred_element_type=dtype
+    )
+    wide = jnp.promote_types(x.dtype, weight.dtype)
+    dweight = lax.dot_general(x, gradient, ((batch, batch), ((), ())), preferred_element_type=wide)
     return dx.astype(x.dtype), dweight.astype(weight.dtype)
 
 

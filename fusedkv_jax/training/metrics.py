@@ -1,12 +1,14 @@
-"""Where metrics go (lines, JSON lines, TensorBoard) and what is computed from raw counts."""
+"""Where metrics go (lines, JSON lines, TensorBoard, W&B) and what is computed from raw counts."""
 
+import importlib
 import json
 import math
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tensorboard import summary
 
@@ -18,6 +20,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,  # each of a chip's two cores is a device
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -104,6 +107,48 @@ class TensorBoardWriter:
         self._writer.close()
 
 
+class WandbWriter:
+    """Scalars in a run of Weights & Biases, which a resumed training run goes on with.
+
+    Steps that are computed again after a kill are there already, with the same values.
+
+    Args:
+      project: of Weights & Biases.
+      name: of the run.
+      config: shown with the run.
+      workdir: keeps the run's files and its identity.
+
+    Raises:
+      ValueError: the package wandb is not installed.
+    """
+
+    def __init__(self, project: str, name: str, config: dict[str, Any], workdir: pathlib.Path):
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise ValueError(
+                f"wandb_project={project} needs the package wandb; pip install wandb, or leave the "
+                "option out"
+            ) from None
+        identity = workdir / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            config=config,
+            dir=str(workdir),
+            id=identity.read_text(),
+            resume="allow",
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class MultiWriter:
     """Passes every call on to several writers.
 
@@ -129,12 +174,10 @@ class MultiWriter:
         for writer in list(self._writers):
             try:
                 call(writer)
-            except OSError as error:
+            except Exception as error:  # of any kind: a run outlives its metrics
                 self._writers.remove(writer)
-                self._report(
-                    f"warning: {type(writer).__name__} stops, training goes on: "
-                    f"{error.strerror or error}"
-                )
+                reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+                self._report(f"warning: {type(writer).__name__} stops, training goes on: {reason}")
 
 
 class StepTimer:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
@@ -13,6 +15,7 @@ from fusedkv_jax.training.metrics import (
     MultiWriter,
     StepTimer,
     TensorBoardWriter,
+    WandbWriter,
 )
 
 
@@ -68,6 +71,46 @@ def test_line_and_fan_out():
     writer.close()
     wanted = "step 5/100  loss 2.346  tokens_per_second 12,346  eval loss 0.1  left 00:12"
     assert lines == [wanted, wanted]
+
+
+class _Wandb(types.ModuleType):
+    """What the writer uses of the package: runs by id, which know their scalars."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.settings = {}, []
+
+    def init(self, **settings):
+        self.settings.append(settings)
+        run = self.runs.setdefault(settings["id"], types.SimpleNamespace(scalars={}, finished=0))
+        run.log = lambda metrics, step: run.scalars.update({step: metrics})
+        run.finish = lambda: setattr(run, "finished", run.finished + 1)
+        return run
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path, monkeypatch):
+    wandb = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (10, 20):
+        writer = WandbWriter("project", "demo", {"train": {"steps": 20}}, tmp_path)
+        writer.write(step, {"train/loss": float(step)})
+        writer.close()
+    (run,) = wandb.runs.values()
+    assert run.scalars == {10: {"train/loss": 10.0}, 20: {"train/loss": 20.0}}
+    assert run.finished == 2
+    first, second = wandb.settings
+    assert first == second
+    assert (first["project"], first["resume"]) == ("project", "allow")
+    assert first["config"] == {"train": {"steps": 20}}
+    (tmp_path / "other").mkdir()
+    WandbWriter("project", "demo", {}, tmp_path / "other")
+    assert len(wandb.runs) == 2
+
+
+def test_without_the_package_wandb_the_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb_project=p needs the package wandb; pip install"):
+        WandbWriter("p", "demo", {}, tmp_path)
 
 
 def test_a_writer_that_fails_is_reported_once_and_left_out():

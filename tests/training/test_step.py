@@ -9,9 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from fusedkv_jax.sharding import PARAMETERS
+from fusedkv_jax.config import MLAConfig
+from fusedkv_jax.sharding import PARAMETERS, matrix_name
 from fusedkv_jax.training import (
     abstract_model,
+    create_state,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
@@ -205,3 +207,19 @@ def test_bfloat16_gradients_update_float32_parameters(toy, toy_state):
         is_matrix = any(f"'{name}'" in text for name in PARAMETERS)
         assert leaf.dtype == (jnp.bfloat16 if is_matrix else jnp.float32), text
     assert len({leaf.dtype for _, leaf in cast}) == 2
+
+
+@pytest.mark.parametrize("layout", ["fusedkv", "mla"])
+def test_gradients_of_a_bfloat16_model_are_rounded_once(toy, layout):
+    """In float32 mode they are float32 sums of bfloat16 products, not rounded to bfloat16."""
+    mla = MLAConfig(kv_lora_rank=8, nope_dim=8, rope_dim=8, v_dim=8)
+    changes = {"mla": mla, "layout": "mha"} if layout == "mla" else {"layout": layout}
+    config = toy.model.replace(dtype="bfloat16", **changes)
+    graphdef, _ = abstract_model(config)
+    params = create_state(config, optax.sgd(1.0), seed=0).params
+    gradients = jax.jit(accumulate_gradients, static_argnums=(0, 3))
+    _, found = gradients(graphdef, params, _batch(np.random.default_rng(11)), 1)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
+        if jnp.any(leaf != 0) and matrix_name(path) is not None:
+            fine = leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32)
+            assert fine.mean() > 0.1, jax.tree_util.keystr(path)
