@@ -1,5 +1,6 @@
 """What every binary shares: flags, --config, and errors as one line with exit code 2."""
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -12,11 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 import experiments
 import fusedkv_jax
 import pallas_kernels
 from experiments.overrides import apply_overrides
+from fusedkv_jax.sharding import MeshConfig, make_mesh
 from fusedkv_jax.training import ExperimentConfig
 
 USER_ERROR_EXIT_CODE = 2
@@ -88,6 +91,36 @@ def load_config() -> ExperimentConfig:
     return apply_overrides(config, flags.FLAGS.override)
 
 
+def define_mesh() -> None:
+    """Define --mesh.AXIS=SIZE, for programs that need no --config."""
+    flags.DEFINE_multi_string(
+        "mesh",
+        [],
+        "AXIS=SIZE; the long form of --mesh.AXIS=SIZE. Axes are data, fsdp, context and tensor; "
+        "data takes what the others leave. --mesh.devices=N uses the first N devices.",
+    )
+
+
+def load_mesh() -> Mesh | None:
+    """The mesh of the command line; None without --mesh.AXIS=SIZE, for one device.
+
+    Raises:
+      ValueError: an unknown axis, or sizes that the devices do not have.
+    """
+    if not flags.FLAGS.mesh:
+        return None
+    try:
+        chosen = apply_overrides(_Placed(), [f"mesh.{override}" for override in flags.FLAGS.mesh])
+    except ValueError as error:
+        raise ValueError(str(error).replace("--config.", "--")) from None
+    return make_mesh(chosen.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    mesh: MeshConfig = MeshConfig()
+
+
 def config_names() -> list[str]:
     """The names that --config knows."""
     return sorted(p.stem for p in _CONFIG_FOLDER.glob("*.py") if not p.stem.startswith("_"))
@@ -124,7 +157,9 @@ def _load_module(name: str):
 
 
 def _parse_flags(argument: str | None, argv: list[str]) -> list[str]:
-    """Parse with absl, after turning --config.FIELD=VALUE into --override=FIELD=VALUE."""
+    """Parse with absl, after turning --config.FIELD=VALUE and --mesh.AXIS=SIZE into flags."""
+    if "mesh" in flags.FLAGS:
+        argv = [re.sub(r"^--?mesh\.", "--mesh=", arg) for arg in argv]
     if "config" in flags.FLAGS:
         argv = [re.sub(r"^--?config\.", "--override=", arg) for arg in argv]
     try:

@@ -21,6 +21,7 @@ from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import Tokenizer, tokenizers
 from fusedkv_jax.data.chat import read_text
 from fusedkv_jax.generation import BeamSearchParams, Rates, beam_search
+from fusedkv_jax.generation.parts import Parts
 from fusedkv_jax.training import load_model
 
 _SETTINGS = ("batch_size", "cache_dtype", "max_num_batched_tokens", "enable_prefix_caching")
@@ -100,12 +101,21 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("exit_layer", None, "Layers that draft; default those that cache.")
     flags.DEFINE_bool("adaptive_draft", False, "End a draft early where it is likely wrong.")
+    cli.define_mesh()
+    flags.DEFINE_string(
+        "prefill_parts",
+        None,
+        "Prefill in parts over --mesh.context: equal, balanced, or relative sizes such as 3,2,2.",
+    )
     chat.define_flags()
 
 
 def run_settings() -> dict[str, Any]:
     """How to run, of the command line. Raises ValueError on a bad value."""
     settings = {name: flags.FLAGS[name].value for name in _SETTINGS}
+    settings["mesh"] = cli.load_mesh()
+    if flags.FLAGS.prefill_parts is not None:
+        settings["prefill_parts"] = _parts(flags.FLAGS.prefill_parts)
     if flags.FLAGS.compression is not None:
         settings["compression"] = parse(flags.FLAGS.compression)
     if flags.FLAGS.draft_tokens:
@@ -115,6 +125,15 @@ def run_settings() -> dict[str, Any]:
             adaptive=flags.FLAGS.adaptive_draft,
         )
     return settings
+
+
+def _parts(text: str) -> Parts:
+    if text in ("equal", "balanced"):
+        return text
+    try:
+        return [float(size) for size in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--prefill_parts={text}; use equal, balanced, or 3,2,2") from None
 
 
 def _define_sampling_flags() -> None:
@@ -225,7 +244,7 @@ def main() -> None:
         )
     prompts = [] if flags.FLAGS.chat else read_prompts()
     settings = run_settings()
-    model, config, step = load_model(workdir, flags.FLAGS.step)
+    model, config, step = load_model(workdir, flags.FLAGS.step, settings["mesh"])
     tokenizer = tokenizers.load(config.data.tokenizer)
     if flags.FLAGS.chat:
         chat.converse(model, tokenizer, params, settings)

@@ -1,7 +1,11 @@
 """Train a model: python -m experiments.train --config=demo --workdir=DIR.
 
 Run the same command again to go on after an interruption. Exit codes: 0 the run is complete,
-2 a mistake in the command (one line says which), 75 SIGTERM or Ctrl-C: the state was saved.
+2 a mistake in the command (one line says which), 75 SIGTERM or Ctrl-C: the state was saved,
+134 another process of the run died.
+
+Several processes are found in the environment (Slurm, Open MPI, Cloud TPU) or named by
+--coordinator, --num_processes and --process_id; docs/clusters.md shows how to start them.
 """
 
 import json
@@ -9,6 +13,7 @@ import json
 from absl import flags
 
 from experiments import cli
+from fusedkv_jax import processes
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, train
 
 
@@ -23,14 +28,35 @@ def define_flags() -> None:
         None,
         "FIRST:LAST: write a profiler trace of these steps to WORKDIR/profile.",
     )
+    flags.DEFINE_string(
+        "wandb_project", None, "Project of Weights & Biases that gets the metrics too."
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several processes.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_integer(
+        "connect_seconds", processes.CONNECT_SECONDS, "How long to wait for the other processes."
+    )
 
 
 def main() -> int:
     config = cli.load_config()
-    profile_steps = _steps(flags.FLAGS.profile_steps)
-    result = train(config, cli.require("workdir"), profile_steps=profile_steps)
-    summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
-    print(json.dumps(summary | result.metrics))
+    workdir, profile_steps = cli.require("workdir"), _steps(flags.FLAGS.profile_steps)
+    processes.initialize(
+        flags.FLAGS.coordinator,
+        flags.FLAGS.num_processes,
+        flags.FLAGS.process_id,
+        connect_seconds=flags.FLAGS.connect_seconds,
+    )
+    result = train(
+        config,
+        workdir,
+        profile_steps=profile_steps,
+        wandb_project=flags.FLAGS.wandb_project,
+    )
+    if processes.is_first():
+        summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
+        print(json.dumps(summary | result.metrics))
     return INTERRUPTED_EXIT_CODE if result.interrupted else 0
 
 

@@ -8,9 +8,10 @@ device, every function here leaves its arrays as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "context", "tensor")
+AxisTypes = Literal["auto", "explicit"]
 
 # Logical axis -> mesh axes. An axis whose size they do not divide stays whole.
 RULES: dict[str | None, tuple[str, ...]] = {
@@ -64,6 +66,8 @@ class MeshConfig:
       context: parts of every sequence.
       tensor: parts of every layer's heads, feed-forward and vocabulary.
       devices: use the first so many devices; None uses all.
+      axis_types: `auto` or `explicit` axes, which say whether the types of arrays that a program
+        of your own handles have shardings. The model is computed alike.
     """
 
     data: int = -1
@@ -71,6 +75,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     devices: int | None = None
+    axis_types: AxisTypes = "auto"
 
     def __post_init__(self):
         for axis in AXES:
@@ -79,6 +84,8 @@ class MeshConfig:
                 raise MeshError(f"mesh.{axis}={size} must be 1 or more, or -1 for the rest")
         if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
             raise MeshError("only one axis of the mesh can be -1")
+        if self.axis_types not in get_args(AxisTypes):
+            raise MeshError(f"mesh.axis_types={self.axis_types!r}; choose auto or explicit")
         if self.devices is not None and self.devices < 1:
             raise MeshError(f"mesh.devices={self.devices} must be 1 or more, or none for all")
 
@@ -116,7 +123,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             raise MeshError(f"mesh.devices={config.devices}, and there are {len(devices)} devices")
         devices = devices[: config.devices]
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kind = AxisType.Explicit if config.axis_types == "explicit" else AxisType.Auto
+    return jax.make_mesh(sizes, AXES, axis_types=(kind,) * len(AXES), devices=devices)
+
+
+def automatic(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    """Let XLA choose shardings inside a function, under a mesh with explicit axes too.
+
+    Args:
+      function: to be traced under `jax.set_mesh`.
+      out_specs: the partition of its results there, a tree or a prefix of one.
+    """
+
+    def run(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or not mesh.explicit_axes:
+            return function(*arguments)
+        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*arguments)
+
+    return run
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
@@ -148,6 +173,19 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec(axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def serving_shardings(tree: Any, mesh: Mesh) -> Any:
+    """`parameter_shardings` for generation: whole along `context`, whose devices share prompts."""
+
+    def whole(axes: Any) -> Any:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(name for name in names if name != "context") or None
+
+    return jax.tree.map(
+        lambda sharding: NamedSharding(mesh, P(*map(whole, sharding.spec))),
+        parameter_shardings(tree, mesh),
+    )
 
 
 def matrix_name(path: Sequence[Any]) -> str | None:
@@ -182,12 +220,40 @@ def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of [B, T] arrays as global arrays."""
-    sharding = batch_sharding(mesh)
+    """This process's rows of [B, T] arrays, as `process_rows` says, as global arrays."""
+    sharding, (_, parts) = batch_sharding(mesh), process_rows(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
-        for name, array in batch.items()
+        name: jax.make_array_from_process_local_data(
+            sharding, array, (parts * array.shape[0], *array.shape[1:])
+        )
+        for name, array in ((name, np.asarray(array)) for name, array in batch.items())
     }
+
+
+@functools.lru_cache
+def process_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which rows of every batch this process feeds: part `index` of `count` equal parts.
+
+    Processes whose devices hold the same rows, because the mesh splits sequences or heads over
+    them, feed the same part.
+
+    Raises:
+      MeshError: a process has no device of the mesh, or some rows of another process.
+    """
+    blocks = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held: dict[int, set[int]] = {process: set() for process in range(jax.process_count())}
+    for block, devices in enumerate(blocks):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(block)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    sizes = {len(part) for part in parts}
+    if sizes & {0} or len(sizes) > 1 or sum(map(len, parts)) != len(blocks):
+        raise MeshError(
+            f"mesh {dict(mesh.shape)} cuts across the {jax.process_count()} processes: each needs "
+            "as many devices, and rows of the batch that are its own or those of others entirely; "
+            "let data x fsdp be a multiple of the processes, or divide them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def active_mesh() -> Any:

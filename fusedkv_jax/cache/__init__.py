@@ -4,6 +4,7 @@ from fusedkv_jax.cache.cache import KVCache, check_int4
 from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
 from fusedkv_jax.cache.kivi import KiviStore
 from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, split_plan
+from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
 from fusedkv_jax.cache.storage import (
     EIGHT_BITS,
     FLOATS,
@@ -34,7 +35,9 @@ __all__ = [
     "Rows",
     "Store",
     "cache_plan",
+    "cache_shardings",
     "check_int4",
+    "constrain_cache",
     "encode",
     "ring_positions",
     "select",

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from fusedkv_jax.cache.shardings import local_rows
 from pallas_kernels.quantized import Quantized, quantize
 
 FLOATS = ("bfloat16", "float32", "float16")
@@ -98,7 +99,7 @@ def write(
 
     def put(array, part):
         group = length // array.shape[2]
-        return _write(array, slot, part, start // group, count // group)
+        return local_rows(_write)(array, slot, part, start // group, count // group)
 
     return jax.tree.map(put, storage, new)
 

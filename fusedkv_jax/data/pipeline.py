@@ -2,8 +2,11 @@
 
 Both yield dicts of arrays [B, T]: tokens, targets, segment_ids, positions (int32) and loss_mask
 (float32), as `packing.PackedSequences` describes them. With several JAX processes each gets its
-own B / processes rows of every batch, the same batch in all of them, and as many batches.
+own B / processes rows of every batch, process 0 the first ones, and as many batches.
 """
+
+import hashlib
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,18 +20,67 @@ Batch = dict[str, np.ndarray]
 Sequences = PackedSequences | RecallSequences
 
 
+class TrainBatches(grain.DatasetIterator):
+    """Batches that go on where they were, or say that the documents are not those of before.
+
+    Its state is the next batch's number, whatever the number of processes, and what identifies
+    the documents.
+
+    Args:
+      batches: the iterator of one process's rows.
+      source: the name of the corpus, for the message.
+      corpus: from `fingerprint`.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, source: str, corpus: str):
+        super().__init__(batches)
+        self._source, self.corpus = source, corpus
+
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self._parent.get_state(), "corpus": self.corpus}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+          ValueError: it belongs to other documents.
+        """
+        state = dict(state)
+        saved = state.pop("corpus")
+        if saved != self.corpus:
+            raise ValueError(
+                f"data.source={self._source} has other documents than when the checkpoint was made "
+                f"({self.corpus}, then {saved}), so its batches cannot go on; put them back, or "
+                "use another --workdir"
+            )
+        self._parent.set_state(state)
+
+
+def fingerprint(documents: TokenizedDocuments | RecallSequences) -> str:
+    """Short text that changes with the number, the order or the size of any document."""
+    if isinstance(documents, RecallSequences):
+        return "recall"  # made from the configuration alone
+    digest = hashlib.sha256()
+    for sizes in (documents.lengths, documents.num_bytes):
+        digest.update(np.ascontiguousarray(sizes).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def make_train_iterator(
     config: DataConfig,
     *,
     corpus: Corpus | None = None,
     shard: grain.sharding.ShardOptions | None = None,
-) -> grain.DatasetIterator:
+) -> TrainBatches:
     """Returns an endless iterator over training batches.
 
     Each epoch goes once through all sequences of the training split in an order that `seed` and
     the number of the epoch decide; batches run on across epochs. `get_state` and `set_state`
-    (one number, the next batch) resume bit for bit with any number of threads, and Orbax takes
-    the iterator as a checkpointable.
+    (one number, the next batch) resume bit for bit with any number of threads and processes, and
+    Orbax takes the iterator as a checkpointable.
 
     Args:
       config: what to read.
@@ -52,7 +104,8 @@ def make_train_iterator(
         num_threads=config.num_threads,
         prefetch_buffer_size=config.prefetch_batches if config.num_threads else 0,
     )
-    return iter(dataset.to_iter_dataset(options))
+    batches = iter(dataset.to_iter_dataset(options))
+    return TrainBatches(batches, config.source, fingerprint(corpus.train))
 
 
 def make_eval_batches(
@@ -108,7 +161,8 @@ def _batch(
             f"data batch_size {config.batch_size} must be a multiple of the "
             f"{shard.shard_count} processes"
         )
-    return dataset[shard.shard_index :: shard.shard_count].batch(rows, drop_remainder=True)
+    # Parts of a batch, not single rows, go round: put side by side they are the whole batch.
+    return dataset.batch(rows, drop_remainder=True)[shard.shard_index :: shard.shard_count]
 
 
 def _without_bytes(batch: Batch) -> Batch:

@@ -66,7 +66,7 @@ class Batch:
     ):
         self.engine, self.requests, self.prefix = engine, requests, prefix
         self.rows = [(r, i) for r in requests for i in range(r.params.n)]
-        self.size = engine.bucket(len(self.rows), 1)
+        self.size = engine.rows(len(self.rows))
         longest = max(r.limit for r in requests)
         self.length = length or engine.bucket(longest, SHORTEST_BUCKET)
         self.prompt_logprobs: dict[int, list[PlaceLogprobs | None]] = {}
@@ -82,7 +82,8 @@ class Batch:
         Yields:
             What is new. Rows sent back (by `send`) are ended.
         """
-        state, inputs = self._start()
+        with self.engine.placement.active():
+            state, inputs = self._start()
         starts = self._lengths().copy()
         steps = jnp.asarray(self.length if interval is None else interval, jnp.int32)
         size = self.length if interval is None else interval
@@ -108,7 +109,8 @@ class Batch:
     def _decode(self, state, inputs, steps):
         speculation = self.engine.speculation
         decode = loop.decode if speculation is None else speculation.decode
-        return decode(*self.engine.split, state, inputs, steps)
+        with self.engine.placement.active():
+            return decode(*self.engine.split, state, inputs, steps)
 
     def _count(self, found: list[News], seconds: float) -> None:
         rates = self.engine.rates
@@ -186,7 +188,7 @@ class Batch:
         """The prompts after the shared prefix, one row for each request."""
         engine = self.engine
         longest = max(len(r.prompt) for r in self.requests) - skip
-        shape = engine.bucket(len(self.requests), 1), engine.bucket(longest, SHORTEST_BUCKET)
+        shape = engine.rows(len(self.requests)), engine.bucket(longest, SHORTEST_BUCKET)
         prompts, lengths = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
         for row, request in enumerate(self.requests):
             tokens = request.prompt[skip:]
@@ -202,7 +204,10 @@ class Batch:
             limit = min(limit or _FULL_PATH_TOKENS, _FULL_PATH_TOKENS)
         k = _places(scored, engine.model.config.vocab_size)
         width = engine.width(len(lengths), limit)
-        logits, cache, scores = fill(engine.split, prompts, lengths, cache, width=width, k=k)
+        ends = None if scored else engine.ends(prompts.shape[1])
+        logits, cache, scores = fill(
+            engine.split, prompts, lengths, cache, width=width, k=k, ends=ends
+        )
         if scores is not None:
             for row, (request, count) in enumerate(zip(self.requests, wanted, strict=True)):
                 assert count is not None

@@ -61,14 +61,15 @@ def beam_search(
     completions = {}
     for first in range(0, len(order), together):
         batch = order[first : first + together]
-        beams = _search_batch(engine, batch, params)
+        with engine.placement.active():
+            beams = _search_batch(engine, batch, params)
         for row, request in enumerate(batch):
             completions[request.number] = _completion(request, beams, row, params, tokenizer)
     return [completions[i] for i in range(len(prompts))]
 
 
 def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchParams) -> Beams:
-    rows, width = engine.bucket(len(requests), 1), params.beam_width
+    rows, width = engine.rows(len(requests)), params.beam_width
     longest = engine.bucket(max(len(r.prompt) for r in requests), SHORTEST_BUCKET)
     total = engine.bucket(max(r.limit for r in requests), SHORTEST_BUCKET)
     most = engine.bucket(max(r.limit - len(r.prompt) for r in requests), SHORTEST_BUCKET)
@@ -82,7 +83,12 @@ def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchPar
     stops[: len(requests[0].stops)] = requests[0].stops
     chunk = engine.width(rows, engine.max_num_batched_tokens)
     logits, cache, _ = fill(
-        engine.split, prompts, lengths, engine.empty_cache(rows, total), width=chunk
+        engine.split,
+        prompts,
+        lengths,
+        engine.empty_cache(rows, total),
+        width=chunk,
+        ends=engine.ends(longest),
     )
     cache, logits = repeat_rows(cache, logits, jnp.repeat(jnp.arange(rows), width))
     early = 2 if params.early_stopping == "never" else int(params.early_stopping)

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
-from fusedkv_jax.cache import KVCache
+from fusedkv_jax.generation.parts import Parts, part_ends
+from fusedkv_jax.generation.placement import Placement
 from fusedkv_jax.generation.prefill import fill
 from fusedkv_jax.generation.requests import Request
 from fusedkv_jax.generation.results import Rates
 from fusedkv_jax.generation.sampling import bucket
-from fusedkv_jax.model import Decoder, for_decoding
+from fusedkv_jax.model import Decoder, check_parts, for_decoding
 
 SHORTEST_BUCKET = 16
 
@@ -46,6 +48,8 @@ class Engine:
     enable_prefix_caching: bool = True
     compression: Any = None
     speculation: Any = None
+    mesh: Any = None
+    prefill_parts: Parts | None = None
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
@@ -53,23 +57,55 @@ class Engine:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; use at least 1")
+        self._check_parts(self.placement.workers)  # and the mesh
         if self.speculation is not None:
             self.speculation.check(self.model.config)
         if self.compression is not None:
             self.compression.check(self.model.config)
 
+    def _check_parts(self, workers: int) -> None:
+        if self.prefill_parts is None:
+            return
+        if workers == 1:
+            raise ValueError(
+                f"prefill_parts={self.prefill_parts!r} needs a mesh whose context axis takes the"
+                " parts, such as mesh=make_mesh(MeshConfig(context=4))"
+            )
+        part_ends(workers, workers, self.prefill_parts)  # refuses what is no cut
+        for name in ("max_num_batched_tokens", "compression"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"prefill_parts and {name} exclude each other; give one of them")
+        longest = self.model.config.max_length
+        check_parts(self.model.config, jax.eval_shape(lambda: self.empty_cache(workers, longest)))
+
     @functools.cached_property
     def split(self) -> tuple[nnx.GraphDef[Decoder], Any]:
         """Structure and parameters of the model, in its form for decoding."""
-        return nnx.split(for_decoding(self.model))
+        graph, params = nnx.split(for_decoding(self.model))
+        return graph, self.placement.parameters(params)
+
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """Where it runs."""
+        return Placement.of(self.mesh)
 
     def bucket(self, size: int, least: int) -> int:
         return bucket(size, least) if self.bucketing else max(1, size)
 
+    def rows(self, count: int) -> int:
+        """Rows of arrays for `count` rows: a bucket that divides over the mesh."""
+        return self.placement.rows(self.bucket(count, 1))
+
     def empty_cache(self, rows: int, length: int) -> Any:
-        return KVCache.create(
-            self.model.config, batch_size=rows, max_length=length, dtype=self.cache_dtype
-        )
+        sizes: Any = {"batch_size": rows, "max_length": length, "dtype": self.cache_dtype}
+        return self.placement.cache(self.model.config, **sizes)
+
+    def ends(self, columns: int) -> tuple[int, ...] | None:
+        """Where the parts of prompts end; None for prefill in one piece, as of very short ones."""
+        workers = self.placement.workers
+        if self.prefill_parts is None or columns < workers:
+            return None
+        return part_ends(columns, workers, self.prefill_parts)
 
     def width(self, rows: int, limit: int | None) -> int | None:
         """Tokens of a row in a chunk, so that all rows together keep within the budget."""
@@ -102,7 +138,8 @@ class Engine:
         """
         plain = [r for r in requests if r.params.prompt_logprobs is None]
         cyclic = self.model.config.kv_layout.is_cyclic
-        if not self.enable_prefix_caching or self.compression or cyclic or len(plain) < 2:
+        alone = not self.enable_prefix_caching or self.compression or self.prefill_parts
+        if alone or cyclic or len(plain) < 2:
             return None, 0
         first, last = min(r.prompt for r in plain), max(r.prompt for r in plain)
         most = min(len(r.prompt) for r in plain) - 1  # the last token's logits are needed
@@ -116,12 +153,13 @@ class Engine:
         """A prefix in a cache of `length` tokens."""
         prompts = np.zeros((1, self.bucket(len(tokens), SHORTEST_BUCKET)), np.int32)
         prompts[0, : len(tokens)] = tokens
-        _, cache, _ = fill(
-            self.split,
-            prompts,
-            np.array([len(tokens)]),
-            self.empty_cache(1, length),
-            width=self.width(1, self.max_num_batched_tokens),
-            final="none",
-        )
+        with self.placement.active():
+            _, cache, _ = fill(
+                self.split,
+                prompts,
+                np.array([len(tokens)]),
+                self.empty_cache(1, length),
+                width=self.width(1, self.max_num_batched_tokens),
+                final="none",
+            )
         return Prefix(tokens, cache)

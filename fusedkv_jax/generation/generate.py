@@ -56,6 +56,11 @@ def generate(
                 once.
             compression: a compressor of `fusedkv_jax.compression`; it prefills whole prompts.
             speculation: a speculative decoder; it replaces the loop and keeps its outputs.
+            mesh: devices to run on, as `fusedkv_jax.sharding.make_mesh` gives them; by default the
+                mesh that is set (`jax.set_mesh`), or one device. Rows are split over `data` and
+                `fsdp`, heads over `tensor`.
+            prefill_parts: prefill in parts, one for each place of the mesh's `context` axis:
+                `equal`, `balanced`, or their relative sizes (`fusedkv_jax.generation.parts`).
 
     Returns:
         One completion per prompt, in order. Where prompt and `max_tokens` exceed the model's
@@ -161,7 +166,8 @@ def warm_up(
                 for interval in (None, _VISIT_EVERY, stream_interval):
                     for _ in Batch(engine, [request] * count, length=total).visits(interval):
                         pass
-                repeat_rows(prefix.cache, None, jnp.zeros(count, jnp.int32))
+                with engine.placement.active():
+                    repeat_rows(prefix.cache, None, jnp.zeros(engine.rows(count), jnp.int32))
                 buckets += 1
     return buckets
 

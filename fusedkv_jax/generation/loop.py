@@ -161,7 +161,6 @@ def append(state: DecodeState, token: Int[Array, "B"], logits: Float[Array, "B V
         token: int32 tokens; those of rows that have ended are not used.
         logits: the model's logits of each token's place, for the log-probabilities.
     """
-    rows = jnp.arange(token.shape[0])
     running = ~state.finished
     place = jnp.where(running, state.lengths, state.tokens.shape[1])  # out of bounds: dropped
     lengths = state.lengths + running
@@ -171,11 +170,13 @@ def append(state: DecodeState, token: Int[Array, "B"], logits: Float[Array, "B V
         logprobs = logprobs.record(logits, token, state.lengths, running)
     return dataclasses.replace(
         state,
-        tokens=state.tokens.at[rows, place].set(token, mode="drop"),
+        tokens=jax.vmap(lambda r, p, t: r.at[p].set(t, mode="drop"))(state.tokens, place, token),
         lengths=lengths,
         finished=state.finished | stopped | (lengths >= state.limits),
-        seen=state.seen.at[rows, token].max(running),
-        counts=state.counts.at[rows, token].add(running.astype(jnp.int32)),
+        seen=jax.vmap(lambda row, t, one: row.at[t].max(one))(state.seen, token, running),
+        counts=jax.vmap(lambda row, t, one: row.at[t].add(one))(
+            state.counts, token, running.astype(jnp.int32)
+        ),
         logprobs=logprobs,
     )
 

@@ -18,13 +18,19 @@ from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.logprobs import Logprobs, score
-from fusedkv_jax.model import Decoder
+from fusedkv_jax.generation.parts import Parts, part_ends
+from fusedkv_jax.generation.placement import Placement
+from fusedkv_jax.model import Decoder, extend_in_parts
 
 Rows = Literal["last", "none"]
 
 
 def prefill(
-    model: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache: KVCache,
+    parts: Parts | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Run prompts, or their next chunk, and fill the cache.
 
@@ -35,12 +41,15 @@ def prefill(
         tokens: int32 prompts, right-padded.
         lengths: int32 number of tokens in each row.
         cache: a cache with room for them; it is donated, use the returned one.
+        parts: prefill whole prompts in parts, one for each place of the `context` axis of the mesh
+            that is set (`jax.set_mesh`): `equal`, `balanced`, or their relative sizes; see
+            `fusedkv_jax.generation.parts`. The cache must be empty.
 
     Returns:
         Logits of each row's last token, float32, and the extended cache.
 
     Raises:
-        ValueError: more tokens than a row of the cache can hold.
+        ValueError: more tokens than a row of the cache can hold, or parts that cannot be.
     """
     capacity = cache.capacity
     if capacity is not None and tokens.shape[1] > capacity:
@@ -49,7 +58,13 @@ def prefill(
             " create it with a larger max_length"
         )
     graph, state = nnx.split(model)
-    return extend(graph, state, tokens, jnp.asarray(lengths, jnp.int32), cache)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    if parts is None:
+        return extend(graph, state, tokens, lengths, cache)
+    if np.any(cache.lengths):
+        raise ValueError("prefill in parts begins with an empty cache; this one holds tokens")
+    ends = part_ends(tokens.shape[1], Placement.of(None).workers, parts)
+    return extend_parts(graph, state, tokens, lengths, cache, ends)
 
 
 def decode_step(
@@ -81,6 +96,19 @@ def extend(
 ) -> Any:
     """`Decoder.extend` as a program of its own."""
     return nnx.merge(graph, params).extend(tokens, count, cache, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "ends"), donate_argnames="cache")
+def extend_parts(
+    graph: nnx.GraphDef[Decoder],
+    params: Any,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, "B"],
+    cache: Any,
+    ends: tuple[int, ...],
+) -> Any:
+    """`extend_in_parts` as a program of its own."""
+    return extend_in_parts(nnx.merge(graph, params), tokens, count, cache, ends)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
@@ -122,8 +150,9 @@ def fill(
     width: int | None = None,
     final: Rows = "last",
     k: int | None = None,
+    ends: tuple[int, ...] | None = None,
 ) -> tuple[Any, Any, Logprobs | None]:
-    """Prefill whole prompts, in chunks.
+    """Prefill whole prompts, in chunks or, into an empty cache, in parts.
 
     Args:
         split: structure and parameters of the model.
@@ -133,11 +162,15 @@ def fill(
         width: tokens of a row in one chunk at most; None for all T at once.
         final: rows of the last chunk whose logits are wanted: `last`, or `none`.
         k: score the prompt through all layers, with this many likeliest tokens.
+        ends: where the parts end, which devices take along `context`; None for no parts.
 
     Returns:
         Logits [B, V] of each row's last token (None if `none`), the cache, and with `k` the scores:
         place i holds those of token i+1.
     """
+    if ends is not None:
+        arrays = jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32)
+        return *extend_parts(*split, *arrays, cache, ends), None
     size = min(width or prompts.shape[1], prompts.shape[1])
     plan = chunks(lengths, size)
     following = np.roll(prompts, -1, axis=1)

@@ -8,13 +8,17 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
+from fusedkv_jax.cache import constrain_cache
+
 
 def take_rows(cache: Any, rows: Int[Array, "R"]) -> Any:
     """The cache whose row i is row `rows[i]` of this one.
 
     Streams are stored as [P, B, ...], what belongs to a row alone (its length) as [B].
     """
-    return jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim == 1 else leaf[:, rows], cache)
+    return constrain_cache(
+        jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim == 1 else leaf[:, rows], cache)
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=())

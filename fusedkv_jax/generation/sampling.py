@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.generation.params import SamplingError, SamplingParams
+from fusedkv_jax.sharding import constrain
 
 __all__ = ["SamplerInputs", "SamplingError", "SamplingParams", "adjust", "sample", "scaled"]
 
@@ -101,6 +102,10 @@ class SamplerInputs:
             bad_words=jnp.asarray(_bad_word_array(bad_words or [()] * len(params))),
         )
 
+    def any(self, condition: Callable[[SamplerInputs], Array]) -> Bool[Array, ""]:
+        """Whether a condition holds for any row; every device of a mesh knows all rows."""
+        return jnp.any(condition(jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), self)))
+
 
 def bucket(size: int, least: int = _FEWEST) -> int:
     """The power of two that holds `size`, at least `least`."""
@@ -152,7 +157,7 @@ def sample(
     logits = adjust(logits, inputs, seen, counts, forbidden)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.lax.cond(
-        jnp.any(inputs.temperature > 0),
+        inputs.any(lambda of: of.temperature > 0),
         lambda: jnp.where(inputs.temperature > 0, _draw(logits, inputs, positions), greedy),
         lambda: greedy,
     )
@@ -166,14 +171,15 @@ def adjust(
     forbidden: Int[Array, "B n"] | None = None,
 ) -> Float[Array, "B V"]:
     """Logits after exclusions, bias and penalties; arguments as for `sample`."""
-    rows = jnp.arange(logits.shape[0])[:, None]
 
-    def at(ids):  # padding, -1, would count from the end
-        return logits.at[rows, jnp.where(ids < 0, logits.shape[1], ids)]
+    def at(row, ids):  # padding, -1, would count from the end
+        return row.at[jnp.where(ids < 0, row.shape[0], ids)]
 
     if forbidden is not None:
-        logits = at(forbidden).set(-jnp.inf, mode="drop")
-    logits = at(inputs.bias_ids).add(inputs.bias, mode="drop")
+        exclude = jax.vmap(lambda row, ids: at(row, ids).set(-jnp.inf, mode="drop"))
+        logits = exclude(logits, forbidden)
+    add = jax.vmap(lambda row, ids, bias: at(row, ids).add(bias, mode="drop"))
+    logits = add(logits, inputs.bias_ids, inputs.bias)
 
     def penalize(logits):
         penalty = inputs.repetition[:, None]
@@ -184,8 +190,10 @@ def adjust(
         logits = logits - inputs.frequency[:, None] * counts
         return logits - inputs.presence[:, None] * (counts > 0)
 
-    used = (inputs.repetition != 1) | (inputs.frequency != 0) | (inputs.presence != 0)
-    return jax.lax.cond(jnp.any(used), penalize, lambda logits: logits, logits)
+    def used(of):
+        return (of.repetition != 1) | (of.frequency != 0) | (of.presence != 0)
+
+    return jax.lax.cond(inputs.any(used), penalize, lambda logits: logits, logits)
 
 
 def scaled(logits: Float[Array, "B V"], inputs: SamplerInputs) -> Float[Array, "B V"]:
@@ -193,8 +201,11 @@ def scaled(logits: Float[Array, "B V"], inputs: SamplerInputs) -> Float[Array, "
     softmax. Greedy rows take temperature 1 here."""
     temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
     logits = logits / temperature[:, None]
-    restricted = (inputs.top_k > 0) | (inputs.top_p < 1) | (inputs.min_p > 0)
-    return jax.lax.cond(jnp.any(restricted), restrict, lambda x, _: x, logits, inputs)
+
+    def restricted(of):
+        return (of.top_k > 0) | (of.top_p < 1) | (of.min_p > 0)
+
+    return jax.lax.cond(inputs.any(restricted), restrict, lambda x, _: x, logits, inputs)
 
 
 def _draw(logits: Array, inputs: SamplerInputs, positions: Array) -> Int[Array, "B"]:

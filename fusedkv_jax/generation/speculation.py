@@ -309,7 +309,9 @@ def accept_or_replace(
         )
 
     return jax.lax.cond(
-        jnp.any(inputs.temperature > 0), draw, lambda: (greedy, guessed & (guess == greedy))
+        inputs.any(lambda of: of.temperature > 0),
+        draw,
+        lambda: (greedy, guessed & (guess == greedy)),
     )
 
 
@@ -321,7 +323,7 @@ def _distribution(adjusted: Float[Array, "B V"], inputs: SamplerInputs) -> Float
         drawn = jax.nn.softmax(scaled(adjusted, inputs), axis=-1)
         return jnp.where((inputs.temperature > 0)[:, None], drawn, best)
 
-    return jax.lax.cond(jnp.any(inputs.temperature > 0), soft, lambda: best)
+    return jax.lax.cond(inputs.any(lambda of: of.temperature > 0), soft, lambda: best)
 
 
 def _draw(purpose: int, p: Float[Array, "B V"], inputs: SamplerInputs, positions) -> Array:
@@ -332,7 +334,9 @@ def _draw(purpose: int, p: Float[Array, "B V"], inputs: SamplerInputs, positions
         return jax.vmap(jax.random.categorical)(keys, jnp.log(p)).astype(jnp.int32)
 
     return jax.lax.cond(
-        jnp.any(inputs.temperature > 0), draw, lambda: jnp.argmax(p, axis=-1).astype(jnp.int32)
+        inputs.any(lambda of: of.temperature > 0),
+        draw,
+        lambda: jnp.argmax(p, axis=-1).astype(jnp.int32),
     )
 
 

@@ -3,12 +3,15 @@
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.fold import fold_fusion
 from fusedkv_jax.model.parameters import FusionWeight, NoDecayParam, weight_decay_mask
+from fusedkv_jax.model.runahead import check_parts, extend_in_parts
 from fusedkv_jax.model.unroll import for_decoding, unroll_layers
 
 __all__ = [
     "Decoder",
     "FusionWeight",
     "NoDecayParam",
+    "check_parts",
+    "extend_in_parts",
     "fold_fusion",
     "for_decoding",
     "unroll_layers",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.cache import Call, KVCache
@@ -22,7 +23,7 @@ from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotation
 from fusedkv_jax.model.stack import Queries, Stack, Watch
-from fusedkv_jax.sharding import constrain
+from fusedkv_jax.sharding import active_mesh, automatic, constrain, spec
 from pallas_kernels import implementations
 
 Rows = Literal["last", "all", "none"]
@@ -73,7 +74,10 @@ class Decoder(nnx.Module):
             Logits in float32.
         """
         graph, state = nnx.split(self)
-        return _forward(graph, state, tokens, segment_ids, positions)
+        mesh = active_mesh()
+        axes, shape = ("batch", "sequence", "vocabulary"), (*tokens.shape, self.config.vocab_size)
+        out_spec = P() if mesh is None else spec(axes, shape, mesh)
+        return _forward(graph, out_spec, state, tokens, segment_ids, positions)
 
     def hidden(
         self,
@@ -115,7 +119,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Output head, accumulated and returned in float32."""
-        return project(x, self.head_matrix.astype(x.dtype), 1, jnp.float32)
+        return project(x, self.head_matrix, 1, jnp.float32)
 
     @property
     def head_matrix(self) -> Float[Array, "D V"]:
@@ -237,7 +241,10 @@ def _blocks(init: Initializer, run: Run) -> list[Block]:
     return [Block(stacked, layers[run.start + p]) for p in range(run.period)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(graph: nnx.GraphDef[Decoder], state: Any, tokens, segment_ids, positions) -> Array:
-    model = nnx.merge(graph, state)
-    return model.logits(model.hidden(tokens, segment_ids, positions))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(graph: nnx.GraphDef[Decoder], out_spec: P, *arrays) -> Array:
+    def forward(state, tokens, segment_ids, positions):
+        model = nnx.merge(graph, state)
+        return model.logits(model.hidden(tokens, segment_ids, positions))
+
+    return automatic(forward, out_spec)(*arrays)

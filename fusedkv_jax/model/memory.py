@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Call, KVCache, Piece, Reading, Rows
+from fusedkv_jax.cache import Call, KVCache, Piece, Reading, Rows, constrain_cache
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, Run, exported, runs
 from pallas_kernels.quantized import Quantized
@@ -220,7 +220,7 @@ class CacheMemory(Memory):
 
     def store(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> Any:
         group = self.plan.places[kind, layer][0]
-        return _with_store(cache, group, cache.stores[group].write(kind, slot, new, self.call))
+        return with_store(cache, group, cache.stores[group].write(kind, slot, new, self.call))
 
     def view(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New | None) -> View:
         store = cache.stores[self.plan.places[kind, layer][0]]
@@ -236,7 +236,7 @@ class CacheMemory(Memory):
 
     def watch(self, cache: Any, reading: Reading) -> Any:
         group = self._group(reading.layer)
-        return _with_store(cache, group, cache.stores[group].watch(reading, self.call))
+        return with_store(cache, group, cache.stores[group].watch(reading, self.call))
 
     def finish(self, state: State) -> KVCache:
         cache = state.cache
@@ -249,11 +249,14 @@ class CacheMemory(Memory):
                     bank = state.bank[kind]
                     assert bank is not None
                     new[kind] = bank[np.asarray(slots)]
-            cache = _with_store(cache, index, store.finish(new, self.call))
-        return dataclasses.replace(cache, lengths=self.call.first + self.call.count)
+            cache = with_store(cache, index, store.finish(new, self.call))
+        return constrain_cache(
+            dataclasses.replace(cache, lengths=self.call.first + self.call.count)
+        )
 
 
-def _with_store(cache: KVCache, index: int, store: Any) -> KVCache:
+def with_store(cache: KVCache, index: int, store: Any) -> KVCache:
+    """The cache with another store in one of its places."""
     stores = (*cache.stores[:index], store, *cache.stores[index + 1 :])
     return dataclasses.replace(cache, stores=stores)
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from fusedkv_jax.sharding import active_mesh, spec
+from fusedkv_jax.sharding import RULES, spec
 
 Sources = tuple[Any, ...]  # [B, S, K, H] arrays or `pallas_kernels.Quantized`
 
@@ -31,7 +31,7 @@ def attention(
     **options: Any,
 ) -> Any:
     """`pallas_kernels.attention`, split over the mesh that is set, if one is."""
-    mesh = active_mesh()
+    mesh, free = _free_axes()
     options |= {"return_residuals": return_residuals}
     if mesh is None:
         return pallas_kernels.attention(q, keys, values, key_weights, value_weights, **options)
@@ -42,22 +42,22 @@ def attention(
     tokens = "sequence" if split and length % mesh.shape["context"] == 0 else None
     if tokens and mesh.shape["context"] > 1 and "q_positions" not in arrays:
         arrays["q_positions"] = jnp.broadcast_to(jnp.arange(length), q.shape[:2])
+    # Queries that say where they are can be split even so: as many devices share a prompt.
+    queries = "sequence" if "q_positions" in arrays else tokens
     heads, kv_heads = _head_axes(q.shape[2], keys[0].shape[2], mesh.shape["tensor"])
 
-    def source_spec(x):
-        return spec(("batch", tokens, kv_heads, None), x.shape, mesh)
+    def part(x, *axes):
+        return spec([axis if set(RULES[axis]) <= free else None for axis in axes], x.shape, mesh)
 
-    def weight_spec(x):
-        return spec((None, kv_heads, None), x.shape, mesh)
-
-    q_spec = spec(("batch", tokens, heads, None), q.shape, mesh)
+    q_spec = part(q, "batch", queries, heads, None)
     sources, weights = (keys, values), (key_weights, value_weights)
-    names = {name: tuple(tokens if a == "tokens" else a for a in _AXES[name]) for name in arrays}
+    sequences = {"queries": queries, "tokens": tokens}
+    names = {name: [sequences.get(axis, axis) for axis in _AXES[name]] for name in arrays}
     in_specs = (
         q_spec,
-        jax.tree.map(source_spec, sources),
-        jax.tree.map(weight_spec, weights),
-        {name: spec(names[name], x.shape, mesh) for name, x in arrays.items()},
+        jax.tree.map(lambda x: part(x, "batch", tokens, kv_heads, None), sources),
+        jax.tree.map(lambda x: part(x, None, kv_heads, None), weights),
+        {name: part(x, *names[name]) for name, x in arrays.items()},
     )
     local = functools.partial(
         _local,
@@ -67,15 +67,32 @@ def attention(
         options=options,
     )
     out_specs = (q_spec, P(*q_spec[:3])) if return_residuals else q_spec
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=free,
+        check_vma=False,
+    )
     return run(q, sources, weights, arrays)
+
+
+def _free_axes() -> tuple[Any, set[str]]:
+    """The mesh that is set and those of its axes that are left to split; None if there are none.
+
+    Where prompts are prefilled in parts, only `tensor` is left.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    return (mesh if any(mesh.shape[axis] > 1 for axis in free) else None), free
 
 
 # Logical axes of the integer arguments.
 _AXES = {
-    "q_positions": ("batch", "tokens"),
+    "q_positions": ("batch", "queries"),
     "kv_positions": ("batch", None),
-    "q_segment_ids": ("batch", "tokens"),
+    "q_segment_ids": ("batch", "queries"),
     "kv_segment_ids": ("batch", "tokens"),
     "kv_lengths": ("batch",),
 }

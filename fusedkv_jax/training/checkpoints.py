@@ -1,39 +1,43 @@
 """Checkpoints of a run with Orbax: asynchronous saving, exact resuming, clear refusals."""
 
 import concurrent.futures
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from fusedkv_jax import processes
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.sharding import serving_shardings
 from fusedkv_jax.training import manifest
-from fusedkv_jax.training.config import ExperimentConfig, first_difference
+from fusedkv_jax.training.compatibility import check_config, check_tree
+from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError, Manifest
 from fusedkv_jax.training.state import TrainState, abstract_model
 from fusedkv_jax.training.store import Store, committed_steps
-from fusedkv_jax.training.trees import describe, plain, unplain, with_sharding
+from fusedkv_jax.training.trees import plain, unplain, with_sharding
 
-# Settings that change how the model is computed but neither its parameters nor its function.
-MODEL_RUNTIME_FIELDS = ("attention", "max_length", "remat", "scan_layers")
-# Settings that change how fast batches come but not which.
-DATA_RUNTIME_FIELDS = ("num_threads", "prefetch_batches")
 BEST_METRIC = "eval/loss"
+_CHANNEL = "checkpoints"  # of the decisions in the background
 
 
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints/STEP`.
 
-    A step holds three items: params (a plain nested dictionary of arrays), optimizer (step,
-    skipped, the optimizer's state) and data (the place in the data stream), and the manifest,
-    which has the configuration and every file's SHA-256. Saving happens in the background. Orbax
-    writes to another name, the manifest follows, and a rename commits: a kill at any time leaves
-    only whole checkpoints. Use as a context manager: leaving the block waits for the last save.
+    A step holds two items: params (a plain nested dictionary of arrays) and optimizer (step,
+    skipped, the optimizer's state), and the manifest, which has the place in the data stream, the
+    configuration and every file's SHA-256. Saving happens in the background. Orbax writes to
+    another name, the manifest follows, and a rename commits: a kill at any time leaves only whole
+    checkpoints. Use as a context manager: leaving the block waits for the last save.
 
     A save that fails (the disk is full, say) is reported, and training goes on.
+
+    With several processes each writes, hashes and reads its part; process 0 commits, reports and
+    sets damaged steps aside. All must call the same methods in the same order.
 
     Args:
       workdir: the run's directory; made absolute, because Orbax writes relative paths in a
@@ -52,7 +56,7 @@ class Checkpoints:
         report: Callable[[str], Any] = print,
     ):
         self._store = Store(checkpoint_directory(workdir), keep, keep_best, BEST_METRIC)
-        self._store.clean()
+        processes.on_first(self._store.clean)
         self._report = report
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -60,7 +64,7 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
-        return max(self._store.steps(), default=None)
+        return processes.on_first(lambda: max(self._store.steps(), default=None))
 
     def save(
         self,
@@ -75,37 +79,67 @@ class Checkpoints:
         Args:
           step: the step that the state belongs to.
           state: may be donated right after the call.
-          data: the Grain iterator, which may go on right after the call.
+          data: the Grain iterator, which may go on right after the call. Its state must not
+            depend on the process, as that of `make_train_iterator` does not.
           config: stored with the checkpoint.
           metrics: the last evaluation's values, stored with the checkpoint.
         """
         self.wait()
         if step == self.latest_step:
             return
-        items = {"params": plain(state.params), "optimizer": _optimizer_item(state), "data": data}
-        description = {"step": step, "config": config.to_dict(), "metrics": metrics or {}}
+        items = {"params": plain(state.params), "optimizer": _optimizer_item(state)}
+        description = {
+            "step": step,
+            "config": config.to_dict(),
+            "metrics": metrics or {},
+            "data": data.get_state(),
+        }
+        path = writing = failure = None
         try:
-            path = self._store.unfinished(step)
+            path = pathlib.Path(processes.on_first(lambda: str(self._store.unfinished(step))))
             writing = ocp.save_checkpointables_async(str(path), items)
         except Exception as error:  # of any kind: a run outlives its checkpoints
-            self._failed(step, error)
-            return
-        self._pending = self._thread.submit(self._finish, step, writing, path, description)
+            if path is not None and jax.process_count() > 1:
+                raise  # the other processes are inside a collective of Orbax
+            failure = error
+        # Also after a failure: the other processes wait to hear of it.
+        self._pending = self._thread.submit(self._finish, writing, failure, path, description)
 
-    def _finish(self, step: int, writing: Any, path: pathlib.Path, description: dict) -> None:
+    def _finish(self, writing: Any, failure: Exception | None, path: Any, description: dict):
+        """Commit what all processes have written, or report the first failure of one."""
+        files = {}
         try:
-            writing.result()
-            manifest.write(path, **description)
-            self._store.commit(step)
+            if failure is None:
+                writing.result()
+                files = manifest.hash_files(path)
         except Exception as error:
-            self._failed(step, error)
+            failure = error
+
+        def commit(outcomes: list[tuple[Exception | None, dict[str, list[Any]]]]) -> None:
+            for failure, shared in outcomes:
+                if failure is not None:
+                    raise failure
+                files.update(shared)
+            manifest.write(path, **description, files=files)
+            self._store.commit(description["step"])
+
+        try:
+            processes.decide((failure, files), commit, _CHANNEL)
+        except Exception as error:
+            self._failed(description["step"], error)
 
     def _failed(self, step: int, error: Exception) -> None:
+        if processes.is_first():
+            self._store.discard(step)  # the disk may be full
         reason = (str(error).splitlines() or [""])[0]
-        self._report(
+        self._tell(
             f"warning: step {step} could not be saved and training goes on: "
             f"{type(error).__name__}: {reason}"
         )
+
+    def _tell(self, line: str) -> None:
+        if processes.is_first():
+            self._report(line)
 
     def restore(
         self, abstract: TrainState, data: Any, config: ExperimentConfig
@@ -125,15 +159,16 @@ class Checkpoints:
         Raises:
           CheckpointError: another model or other data (the message names the first parameter or
             setting that differs), or all checkpoints are damaged.
+          ValueError: the source's documents have changed.
         """
         damaged = []
-        for step in reversed(self._store.steps()):
+        for step in reversed(processes.on_first(self._store.steps)):
             path = self._store.directory / str(step)
             try:
-                saved = manifest.verify(path)
+                saved = processes.together(lambda: manifest.verify(path, share=True))  # noqa: B023
             except DamagedCheckpointError as damage:
-                aside = self._store.set_aside(step)
-                self._report(f"warning: {damage}; set aside as {aside.name}")
+                aside = processes.on_first(lambda: self._store.set_aside(step).name)  # noqa: B023
+                self._tell(f"warning: {damage}; set aside as {aside}")
                 damaged.append(str(damage))
                 continue
             return self._load(path, saved, abstract, data, config), step
@@ -153,9 +188,10 @@ class Checkpoints:
         config: ExperimentConfig,
     ) -> TrainState:
         expected = {"params": plain(abstract.params), "optimizer": _optimizer_item(abstract)}
-        _check_tree(path, saved.config, expected, config)
-        _check_config(path, saved.config, config)
-        loaded = ocp.load_checkpointables(str(path), {**with_sharding(expected), "data": data})
+        check_tree(path, saved.config, expected, config)
+        check_config(path, saved.config, config)
+        loaded = ocp.load_checkpointables(str(path), with_sharding(expected))
+        processes.together(lambda: data.set_state(saved.data))
         rest = loaded["optimizer"]
         return TrainState(
             step=rest["step"],
@@ -185,13 +221,14 @@ def checkpoint_directory(workdir: pathlib.Path | str) -> pathlib.Path:
 
 
 def load_model(
-    workdir: pathlib.Path | str, step: int | None = None
+    workdir: pathlib.Path | str, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Decoder, ExperimentConfig, int]:
     """The trained model of a work directory, for evaluation, generation and conversion.
 
     Args:
       workdir: directory that `train` wrote to; a run in progress may go on writing.
       step: which checkpoint; None takes the newest.
+      mesh: where the parameters go, split over it; None for the default device.
 
     Returns:
       (model, configuration of the run, step).
@@ -213,50 +250,10 @@ def load_model(
     config = ExperimentConfig.from_dict(saved)
     graphdef, params = abstract_model(config.model)
     expected = {"params": plain(params)}
-    _check_tree(path, saved, expected, config)
-    loaded = ocp.load_checkpointables(str(path), with_sharding(expected))
+    check_tree(path, saved, expected, config)
+    shardings = None if mesh is None else serving_shardings(expected, mesh)
+    loaded = ocp.load_checkpointables(str(path), with_sharding(expected, shardings))
     return nnx.merge(graphdef, unplain(params, loaded["params"])), config, step
-
-
-def _check_tree(
-    path: pathlib.Path, saved: dict[str, Any], expected: dict[str, Any], config: ExperimentConfig
-) -> None:
-    """Compare names, shapes and dtypes ourselves.
-
-    Orbax reports any difference as an "incompatible handler", and casts dtypes silently.
-    """
-    for item, tree in expected.items():
-        wanted = describe(tree)
-        found = describe(ocp.metadata(str(path), checkpointable_name=item).metadata)
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) == found.get(name):
-                continue
-            cause = _difference("model", saved, config)
-            raise CheckpointError(
-                f"checkpoint {path} is of another model: {item}/{name} is "
-                f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
-                + (f" ({cause})" if cause else "")
-                + "; use the configuration it was trained with, or another --workdir"
-            )
-
-
-def _check_config(path: pathlib.Path, saved: dict[str, Any], config: ExperimentConfig) -> None:
-    cause = _difference("model", saved, config) or _difference("data", saved, config)
-    if cause:
-        raise CheckpointError(
-            f"checkpoint {path} was made with another setting, {cause}; set it back, or use "
-            "another --workdir"
-        )
-
-
-def _difference(part: str, saved: dict[str, Any], config: ExperimentConfig) -> str | None:
-    """The first setting of "model" or "data" that differs and matters."""
-    runtime = MODEL_RUNTIME_FIELDS if part == "model" else DATA_RUNTIME_FIELDS
-    old, new = (
-        {name: value for name, value in values[part].items() if name not in runtime}
-        for values in (saved, json.loads(json.dumps(config.to_dict())))
-    )
-    return first_difference(old, new, part)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

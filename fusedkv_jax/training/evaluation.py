@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from fusedkv_jax.sharding import put_batch
+from fusedkv_jax.sharding import automatic, process_rows, put_batch
 from fusedkv_jax.training.loss import LOGITS_MIB, Batch, batch_loss
 from fusedkv_jax.training.metrics import bits_per_byte
 from fusedkv_jax.training.step import BATCH_KEYS, split_rows
@@ -53,7 +54,6 @@ def make_eval_step(
       logits_mib: as for `head_cross_entropy`.
     """
 
-    @jax.jit
     def eval_step(params: nnx.State, batch: Batch):
         parts = split_rows(batch, microbatches)
         losses, counts = jax.lax.map(
@@ -61,7 +61,7 @@ def make_eval_step(
         )
         return losses.sum(), counts.sum()
 
-    return eval_step
+    return jax.jit(automatic(eval_step, P()))
 
 
 def evaluate(
@@ -89,7 +89,10 @@ def evaluate(
         num_tokens += int(count)
         num_bytes += batch["num_bytes"]
     if jax.process_count() > 1:
-        num_bytes = int(multihost_utils.process_allgather(np.asarray(num_bytes)).sum())
+        total = int(multihost_utils.process_allgather(np.asarray(num_bytes)).sum())
+        # Several processes may have fed the same rows.
+        parts = jax.process_count() if mesh is None else process_rows(mesh)[1]
+        num_bytes = total * parts // jax.process_count()
     if num_tokens == 0:
         raise ValueError(
             "the held-out text is empty; raise data.holdout_fraction or give more text"

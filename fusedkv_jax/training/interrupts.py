@@ -1,26 +1,49 @@
-"""SIGTERM and SIGINT become a flag that the loop reads between steps."""
+"""SIGTERM and SIGINT become a flag that the loop reads between steps, the same on all processes."""
 
+import collections
 import signal
 import threading
 from types import FrameType
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 INTERRUPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+# Steps until the processes act on a signal. The vote of a step is on the device behind that step,
+# so reading it at once would wait for the step.
+_DELAY = 2
 
 
 class Interrupts:
     """Context manager that notes the first SIGTERM or SIGINT and lets a second one act.
 
     Schedulers (Slurm, Kubernetes, spot instances) send SIGTERM some time before the kill, and
-    people press Ctrl-C: the run then saves and exits. Orbax's own preemption flag stays False
-    without `jax.distributed`, so a run on one host needs this.
+    people press Ctrl-C: the run then saves and exits. With several processes the signal may come
+    to one alone or to each at another step; `poll` makes them stop at the same one.
 
     Attributes:
-      received: name of the signal, or None.
+      received: name of the signal that this process got, or None.
+      agreed: name of the signal that all processes know of since the last `poll`, or None.
     """
 
     def __init__(self):
         self.received: str | None = None
+        self.agreed: str | None = None
         self._previous = {}
+        self._vote = _Vote() if jax.process_count() > 1 else None
+
+    def poll(self) -> str | None:
+        """`agreed`, brought up to date; every process calls it once after each step."""
+        if self._vote is None:
+            self.agreed = self.received
+        else:
+            number = signal.Signals[self.received] if self.received else 0
+            highest = self._vote.cast(int(number))
+            self.agreed = signal.Signals(highest).name if highest else None
+        return self.agreed
 
     def __enter__(self) -> "Interrupts":
         # Python allows handlers in the main thread only; elsewhere the host program's rule holds.
@@ -40,3 +63,22 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class _Vote:
+    """The maximum of a small number over all processes, some steps later, without waiting."""
+
+    def __init__(self):
+        mesh = Mesh(np.array(jax.devices()), ("device",))
+        self._sharding = NamedSharding(mesh, P("device"))
+        self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self._ballots: dict[int, jax.Array] = {}
+        self._cast: collections.deque[jax.Array] = collections.deque()
+
+    def cast(self, number: int) -> int:
+        """Vote; the outcome of the vote `_DELAY` calls ago, 0 before there is one."""
+        if number not in self._ballots:  # made once: a step only starts the sum
+            local = np.full(jax.local_device_count(), number, np.int32)
+            self._ballots[number] = jax.make_array_from_process_local_data(self._sharding, local)
+        self._cast.append(self._maximum(self._ballots[number]))
+        return int(self._cast.popleft()) if len(self._cast) > _DELAY else 0

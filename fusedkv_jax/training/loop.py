@@ -6,14 +6,15 @@ import pathlib
 import time
 from typing import Any
 
+import grain
 import jax
 from flax import nnx
 
-from fusedkv_jax import costs, data
+from fusedkv_jax import costs, data, processes
 from fusedkv_jax.data import tokenizers
-from fusedkv_jax.sharding import make_mesh, put_batch
+from fusedkv_jax.sharding import make_mesh, process_rows, put_batch
 from fusedkv_jax.training.checkpoints import Checkpoints
-from fusedkv_jax.training.config import ExperimentConfig
+from fusedkv_jax.training.config import ExperimentConfig, first_difference
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
 from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
 from fusedkv_jax.training.interrupts import Interrupts
@@ -26,6 +27,7 @@ from fusedkv_jax.training.metrics import (
     MultiWriter,
     StepTimer,
     TensorBoardWriter,
+    WandbWriter,
     device_peak_flops,
     last_step,
 )
@@ -44,7 +46,7 @@ QUEUED_STEPS = 2
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a call of `train` ended.
+    """How a call of `train` ended, the same on all processes.
 
     Attributes:
       step: the last finished step.
@@ -64,6 +66,7 @@ def train(
     workdir: pathlib.Path | str,
     *,
     profile_steps: tuple[int, int] | None = None,
+    wandb_project: str | None = None,
 ) -> TrainResult:
     """Train until `config.train.steps`, or until SIGTERM or SIGINT.
 
@@ -71,25 +74,34 @@ def train(
     finds checkpoints there goes on from the newest one, bit for bit as if it had not stopped.
     On the first SIGTERM or SIGINT it saves after the current step and returns.
 
+    With several processes (after `processes.initialize`) all call it with the same arguments and
+    on one shared file system. Process 0 prints, writes the metrics and commits the checkpoints; a
+    signal to any of them makes all save at the same step.
+
     Args:
       config: the experiment.
       workdir: created if it does not exist; one run at a time may use it.
-      profile_steps: first and last step whose trace is written to `workdir/profile`, for
-        TensorBoard or Perfetto.
+      profile_steps: first and last step whose trace (of process 0) is written to
+        `workdir/profile`, for TensorBoard or Perfetto.
+      wandb_project: project of Weights & Biases that gets the metrics too.
 
     Raises:
       ValueError: `profile_steps` is no range of steps, the vocabulary is too small for the
         tokenizer, there is no text, the directory is in use (`WorkdirLockedError`), or holds the
-        checkpoint of another configuration (`CheckpointError`).
+        checkpoint of another configuration (`CheckpointError`), the package wandb is asked for
+        and missing, or the processes differ (`ProcessesError`).
       CheckpointError: the last step could not be saved.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")
     profile = ProfileWindow(workdir / "profile", profile_steps)
+    arguments = config.to_dict() | {"workdir": str(workdir), "profile_steps": profile_steps}
+    processes.check_same("configuration", arguments, first_difference)
     program = TrainProgram(config, make_mesh(config.mesh))
-    tokenizers.check_vocab_size(tokenizers.load(config.data.tokenizer), config.model.vocab_size)
-    workdir.mkdir(parents=True, exist_ok=True)
+    process_rows(program.mesh)  # refuses a mesh that cuts across the processes
+    tokenizer = processes.together(lambda: tokenizers.load(config.data.tokenizer))
+    tokenizers.check_vocab_size(tokenizer, config.model.vocab_size)
     with (
         jax.set_mesh(program.mesh),
         lock_workdir(workdir),
@@ -98,7 +110,8 @@ def train(
             workdir, config.train.keep_checkpoints, keep_best=config.train.keep_best
         ) as checkpoints,
     ):
-        return _Run(config, workdir, program, checkpoints, interrupts, profile).finish()
+        run = _Run(config, workdir, program, checkpoints, interrupts, profile, wandb_project)
+        return run.finish()
 
 
 class _Run:
@@ -112,30 +125,38 @@ class _Run:
         checkpoints: Checkpoints,
         interrupts: Interrupts,
         profile: ProfileWindow,
+        wandb_project: str | None,
     ):
         self.goodput = Goodput("start")
         self.profile = profile
+        self.wandb_project = wandb_project
         self.config = config
         self.workdir = workdir
         self.program = program
         self.checkpoints = checkpoints
         self.interrupts = interrupts
-        corpus = data.load_corpus(config.data)
-        self.data = data.make_train_iterator(config.data, corpus=corpus)
         self.eval_batches = None
-        if config.train.eval_batches:
-            self.eval_batches = data.make_eval_batches(
-                config.data, config.train.eval_batches, corpus=corpus
-            )
-        self.eval_step = make_eval_step(program.graphdef, config.train.grad_accumulation)
+        processes.together(self._load_data)
+        processes.check_same("corpus", {"data": self.data.corpus}, first_difference)
+        parts, logits_mib = config.train.grad_accumulation, config.train.logits_mib
+        self.eval_step = make_eval_step(program.graphdef, parts, logits_mib)
         self.latest: dict[str, float] = {}
         self.seen = last_step(self.workdir / METRICS_FILE)
+
+    def _load_data(self) -> None:
+        config, steps = self.config.data, self.config.train.eval_batches
+        corpus = data.load_corpus(config)
+        shard = grain.sharding.ShardOptions(*process_rows(self.program.mesh))
+        self.data = data.make_train_iterator(config, corpus=corpus, shard=shard)
+        if steps:
+            self.eval_batches = data.make_eval_batches(config, steps, corpus=corpus, shard=shard)
 
     def finish(self) -> TrainResult:
         """Run to the end; returns what `train` returns."""
         steps = self.config.train.steps
         state, step = self._start()
-        with Progress(steps, done=step, label=self.config.name) as progress:
+        silent = not processes.is_first()
+        with Progress(steps, done=step, label=self.config.name, silent=silent) as progress:
             if step >= steps:
                 progress.print(
                     f"{self.workdir} is already at step {step} of {steps}; raise "
@@ -143,13 +164,14 @@ class _Run:
                 )
                 return TrainResult(step, None, {}, self.workdir)
             self._announce(progress, state, step)
-            writer = self._writers(progress, step)
+            writer = processes.together(lambda: self._writers(progress, step))
             try:
                 step = self._loop(state, step, progress, writer)
             finally:
                 writer.close()
             progress.print(self.goodput.summary())
-        return TrainResult(step, self.interrupts.received, self.latest, self.workdir)
+        processes.on_first(lambda: None)  # the others must not end while process 0 closes writers
+        return TrainResult(step, self.interrupts.agreed, self.latest, self.workdir)
 
     def _start(self) -> tuple[TrainState, int]:
         restored = self.checkpoints.restore(self.program.state, self.data, self.config)
@@ -166,14 +188,18 @@ class _Run:
         )
 
     def _writers(self, progress: Progress, step: int) -> MetricWriter:
-        return MultiWriter(
-            [
-                LineWriter(progress.print, self.config.train.steps, progress.time_left),
-                JsonLinesWriter(self.workdir / METRICS_FILE, last_step=step),
-                TensorBoardWriter(self.workdir / "tensorboard"),
-            ],
-            report=progress.print,
-        )
+        if not processes.is_first():
+            return MultiWriter([])
+        writers: list[MetricWriter] = []
+        if self.wandb_project is not None:
+            settings = self.config.to_dict()
+            writers = [WandbWriter(self.wandb_project, self.config.name, settings, self.workdir)]
+        writers += [
+            LineWriter(progress.print, self.config.train.steps, progress.time_left),
+            JsonLinesWriter(self.workdir / METRICS_FILE, last_step=step),
+            TensorBoardWriter(self.workdir / "tensorboard"),
+        ]
+        return MultiWriter(writers, report=progress.print)
 
     def _compile(self, progress: Progress) -> Any:
         progress.print("compiling the training step ...")
@@ -202,7 +228,7 @@ class _Run:
             queued.append(metrics["loss"])
             if len(queued) > QUEUED_STEPS:
                 queued.popleft().block_until_ready()
-            last = step >= train.steps or self.interrupts.received is not None
+            last = self.interrupts.poll() is not None or step >= train.steps
             if last or step % train.log_every == 0:
                 self._log(writer, step, metrics, losses, timer)
                 losses.clear()
@@ -271,9 +297,9 @@ class _Run:
                 f"{'missing' if saved is None else f'step {saved}'}; see the warning above, make "
                 "room or give write permission, and run the same command again"
             )
-        if self.interrupts.received and step < self.config.train.steps:
+        if self.interrupts.agreed and step < self.config.train.steps:
             progress.print(
-                f"{self.interrupts.received}: saved step {step} in {self.workdir}; run the same "
+                f"{self.interrupts.agreed}: saved step {step} in {self.workdir}; run the same "
                 "command again to go on"
             )
         else:

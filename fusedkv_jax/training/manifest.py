@@ -1,18 +1,20 @@
 """The manifest of a checkpoint: what it is, and the SHA-256 of every file, so damage has a name."""
 
 import concurrent.futures
-import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
+
 FILE = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 _PACKAGES = ("fusedkv_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -32,6 +34,7 @@ class Manifest:
       step: the training step.
       config: the run's whole configuration, as a dictionary.
       metrics: the last evaluation's values at that step.
+      data: the place in the data stream, the same number for any number of processes.
       versions: of Python and the packages that wrote it.
       files: relative path -> [bytes, SHA-256 in hexadecimal].
     """
@@ -39,6 +42,7 @@ class Manifest:
     step: int
     config: dict[str, Any]
     metrics: dict[str, float]
+    data: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, list[Any]]
     format: int = FORMAT
@@ -49,19 +53,41 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def write(
-    directory: pathlib.Path, *, step: int, config: dict[str, Any], metrics: dict[str, float]
-) -> Manifest:
-    """Hash every file below a directory, force them all to disk, and add the manifest."""
-    paths = _files(directory)
+def hash_files(directory: pathlib.Path) -> dict[str, list[Any]]:
+    """Hash this process's share of the files below a directory, and force them to disk.
+
+    Together the processes hash every file once, most of them where they were written.
+
+    Returns:
+      relative path -> [bytes, SHA-256 in hexadecimal].
+    """
+    names = [name for name in _names(directory) if _is_ours(name)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = list(pool.map(functools.partial(_digest, sync=True), paths))
-    files = {
-        path.relative_to(directory).as_posix(): [path.stat().st_size, digest]
-        for path, digest in zip(paths, digests, strict=True)
+        digests = list(pool.map(lambda name: _digest(directory / name, sync=True), names))
+    return {
+        name: [(directory / name).stat().st_size, digest]
+        for name, digest in zip(names, digests, strict=True)
     }
+
+
+def write(
+    directory: pathlib.Path,
+    *,
+    step: int,
+    config: dict[str, Any],
+    metrics: dict[str, float],
+    data: dict[str, Any],
+    files: dict[str, list[Any]],
+) -> Manifest:
+    """Write the manifest of a directory, and force it to disk.
+
+    Args:
+      directory: of the checkpoint.
+      step, config, metrics, data: as in `Manifest`.
+      files: what `hash_files` returned on all processes.
+    """
     manifest = Manifest(
-        step=step, config=config, metrics=metrics, versions=_versions(), files=files
+        step=step, config=config, metrics=metrics, data=data, versions=_versions(), files=files
     )
     body = json.dumps(asdict(manifest), indent=1, sort_keys=True)
     with open(directory / FILE, "w", encoding="utf-8") as file:
@@ -97,12 +123,13 @@ def read(directory: pathlib.Path) -> Manifest:
     return Manifest(**fields)
 
 
-def verify(directory: pathlib.Path, below: str = "") -> Manifest:
+def verify(directory: pathlib.Path, below: str = "", *, share: bool = False) -> Manifest:
     """Compare every file with the manifest.
 
     Args:
       directory: of the checkpoint.
       below: look at paths that start with this only, such as "params/"; by default at all.
+      share: look at this process's share only; all processes must then do so, and agree.
 
     Returns:
       The manifest.
@@ -112,25 +139,27 @@ def verify(directory: pathlib.Path, below: str = "") -> Manifest:
         message names the first one.
     """
     manifest = read(directory)
-    found = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
-    for name in sorted(manifest.files.keys() | found.keys()):
-        if not name.startswith(below):
-            continue
+    found = set(_names(directory))
+    wanted = sorted(
+        name
+        for name in manifest.files.keys() | found
+        if name.startswith(below) and (_is_ours(name) or not share)
+    )
+    for name in wanted:
         if name not in found:
             raise DamagedCheckpointError(f"checkpoint {directory} is damaged: {name} is missing")
         if name not in manifest.files:
             raise DamagedCheckpointError(
                 f"checkpoint {directory} is damaged: {name} does not belong to it"
             )
-        size, wanted = found[name].stat().st_size, manifest.files[name][0]
-        if size != wanted:
+        size, right = (directory / name).stat().st_size, manifest.files[name][0]
+        if size != right:
             raise DamagedCheckpointError(
-                f"checkpoint {directory} is damaged: {name} has {size} bytes instead of {wanted}"
+                f"checkpoint {directory} is damaged: {name} has {size} bytes instead of {right}"
             )
-    names = [name for name in sorted(manifest.files) if name.startswith(below)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, [found[name] for name in names])
-        for name, digest in zip(names, digests, strict=True):
+        digests = pool.map(_digest, [directory / name for name in wanted])
+        for name, digest in zip(wanted, digests, strict=True):
             if digest != manifest.files[name][1]:
                 raise DamagedCheckpointError(
                     f"checkpoint {directory} is damaged: the content of {name} was changed"
@@ -138,8 +167,19 @@ def verify(directory: pathlib.Path, below: str = "") -> Manifest:
     return manifest
 
 
-def _files(directory: pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != FILE]
+def _names(directory: pathlib.Path) -> list[str]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [path.relative_to(directory).as_posix() for path in paths if path.name != FILE]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is in this process's share: what it wrote; process 0 takes what is nobody's.
+
+    Orbax ends the names of the files and directories that only process N writes in `process_N`.
+    A network file system shows them to others some time later.
+    """
+    writer = re.search(r"process_(\d+)(/|$)", name)
+    return (int(writer[1]) if writer else 0) % jax.process_count() == jax.process_index()
 
 
 def _digest(path: pathlib.Path, sync: bool = False) -> str:

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 
+from fusedkv_jax import processes
+
 
 class ProfileWindow:
-    """Traces the steps `first` to `last`, for TensorBoard or Perfetto.
+    """Traces the steps `first` to `last` of process 0, for TensorBoard or Perfetto.
 
     Args:
       directory: where the trace goes.
@@ -20,7 +22,7 @@ class ProfileWindow:
     def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None):
         if steps is not None and not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"profile_steps={steps[0]}:{steps[1]}; use 1 <= first <= last")
-        self._directory, self._steps = directory, steps
+        self._directory, self._steps = directory, steps if processes.is_first() else None
         self._active = False
 
     def move(self, step: int, pending: Any, last: bool = False) -> None:

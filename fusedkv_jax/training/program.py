@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from fusedkv_jax.sharding import batch_sharding, check_batch
+from fusedkv_jax.sharding import automatic, batch_sharding, check_batch
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.loss import Batch, Objective, batch_loss
@@ -82,7 +83,10 @@ class TrainProgram:
         if config.optimizer.offload:
             step = _brings_to_device(step)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        jitted = jax.jit(
+            automatic(step, (specs, P())), donate_argnums=0, out_shardings=(shardings, None)
+        )
         return jitted.lower(self.state, self.batch)
 
     def _objective(self) -> Objective:

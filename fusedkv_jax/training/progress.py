@@ -17,20 +17,30 @@ class Progress:
       total: number of steps.
       done: steps that were done before (of a resumed run); they do not count for the rate.
       label: what the bar is called.
+      silent: show and print nothing.
     """
 
-    def __init__(self, total: int, *, done: int = 0, label: str = "", unit: str = "step"):
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        label: str = "",
+        unit: str = "step",
+        silent: bool = False,
+    ):
         self.total = total
         self.done = done
         self._first = done
         self._start = time.perf_counter()
+        self._silent = silent
         self._bar = tqdm(
             total=total,
             initial=done,
             desc=label,
             unit=unit,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=silent or not sys.stderr.isatty(),
         )
 
     def advance(self, steps: int = 1) -> None:
@@ -54,6 +64,8 @@ class Progress:
 
     def print(self, line: str) -> None:
         """Write one line to standard output, above the bar if there is one."""
+        if self._silent:
+            return
         with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 

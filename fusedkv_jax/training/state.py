@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.sharding import parameter_shardings
+from fusedkv_jax.sharding import automatic, parameter_shardings
 
 RECENT_STEPS = 128
 
@@ -68,10 +68,12 @@ def create_state(
       offload: on a mesh, the optimizer's state is in the host's memory.
     """
     initial = lambda seed: _initial_state(config, optimizer, seed)  # noqa: E731
-    shardings = None
-    if mesh is not None:
-        shardings = _shardings(jax.eval_shape(initial, seed), mesh, offload)
-    return jax.jit(initial, out_shardings=shardings)(seed)
+    if mesh is None:
+        return jax.jit(initial)(seed)
+    shardings = _shardings(jax.eval_shape(initial, seed), mesh, offload)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    with jax.set_mesh(mesh):
+        return jax.jit(automatic(initial, specs), out_shardings=shardings)(seed)
 
 
 def abstract_state(

@@ -37,10 +37,14 @@ class Store:
 
     def unfinished(self, step: int) -> pathlib.Path:
         """Where to write a step before it is committed."""
-        path = self.directory / f"{step}.unfinished"
-        shutil.rmtree(path, ignore_errors=True)
+        self.discard(step)
         self.directory.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.directory / f"{step}.unfinished"
+
+    def discard(self, step: int) -> None:
+        """Remove what was written of a step that will not be committed."""
+        for path in self.directory.glob(f"{step}.unfinished*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, step: int) -> None:
         """Make a step visible, then remove the steps that are no longer wanted."""

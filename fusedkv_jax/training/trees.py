@@ -46,12 +46,13 @@ def unplain(abstract: Any, plain: Any) -> Any:
     return jax.tree.map(restore, abstract, plain, is_leaf=is_state)
 
 
-def with_sharding(tree: Any) -> Any:
-    """Say where each abstract array without a sharding goes: the default device."""
+def with_sharding(tree: Any, shardings: Any = None) -> Any:
+    """Say where each abstract array goes: as in `shardings` or its own; else the default device."""
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if shardings is None:
+        shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or default, tree)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
-        ),
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tree,
+        shardings,
     )

@@ -115,12 +115,29 @@ def test_processes_share_every_batch(source):
     ]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert [share["tokens"].shape for share in shares] == [(2, 16)] * 2
-        assert sorted(rows_of(shares)) == sorted(rows_of([batch]))
+        assert rows_of(shares) == rows_of([batch])
     evaluated = [make_eval_batches(config(source), shard=ShardOptions(i, 2)) for i in range(2)]
     assert len(evaluated[0]) == len(evaluated[1])
     for batch, *shares in zip(make_eval_batches(config(source)), *evaluated, strict=True):
-        assert sorted(rows_of(shares)) == sorted(rows_of([batch]))
+        assert rows_of(shares) == rows_of([batch])
         assert sum(share["num_bytes"] for share in shares) == batch["num_bytes"]
+
+
+def test_the_state_is_the_same_for_every_number_of_processes(source):
+    settings = config(source)
+    iterator = make_train_iterator(settings, shard=ShardOptions(1, 2))
+    take(iterator, 7)
+    whole = make_train_iterator(settings, shard=NO_SHARDING)
+    whole.set_state(json.loads(json.dumps(iterator.get_state())))
+    for batch, share in zip(take(whole, 20), take(iterator, 20), strict=True):
+        assert rows_of([batch])[2:] == rows_of([share])
+
+
+def test_other_documents_cannot_go_on(source, tmp_path):
+    state = make_train_iterator(config(source)).get_state()
+    settings = config(source, max_documents=10)
+    with pytest.raises(ValueError, match="other documents than when the checkpoint was made"):
+        make_train_iterator(settings).set_state(state)
 
 
 def test_a_batch_that_does_not_divide_over_the_processes(source):

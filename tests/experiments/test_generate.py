@@ -108,6 +108,21 @@ def test_prompt_files_and_formats(workdir, tmp_path):
         assert len(found["prompt_logprobs"]) == 1 + len(prompt)
 
 
+@pytest.mark.slow
+def test_same_text_on_a_mesh(workdir, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    common = [f"--workdir={workdir}", "--max_tokens=8", "--temperature=0", "--prompt=def find("]
+    outputs = commands.run(
+        "generate",
+        common,
+        [*common, "--mesh.tensor=2"],
+        [*common, "--mesh.data=1", "--mesh.context=4", "--prefill_parts=balanced"],
+        [*common, "--mesh.context=2", "--mesh.devices=2", "--prefill_parts=3,1"],
+    )
+    assert [code for code, _, _ in outputs] == [0] * 4, outputs
+    assert len({text for _, text, _ in outputs}) == 1
+
+
 def test_conversation(workdir, tmp_path, monkeypatch, capsys):
     """Every answer continues the whole conversation; what is wrong with a message is printed."""
     template = tmp_path / "chat.jinja"
@@ -165,6 +180,10 @@ def test_mistakes(workdir, tmp_path):
             ([where, prompt, "--min_tokens=500"], "min_tokens=500; use at most max_tokens=128"),
             ([where, prompt, "--beam_width=2", "--n=3"], "n=3; use 1 to beam_width=2"),
             ([where, prompt, "--batch_size=0"], "batch_size=0; use at least 1"),
+            ([where, prompt, "--mesh.tensr=2"], "field --mesh.tensr; did you mean --mesh.tensor"),
+            ([where, prompt, "--mesh.devices=99"], "mesh.devices=99, and there are"),
+            ([where, prompt, "--prefill_parts=half"], "use equal, balanced, or 3,2,2"),
+            ([where, prompt, "--prefill_parts=equal"], "needs a mesh whose context axis takes"),
             ([where, "--chat"], "has no chat template; add chat_template.jinja"),
             ([where, prompt, "--max_token=3"], "Did you mean: max_tokens"),
         ],

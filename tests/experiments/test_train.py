@@ -56,6 +56,15 @@ def _run(module, *arguments):
     )
 
 
+def _processes(coordinator, num_processes, process_id):
+    values = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
 def test_mistakes_end_in_one_line_and_exit_code_2(toy, tmp_path):
     config = f"--config={toy[0]}"
     workdir = f"--workdir={tmp_path / 'run'}"
@@ -85,6 +94,9 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy, tmp_path):
         ([config, f"--workdir={tmp_path}/file"], "is a file; name a directory"),
         ([config, workdir, "--profile_steps=5"], "--profile_steps=5 must be FIRST:LAST"),
         ([config, workdir, "--profile_steps=5:4"], "profile_steps=5:4; use 1 <= first <= last"),
+        ([config, workdir, "--num_processes=2"], "coordinator and process_id missing"),
+        ([config, workdir, *_processes("node0", 2, 0)], "coordinator=node0 must be HOST:PORT"),
+        ([config, workdir, *_processes("node0:1", 2, 2)], "process_id=2 must be from 0 to"),
     ]
     check_mistakes("train", cases)
 

@@ -16,6 +16,7 @@ from fusedkv_jax.training import (
     abstract_state,
     load_model,
     make_optimizer,
+    manifest,
 )
 
 
@@ -118,6 +119,19 @@ def test_a_save_that_fails_is_reported_and_the_next_one_works(toy, toy_state, tm
         checkpoints.wait()
         assert checkpoints.latest_step == 2
     assert len(lines) == 1 and "step 1 could not be saved" in lines[0]
+
+
+def test_a_save_that_fails_halfway_leaves_nothing(toy, toy_state, tmp_path, monkeypatch):
+    def full(path):
+        assert path.is_dir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest, "hash_files", full)
+    lines = []
+    with Checkpoints(tmp_path, keep=1, report=lines.append) as checkpoints:
+        checkpoints.save(1, toy_state, data.make_train_iterator(toy.data), toy)
+    assert len(lines) == 1 and "No space left on device" in lines[0]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_what_an_interrupted_save_left_is_removed(toy, toy_state, saved):

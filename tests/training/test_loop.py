@@ -123,3 +123,10 @@ def test_workdir_must_not_be_a_file(toy, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="file is a file; name a directory"):
         train(toy, tmp_path / "file")
+
+
+def test_a_missing_wandb_is_one_clear_line(with_train, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb_project=p needs the package wandb"):
+        train(with_train(steps=1), tmp_path, wandb_project="p")
+    assert train(with_train(steps=1), tmp_path).step == 1  # the directory is free and as it was

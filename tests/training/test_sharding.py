@@ -1,8 +1,11 @@
 """Training on meshes of 8 virtual devices gives what one device gives."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from fusedkv_jax import data
@@ -18,17 +21,18 @@ from fusedkv_jax.sharding import (
 )
 from fusedkv_jax.training import (
     Checkpoints,
-    OptimizerConfig,
+    TrainProgram,
     abstract_model,
     abstract_state,
     create_state,
     learning_rate_schedule,
+    make_eval_step,
     make_optimizer,
     make_train_step,
 )
+from fusedkv_jax.training.step import BATCH_KEYS
+from tests.training.golden import OPTIMIZER, STEPS, batches, small_config
 
-STEPS = 50
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=5)
 PRODUCT = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 MESHES = {
     "data": MeshConfig(),
@@ -41,26 +45,6 @@ MESHES = {
 MLA = MLAConfig(q_lora_rank=0, kv_lora_rank=16, nope_dim=8, rope_dim=8, v_dim=8)
 
 
-def _config(layout: str, **changes) -> ModelConfig:
-    sizes = {"vocab_size": 64, "num_layers": 4, "d_model": 32, "num_heads": 4, "d_ff": 64}
-    return ModelConfig(**sizes | {"layout": layout, "num_kv_heads": 2, "max_length": 64} | changes)
-
-
-def _batches(count: int):
-    """Packed rows of learnable sequences: each token follows from the one before."""
-    rng = np.random.default_rng(0)
-    for _ in range(count):
-        tokens = (rng.integers(0, 64, (8, 1)) + 5 * np.arange(33)) % 64
-        inside = np.broadcast_to(np.arange(32), (8, 32))
-        yield {
-            "tokens": tokens[:, :-1].astype(np.int32),
-            "targets": tokens[:, 1:].astype(np.int32),
-            "segment_ids": (inside // 20).astype(np.int32),
-            "positions": np.where(inside < 20, inside, inside - 20).astype(np.int32),
-            "loss_mask": (inside != 19).astype(np.int32),
-        }
-
-
 def _losses(config: ModelConfig, mesh_config: MeshConfig, steps: int) -> list[float]:
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     graphdef, _ = abstract_model(config)
@@ -71,7 +55,7 @@ def _losses(config: ModelConfig, mesh_config: MeshConfig, steps: int) -> list[fl
         shardings = (parameter_shardings(state, mesh), None)
         compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         losses = []
-        for batch in _batches(steps):
+        for batch in batches(steps):
             state, metrics = compiled(state, put_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
     return losses
@@ -84,24 +68,45 @@ def _assert_equal(config: ModelConfig, mesh: MeshConfig, steps: int) -> None:
 
 
 def test_a_product_of_all_parallelisms_gives_the_same_losses():
-    _assert_equal(_config("fusedkv"), PRODUCT, 10)
+    _assert_equal(small_config("fusedkv"), PRODUCT, 10)
+
+
+def test_explicit_axes_change_nothing(toy):
+    """A whole run's program, its evaluation and a plain call of the model."""
+    results = []
+    for axis_types in ("auto", "explicit"):
+        mesh = make_mesh(dataclasses.replace(PRODUCT, axis_types=axis_types))
+        config = dataclasses.replace(toy, data=dataclasses.replace(toy.data, batch_size=8))
+        with jax.set_mesh(mesh):
+            program = TrainProgram(config, mesh)
+            state, batches = program.create(), data.make_train_iterator(config.data)
+            batch = put_batch({name: next(batches)[name] for name in BATCH_KEYS}, mesh)
+            loss, count = make_eval_step(program.graphdef)(state.params, batch)
+            logits = nnx.merge(program.graphdef, state.params)(
+                batch["tokens"], batch["segment_ids"], batch["positions"]
+            )
+            state, metrics = program.lower().compile()(state, batch)
+            assert metrics["loss"].sharding.mesh.axis_types[0].name.lower() == axis_types
+        results.append(jax.device_get((loss, count, logits, metrics, state.params)))
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
 def test_every_parallelism_gives_the_same_losses(mesh):
-    _assert_equal(_config("fusedkv"), mesh, STEPS)
+    _assert_equal(small_config("fusedkv"), mesh, STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["mha", "cla", "yoco", "fusedkv_lite", "mla"])
 def test_every_layout_gives_the_same_losses_on_a_product(layout):
     changes = {"mla": MLA, "num_kv_heads": None} if layout == "mla" else {}
-    _assert_equal(_config("mha" if layout == "mla" else layout, **changes), PRODUCT, STEPS)
+    _assert_equal(small_config("mha" if layout == "mla" else layout, **changes), PRODUCT, STEPS)
 
 
 def test_every_large_parameter_is_split_and_optimizer_state_with_it():
-    config = _config("fusedkv")
+    config = small_config("fusedkv")
     mesh = make_mesh(PRODUCT)
     state = create_state(config, make_optimizer(OPTIMIZER, STEPS), 0, mesh)
     whole = []
@@ -114,7 +119,7 @@ def test_every_large_parameter_is_split_and_optimizer_state_with_it():
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
-    config, optimizer = _config("fusedkv"), make_optimizer(OPTIMIZER, STEPS)
+    config, optimizer = small_config("fusedkv"), make_optimizer(OPTIMIZER, STEPS)
     one = create_state(config, optimizer, 3)
     split = create_state(config, optimizer, 3, make_mesh(PRODUCT))
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(split), strict=True):
@@ -159,6 +164,12 @@ def test_a_mesh_that_does_not_fit_is_one_clear_line(settings, message):
     with pytest.raises(MeshError) as caught:
         make_mesh(MeshConfig(**settings))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_unknown_axis_types_are_refused():
+    with pytest.raises(MeshError, match="mesh.axis_types='manual'; choose auto or explicit"):
+        MeshConfig(axis_types="manual")  # pyright: ignore
 
 
 def test_a_batch_that_does_not_divide_says_what_would():

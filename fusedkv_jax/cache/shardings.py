@@ -1,0 +1,77 @@
+"""How a cache lies on a mesh: rows over `data` and `fsdp`, KV heads over `tensor`.
+
+Tokens are whole along `context`: a query of any row may read all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fusedkv_jax.sharding import active_mesh, spec
+
+_STREAMS = (None, "batch", None, "kv_heads", None)  # of [P, B, S, K, H], codes and scales included
+
+
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """A sharding for every array of a cache.
+
+    Rows and KV heads that do not divide over the mesh are whole on every device, as are those of
+    multi-head latent attention, whose one latent serves all heads.
+
+    Args:
+        cache: a `KVCache` of arrays or shapes, of any storage type or compressor.
+        mesh: the mesh.
+
+    Returns:
+        The same tree with a `NamedSharding` in place of every array.
+    """
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf, mesh)), cache)
+
+
+def constrain_cache(cache: Any) -> Any:
+    """Fix how a cache is split, under `jax.set_mesh`."""
+    mesh = active_mesh()
+    if mesh is None:
+        return cache
+    fix = jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda leaf: fix(leaf, _spec(leaf, mesh)), cache)
+
+
+def local_rows(write: Callable[..., Any]) -> Callable[..., Any]:
+    """A write into storage of which every device does its own rows and heads.
+
+    To XLA's partitioner a scatter into indexed rows needs all new tokens on every device.
+
+    Args:
+        write: takes storage [P, B, S, ...], a slot, new tokens [B, T, ...] and their start and
+            count [B]; returns the storage.
+    """
+
+    def run(array, slot, new, start, count):
+        mesh = active_mesh()
+        if mesh is None:
+            return write(array, slot, new, start, count)
+        storage = _spec(array, mesh)
+        rows, tokens = P(storage[1]), P(storage[1], None, *storage[3:])
+        specs = (storage, P(), tokens, rows, rows)
+        local = jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=storage, check_vma=False)
+        return local(array, jnp.asarray(slot), new, start, count)
+
+    return run
+
+
+def _spec(leaf: Any, mesh: Any) -> P:
+    rank = len(leaf.shape)
+    if rank == len(_STREAMS):
+        axes = _STREAMS
+    elif rank == 1:  # what belongs to a row alone
+        axes = ("batch",)
+    else:  # a compressor's notes on the tokens of a row
+        axes = (None, "batch", *(None,) * (rank - 2))
+    return spec(axes, leaf.shape, mesh)

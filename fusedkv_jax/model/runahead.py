@@ -1,0 +1,175 @@
+"""Prefill in parts along `context`: keys and values go down a chain (KV-Runahead, 2405.05329).
+
+Worker i owns tokens [start_i, end_i) of every row. In each layer it writes its own streams, takes
+those of [0, start_i) from worker i - 1, hands [0, end_i) on to worker i + 1 at once, and attends.
+Where upper layers read streams of lower ones, each stream goes down the chain once, when it is
+made. The workers do not wait for those behind them, so they run ahead by up to a layer each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache import Call, KVCache, LinearStore, select, storage_of
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import Kind
+from fusedkv_jax.model.decoder import Decoder
+from fusedkv_jax.model.memory import CacheMemory, New, Slot, with_store
+from fusedkv_jax.model.stack import Queries
+from fusedkv_jax.sharding import RULES, MeshError, active_mesh, spec
+
+AXIS = "context"
+
+
+def extend_in_parts(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, "B"],
+    cache: KVCache,
+    ends: tuple[int, ...],
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`Decoder.extend` of an empty cache, under a mesh whose `context` axis takes the parts.
+
+    Layers below `prefill_depth` run in parts; those above run for each row's last token.
+
+    Args:
+        model: the model.
+        tokens: int32 prompts, right-padded.
+        count: int32 number of tokens in each row.
+        cache: an empty cache with room for T tokens.
+        ends: where each part of the T columns ends; the last one is T.
+
+    Returns:
+        Logits of each row's last token in float32, and the cache, whole on every worker.
+
+    Raises:
+        ValueError: a layout or cache that has no such prefill. MeshError: not one part a worker.
+    """
+    check_parts(model.config, cache)
+    mesh = active_mesh()
+    workers = 1 if mesh is None else mesh.shape[AXIS]
+    if workers != len(ends):
+        raise MeshError(f"{len(ends)} parts of the prompt need mesh.context={len(ends)}")
+    if mesh is None:
+        logits, cache = model.extend(tokens, count, cache)
+        assert logits is not None
+        return logits, cache
+    graph, params = nnx.split(model)
+    rows = spec(("batch",), count.shape, mesh)
+    stores = P(None, *rows)
+    # Rows are split by hand as well, `tensor` by the partitioner; parameters are whole along the
+    # other axes meanwhile.
+    lower = jax.shard_map(
+        functools.partial(_lower_layers, graph, ends, cache.plan),
+        mesh=mesh,
+        in_specs=(P(), rows, rows, stores),
+        out_specs=(rows, stores),
+        axis_names={AXIS, *RULES["batch"]},
+        check_vma=False,
+    )
+    x, stores = lower(params, tokens, count, cache.stores)
+    cache = dataclasses.replace(cache, stores=stores)
+    config, memory = model.config, CacheMemory(model.config, cache, Call(cache.lengths, count, 1))
+    positions = jnp.maximum(count - 1, 0)[:, None]
+    queries = Queries(model.rotation(positions), positions)
+    depth = config.kv_layout.prefill_depth
+    x, state = model.stack(memory)(x, memory.start(x.dtype), queries, depth, config.num_layers)
+    return model.logits(model.final_norm(x))[:, -1], memory.finish(state)
+
+
+def check_parts(config: ModelConfig, cache: KVCache) -> None:
+    """Raises ValueError where prefill in parts does not serve a layout or a cache."""
+    if config.kv_layout.is_cyclic:
+        raise ValueError(
+            "prefill in parts does not serve cyclic layouts, whose lower layers wait for upper"
+            " ones; prefill without parts"
+        )
+    for store in cache.stores:
+        if type(store) is not LinearStore or store.dropped is not None:
+            raise ValueError(
+                f"prefill in parts does not serve a {type(store).__name__}, which does not keep"
+                " all tokens as they came (windows, int4, compressors); prefill without parts"
+            )
+
+
+class PartMemory(CacheMemory):
+    """A worker's cache, to which a call adds its own part and the chain all parts before."""
+
+    def __init__(self, config: ModelConfig, cache: KVCache, call: Call, ends: tuple[int, ...]):
+        super().__init__(config, cache, call)
+        self.ends = ends
+
+    def store(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> Any:
+        cache = super().store(cache, kind, layer, slot, new)
+        group = self.plan.places[kind, layer][0]
+        store = cache.stores[group]
+        storage = _hand_on(storage_of(store, kind), slot, self.ends)
+        field = "keys" if kind == "key" else "values"
+        return with_store(cache, group, dataclasses.replace(store, **{field: storage}))
+
+
+def _lower_layers(graph, ends, plan, params, tokens, count, stores) -> tuple[Array, tuple]:
+    """One worker: its part through the layers below `prefill_depth`.
+
+    Returns:
+        What they gave for each row's last token, [B, 1, D], and the stores; the same everywhere.
+    """
+    model = nnx.merge(graph, params)
+    starts = (0, *ends[:-1])
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    me, width = jax.lax.axis_index(AXIS), max(sizes)
+    start, size = jnp.asarray(starts)[me], jnp.asarray(sizes)[me]
+    padded = jnp.pad(tokens, ((0, 0), (0, width)))  # a slice beyond the end would move back
+    own = jax.lax.dynamic_slice_in_dim(padded, start, width, 1)
+    call = Call(jnp.full_like(count, start), jnp.clip(count - start, 0, size), width)
+    cache = KVCache(stores, jnp.zeros_like(count), plan)
+    memory = PartMemory(model.config, cache, call, ends)
+    x = model.embed(own)
+    # Padding sees nothing, which kernels can skip.
+    queries = Queries(model.rotation(call.positions), call.valid_positions)
+    depth = model.config.kv_layout.prefill_depth
+    x, state = model.stack(memory)(x, memory.start(x.dtype), queries, 0, depth)
+    last = jnp.maximum(count - 1, 0) - start
+    place = jnp.clip(last, 0, width - 1)[:, None, None]
+    mine = ((last >= 0) & (last < size))[:, None, None]
+    found = jnp.where(mine, jnp.take_along_axis(x, place, axis=1).astype(jnp.float32), 0)
+    assert state.cache is not None
+    stores = jax.tree.map(functools.partial(_hand_back, ends=ends), state.cache.stores)
+    return jax.lax.psum(found, AXIS).astype(x.dtype), stores
+
+
+def _hand_on(storage: Any, slot: Slot, ends: tuple[int, ...]) -> Any:
+    """One stream down the chain: worker i sends exactly its first end_i tokens."""
+    me = jax.lax.axis_index(AXIS)
+
+    def through(stream):  # [B, S, ...]
+        for i, end in enumerate(ends[:-1]):
+            before = stream[:, :end]
+            sent = jax.lax.ppermute(before, AXIS, [(i, i + 1)])
+            stream = stream.at[:, :end].set(jnp.where(me == i + 1, sent, before))
+        return stream
+
+    streams = jax.tree.map(through, select(storage, slot))
+    return jax.tree.map(
+        lambda array, new: jax.lax.dynamic_update_index_in_dim(array, new, slot, 0),
+        storage,
+        streams,
+    )
+
+
+def _hand_back(array: Array, ends: tuple[int, ...]) -> Array:
+    """Storage [P, B, S, ...] up the chain: worker i gets exactly the tokens after its own."""
+    me = jax.lax.axis_index(AXIS)
+    for i, end in reversed(list(enumerate(ends[:-1]))):
+        after = array[:, :, end : ends[-1]]
+        sent = jax.lax.ppermute(after, AXIS, [(i + 1, i)])
+        array = array.at[:, :, end : ends[-1]].set(jnp.where(me == i, sent, after))
+    return array

@@ -1,0 +1,65 @@
+"""Whether a checkpoint belongs to a configuration; if not, the first thing that differs."""
+
+import json
+import pathlib
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from fusedkv_jax.training.config import ExperimentConfig, first_difference
+from fusedkv_jax.training.manifest import CheckpointError
+from fusedkv_jax.training.trees import describe
+
+# Settings that change how the model is computed but neither its parameters nor its function.
+MODEL_RUNTIME_FIELDS = ("attention", "max_length", "remat", "scan_layers")
+# Settings that change how fast batches come but not which.
+DATA_RUNTIME_FIELDS = ("num_threads", "prefetch_batches")
+
+
+def check_tree(
+    path: pathlib.Path, saved: dict[str, Any], expected: dict[str, Any], config: ExperimentConfig
+) -> None:
+    """Compare names, shapes and dtypes of the items with those that are expected.
+
+    Orbax reports any difference as an "incompatible handler", and casts dtypes silently.
+
+    Raises:
+      CheckpointError: names the first array that differs, and the setting that causes it.
+    """
+    for item, tree in expected.items():
+        wanted = describe(tree)
+        found = describe(ocp.metadata(str(path), checkpointable_name=item).metadata)
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) == found.get(name):
+                continue
+            cause = _difference("model", saved, config)
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {item}/{name} is "
+                f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+                + (f" ({cause})" if cause else "")
+                + "; use the configuration it was trained with, or another --workdir"
+            )
+
+
+def check_config(path: pathlib.Path, saved: dict[str, Any], config: ExperimentConfig) -> None:
+    """Compare the settings that change what is computed, or which batches come.
+
+    Raises:
+      CheckpointError: names the first one that differs.
+    """
+    cause = _difference("model", saved, config) or _difference("data", saved, config)
+    if cause:
+        raise CheckpointError(
+            f"checkpoint {path} was made with another setting, {cause}; set it back, or use "
+            "another --workdir"
+        )
+
+
+def _difference(part: str, saved: dict[str, Any], config: ExperimentConfig) -> str | None:
+    """The first setting of "model" or "data" that differs and matters."""
+    runtime = MODEL_RUNTIME_FIELDS if part == "model" else DATA_RUNTIME_FIELDS
+    old, new = (
+        {name: value for name, value in values[part].items() if name not in runtime}
+        for values in (saved, json.loads(json.dumps(config.to_dict())))
+    )
+    return first_difference(old, new, part)
