@@ -27,7 +27,8 @@ class TrainConfig:
         matrices: gathered weights and reduced gradients are half as large. Sums over
         microbatches, the optimizer's state and the parameters themselves stay as they are.
       logits_mib: MiB of float32 logits that a device holds at a time; larger batches compute the
-        loss in chunks.
+        loss in chunks. Each chunk reads and writes the gradient of the output head once, so more is
+        faster where there is memory.
       seed: of the initial parameters.
       log_every: steps between metric lines.
       eval_every: steps between evaluations on held-out text; 0 means only at the end.

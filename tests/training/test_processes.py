@@ -105,7 +105,8 @@ def _finish(running: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """(exit code, standard output without Gloo's lines, standard error) of each process."""
     results = [process.communicate(timeout=300) for process in running]
     return [
-        (process.returncode, re.sub(r"\[Gloo\].*\n", "", out), error)
+        # Gloo's threads write into each other's lines.
+        (process.returncode, re.sub(r".*(\[Gloo\]|peer ranks).*\n", "", out), error)
         for process, (out, error) in zip(running, results, strict=True)
     ]
 
