@@ -18,22 +18,30 @@ _ENVIRONMENT = {
 }
 
 
-@functools.cache
-def devices(chip: str):
-    """The compile-only devices of a host of this chip.
+@functools.cache  # devices of two calls are not the same device
+def slice_devices(name: str):
+    """The compile-only devices of a slice.
+
+    Args:
+      name: a kind of chip and how many there are along each axis of the torus, as in "v5p:4x4x8".
 
     Raises:
-      NotImplementedError: libtpu, which jax's tpu extra installs, is missing.
+      NotImplementedError: libtpu, which jax's tpu extra installs, is missing or refuses the name.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    single = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **single).devices
     except Exception as error:  # jax passes on whatever the plug-in raises
         raise NotImplementedError(
-            f"compiling for {chip} needs libtpu (pip install 'jax[tpu]'): {error}"
+            f"compiling for {name} needs libtpu (pip install 'jax[tpu]'): {error}"
         ) from error
-    return topology.devices
+
+
+def devices(chip: str):
+    """The compile-only devices of a host of this chip, as `slice_devices` gives them."""
+    return slice_devices(TOPOLOGIES[chip])
 
 
 @contextlib.contextmanager

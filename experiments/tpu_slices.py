@@ -1,0 +1,134 @@
+"""Compile the paper's sizes for a list of TPU slices: the table in docs/tpu_slices.md.
+
+    python -m experiments.tpu_slices
+
+Results go to experiments/results/tpu_slices.json as they come, and those that are there already are
+not computed again: delete the file to begin anew. Needs libtpu and no TPU; a program takes about
+a minute of two CPU cores.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import cli
+from experiments.compile_for_tpu import inference, paper_run
+from fusedkv_jax.slices import report, search, text
+from fusedkv_jax.slices.chips import Slice
+from pallas_kernels.tpu.topology import TOPOLOGIES, slice_devices
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
+_TENSOR, _LENGTH = 4, 8192  # of prefill and decoding
+
+_PRESETS = flags.DEFINE_list("presets", ["4b", "332m", "1_5b", "650m"], "Sizes.")
+_LAYOUTS = flags.DEFINE_list("layouts", ["fusedkv", "mha"], "Layouts.")
+_SLICES = flags.DEFINE_list(
+    "slices", ["v5p:8x8x8", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x8"], "Slices."
+)
+_RESULTS = flags.DEFINE_string(
+    "results", str(_ROOT / "experiments/results/tpu_slices.json"), "Where results are kept."
+)
+_DOCUMENT = flags.DEFINE_string(
+    "document", str(_ROOT / "docs/tpu_slices.md"), "The page whose table is replaced."
+)
+
+
+def train(preset: str, layout: str, place: Slice) -> dict[str, Any]:
+    """The first settings of the search that fit, and their report."""
+    config = paper_run(preset, layout)
+    trials = search.search(config, place, slice_devices(place.name), wanted=1)
+    best = trials[0]
+    row: dict[str, Any] = {"settings": str(best.candidate), "compiled": len(trials)}
+    if best.report is None:
+        return row | {"missing": best.missing}
+    return row | best.report.to_dict()
+
+
+def serve(preset: str, layout: str, place: Slice, program: str) -> dict[str, Any]:
+    """Prefill or decoding on one host, a row for each device."""
+    host = Slice.parse(TOPOLOGIES[place.chip.name])
+    sizes = {"tensor": _TENSOR, "rows": None, "length": _LENGTH}
+    model = paper_run(preset, layout).model
+    try:
+        made = inference(program, model, slice_devices(host.name), **sizes)
+        return report.make_report(made, host).to_dict()
+    except report.DoesNotFit as error:
+        return {"missing": error.missing}
+
+
+def compute(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Fill in what is missing, the training steps first."""
+    wanted = [
+        (program, preset, layout, name)
+        for programs in (("train",), ("prefill", "decode"))
+        for preset in _PRESETS.value
+        for name in _SLICES.value
+        for layout in _LAYOUTS.value
+        for program in programs
+    ]
+    for program, preset, layout, name in wanted:
+        key = f"{program} {preset} {layout} {name}"
+        if key in results:
+            continue
+        place = Slice.parse(name)
+        if program == "train":
+            results[key] = train(preset, layout, place)
+        else:
+            results[key] = serve(preset, layout, place, program)
+        jax.clear_caches()
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(key, "does not fit" if "missing" in results[key] else "fits", flush=True)
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Training, then prefill and decoding."""
+    train_rows, serve_rows = [], []
+    for key, row in results.items():
+        program, preset, layout, name = key.split()
+        place = Slice.parse(name)
+        if program == "train":
+            train_rows.append([preset, layout, name, row["settings"], *_figures(row, place)])
+        else:
+            host = TOPOLOGIES[place.chip.name]
+            serve_rows.append([preset, layout, host, program, *_figures(row, place)])
+    figures = ["peak / usable GiB", "time at least", "MFU at most", "bound by"]
+    columns = ["size", "layout", "slice"]
+    return (
+        _markdown([*columns, "mesh, remat, accumulation", *figures], sorted(train_rows))
+        + "\n"
+        + _markdown([*columns, "program", *figures], sorted(serve_rows))
+    )
+
+
+def _figures(row: dict[str, Any], place: Slice) -> list[str]:
+    if "missing" in row:
+        return [f"does not fit: {report.gib(row['missing'])} missing", "", "", ""]
+    estimate = row["estimate"]
+    return [
+        f"{row['peak'] / 2**30:.1f} / {place.chip.hbm / 2**30:.1f}",
+        text.milliseconds(estimate["seconds"]),
+        f"{estimate['utilization']:.0%}",
+        estimate["bound"],
+    ]
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def main() -> None:
+    path, document = pathlib.Path(_RESULTS.value), pathlib.Path(_DOCUMENT.value)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    compute(results, path)
+    before, _, rest = document.read_text().partition(_MARKS[0])
+    after = rest.partition(_MARKS[1])[2]
+    document.write_text(before + _MARKS[0] + "\n" + tables(results) + "\n" + _MARKS[1] + after)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""What a TPU slice that is not there would hold, compute and send: estimates from compiling."""

@@ -1,0 +1,205 @@
+"""The programs that users run, lowered for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from fusedkv_jax import costs
+from fusedkv_jax.cache import KVCache, cache_shardings
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs.visible import visible_to_all
+from fusedkv_jax.generation import SamplingParams, loop
+from fusedkv_jax.generation.prefill import extend
+from fusedkv_jax.generation.sampling import SamplerInputs
+from fusedkv_jax.model import Decoder
+from fusedkv_jax.sharding import (
+    MeshConfig,
+    MeshError,
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    spec,
+)
+from fusedkv_jax.training import ExperimentConfig
+from fusedkv_jax.training.program import TrainProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A lowered program, and what is known about it without compiling.
+
+    Attributes:
+      name: "train", "prefill" or "decode".
+      lowered: what `compile()` takes.
+      mesh: its devices.
+      tokens: that one run of it processes.
+      parts: bytes of its arguments on one device, by what they are.
+      model_flops: FLOPs of one run on all devices, by `fusedkv_jax.costs`.
+      visible: fraction of query-key pairs that attention computes.
+      remedies: what would make it smaller.
+      cache_reads: bytes of cache that decoding reads on one device.
+    """
+
+    name: str
+    lowered: Any
+    mesh: Mesh
+    tokens: int
+    parts: dict[str, float]
+    model_flops: float
+    visible: float
+    remedies: str
+    cache_reads: float = 0.0
+
+
+def mesh_on(config: MeshConfig, devices: Any) -> Mesh:
+    """The mesh over a slice's devices.
+
+    Raises:
+      MeshError: its axes do not multiply to their number, or do not lie along those of the slice.
+    """
+    try:
+        return make_mesh(config, devices)
+    except NotImplementedError:
+        sizes = config.sizes(len(devices))
+        shape = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(3))
+        raise MeshError(
+            f"mesh {' x '.join(map(str, sizes))} (data, fsdp, context, tensor) does not lie along "
+            f"the axes {shape} of the slice: every size must be a product of some of those"
+        ) from None
+
+
+def train(config: ExperimentConfig, mesh: Mesh) -> Program:
+    """The training step of an experiment.
+
+    Raises:
+      MeshError: the batch does not divide over the mesh.
+    """
+    program = TrainProgram(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = program.lower()
+    tokens = config.data.batch_size * config.data.seq_len
+    state = program.state
+    return Program(
+        "train",
+        lowered,
+        mesh,
+        tokens,
+        {"parameters": local_bytes(state.params), "optimizer": local_bytes(state.opt_state)},
+        tokens * costs.train_flops_per_token(config.model, config.data.seq_len),
+        _visible(config.model, config.data.seq_len),
+        _remedies(config, mesh),
+    )
+
+
+def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
+    """Reading prompts of `length` tokens each into an empty cache."""
+    graph, params = _model(config, mesh)
+    cache = _cache(config, mesh, rows, length)
+    tokens = _like(_integers(rows, length), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        lowered = extend.lower(graph, params, tokens, _rows(_integers(rows), mesh), cache)
+    return Program(
+        "prefill",
+        lowered,
+        mesh,
+        rows * length,
+        {"parameters": local_bytes(params), "cache": local_bytes(cache)},
+        rows * costs.prefill_flops(config, length),
+        _visible(config, length),
+        _SMALLER,
+    )
+
+
+def decode(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
+    """The decoding loop, of which one turn adds a token to each row, with full caches."""
+    graph, params = _model(config, mesh)
+    inputs = jax.eval_shape(lambda: SamplerInputs.create([SamplingParams()] * rows))
+    cache = _cache(config, mesh, rows, length)
+
+    def start() -> loop.DecodeState:
+        one, buffer = jnp.ones(rows, jnp.int32), jnp.zeros((rows, length), jnp.int32)
+        stops = jnp.zeros((rows, 4), jnp.int32)
+        return loop.DecodeState.create(buffer, one, one, stops, None, config.vocab_size)
+
+    state = dataclasses.replace(_rows(jax.eval_shape(start), mesh), cache=cache)
+    with jax.set_mesh(mesh):
+        lowered = loop.decode.lower(graph, params, state, _rows(inputs, mesh))
+    reads = rows * costs.decode_cache_reads(config, length, config.dtype) / mesh.size
+    return Program(
+        "decode",
+        lowered,
+        mesh,
+        rows,
+        {"parameters": local_bytes(params), "cache": local_bytes(cache)},
+        rows * costs.decode_flops(config, length),
+        1.0,
+        _SMALLER,
+        reads,
+    )
+
+
+def local_bytes(tree: Any) -> float:
+    """Bytes of abstract arrays on one device, without the padding of tiles."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _model(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef[Decoder], Any]:
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+    return graph, jax.tree.map(_like, params, parameter_shardings(params, mesh))
+
+
+def _cache(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
+    shapes = jax.eval_shape(lambda: KVCache.create(config, batch_size=rows, max_length=length))
+    return jax.tree.map(_like, shapes, cache_shardings(shapes, mesh))
+
+
+def _like(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays with one row for each sequence, split as the batch is."""
+
+    def split(leaf):
+        axes = ("batch", *(None,) * (len(leaf.shape) - 1))
+        return _like(leaf, jax.NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
+
+    return jax.tree.map(split, tree)
+
+
+_SMALLER = "use fewer rows or tokens, split the model over more devices, or take a larger slice"
+
+
+def _remedies(config: ExperimentConfig, mesh: Mesh) -> str:
+    """Settings that need less memory, most effective first."""
+    places = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, parts = config.data.batch_size // places, config.train.grad_accumulation
+    found = []
+    if parts < rows:
+        found.append(f"set train.grad_accumulation={rows}")
+    if config.model.remat != "full":
+        found.append("set model.remat=full")
+    if mesh.shape["data"] > 1:
+        found.append(f"set mesh.data=1 and mesh.fsdp={places}")
+    return ", ".join([*found, "split over more devices (mesh.tensor, a larger slice)"])
+
+
+def _visible(config: ModelConfig, length: int) -> float:
+    layers = range(config.num_layers)
+    pairs = sum(visible_to_all(config.kv_layout, i, length) for i in layers)
+    return pairs / (config.num_layers * length**2)

@@ -1,0 +1,74 @@
+"""Programs that libtpu really compiled, on no TPU."""
+
+import importlib.util
+
+import pytest
+
+from experiments.compile_for_tpu import paper_run
+from fusedkv_jax.sharding import MeshConfig, MeshError
+from fusedkv_jax.slices import programs, report, search
+from fusedkv_jax.slices.chips import Slice
+from fusedkv_jax.slices.hlo import Module
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu"
+)
+
+
+def devices(name):
+    from pallas_kernels.tpu.topology import slice_devices
+
+    return slice_devices(name)
+
+
+def test_the_best_settings_divide_the_model_and_lie_along_the_slice():
+    config, place = paper_run("4b", "fusedkv"), Slice.parse("v5p:8x8x8")
+    found = search.candidates(config, place, devices(place.name))
+    assert len({(c.remat, c.mesh.context, c.mesh.tensor) for c in found}) == len(found) > 3
+    for candidate in found:
+        mesh = programs.mesh_on(candidate.mesh, devices(place.name))
+        rows = mesh.shape["data"] * mesh.shape["fsdp"] * candidate.grad_accumulation
+        assert mesh.size == 512 and config.data.batch_size % rows == 0
+        assert candidate.memory < place.chip.hbm
+    assert found[0].seconds == min(c.seconds for c in found)
+
+
+def test_a_mesh_across_the_axes_of_a_slice_is_refused_in_words():
+    with pytest.raises(MeshError, match="4 x 128 x 1 x 1 .* does not lie along the axes 8x8x8"):
+        programs.mesh_on(MeshConfig(data=4, fsdp=128), devices("v5p:8x8x8"))
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("required for HLO temporaries (22.50G) exceeds available HBM (15.75G)", 22.5 * 2**30),
+        ("Used 1.5T of 15.75G hbm. Exceeded hbm capacity by 1.48T.", 1.5 * 2**40),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_the_compilers_words_for_too_much(message, needed):
+    assert report.needed_bytes(message) == needed
+
+
+@pytest.mark.slow
+def test_the_4b_step_of_4m_tokens_fits_512_chips_and_holds_no_logits_and_no_scores(
+    fresh_compilation,
+):
+    place = Slice.parse("v5p:8x8x8")
+    config = paper_run("4b", "fusedkv")
+    best = search.candidates(config, place, devices(place.name))[0]
+    config = best.apply(config)
+    mesh = programs.mesh_on(config.mesh, devices(place.name))
+    program = programs.train(config, mesh)
+    compiled, _ = report.compile_program(program, place)
+    found = report.analyze(program, place, compiled, 0.0)
+    assert found.peak < 0.9 * place.chip.hbm and found.tokens == 512 * 8192
+    # No layer is left to plain XLA, and none is computed less than forward and backward.
+    assert found.kernels["tile_backward"] % 36 == 0 < found.kernels["tile_backward"]
+    places = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.data.batch_size // (places * config.train.grad_accumulation)
+    length, vocabulary = config.data.seq_len, config.model.vocab_size // mesh.shape["tensor"]
+    for instruction, shape in Module(compiled.as_text()).arrays():
+        whole = any(size and size % vocabulary == 0 for size in shape.dims)
+        assert not (whole and shape.elements >= rows * length * vocabulary), instruction
+        assert shape.dims.count(length) < 2, instruction

@@ -1,0 +1,86 @@
+"""FLOPs and bytes of instructions, against sums by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fusedkv_jax.slices import work
+from fusedkv_jax.slices.hlo import Module
+from tests.slices.program import TEXT
+from tests.slices.test_collectives import entry
+
+
+def test_products_count_as_often_as_their_loop_turns():
+    assert work.matrix_flops(Module(TEXT)) == 4 * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("stride, padding", [(1, "SAME"), (2, "VALID"), (1, [(3, 0)])])
+def test_convolutions_count_what_lies_inside(stride, padding):
+    """Against the compiler's own analysis, where there is no loop."""
+
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (stride,), padding, dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    shapes = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32), jax.ShapeDtypeStruct((5, 8, 4), "f4")
+    compiled = jax.jit(convolve).lower(*shapes).compile()
+    assert work.matrix_flops(Module(compiled.as_text())) == compiled.cost_analysis()["flops"]
+
+
+def kernel(name, operands, shape):
+    return f'%{name} = {shape} custom-call({operands}), custom_call_target="tpu_custom_call"'
+
+
+def test_attention_kernels_by_their_shapes():
+    text = entry(
+        "%m = s32[] parameter(0)",
+        "%q = bf16[2,4,3,16,64]{4,3,2,1,0} parameter(1)",
+        "%k = bf16[2,4,48,64]{3,2,1,0} parameter(2)",
+        kernel("tile_forward.2", "%m, %q, %k, %k", "bf16[2,4,3,16,64]{4,3,2,1,0}"),
+        "ROOT " + kernel("tile_backward.7", "%m, %k, %q, %k", "bf16[2,4,3,16,64]{4,3,2,1,0}"),
+    )
+    module = Module(text)
+    pairs = 2 * 4 * 48 * 48
+    assert work.attention_flops(module, 0.5) == (2 + 5) * 2 * pairs * 64 / 2
+    assert work.kernel_calls(module) == {"tile_forward": 1, "tile_backward": 1}
+
+
+def test_memory_is_read_in_slices_and_never_for_what_is_on_the_chip():
+    fusion = (
+        "%copied (s: f32[10,8]) -> f32[10,8] {\n  %s = f32[10,8]{1,0} parameter(0)\n"
+        "  ROOT %c = f32[10,8]{1,0} copy(%s)\n}\n"
+        "%sliced (stack: f32[10,8], i: s32[], near: f32[8]) -> f32[8] {\n"
+        "  %stack = f32[10,8]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+        "  %near = f32[8]{0:S(1)} parameter(2)\n"
+        "  %tiled = f32[10,8]{1,0} fusion(%stack), output_to_operand_aliasing={{}: (0, {})}, "
+        "kind=kLoop, calls=%copied\n"
+        "  %row = f32[1,8]{1,0} dynamic-slice(%tiled, %i, %i), dynamic_slice_sizes={1,8}\n"
+        "  %flat = f32[8]{0} bitcast(%row)\n"
+        "  ROOT %total = f32[8]{0} add(%flat, %near)\n}\n"
+    )
+    text = entry(
+        "%stack.1 = f32[10,8]{1,0} parameter(0)",
+        "%i.1 = s32[] parameter(1)",
+        "%near.1 = f32[8]{0:S(1)} parameter(2)",
+        "ROOT %y = f32[8]{0} fusion(%stack.1, %i.1, %near.1), kind=kLoop, calls=%sliced",
+        computations=fusion,
+    )
+    assert work.hbm_bytes(Module(text)) == 8 * 4 + 4 + 8 * 4  # a row, its number, the result
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        "dynamic-update-slice(%stack, %row, %i, %i)",
+        "scatter(%stack, %i, %row), to_apply=%add",
+    ],
+)
+def test_an_update_in_place_writes_only_what_changes(update):
+    text = entry(
+        "%stack = f32[10,8]{1,0} parameter(0)",
+        "%row = f32[1,8]{1,0} parameter(1)",
+        "%i = s32[] parameter(2)",
+        f"ROOT %y = f32[10,8]{{1,0}} {update}",
+    )
+    assert work.hbm_bytes(Module(text)) == 2 * 8 * 4
