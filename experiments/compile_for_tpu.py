@@ -23,7 +23,7 @@ from experiments.configs import paper_332m
 from experiments.overrides import apply_overrides
 from fusedkv_jax import presets
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.sharding import AXES, MeshConfig
+from fusedkv_jax.sharding import AXES, MeshConfig, make_mesh
 from fusedkv_jax.slices import programs, report, search, text
 from fusedkv_jax.slices.chips import CHIPS, Slice
 from fusedkv_jax.training import ExperimentConfig
@@ -66,7 +66,7 @@ def paper_run(preset: str, layout: str) -> ExperimentConfig:
     """The recipe of the paper for a preset's size, spread over all devices."""
     config = paper_332m.get_config(preset)
     model = presets.get(preset, layout=layout, dtype="bfloat16", remat="full")
-    return dataclasses.replace(config, model=model, mesh=MeshConfig(data=1, fsdp=-1))
+    return dataclasses.replace(config, model=model)
 
 
 def experiment(place: Slice, devices: Any) -> ExperimentConfig:
@@ -84,7 +84,7 @@ def inference(
     name: str, model: ModelConfig, devices: Any, *, tensor: int, rows: int | None, length: int
 ) -> programs.Program:
     """Prefill or decoding with bfloat16 parameters, `tensor` parts of the model."""
-    mesh = programs.mesh_on(MeshConfig(data=-1, tensor=tensor), devices)
+    mesh = make_mesh(MeshConfig(data=-1, tensor=tensor), devices)
     make = programs.prefill if name == "prefill" else programs.decode
     model = model.replace(param_dtype="bfloat16")
     return make(model, mesh, rows or mesh.size, length)
@@ -92,7 +92,7 @@ def inference(
 
 def _train(config: ExperimentConfig, place: Slice, devices: Any) -> tuple[report.Report, list[str]]:
     if not FLAGS.search:
-        program = programs.train(config, programs.mesh_on(config.mesh, devices))
+        program = programs.train(config, make_mesh(config.mesh, devices))
         return report.make_report(program, place), []
     trials = search.search(
         config,

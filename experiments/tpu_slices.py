@@ -95,7 +95,7 @@ def tables(results: dict[str, Any]) -> str:
         else:
             host = TOPOLOGIES[place.chip.name]
             serve_rows.append([preset, layout, host, program, *_figures(row, place)])
-    figures = ["peak / usable GiB", "time at least", "MFU at most", "bound by"]
+    figures = ["peak / usable GiB", "estimated time", "estimated MFU", "bound by"]
     columns = ["size", "layout", "slice"]
     return (
         _markdown([*columns, "mesh, remat, accumulation", *figures], sorted(train_rows))

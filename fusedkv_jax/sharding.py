@@ -115,7 +115,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over these devices, by default all that JAX sees.
 
     Raises:
-      MeshError: its axes do not multiply to the number of devices.
+      MeshError: its axes do not multiply to the number of devices, or do not lie along those of a
+        TPU slice.
     """
     devices = jax.devices() if devices is None else list(devices)
     if config.devices is not None:
@@ -124,7 +125,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices = devices[: config.devices]
     sizes = config.sizes(len(devices))
     kind = AxisType.Explicit if config.axis_types == "explicit" else AxisType.Auto
-    return jax.make_mesh(sizes, AXES, axis_types=(kind,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(kind,) * len(AXES), devices=devices)
+    except NotImplementedError:  # of a TPU slice, whose links are along its axes
+        torus = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(3))
+        text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise MeshError(
+            f"mesh {text} does not lie along the axes {torus} of the slice: every size must be a "
+            "product of some of those"
+        ) from None
 
 
 def automatic(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 Paper:     validation loss after 400B tokens of FineWeb-Edu: standard transformer 2.241,
            FusedKV 2.221, FusedKV-Lite 2.225 (arXiv 2512.03870).
-Hardware:  an accelerator node; not run with this code, so no number of ours is given.
+Hardware:  as for paper_332m; not run with this code, so no number of ours is given.
 Command:   python -m experiments.train --config=paper_1_5b --workdir=DIR \\
              --config.data.source='SHARDS/*.arrayrecord' --config.data.tokenizer=tokenizer.json
 """

@@ -4,8 +4,11 @@ Paper:     validation loss after 200B tokens of FineWeb-Edu: standard transforme
            FusedKV 2.642, FusedKV-Lite 2.639; WikiText perplexity 22.85, 22.35, 22.78.
 Recipe:    AdamW 0.9/0.95, weight decay 0.1, clipping at 1, learning rate 3e-4 with 2,000 steps
            of warm-up and a cosine to 3e-5, 512 sequences of 8192 tokens, std 0.02.
-Hardware:  sized for an accelerator node; nobody has run it with this code, so no number of ours
-           is given. The paper does not state its own hardware or time.
+Hardware:  a slice or some nodes; nobody has run it with this code, so no number of ours is given.
+           The paper does not state its own hardware or time. By default all devices share
+           parameters and batch (fsdp); `python -m experiments.compile_for_tpu --preset=332m
+           --topology=v5e:16x16` proposes mesh, remat and accumulation for a TPU slice. With few
+           devices raise --config.train.grad_accumulation.
 Data:      FineWeb-Edu and a tokenizer with at most 128,000 ids, both prepared by you.
 Command:   python -m experiments.train --config=paper_332m --workdir=DIR \\
              --config.data.source='SHARDS/*.arrayrecord' --config.data.tokenizer=tokenizer.json
@@ -15,6 +18,7 @@ Command:   python -m experiments.train --config=paper_332m --workdir=DIR \\
 
 from fusedkv_jax import presets
 from fusedkv_jax.data import DataConfig
+from fusedkv_jax.sharding import MeshConfig
 from fusedkv_jax.training import ExperimentConfig, OptimizerConfig, TrainConfig
 
 BATCH_SIZE = 512
@@ -35,10 +39,10 @@ def get_config(size: str = "332m", tokens: float = 200e9) -> ExperimentConfig:
         optimizer=OptimizerConfig(),  # whose defaults are the paper's
         train=TrainConfig(
             steps=round(tokens / (BATCH_SIZE * SEQ_LEN)),
-            grad_accumulation=16,
             log_every=10,
             eval_every=1000,
             eval_batches=16,
             checkpoint_every=1000,
         ),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )

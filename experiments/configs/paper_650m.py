@@ -2,7 +2,7 @@
 
 Paper:     validation loss after 200B tokens of FineWeb-Edu: standard transformer 2.483,
            FusedKV 2.474, FusedKV-Lite 2.473 (arXiv 2512.03870).
-Hardware:  an accelerator node; not run with this code, so no number of ours is given.
+Hardware:  as for paper_332m; not run with this code, so no number of ours is given.
 Command:   python -m experiments.train --config=paper_650m --workdir=DIR \\
              --config.data.source='SHARDS/*.arrayrecord' --config.data.tokenizer=tokenizer.json
 """

@@ -20,11 +20,8 @@ from fusedkv_jax.generation.prefill import extend
 from fusedkv_jax.generation.sampling import SamplerInputs
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import (
-    MeshConfig,
-    MeshError,
     batch_sharding,
-    make_mesh,
-    parameter_shardings,
+    serving_shardings,
     spec,
 )
 from fusedkv_jax.training import ExperimentConfig
@@ -56,23 +53,6 @@ class Program:
     visible: float
     remedies: str
     cache_reads: float = 0.0
-
-
-def mesh_on(config: MeshConfig, devices: Any) -> Mesh:
-    """The mesh over a slice's devices.
-
-    Raises:
-      MeshError: its axes do not multiply to their number, or do not lie along those of the slice.
-    """
-    try:
-        return make_mesh(config, devices)
-    except NotImplementedError:
-        sizes = config.sizes(len(devices))
-        shape = "x".join(str(1 + max(d.coords[i] for d in devices)) for i in range(3))
-        raise MeshError(
-            f"mesh {' x '.join(map(str, sizes))} (data, fsdp, context, tensor) does not lie along "
-            f"the axes {shape} of the slice: every size must be a product of some of those"
-        ) from None
 
 
 def train(config: ExperimentConfig, mesh: Mesh) -> Program:
@@ -156,7 +136,7 @@ def local_bytes(tree: Any) -> float:
 def _model(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef[Decoder], Any]:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model)
-    return graph, jax.tree.map(_like, params, parameter_shardings(params, mesh))
+    return graph, jax.tree.map(_like, params, serving_shardings(params, mesh))
 
 
 def _cache(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fusedkv_jax import costs
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.sharding import MeshConfig, MeshError
+from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
 from fusedkv_jax.slices import programs, report
 from fusedkv_jax.slices.chips import Slice
 from fusedkv_jax.training import ExperimentConfig
@@ -143,7 +143,7 @@ def search(
 def attempt(candidate: Candidate, config: ExperimentConfig, place: Slice, devices: Any) -> Trial:
     """Compile one candidate."""
     applied = candidate.apply(config)
-    program = programs.train(applied, programs.mesh_on(applied.mesh, devices))
+    program = programs.train(applied, make_mesh(applied.mesh, devices))
     try:
         return Trial(candidate, report.make_report(program, place))
     except report.DoesNotFit as error:
@@ -152,7 +152,7 @@ def attempt(candidate: Candidate, config: ExperimentConfig, place: Slice, device
 
 def _exists(mesh: MeshConfig, devices: Any) -> bool:
     try:
-        programs.mesh_on(mesh, devices)
+        make_mesh(mesh, devices)
     except MeshError:
         return False
     return True

@@ -41,11 +41,11 @@ def describe(report: Report) -> str:
     lines.append(f"  {'attention kernels':<30}{kernels or 'none: attention is plain XLA'}")
     what = {"train": "step", "prefill": "prefill", "decode": "token"}[report.program]
     lines.append(
-        f"  estimate, nothing was run: a {what} takes at least {milliseconds(estimate.seconds)} "
+        f"  estimate, nothing was run: a {what} takes {milliseconds(estimate.seconds)} "
         f"(compute {milliseconds(estimate.compute)}, memory {milliseconds(estimate.memory)}, "
         f"communication {milliseconds(estimate.communication)}), bound by {estimate.bound}; "
         f"{report.tokens / estimate.seconds:,.0f} tokens/s on the slice, "
-        f"MFU at most {estimate.utilization:.0%}"
+        f"MFU {estimate.utilization:.0%}"
     )
     return "\n".join(lines)
 

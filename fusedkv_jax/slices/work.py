@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from fusedkv_jax.slices.collectives import KINDS
 from fusedkv_jax.slices.hlo import Computation, Module
 from fusedkv_jax.slices.instructions import Instruction, Shape
 
@@ -17,6 +18,7 @@ _PASSIVE = {
     "call", "after-all", "partition-id", "replica-id", "copy-done", "iota",
 }  # fmt: skip
 
+_ALIASES = re.compile(r"\{(\d+)\}: \((\d+), \{")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand has the new values
 
 
@@ -131,6 +133,8 @@ def _traffic(module: Module, instruction: Instruction, computation: Computation)
     outputs = [s.nbytes for s in instruction.shapes if not s.on_chip]
     if opcode.endswith("-done"):
         return 0.0
+    if opcode == "slice-start":
+        return 2 * instruction.shapes[1].nbytes  # after the argument
     if opcode.endswith("-start"):
         outputs = outputs[:1]  # the others are the argument and flags
     inputs = [_shape(computation, name) for name in instruction.operands]
@@ -140,24 +144,33 @@ def _traffic(module: Module, instruction: Instruction, computation: Computation)
         return 2 * inputs[_UPDATES[opcode]].nbytes * (not inputs[0].on_chip)
     if opcode == "fusion":
         inner = module.computations[instruction.called() or ""]
-        return _fusion_traffic(inner, inputs, instruction.shapes)
+        return _fusion_traffic(instruction, inner, inputs)
     return sum(outputs) + sum(s.nbytes for s in inputs if not s.on_chip)
 
 
-def _fusion_traffic(inner: Computation, inputs: list[Shape], outputs: tuple[Shape, ...]) -> float:
+def _fusion_traffic(fusion: Instruction, inner: Computation, inputs: list[Shape]) -> float:
+    arguments, results = _under_way(fusion, inner)
     total = 0.0
     for instruction in inner.values():
         if instruction.opcode != "parameter":
             continue
         number = int(instruction.text.split(")")[0])
-        if number < len(inputs) and not inputs[number].on_chip:
+        if number < len(inputs) and not inputs[number].on_chip and number not in arguments:
             total += _read(inner, instruction)
     root = next(x for x in inner.values() if x.is_root)
     written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    for value, shape in zip(written, outputs, strict=False):
-        if not shape.on_chip:
+    for number, (value, shape) in enumerate(zip(written, fusion.shapes, strict=False)):
+        if not shape.on_chip and number not in results:
             total += _changed(inner, value)
     return total
+
+
+def _under_way(fusion: Instruction, inner: Computation) -> tuple[set[int], set[int]]:
+    """Arguments and results that a fusion hands on for a collective which runs beside it."""
+    if not any(x.opcode.removesuffix("-start") in KINDS for x in inner.values()):
+        return set(), set()
+    pairs = _ALIASES.findall(fusion.text.partition("output_to_operand_aliasing=")[2])
+    return {int(argument) for _, argument in pairs}, {int(result) for result, _ in pairs}
 
 
 def _read(inner: Computation, value: Instruction) -> float:

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from experiments.compile_for_tpu import paper_run
-from fusedkv_jax.sharding import MeshConfig, MeshError
+from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
 from fusedkv_jax.slices import programs, report, search
 from fusedkv_jax.slices.chips import Slice
 from fusedkv_jax.slices.hlo import Module
@@ -26,7 +26,7 @@ def test_the_best_settings_divide_the_model_and_lie_along_the_slice():
     found = search.candidates(config, place, devices(place.name))
     assert len({(c.remat, c.mesh.context, c.mesh.tensor) for c in found}) == len(found) > 3
     for candidate in found:
-        mesh = programs.mesh_on(candidate.mesh, devices(place.name))
+        mesh = make_mesh(candidate.mesh, devices(place.name))
         rows = mesh.shape["data"] * mesh.shape["fsdp"] * candidate.grad_accumulation
         assert mesh.size == 512 and config.data.batch_size % rows == 0
         assert candidate.memory < place.chip.hbm
@@ -34,8 +34,8 @@ def test_the_best_settings_divide_the_model_and_lie_along_the_slice():
 
 
 def test_a_mesh_across_the_axes_of_a_slice_is_refused_in_words():
-    with pytest.raises(MeshError, match="4 x 128 x 1 x 1 .* does not lie along the axes 8x8x8"):
-        programs.mesh_on(MeshConfig(data=4, fsdp=128), devices("v5p:8x8x8"))
+    with pytest.raises(MeshError, match="data=4 x fsdp=128 x .* not lie along the axes 8x8x8"):
+        make_mesh(MeshConfig(data=4, fsdp=128), devices("v5p:8x8x8"))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_4b_step_of_4m_tokens_fits_512_chips_and_holds_no_logits_and_no_scor
     config = paper_run("4b", "fusedkv")
     best = search.candidates(config, place, devices(place.name))[0]
     config = best.apply(config)
-    mesh = programs.mesh_on(config.mesh, devices(place.name))
+    mesh = make_mesh(config.mesh, devices(place.name))
     program = programs.train(config, mesh)
     compiled, _ = report.compile_program(program, place)
     found = report.analyze(program, place, compiled, 0.0)

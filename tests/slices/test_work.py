@@ -69,6 +69,35 @@ def test_memory_is_read_in_slices_and_never_for_what_is_on_the_chip():
     assert work.hbm_bytes(Module(text)) == 8 * 4 + 4 + 8 * 4  # a row, its number, the result
 
 
+def test_a_gather_that_runs_beside_a_product_is_not_its_memory_traffic():
+    fusion = (
+        "%beside (p: f32[4], whole: f32[64], x: f32[8]) -> (f32[8], f32[4], f32[64], f32[64]) {\n"
+        "  %p = f32[4]{0} parameter(0)\n  %whole = f32[64]{0} parameter(1)\n"
+        "  %x = f32[8]{0} parameter(2)\n  %y = f32[8]{0} add(%x, %x)\n"
+        "  %g = f32[64]{0} all-gather(%p), channel_id=1, replica_groups={}, dimensions={0}\n"
+        "  ROOT %t = (f32[8]{0}, f32[4]{0}, f32[64]{0}, f32[64]{0}) tuple(%y, %p, %whole, %g)\n}\n"
+    )
+    text = entry(
+        "%p.1 = f32[4]{0} parameter(0)",
+        "%whole.1 = f32[64]{0} parameter(1)",
+        "%x.1 = f32[8]{0} parameter(2)",
+        "ROOT %y.1 = (f32[8]{0}, f32[4]{0}, f32[64]{0}, f32[64]{0}) fusion(%p.1, %whole.1, %x.1), "
+        "kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, "
+        "calls=%beside",
+        computations=fusion,
+    )
+    assert work.hbm_bytes(Module(text)) == 8 * 4 + 8 * 4  # x and y
+
+
+def test_an_asynchronous_slice_moves_what_it_slices():
+    text = entry(
+        "%x = f32[100]{0} parameter(0)",
+        "%s = ((f32[100]{0}), f32[10]{0}, s32[]) slice-start(%x), slice={[0:10]}",
+        "ROOT %y = f32[10]{0} slice-done(%s)",
+    )
+    assert work.hbm_bytes(Module(text)) == 2 * 10 * 4
+
+
 @pytest.mark.parametrize(
     "update",
     [
