@@ -97,11 +97,10 @@ def tables(results: dict[str, Any]) -> str:
             serve_rows.append([preset, layout, host, program, *_figures(row, place)])
     figures = ["peak / usable GiB", "estimated time", "estimated MFU", "bound by"]
     columns = ["size", "layout", "slice"]
-    return (
-        _markdown([*columns, "mesh, remat, accumulation", *figures], sorted(train_rows))
-        + "\n"
-        + _markdown([*columns, "program", *figures], sorted(serve_rows))
-    )
+    page = _markdown([*columns, "mesh, remat, accumulation", *figures], sorted(train_rows))
+    if serve_rows:
+        page += "\n" + _markdown([*columns, "program", *figures], sorted(serve_rows))
+    return page
 
 
 def _figures(row: dict[str, Any], place: Slice) -> list[str]:
