@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def load_huggingface(
     With another layout than `mha`, projections that the layout has no place for are left out, and
     its learned stream weights start as in a new model: a starting point for more training.
 
+    Where the configuration ties the output head to the embedding but there is an `lm_head.weight`
+    that differs from it, the head is not tied, as in transformers, and a warning says so.
+
     Args:
         source: folder with config.json and model.safetensors (or shards with their index), or the
             tensors by name.
@@ -83,6 +87,7 @@ def load_huggingface(
             config = config_from_huggingface(fields or {})
         if layout is not None:
             config = config.replace(layout=layout)
+        config = _untied_if_different(config, tensors)
         if rope_interleave is None:
             known = fields is not None
             rope_interleave = has_interleaved_rope(fields) if known else config.mla is not None
@@ -160,6 +165,21 @@ def _build(config: ModelConfig, tensors: Mapping[str, Any], interleaved: int, se
         value = layers[0] if places[0][0] is None else np.stack(layers)
         flat[path] = flat[path].replace(jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
+def _untied_if_different(config: ModelConfig, tensors: Mapping[str, Any]) -> ModelConfig:
+    """The configuration, untied if the tensors hold a head that is not the embedding."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.tie_embeddings or not {embedding, head} <= set(tensors):
+        return config
+    if np.array_equal(np.asarray(tensors[embedding]), np.asarray(tensors[head])):
+        return config
+    warnings.warn(
+        f"{head} differs from {embedding} although the configuration ties them; the head is loaded"
+        " as it is, with tie_embeddings=False",
+        stacklevel=3,
+    )
+    return config.replace(tie_embeddings=False)
 
 
 def _initial_fusion_weights(config: ModelConfig, seed: int) -> dict[OurPath, nnx.Variable]:

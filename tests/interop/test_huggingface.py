@@ -125,6 +125,25 @@ def test_logits_of_transformers(name, tmp_path):
 
 
 @needs_oracle
+def test_a_head_that_differs_from_the_tied_embedding(tmp_path):
+    """transformers then leaves the head untied; so do we, and say so."""
+    original = oracle("llama-tied")
+    original.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    generator = np.random.default_rng(1)
+    head = generator.normal(size=tensors["model.embed_tokens.weight"].shape).astype(np.float32)
+    tensors["lm_head.weight"] = head
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with pytest.warns(UserWarning, match="lm_head.weight differs from model.embed_tokens.weight"):
+        model = load_huggingface(tmp_path)
+    assert not model.config.tie_embeddings
+    expected = oracle_logits(theirs, TOKENS)
+    assert np.abs(expected - oracle_logits(original, TOKENS)).max() > 1
+    np.testing.assert_allclose(model(TOKENS), expected, rtol=0, atol=TOLERANCE)
+
+
+@needs_oracle
 @pytest.mark.parametrize(
     "changes",
     [
