@@ -45,7 +45,7 @@ def describe(path: pathlib.Path) -> str:
         "model": f"{model.to_dict()['layout']}, {model.num_layers} layers, width {model.d_model}, "
         f"{costs.parameter_count(model):,} parameters",
         "files": ", ".join(f"{item} {size / 1e6:.2f} MB" for item, size in sorted(sizes.items())),
-        "metrics": ", ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()) or "none",
+        "metrics": ", ".join(f"{k} {_number(v)}" for k, v in found.metrics.items()) or "none",
         "versions": ", ".join(f"{k} {v}" for k, v in found.versions.items()),
     }
     lines = [str(path), *(f"  {name:<10}{text}" for name, text in rows.items())]
@@ -73,6 +73,10 @@ def main(target: str) -> int:
         chosen = steps if _STEP.value is None else [_STEP.value]
         paths = [directory / str(step) for step in chosen]
     return max([_show(path) for path in paths])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _show(path: pathlib.Path) -> int:

@@ -121,7 +121,7 @@ class Checkpoints:
                     raise failure
                 files.update(shared)
             manifest.write(path, **description, files=files)
-            self._store.commit(description["step"])
+            self._store.commit(description["step"], path)
 
         try:
             processes.decide((failure, files), commit, _CHANNEL)

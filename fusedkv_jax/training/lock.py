@@ -4,12 +4,15 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import IO
 
 import jax
 
 from fusedkv_jax import processes
+
+_OWNER = re.compile(r"(process \d+ on \S*)?")
 
 
 class WorkdirLockedError(ValueError):
@@ -28,13 +31,19 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
     Raises:
       WorkdirLockedError: another process holds it; the message names that process.
+      ValueError: the file is not one of ours.
       ProcessesError: not all processes see the same directory.
     """
     with contextlib.ExitStack() as stack:
 
         def acquire() -> str:
             workdir.mkdir(parents=True, exist_ok=True)
-            return _acquire(stack.enter_context(open(_file(workdir), "a+", encoding="utf-8")))
+            file = _file(workdir)
+            if os.path.lexists(file) and not file.is_file():
+                raise ValueError(f"{file} is no lock of a run; move it away")
+            return _acquire(
+                stack.enter_context(open(file, "a+", encoding="utf-8", errors="replace"))
+            )
 
         owner = processes.on_first(acquire)
         processes.together(lambda: _check_shared(workdir, owner))
@@ -52,6 +61,9 @@ def _acquire(file: IO[str]) -> str:
             f"workdir {pathlib.Path(file.name).parent} is in use by {owner}; wait for it to end, "
             "stop it, or pass another --workdir"
         ) from None
+    file.seek(0)
+    if not _OWNER.fullmatch(file.read(1000)):
+        raise ValueError(f"{file.name} is no lock of a run; move it away")
     owner = f"process {os.getpid()} on {os.uname().nodename}"
     file.truncate(0)
     file.write(owner)

@@ -196,7 +196,7 @@ class _Run:
             writers = [WandbWriter(self.wandb_project, self.config.name, settings, self.workdir)]
         writers += [
             LineWriter(progress.print, self.config.train.steps, progress.time_left),
-            JsonLinesWriter(self.workdir / METRICS_FILE, last_step=step),
+            JsonLinesWriter(self.workdir / METRICS_FILE, step, progress.print),
             TensorBoardWriter(self.workdir / "tensorboard"),
         ]
         return MultiWriter(writers, report=progress.print)

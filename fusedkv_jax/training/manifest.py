@@ -8,13 +8,17 @@ import os
 import pathlib
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
+from fusedkv_jax.training.metrics import finite_or_none
+
 FILE = "manifest.json"
-FORMAT = 3
+FORMAT = 4
+_OLD_FORMAT = 3  # the same fields; the digest was a last line after the JSON
 _PACKAGES = ("fusedkv_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -33,7 +37,7 @@ class Manifest:
     Attributes:
       step: the training step.
       config: the run's whole configuration, as a dictionary.
-      metrics: the last evaluation's values at that step.
+      metrics: the last evaluation's values at that step; None where one is not finite.
       data: the place in the data stream, the same number for any number of processes.
       versions: of Python and the packages that wrote it.
       files: relative path -> [bytes, SHA-256 in hexadecimal].
@@ -41,7 +45,7 @@ class Manifest:
 
     step: int
     config: dict[str, Any]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     data: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, list[Any]]
@@ -61,7 +65,7 @@ def hash_files(directory: pathlib.Path) -> dict[str, list[Any]]:
     Returns:
       relative path -> [bytes, SHA-256 in hexadecimal].
     """
-    names = [name for name in _names(directory) if _is_ours(name)]
+    names = [name for name in list_files(directory) if _is_ours(name)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda name: _digest(directory / name, sync=True), names))
     return {
@@ -75,7 +79,7 @@ def write(
     *,
     step: int,
     config: dict[str, Any],
-    metrics: dict[str, float],
+    metrics: Mapping[str, float | None],
     data: dict[str, Any],
     files: dict[str, list[Any]],
 ) -> Manifest:
@@ -86,41 +90,60 @@ def write(
       step, config, metrics, data: as in `Manifest`.
       files: what `hash_files` returned on all processes.
     """
+    metrics = finite_or_none(metrics)  # JSON has no other numbers
     manifest = Manifest(
         step=step, config=config, metrics=metrics, data=data, versions=_versions(), files=files
     )
-    body = json.dumps(asdict(manifest), indent=1, sort_keys=True)
-    with open(directory / FILE, "w", encoding="utf-8") as file:
-        file.write(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n")
+    with open(directory / FILE, "wb") as file:
+        file.write(_serialize(asdict(manifest)))
         file.flush()
         os.fsync(file.fileno())
     return manifest
 
 
 def read(directory: pathlib.Path) -> Manifest:
-    """The manifest of a checkpoint, itself protected by the digest in its last line.
+    """The manifest of a checkpoint, itself protected by a digest.
 
     Raises:
       CheckpointError: there is none, or another version wrote it.
       DamagedCheckpointError: it is not what was written.
     """
-    path = directory / FILE
     try:
-        body, _, digest = path.read_bytes().removesuffix(b"\n").rpartition(b"\n")
-    except FileNotFoundError:
+        content = (directory / FILE).read_bytes()
+    except OSError as error:
+        found = "has no" if isinstance(error, FileNotFoundError) else "has an unreadable"
         raise DamagedCheckpointError(
-            f"checkpoint {directory} has no {FILE}: it was deleted, or this is not a checkpoint of "
-            "fusedkv_jax"
+            f"checkpoint {directory} {found} {FILE}: it was changed, or this is not a checkpoint "
+            "of fusedkv_jax"
         ) from None
-    if hashlib.sha256(body).hexdigest().encode() != digest:
+    fields = _fields(content)
+    if fields is None:
         raise DamagedCheckpointError(f"checkpoint {directory} is damaged: {FILE} was changed")
-    fields = json.loads(body)
-    if fields.get("format") != FORMAT:
+    if fields.get("format") not in (FORMAT, _OLD_FORMAT):
         raise CheckpointError(
             f"checkpoint {directory} has format {fields.get('format')}, and this version of "
             f"fusedkv_jax reads {FORMAT}; restore it with the version that wrote it"
         )
     return Manifest(**fields)
+
+
+def _fields(content: bytes) -> dict[str, Any] | None:
+    """The fields of a manifest file; None unless they are as they were written."""
+    body, _, last = content.removesuffix(b"\n").rpartition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() == last:  # the old format
+        return json.loads(body)
+    try:
+        fields = json.loads(content)["manifest"]
+        return fields if content == _serialize(fields) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _serialize(fields: dict[str, Any]) -> bytes:
+    """JSON, with the SHA-256 of the fields in their shortest form beside them."""
+    shortest = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    document = {"manifest": fields, "sha256": hashlib.sha256(shortest.encode()).hexdigest()}
+    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def verify(directory: pathlib.Path, below: str = "", *, share: bool = False) -> Manifest:
@@ -139,7 +162,7 @@ def verify(directory: pathlib.Path, below: str = "", *, share: bool = False) -> 
         message names the first one.
     """
     manifest = read(directory)
-    found = set(_names(directory))
+    found = set(list_files(directory))
     wanted = sorted(
         name
         for name in manifest.files.keys() | found
@@ -167,7 +190,8 @@ def verify(directory: pathlib.Path, below: str = "", *, share: bool = False) -> 
     return manifest
 
 
-def _names(directory: pathlib.Path) -> list[str]:
+def list_files(directory: pathlib.Path) -> list[str]:
+    """The files below a checkpoint but its manifest, as sorted relative paths."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return [path.relative_to(directory).as_posix() for path in paths if path.name != FILE]
 

@@ -5,9 +5,10 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from tensorboard import summary
@@ -73,18 +74,25 @@ class JsonLinesWriter:
 
     Args:
       path: the file; it is appended to.
-      last_step: lines of later steps are removed first. A run that resumes from a checkpoint
-        computes those steps again, and each step should be in the file once.
+      last_step: lines of later steps, and what this class did not write, are moved to a file of
+        the same name with `.replaced` before the suffix first. A run that resumes from a
+        checkpoint computes those steps again, and each step should be in the file once.
+      report: takes the line that says so where something else than later steps was moved.
+
+    Raises:
+      ValueError: there is something of that name that is no file.
     """
 
-    def __init__(self, path: pathlib.Path, last_step: int = 0):
+    def __init__(
+        self, path: pathlib.Path, last_step: int = 0, report: Callable[[str], Any] = print
+    ):
+        path = path.resolve()  # a link stays one
         if path.exists():
-            _keep_lines(path, last_step)
+            _set_lines_aside(path, last_step, report)
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        record = {"step": step, "time": round(time.time(), 3), **values}
+        record = {"step": step, "time": round(time.time(), 3), **finite_or_none(metrics)}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -238,21 +246,55 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def finite_or_none(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The metrics with None for what is not finite, which JSON cannot hold."""
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in metrics.items()
+    }
+
+
 def last_step(path: pathlib.Path) -> int:
     """The last step in a file of `JsonLinesWriter`; 0 if there is none."""
-    return max((step for step, _ in _lines(path)), default=0) if path.exists() else 0
+    if not path.is_file():
+        return 0
+    steps = (_step_of(line) for line in path.read_bytes().splitlines())
+    return max((step for step in steps if step is not None), default=0)
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield int(json.loads(line)["step"]), line
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was cut off when the process was killed
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of `JsonLinesWriter`; None for any other, or one that was cut off."""
+    try:
+        record = json.loads(line)
+        if not isinstance(record["time"], float):
+            return None
+        return record["step"] if type(record["step"]) is int else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
-def _keep_lines(path: pathlib.Path, last_step: int) -> None:
-    kept = [line + "\n" for step, line in _lines(path) if step <= last_step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+def _set_lines_aside(path: pathlib.Path, last_step: int, report: Callable[[str], Any]) -> None:
+    """Leave the lines of steps up to `last_step`; the others go to the end of another file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; move it away")
+    kept, others, foreign = [], [], 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        step = _step_of(line)
+        keep = step is not None and step <= last_step and line.endswith(b"\n")
+        (kept if keep else others).append(line)
+        # A last line without its end was cut off when the process was killed.
+        foreign += step is None and (line.endswith(b"\n") or number < len(lines))
+    if not others:
+        return
+    aside = path.with_name(f"{path.stem}.replaced{path.suffix}")
+    with open(aside, "ab") as file:
+        file.writelines(line.rstrip(b"\r\n") + b"\n" for line in others)
+        file.flush()
+        os.fsync(file.fileno())
+    if foreign:
+        report(f"warning: {path} had {foreign} lines that are not metrics; moved to {aside}")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = pathlib.Path(folder, path.name)
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)

@@ -1,13 +1,25 @@
-"""The directory of a run's checkpoints: a step appears whole, by a rename, or not at all."""
+"""The directory of a run's checkpoints: a step appears whole, by a rename, or not at all.
+
+What others put there stays: only what bears this module's mark in its name, or is a file that the
+manifest of a checkpoint lists, is ever removed.
+"""
 
 import os
 import pathlib
+import re
 import shutil
+import uuid
 
 from fusedkv_jax.training import manifest
 from fusedkv_jax.training.manifest import CheckpointError
 
-_DAMAGED = ".damaged"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_MARK = "fusedkv_jax"
+_REMOVED = re.compile(rf"(?:{_STEP.pattern})\.removed-{_MARK}-[0-9a-f]{{32}}")
+# Orbax writes to a name with a suffix of its own and renames it when all files are there.
+_UNFINISHED = re.compile(
+    rf"(?P<step>{_STEP.pattern})\.unfinished-{_MARK}-[0-9a-f]{{32}}(?:\.orbax-checkpoint-tmp.*)?"
+)
 
 
 class Store:
@@ -31,60 +43,99 @@ class Store:
     def clean(self) -> None:
         """Remove what interrupted saves and removals have left."""
         for path in self.directory.glob("*"):
-            is_step = path.name.isdecimal() or path.name.endswith(_DAMAGED)
-            if path.is_dir() and not is_step:
+            if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+            elif _REMOVED.fullmatch(path.name):
+                _remove(path)
 
     def unfinished(self, step: int) -> pathlib.Path:
-        """Where to write a step before it is committed."""
+        """A new path to write a step to before it is committed."""
         self.discard(step)
         self.directory.mkdir(parents=True, exist_ok=True)
-        return self.directory / f"{step}.unfinished"
+        return self.directory / _marked(step, "unfinished")
 
     def discard(self, step: int) -> None:
         """Remove what was written of a step that will not be committed."""
-        for path in self.directory.glob(f"{step}.unfinished*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob("*"):
+            match = _UNFINISHED.fullmatch(path.name)
+            if match and int(match["step"]) == step:
+                shutil.rmtree(path, ignore_errors=True)
 
-    def commit(self, step: int) -> None:
-        """Make a step visible, then remove the steps that are no longer wanted."""
-        os.rename(self.directory / f"{step}.unfinished", self.directory / str(step))
+    def commit(self, step: int, unfinished: pathlib.Path) -> None:
+        """Make a step visible, then remove the steps that are no longer wanted.
+
+        Raises:
+          FileExistsError: there is something of that name already; it stays.
+        """
+        place = self.directory / str(step)
+        if os.path.lexists(place):
+            raise FileExistsError(f"{place} is there already; move it away")
+        os.rename(unfinished, place)
         _sync(self.directory)
         self._prune()
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Keep a damaged step for inspection, out of the way."""
-        aside = self.directory / f"{step}{_DAMAGED}"
-        if aside.exists():
-            shutil.rmtree(aside)
+        number, aside = 1, self.directory / f"{step}.damaged"
+        while os.path.lexists(aside):
+            number += 1
+            aside = self.directory / f"{step}.damaged-{number}"
         os.rename(self.directory / str(step), aside)
         return aside
 
     def _prune(self) -> None:
-        steps = self.steps()
-        wanted = set(steps[-self._keep :])
+        values = {}
+        for step in self.steps():
+            try:
+                saved = manifest.read(self.directory / str(step))
+            except CheckpointError:
+                continue  # not ours, or damaged: restoring will say so
+            if saved.step == step:
+                values[step] = saved.metrics.get(self._best_metric)
+        wanted = set(list(values)[-self._keep :])
         if self._keep_best:
-            values = {step: self._value(step) for step in steps}
-            ranked = [step for step in steps if values[step] is not None]
+            ranked = [step for step in values if values[step] is not None]
             ranked.sort(key=lambda step: (values[step], step))
             wanted |= set(ranked[: self._keep_best])
-        for step in steps:
-            if step not in wanted:
-                # Renamed first: a reader sees a whole checkpoint or none.
-                gone = self.directory / f"{step}.removed"
-                os.rename(self.directory / str(step), gone)
-                shutil.rmtree(gone, ignore_errors=True)
-
-    def _value(self, step: int) -> float | None:
-        try:
-            return manifest.read(self.directory / str(step)).metrics.get(self._best_metric)
-        except CheckpointError:
-            return None  # restoring will say what is wrong with it
+        for step in values.keys() - wanted:
+            # Renamed first: a reader sees a whole checkpoint or none.
+            gone = self.directory / _marked(step, "removed")
+            os.rename(self.directory / str(step), gone)
+            _remove(gone)
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
     """The steps in a directory of checkpoints, oldest first."""
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal() and p.is_dir())
+    return sorted(
+        int(path.name)
+        for path in directory.glob("*")
+        if _STEP.fullmatch(path.name) and path.is_dir()
+    )
+
+
+def _marked(step: int, kind: str) -> str:
+    """A name that nobody else has chosen, so that what bears it may be removed."""
+    return f"{step}.{kind}-{_MARK}-{uuid.uuid4().hex}"
+
+
+def _remove(checkpoint: pathlib.Path) -> None:
+    """Remove the files that a checkpoint's manifest lists, the manifest last, and what is empty.
+
+    A file that somebody has put there stays, in its directory.
+    """
+    try:
+        ours = manifest.read(checkpoint).files.keys()
+    except CheckpointError:
+        ours = set()  # they were removed before
+    for name in ours & set(manifest.list_files(checkpoint)):
+        (checkpoint / name).unlink()
+    if ours:
+        (checkpoint / manifest.FILE).unlink()
+    for folder, _, _ in os.walk(checkpoint, topdown=False):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            continue  # not empty
 
 
 def _sync(directory: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, and refusals that name what differs."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -134,13 +135,45 @@ def test_a_save_that_fails_halfway_leaves_nothing(toy, toy_state, tmp_path, monk
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_what_an_interrupted_save_left_is_removed(toy, toy_state, saved):
+def test_what_an_interrupted_save_or_removal_left_is_removed(saved):
     workdir, _ = saved
-    for name in ("9.unfinished", "3.removed", "9.unfinished.orbax-checkpoint-tmp"):
-        (workdir / "checkpoints" / name / "params").mkdir(parents=True)
+    directory, mark = workdir / "checkpoints", f"fusedkv_jax-{'0a' * 16}"
+    for name in (f"9.unfinished-{mark}", f"9.unfinished-{mark}.orbax-checkpoint-tmp"):
+        (directory / name / "params").mkdir(parents=True)
+    shutil.copytree(directory / "7", directory / f"3.removed-{mark}")
     with Checkpoints(workdir, keep=2) as checkpoints:
         assert checkpoints.latest_step == 7
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["7"]
+    assert [path.name for path in directory.iterdir()] == ["7"]
+
+
+def test_what_others_put_beside_or_into_checkpoints_is_never_lost(toy, toy_state, saved):
+    workdir, _ = saved
+    directory = workdir / "checkpoints"
+    names = ("notes", "9.unfinished", "3.removed", "5", "7.damaged", "٣", "best/model", "7/mine")
+    contents = {directory / name / "text.txt": name for name in names}
+    for path, text in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    iterator, lines = data.make_train_iterator(toy.data), []
+    with Checkpoints(workdir, keep=1, report=lines.append) as checkpoints:
+        with pytest.raises(CheckpointError, match="no other checkpoint"):
+            checkpoints.restore(_abstract(toy), iterator, toy)  # 7 is not as it was saved
+        for step in (8, 9):  # prunes
+            checkpoints.save(step, toy_state, iterator, toy)
+    found = sorted(path.read_text() for path in directory.rglob("text.txt"))
+    assert found == sorted(names)
+    assert (directory / "7.damaged-2" / "manifest.json").exists() and len(lines) == 2
+
+
+def test_a_file_in_a_checkpoint_that_is_no_longer_kept_survives_it(toy, toy_state, tmp_path):
+    iterator = data.make_train_iterator(toy.data)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, toy_state, iterator, toy)
+        checkpoints.wait()
+        (tmp_path / "checkpoints" / "1" / "notes.txt").write_text("mine")
+        checkpoints.save(2, toy_state, iterator, toy)
+    kept = [path for path in (tmp_path / "checkpoints").rglob("*") if path.parent.name[0] == "1"]
+    assert [(path.name, path.read_text()) for path in kept] == [("notes.txt", "mine")]
 
 
 def test_relative_workdir(toy, toy_state, tmp_path, monkeypatch):

@@ -34,3 +34,11 @@ def test_lock_is_free_again_after_the_block(tmp_path):
         with lock_workdir(tmp_path), pytest.raises(WorkdirLockedError):
             with lock_workdir(tmp_path):
                 pass
+
+
+def test_a_file_of_that_name_that_is_no_lock_stays(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xffmine")
+    with pytest.raises(ValueError, match="is no lock of a run; move it away"):
+        with lock_workdir(tmp_path):
+            pass
+    assert (tmp_path / ".lock").read_bytes() == b"\xffmine"

@@ -140,3 +140,23 @@ def test_manifest_records_hashes_versions_and_configuration(toy, two_steps):
     for name, (size, digest) in found.files.items():
         content = (directory / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (size, digest)
+
+
+def test_the_manifest_is_valid_json_and_the_old_form_is_read(two_steps, tmp_path):
+    shutil.copytree(two_steps[0] / "checkpoints" / "1", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / manifest.FILE
+    fields = json.loads(path.read_bytes())["manifest"]
+    body = json.dumps(fields | {"format": 3}, indent=1, sort_keys=True)
+    path.write_text(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n")
+    found = manifest.verify(tmp_path)
+    assert (found.format, found.step, found.metrics) == (3, 1, {"eval/loss": 1.0})
+
+
+def test_a_metric_that_is_not_finite_is_null(tmp_path):
+    metrics = {"eval/loss": float("nan"), "eval/perplexity": float("inf"), "eval/x": 1.0}
+    manifest.write(tmp_path, step=1, config={}, metrics=metrics, data={}, files={})
+    assert manifest.read(tmp_path).metrics == {
+        "eval/loss": None,
+        "eval/perplexity": None,
+        "eval/x": 1.0,
+    }

@@ -16,6 +16,7 @@ from fusedkv_jax.training.metrics import (
     StepTimer,
     TensorBoardWriter,
     WandbWriter,
+    last_step,
 )
 
 
@@ -47,6 +48,24 @@ def test_json_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     writer.write(30, {"loss": 31.0})
     writer.close()
     assert [(r["step"], r["loss"]) for r in _records(path)] == [(10, 10), (20, 20), (30, 31)]
+    assert '"loss": 30.0' in (tmp_path / "metrics.replaced.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes\n", b'{"step": 5}\n', b"\xff\x00\n[]", b"[" * 10**5]
+)
+def test_a_file_of_another_origin_is_moved_not_lost(tmp_path, content):
+    path, lines = tmp_path / "metrics.jsonl", []
+    for _ in range(2):  # what was moved is not written over either
+        path.write_bytes(content)
+        assert last_step(path) == 0
+        writer = JsonLinesWriter(path, report=lines.append)
+        writer.write(1, {"loss": 2.0})
+        writer.close()
+    assert [record["loss"] for record in _records(path)] == [2.0]
+    moved = (tmp_path / "metrics.replaced.jsonl").read_bytes()
+    assert moved.count(content.removesuffix(b"\n")) == 2
+    assert len(lines) == 2 * (b"\n" in content)
 
 
 def test_tensorboard_reads_the_scalars_back(tmp_path):
