@@ -3,8 +3,8 @@
     python -m experiments.tpu_slices
 
 Results go to experiments/results/tpu_slices.json as they come, and those that are there already are
-not computed again: delete the file to begin anew. Needs libtpu and no TPU; a program takes about
-a minute of two CPU cores.
+not computed again, unless they lack a peak: delete the file to begin anew. Needs libtpu and no TPU;
+a program takes some minutes of two CPU cores.
 """
 
 import json
@@ -72,7 +72,7 @@ def compute(results: dict[str, Any], path: pathlib.Path) -> None:
     ]
     for program, preset, layout, name in wanted:
         key = f"{program} {preset} {layout} {name}"
-        if key in results:
+        if results.get(key, {}).keys() & {"peak", "missing"}:
             continue
         place = Slice.parse(name)
         if program == "train":
@@ -107,8 +107,9 @@ def _figures(row: dict[str, Any], place: Slice) -> list[str]:
     if "missing" in row:
         return [f"does not fit: {report.gib(row['missing'])} missing", "", "", ""]
     estimate = row["estimate"]
+    peak = f"{row['peak'] / 2**30:.1f}" if "peak" in row else "not known yet"
     return [
-        f"{row['peak'] / 2**30:.1f} / {place.chip.hbm / 2**30:.1f}",
+        f"{peak} / {place.chip.hbm / 2**30:.1f}",
         text.milliseconds(estimate["seconds"]),
         f"{estimate['utilization']:.0%}",
         estimate["bound"],

@@ -42,13 +42,7 @@ def on_chip(tree):
 
 def total_bytes(compiled):
     memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
 
 
 def compile_train_step(config):

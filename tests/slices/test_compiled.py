@@ -1,7 +1,12 @@
 """Programs that libtpu really compiled, on no TPU."""
 
 import importlib.util
+import re
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.compile_for_tpu import paper_run
@@ -36,6 +41,36 @@ def test_the_best_settings_divide_the_model_and_lie_along_the_slice():
 def test_a_mesh_across_the_axes_of_a_slice_is_refused_in_words():
     with pytest.raises(MeshError, match="data=4 x fsdp=128 x .* not lie along the axes 8x8x8"):
         make_mesh(MeshConfig(data=4, fsdp=128), devices("v5p:8x8x8"))
+
+
+def test_the_peak_is_that_of_the_compilers_memory_report(fresh_compilation, tmp_path):
+    def step(x):
+        def loss(x):
+            for _ in range(3):
+                x, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c) + c, None), x, None, length=8)
+            return x.sum()
+
+        return jax.grad(loss)(x)
+
+    # What each of the three loops writes lives at another time, and adds up to more than fits.
+    place = Slice.parse("v5e:1x1")
+    put = jax.sharding.SingleDeviceSharding(devices(place.name)[0])
+    x = jax.ShapeDtypeStruct((4096, 20480), jnp.float32, sharding=put)
+    dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
+    compiled = jax.jit(step).lower(x).compile(compiler_options=dump)
+    memory: Any = compiled.memory_analysis()
+    (path,) = tmp_path.glob("*memory-usage-report.txt")
+    found = re.search(r"color=0\)\nTotal bytes: (\d+)", path.read_text())
+    assert found is not None
+    reported = int(found.group(1))
+    code = memory.generated_code_size_in_bytes
+    assert report.peak_bytes(memory) - code == pytest.approx(reported, rel=0.001)
+    assert reported < place.chip.hbm < memory.temp_size_in_bytes
+
+    # The search takes the compiler's word for what fits.
+    lowered, mesh = SimpleNamespace(compile=lambda: compiled), jax.make_mesh((1,), ("data",))
+    program = programs.Program("train", lowered, mesh, 1, {}, 1.0, 1.0, "")
+    assert report.compile_program(program, place)[0] is compiled
 
 
 @pytest.mark.parametrize(
