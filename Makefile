@@ -8,6 +8,8 @@
 #   make format                              let ruff rewrite what it can
 #   make bench [ARGS=...]                    benchmarks; the last line is one JSON document
 #   make clean                               remove the environment and all caches
+#
+# PYTHON=... chooses the interpreter: 3.12 or newer is best, 3.11 is the oldest that works.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,5 +1,6 @@
 """The attention operation of decoders that read one, or a mix of several, key-value caches."""
 
+import pallas_kernels.xla_flags  # noqa: F401, I001 (before anything computes)
 from pallas_kernels.api import attention, implementations
 from pallas_kernels.combine import combine
 from pallas_kernels.paged import Pages, paged_attention

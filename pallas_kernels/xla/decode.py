@@ -38,7 +38,8 @@ def _collect(x, weight, heads: int, length: int):
     batch, rows, width = x.shape
     size = width // heads
     x = x.reshape(batch, length, heads, -1, heads, size)
-    x = (x * jnp.eye(heads, dtype=jnp.float32)[:, None, :, None]).sum(4)
+    # Slices, not a sum under an identity: jaxlib 0.10.2 miscompiles that sum on CPUs.
+    x = jnp.stack([x[:, :, head, :, head] for head in range(heads)], axis=2)
     if weight is not None:
         x = x * weight.astype(jnp.float32)[:, None]
     return x.reshape(batch, length, rows // length, size)
