@@ -8,6 +8,7 @@ from absl import flags
 import fusedkv_jax as fkv
 from fusedkv_jax.data import Tokenizer, chat
 from fusedkv_jax.data.chat import ChatTemplate
+from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.generation import Rates, stream
 
 _HELP = "An empty line or the end of the input leaves, /reset begins a new conversation."
@@ -52,7 +53,7 @@ def converse(
 
 
 def _answer(model, tokenizer, template, messages, params, settings) -> str:
-    prompt = tokenizer.encode(template.render(messages), allow_special=True)
+    prompt = encode_chat(tokenizer, template, messages)
     last = Rates()
 
     def keep(rates: Rates) -> None:

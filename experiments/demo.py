@@ -20,6 +20,7 @@ import fusedkv_jax as fkv
 from experiments import cli, generate, latency, pictures, runs
 from fusedkv_jax import costs
 from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data.encoding import encode_prompt
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig, load_model
 
 BASELINE = "mha"
@@ -77,7 +78,7 @@ def compare(
     }
     models = {key: load_model(run.workdir)[0] for key, run in finished.items()}
     tokenizer = tokenizers.load(config.data.tokenizer)
-    prompt = np.resize(tokenizer.encode(PROMPT), timing.prompt_length).astype(np.int32)
+    prompt = np.resize(encode_prompt(tokenizer, PROMPT), timing.prompt_length).astype(np.int32)
     speeds = latency.measure(models, prompt, new_tokens=timing.new_tokens, repeats=timing.repeats)
     figures = {
         key: {

@@ -6,11 +6,12 @@ vLLM's sampling parameters; with --beam_width it is beam search. Rates of prefil
 standard error. Exit code 2 with one line for a mistake in the command.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -20,7 +21,7 @@ from experiments import chat, cli
 from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import Tokenizer, tokenizers
 from fusedkv_jax.data.chat import read_text
-from fusedkv_jax.generation import BeamSearchParams, Rates, beam_search
+from fusedkv_jax.generation import BeamSearchParams, PromptError, Rates, beam_search
 from fusedkv_jax.generation.parts import Parts
 from fusedkv_jax.training import load_model
 
@@ -34,34 +35,31 @@ def continue_texts(
     params: fkv.SamplingParams,
     **settings: Any,
 ) -> list[fkv.Completion]:
-    """Completions of texts, each taken as the beginning of a document: after the BOS token,
-    as in training. `settings` are those of `fusedkv_jax.generate`.
+    """Completions of texts, as `fusedkv_jax.generate` gives them.
 
     Raises:
       ValueError: an empty prompt, or one that leaves no room for output in the model's context.
     """
-    tokens = document_beginnings(model, tokenizer, prompts)
-    return fkv.generate(model, tokens, params, tokenizer=tokenizer, **settings)
+    with counted_from_one(prompts):
+        return fkv.generate(model, list(prompts), params, tokenizer=tokenizer, **settings)
 
 
-def document_beginnings(
-    model: fkv.Decoder, tokenizer: Tokenizer, prompts: Sequence[str]
-) -> list[list[int]]:
-    """Tokens of texts that begin a document.
+@contextlib.contextmanager
+def counted_from_one(prompts: Sequence[str]) -> Iterator[None]:
+    """Errors within it count prompts as the output does.
 
     Raises:
-      ValueError: as `continue_texts`.
+      ValueError: an empty prompt.
     """
-    tokens = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True), 1):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; give --prompt at least one character")
-        if len(ids) >= model.config.max_length:
-            raise ValueError(
-                f"prompt {number} is {len(ids)} tokens long with its BOS token, and the model's "
-                f"context of {model.config.max_length} leaves no room for output; shorten it"
-            )
-    return tokens
+    try:
+        yield
+    except PromptError as error:
+        if error.number is None:
+            raise
+        raise ValueError(f"prompt {error.number + 1} {error.reason}") from None
 
 
 def define_flags() -> None:
@@ -251,8 +249,8 @@ def main() -> None:
         return
     rates = LiveRates()
     if beams is not None:
-        tokens = document_beginnings(model, tokenizer, prompts)
-        completions = beam_search(model, tokens, beams, tokenizer=tokenizer, **settings)
+        with counted_from_one(prompts):
+            completions = beam_search(model, prompts, beams, tokenizer=tokenizer, **settings)
     else:
         settings["progress"] = rates
         completions = continue_texts(model, tokenizer, prompts, params, **settings)

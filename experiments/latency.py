@@ -5,16 +5,13 @@ import statistics
 import time
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from fusedkv_jax.cache import KVCache
-from fusedkv_jax.generation import SamplingParams, loop
-from fusedkv_jax.generation.prefill import extend
-from fusedkv_jax.generation.sampling import SamplerInputs
-from fusedkv_jax.model import Decoder
+from fusedkv_jax.generation import SamplingParams
+from fusedkv_jax.generation.batches import Batch
+from fusedkv_jax.generation.engine import Engine
+from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.model import Decoder, fold_fusion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +32,8 @@ def measure(
 ) -> dict[str, Latency]:
     """Decode greedily from one prompt, every model in each round, after a round of warm-up.
 
-    Taking turns spreads a disturbance of the machine over all models. What is timed are the
-    two compiled programs of `fusedkv_jax.generate`.
+    Taking turns spreads a disturbance of the machine over all models. What is timed is a batch of
+    `fusedkv_jax.generate` itself, so the programs are those that users run.
 
     Args:
       models: by name.
@@ -44,9 +41,9 @@ def measure(
       new_tokens: tokens decoded each time, the first included; at least 2.
       repeats: rounds that count.
     """
-    splits = {name: (model.config, *nnx.split(model)) for name, model in models.items()}
+    engines = {name: Engine(fold_fusion(model)) for name, model in models.items()}
     rounds = [
-        {name: _once(split, prompt, new_tokens) for name, split in splits.items()}
+        {name: _once(engine, prompt, new_tokens) for name, engine in engines.items()}
         for _ in range(repeats + 1)
     ][1:]
 
@@ -56,23 +53,17 @@ def measure(
     return {name: Latency(median(name, 0), median(name, 1)) for name in models}
 
 
-def _once(split: tuple, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
+def _once(engine: Engine, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
     """(seconds to the first token, seconds for each later one)."""
-    config, graph, params = split
-    length, total = len(prompt), len(prompt) + new_tokens
-    inputs = SamplerInputs.create([SamplingParams(temperature=0.0)])
-    tokens = np.zeros((1, total), np.int32)
-    tokens[0, :length] = prompt
-    no_stops = np.full((1, 1), -1, np.int32)
-    arrays = (tokens, np.array([length]), np.array([total]), no_stops)
-    prompts, *arrays = (jnp.asarray(array, jnp.int32) for array in (prompt[None], *arrays))
-    cache = KVCache.create(config, batch_size=1, max_length=total)
-    jax.block_until_ready((params, prompts, arrays, cache, inputs))
+    tokens = tuple(prompt.tolist())
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True)
+    # Not by `make_requests`, which would refuse a prompt beyond the context.
+    request = Request(0, tokens, greedy, len(tokens) + new_tokens, (), None, ())
+    news = Batch(engine, [request]).visits(new_tokens)
     start = time.perf_counter()
-    logits, cache = extend(graph, params, prompts, arrays[1], cache)
-    state = loop.begin(logits, *arrays, cache, inputs)
-    state.lengths.block_until_ready()
+    next(news)
     first = time.perf_counter()
-    state = loop.decode(graph, params, state, inputs)
-    state.lengths.block_until_ready()
-    return first - start, (time.perf_counter() - first) / (new_tokens - 1)
+    (rest,) = next(news)
+    later = time.perf_counter() - first
+    assert rest.ended and len(rest.tokens) == new_tokens - 1
+    return first - start, later / (new_tokens - 1)

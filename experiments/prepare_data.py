@@ -22,6 +22,7 @@ from absl import flags
 from experiments import cli
 from fusedkv_jax.data import corpus, shards, sources, tokenizers
 from fusedkv_jax.data.config import check_holdout_fraction
+from fusedkv_jax.data.encoding import document_tokens
 from fusedkv_jax.training.progress import Progress
 
 _SECONDS_PER_LINE = 10.0
@@ -100,7 +101,7 @@ def _write(
         for document, ids in corpus.tokenized(documents, tokenizer):
             text = document.text.encode()
             heldout = corpus.is_held_out(text, settings.holdout_fraction)
-            writers[heldout].add(corpus.with_ends(ids, tokenizer), len(text))
+            writers[heldout].add(document_tokens(ids, tokenizer), len(text))
             report.update(document.bytes_read, len(ids))
     entries = [entry for writer in writers.values() for entry in writer.close()]
     if not report.documents:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusedkv_jax.data import formats, shards, sources, tokenizers
 from fusedkv_jax.data.config import DataConfig
+from fusedkv_jax.data.encoding import document_tokens
 from fusedkv_jax.data.packing import TokenizedDocuments
 from fusedkv_jax.data.recall import RECALL, RecallSequences
 
@@ -43,7 +44,7 @@ class InMemoryDocuments:
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
         """Adds one document, given its ids without BOS and EOS and its size in UTF-8 bytes."""
-        self._tokens.append(with_ends(ids, self._tokenizer).astype(self._dtype))
+        self._tokens.append(document_tokens(ids, self._tokenizer).astype(self._dtype))
         self._num_bytes.append(num_bytes)
 
     @property
@@ -102,11 +103,6 @@ def _encode(
     group: Sequence[formats.Document], tokenizer: tokenizers.Tokenizer
 ) -> Iterable[np.ndarray]:
     return tokenizer.encode_batch([document.text for document in group])
-
-
-def with_ends(ids: np.ndarray, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Returns BOS, `ids`, EOS."""
-    return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:

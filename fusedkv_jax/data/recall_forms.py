@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from fusedkv_jax.data.encoding import document_beginning
 from fusedkv_jax.data.tokenizers import Tokenizer
 
 
@@ -19,6 +20,10 @@ class Form(Protocol):
 
     num_keys: int
     num_values: int
+
+    def begin(self) -> list[int]:
+        """What an example begins with."""
+        ...
 
     def ask(self) -> list[int]:
         """What stands between the facts and the questions."""
@@ -78,6 +83,9 @@ class TokenForm:
         self.num_keys = self.num_values = (vocab_size - 1) // 3
         self._first_noise, self._end = 1 + 2 * self.num_keys, vocab_size
 
+    def begin(self) -> list[int]:
+        return []
+
     def ask(self) -> list[int]:
         return [self.ASK]
 
@@ -124,6 +132,10 @@ class TextForm:
 
     def __init__(self, tokenizer: Tokenizer):
         self._encode = functools.cache(lambda text: tuple(tokenizer.encode(text)))
+        self._beginning = document_beginning(tokenizer)
+
+    def begin(self) -> list[int]:
+        return list(self._beginning)
 
     def ask(self) -> list[int]:
         return self._ids("\nAnswer from the text above.")

@@ -98,7 +98,8 @@ def example(
     story = _STORIES[task](form, length, rng)
     tail, answers = _tail(form, story)
     facts = _interleave(story.groups, rng)
-    room = length - len(tail) - sum(map(len, facts))
+    begin = form.begin()
+    room = length - len(begin) - len(tail) - sum(map(len, facts))
     if room < 0:
         raise ValueError(
             f"length={length} is too short for {task}, which needs {length - room} tokens here; "
@@ -106,7 +107,7 @@ def example(
         )
     places = np.sort(rng.integers(0, room + 1, len(facts)))
     noise = form.noise(rng, room)
-    parts = []
+    parts = [begin]
     for start, end, fact in zip([0, *places], places, facts, strict=False):
         parts += [noise[start:end], fact]
     parts += [noise[places[-1] :], tail]

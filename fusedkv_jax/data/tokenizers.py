@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +22,7 @@ class Tokenizer(Protocol):
       eos_id: the token after a document's last one.
       pad_id: the padding token, or None. The batches of this package never contain it: padding
         is marked by loss_mask and segment_ids.
+      special_tokens: the ids of special tokens by their texts; none that have no text.
       fingerprint: SHA-256 (hex) of what defines the mapping.
     """
 
@@ -31,6 +32,9 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int | None
     fingerprint: str
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Returns the ids of `text`, without BOS and EOS.
@@ -58,6 +62,7 @@ class ByteTokenizer:
     eos_id = 257
     pad_id: int | None = None
     vocab_size = 258
+    special_tokens: Mapping[str, int] = {}  # BOS and EOS have no text
     fingerprint = hashlib.sha256(b"utf-8 bytes, bos 256, eos 257").hexdigest()
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -123,6 +128,8 @@ class HuggingFaceTokenizer:
         self.eos_id = special["eos"]
         self.bos_id = self.eos_id if special["bos"] is None else special["bos"]
         self.pad_id = special["pad"]
+        added = self._text.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: number for number, token in added if token.special}
 
     def _parse(self):
         import tokenizers

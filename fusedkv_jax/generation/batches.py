@@ -17,7 +17,7 @@ from fusedkv_jax.generation.engine import SHORTEST_BUCKET, Engine, Prefix
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.prefill import compressed, fill
-from fusedkv_jax.generation.requests import Request, decoder
+from fusedkv_jax.generation.requests import Request
 from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.generation.rows import repeat_rows
 from fusedkv_jax.generation.sampling import SamplerInputs, bucket
@@ -107,7 +107,7 @@ class Batch:
             self.engine.rates.accepted += int(state.extra.accepted.sum())
 
     def _decode(self, state, inputs, steps):
-        speculation = self.engine.speculation
+        speculation = self.engine.settings.speculation
         decode = loop.decode if speculation is None else speculation.decode
         with self.engine.placement.active():
             return decode(*self.engine.split, state, inputs, steps)
@@ -164,10 +164,10 @@ class Batch:
             cache = engine.empty_cache(rows, self._capacity(prompts.shape[1]))
         else:
             cache, _ = repeat_rows(shared.cache, None, jnp.zeros(rows, jnp.int32))
-        if engine.compression is not None:
+        if engine.settings.compression is not None:
             arrays = jnp.asarray(prompts), jnp.asarray(lengths)
             graph, params = engine.split
-            logits, cache = compressed(graph, params, engine.compression, *arrays, cache)
+            logits, cache = compressed(graph, params, engine.settings.compression, *arrays, cache)
         else:
             logits, cache = self._fill(prompts, lengths, cache)
         if rows == self.size and all(r.params.n == 1 for r in self.requests):
@@ -180,7 +180,7 @@ class Batch:
 
     def _capacity(self, columns: int) -> int:
         """Tokens of a row that the cache must hold; for compressors, outputs besides the prompt."""
-        if self.engine.compression is None:
+        if self.engine.settings.compression is None:
             return self.length
         return columns + self.engine.bucket(max(r.limit - len(r.prompt) for r in self.requests), 1)
 
@@ -199,7 +199,7 @@ class Batch:
         engine = self.engine
         wanted = [r.params.prompt_logprobs for r in self.requests]
         scored = [count for count in wanted if count is not None]
-        limit = engine.max_num_batched_tokens
+        limit = engine.settings.max_num_batched_tokens
         if scored:
             limit = min(limit or _FULL_PATH_TOKENS, _FULL_PATH_TOKENS)
         k = _places(scored, engine.model.config.vocab_size)
@@ -216,8 +216,7 @@ class Batch:
         return logits, cache
 
     def _dictionaries(self, request: Request, scores: Logprobs, count: int):
-        tokenizer = self.engine.tokenizer
-        text = decoder(tokenizer, request.params.skip_special_tokens)
+        text = self.engine.codec.decoder(request.params.skip_special_tokens)
         return [None, *scores.dictionaries(request.prompt[1:], count, text)]
 
 

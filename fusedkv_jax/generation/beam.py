@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,21 +12,33 @@ from fusedkv_jax.generation.beam_loop import Beams, Limits, search
 from fusedkv_jax.generation.engine import SHORTEST_BUCKET, Engine
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.prefill import fill
-from fusedkv_jax.generation.requests import Request, Tokenizer, make_requests
+from fusedkv_jax.generation.requests import (
+    PromptError,
+    Request,
+    Tokenizer,
+    logits_error,
+    make_requests,
+)
 from fusedkv_jax.generation.results import Completion, Output
 from fusedkv_jax.generation.rows import repeat_rows
 from fusedkv_jax.generation.sampling import bucket
+from fusedkv_jax.generation.settings import (
+    EngineSettings,
+    Settings,
+    check_model,
+    takes_settings,
+)
 from fusedkv_jax.model import Decoder, fold_fusion
 
 
+@takes_settings
 def beam_search(
     model: Decoder,
     prompts: Sequence[Any],
     params: BeamSearchParams | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    eos_id: int | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> list[Completion]:
     """Continue prompts by beam search.
 
@@ -39,24 +51,30 @@ def beam_search(
         prompts: texts (with `tokenizer`), or lists or arrays of token ids.
         params: parameters for all prompts.
         tokenizer: encodes prompts, decodes outputs and names the end-of-text token.
-        eos_id: end-of-text token where there is no tokenizer.
-        **settings: as for `generate`; `batch_size` counts beams.
+        **settings: as for `generate`; `batch_size` counts beams. Compression and speculation are
+            refused.
 
     Returns:
         One completion per prompt, in order, its outputs best first, with `cumulative_logprob`.
 
     Raises:
-        PromptError: as `generate`.
+        PromptError, LogitsError, ValueError: as `generate`.
     """
+    check_model(model)
+    if not isinstance(params, BeamSearchParams | None):
+        raise PromptError(f"params={params!r}; beam_search takes BeamSearchParams(...)")
+    for name in ("compression", "speculation"):
+        if settings.get(name) is not None:
+            raise ValueError(f"beam_search does not take {name}; leave it out, or use generate")
     params = params or BeamSearchParams()
     plain = SamplingParams(
         max_tokens=params.max_tokens,
         ignore_eos=params.ignore_eos,
         stop_token_ids=params.stop_token_ids,
     )
-    requests, _ = make_requests(model.config, prompts, plain, tokenizer, eos_id)
-    engine = Engine(fold_fusion(model), tokenizer, **settings)
-    together = max(1, engine.batch_size // params.beam_width)
+    engine = Engine(fold_fusion(model), tokenizer, EngineSettings(**settings))
+    requests, _ = make_requests(model.config, prompts, plain, engine.codec)
+    together = max(1, engine.settings.batch_size // params.beam_width)
     order = sorted(requests, key=lambda request: len(request.prompt))
     completions = {}
     for first in range(0, len(order), together):
@@ -81,7 +99,7 @@ def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchPar
         limits[row] = request.limit - len(request.prompt)
     stops = np.full(bucket(len(requests[0].stops)), -1, np.int32)
     stops[: len(requests[0].stops)] = requests[0].stops
-    chunk = engine.width(rows, engine.max_num_batched_tokens)
+    chunk = engine.width(rows, engine.settings.max_num_batched_tokens)
     logits, cache, _ = fill(
         engine.split,
         prompts,
@@ -109,6 +127,8 @@ def _completion(
     params: BeamSearchParams,
     tokenizer: Tokenizer | None,
 ) -> Completion:
+    if np.isnan(beams.sums[row]).any():
+        raise logits_error(request.number, "on some beam")
     outputs = []
     for index in range(params.n or params.beam_width):
         length = int(beams.done_lengths[row, index])

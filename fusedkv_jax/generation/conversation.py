@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from fusedkv_jax.data.chat import ChatTemplate, Message
+from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.generation.generate import generate
 from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.requests import OnError
 from fusedkv_jax.generation.results import Completion
+from fusedkv_jax.generation.settings import Settings, takes_settings
 from fusedkv_jax.model import Decoder
 
 
+@takes_settings
 def chat(
     model: Decoder,
     conversations: Sequence[Message] | Sequence[Sequence[Message]],
@@ -19,7 +23,8 @@ def chat(
     *,
     tokenizer: Any,
     template: ChatTemplate,
-    **options: Any,
+    on_error: OnError = "raise",
+    **settings: Unpack[Settings],
 ) -> list[Completion]:
     """Answer conversations.
 
@@ -28,9 +33,10 @@ def chat(
         conversations: one conversation or several; each is a sequence of messages, mappings with
             `role` and `content`.
         params: sampling parameters, one for all conversations or one for each.
-        tokenizer: encodes prompts (with special tokens, which templates spell out).
+        tokenizer: encodes prompts. Special tokens are those that the template spells out; what
+            spells one in a message is ordinary text.
         template: makes the prompt; `fusedkv_jax.data.chat.load_template` reads a tokenizer's own.
-        **options: as for `generate`.
+        on_error, **settings: as for `generate`.
 
     Returns:
         One completion per conversation, in order.
@@ -40,6 +46,5 @@ def chat(
     """
     if conversations and isinstance(conversations[0], Mapping):
         conversations = [conversations]  # type: ignore[list-item]
-    texts = [template.render(list(messages)) for messages in conversations]  # type: ignore[arg-type]
-    prompts = [tokenizer.encode(text, allow_special=True) for text in texts]
-    return generate(model, prompts, params, tokenizer=tokenizer, **options)
+    prompts = [encode_chat(tokenizer, template, list(messages)) for messages in conversations]  # type: ignore[arg-type]
+    return generate(model, prompts, params, tokenizer=tokenizer, on_error=on_error, **settings)

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fusedkv_jax.generation.parts import Parts, part_ends
+from fusedkv_jax.generation.parts import part_ends
 from fusedkv_jax.generation.placement import Placement
 from fusedkv_jax.generation.prefill import fill
-from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.generation.requests import Codec, Request
 from fusedkv_jax.generation.results import Rates
 from fusedkv_jax.generation.sampling import bucket
+from fusedkv_jax.generation.settings import EngineSettings
 from fusedkv_jax.model import Decoder, check_parts, for_decoding
 
 SHORTEST_BUCKET = 16
@@ -37,46 +38,35 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model whose fusion is folded, and how it is run; see `generate` for the settings."""
+    """A model whose fusion is folded, and how it is run."""
 
     model: Decoder
     tokenizer: Any = None
-    batch_size: int = 32
-    cache_dtype: str | None = None
-    bucketing: bool = True
-    max_num_batched_tokens: int | None = None
-    enable_prefix_caching: bool = True
-    compression: Any = None
-    speculation: Any = None
-    mesh: Any = None
-    prefill_parts: Parts | None = None
+    settings: EngineSettings = EngineSettings()
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_num_batched_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; use at least 1")
+        self.settings.check(self.model.config)
         self._check_parts(self.placement.workers)  # and the mesh
-        if self.speculation is not None:
-            self.speculation.check(self.model.config)
-        if self.compression is not None:
-            self.compression.check(self.model.config)
 
     def _check_parts(self, workers: int) -> None:
-        if self.prefill_parts is None:
+        parts = self.settings.prefill_parts
+        if parts is None:
             return
         if workers == 1:
             raise ValueError(
-                f"prefill_parts={self.prefill_parts!r} needs a mesh whose context axis takes the"
+                f"prefill_parts={parts!r} needs a mesh whose context axis takes the"
                 " parts, such as mesh=make_mesh(MeshConfig(context=4))"
             )
-        part_ends(workers, workers, self.prefill_parts)  # refuses what is no cut
-        for name in ("max_num_batched_tokens", "compression"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"prefill_parts and {name} exclude each other; give one of them")
+        part_ends(workers, workers, parts)  # refuses what is no cut
         longest = self.model.config.max_length
         check_parts(self.model.config, jax.eval_shape(lambda: self.empty_cache(workers, longest)))
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """How texts become tokens and tokens text."""
+        settings = self.settings
+        return Codec(self.tokenizer, settings.eos_id, settings.add_special_tokens)
 
     @functools.cached_property
     def split(self) -> tuple[nnx.GraphDef[Decoder], Any]:
@@ -87,37 +77,40 @@ class Engine:
     @functools.cached_property
     def placement(self) -> Placement:
         """Where it runs."""
-        return Placement.of(self.mesh)
+        return Placement.of(self.settings.mesh)
 
     def bucket(self, size: int, least: int) -> int:
-        return bucket(size, least) if self.bucketing else max(1, size)
+        return bucket(size, least) if self.settings.bucketing else max(1, size)
 
     def rows(self, count: int) -> int:
         """Rows of arrays for `count` rows: a bucket that divides over the mesh."""
         return self.placement.rows(self.bucket(count, 1))
 
     def empty_cache(self, rows: int, length: int) -> Any:
-        sizes: Any = {"batch_size": rows, "max_length": length, "dtype": self.cache_dtype}
+        sizes: Any = {"batch_size": rows, "max_length": length, "dtype": self.settings.cache_dtype}
         return self.placement.cache(self.model.config, **sizes)
 
     def ends(self, columns: int) -> tuple[int, ...] | None:
         """Where the parts of prompts end; None for prefill in one piece, as of very short ones."""
         workers = self.placement.workers
-        if self.prefill_parts is None or columns < workers:
+        if self.settings.prefill_parts is None or columns < workers:
             return None
-        return part_ends(columns, workers, self.prefill_parts)
+        return part_ends(columns, workers, self.settings.prefill_parts)
 
     def width(self, rows: int, limit: int | None) -> int | None:
         """Tokens of a row in a chunk, so that all rows together keep within the budget."""
         if limit is None:
             return None
         width = max(1, limit // rows)
-        return 1 << (width.bit_length() - 1) if self.bucketing else width
+        return 1 << (width.bit_length() - 1) if self.settings.bucketing else width
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Requests that run together. Neighbors in length do, which saves padding; those that want
         log-probabilities of their prompts are apart, since their prefill runs all layers."""
-        rows = min(self.batch_size, self.max_num_batched_tokens or self.batch_size)
+        rows = min(
+            self.settings.batch_size,
+            self.settings.max_num_batched_tokens or self.settings.batch_size,
+        )
         found: list[list[Request]] = []
         for scored in (False, True):
             own = [r for r in requests if (r.params.prompt_logprobs is not None) == scored]
@@ -138,7 +131,11 @@ class Engine:
         """
         plain = [r for r in requests if r.params.prompt_logprobs is None]
         cyclic = self.model.config.kv_layout.is_cyclic
-        alone = not self.enable_prefix_caching or self.compression or self.prefill_parts
+        alone = (
+            not self.settings.enable_prefix_caching
+            or self.settings.compression
+            or self.settings.prefill_parts
+        )
         if alone or cyclic or len(plain) < 2:
             return None, 0
         first, last = min(r.prompt for r in plain), max(r.prompt for r in plain)
@@ -159,7 +156,7 @@ class Engine:
                 prompts,
                 np.array([len(tokens)]),
                 self.empty_cache(1, length),
-                width=self.width(1, self.max_num_batched_tokens),
+                width=self.width(1, self.settings.max_num_batched_tokens),
                 final="none",
             )
         return Prefix(tokens, cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 
@@ -13,22 +13,29 @@ from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import OnError, Request, Tokenizer, make_requests
 from fusedkv_jax.generation.results import Completion, Delta, Rates
 from fusedkv_jax.generation.rows import repeat_rows
+from fusedkv_jax.generation.settings import (
+    EngineSettings,
+    Settings,
+    check_model,
+    check_whole,
+    takes_settings,
+)
 from fusedkv_jax.generation.tracker import Tracker
 from fusedkv_jax.model import Decoder, fold_fusion
 
 _VISIT_EVERY = 16  # tokens between visits where a stop text may come or progress is shown
 
 
+@takes_settings
 def generate(
     model: Decoder,
     prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    eos_id: int | None = None,
     on_error: OnError = "raise",
     progress: Callable[[Rates], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> list[Completion]:
     """Continue prompts.
 
@@ -41,26 +48,12 @@ def generate(
         prompts: texts (with `tokenizer`), or lists or arrays of token ids.
         params: sampling parameters, one for all prompts or one for each.
         tokenizer: encodes prompts, decodes outputs and names the end-of-text token.
-        eos_id: end-of-text token where there is no tokenizer.
-        on_error: with `return`, a prompt that is refused gives a completion without outputs whose
-            `error` says why, and the others run.
+        on_error: with `return`, a prompt that is refused, or fails, gives a completion without
+            outputs whose `error` says why, and the others run.
         progress: called now and then with the rates so far.
-        **settings: how to run:
-            batch_size (32): outputs decoded together at most (more where one prompt wants more).
-            cache_dtype: storage type of the cache, by default the model's activation type.
-            bucketing (True): round batch, prompt and cache lengths up to powers of two, so that new
-                lengths rarely compile. Outputs do not depend on it.
-            max_num_batched_tokens: tokens that one step of prefill processes at most, over all
-                prompts of a batch; longer prompts are prefilled in chunks. Default no bound.
-            enable_prefix_caching (True): prefill what all prompts begin with (16 tokens or more)
-                once.
-            compression: a compressor of `fusedkv_jax.compression`; it prefills whole prompts.
-            speculation: a speculative decoder; it replaces the loop and keeps its outputs.
-            mesh: devices to run on, as `fusedkv_jax.sharding.make_mesh` gives them; by default the
-                mesh that is set (`jax.set_mesh`), or one device. Rows are split over `data` and
-                `fsdp`, heads over `tensor`.
-            prefill_parts: prefill in parts, one for each place of the mesh's `context` axis:
-                `equal`, `balanced`, or their relative sizes (`fusedkv_jax.generation.parts`).
+        **settings: how to run, see `EngineSettings`: eos_id, add_special_tokens, batch_size,
+            cache_dtype, bucketing, max_num_batched_tokens, enable_prefix_caching, compression,
+            speculation, mesh, prefill_parts.
 
     Returns:
         One completion per prompt, in order. Where prompt and `max_tokens` exceed the model's
@@ -69,12 +62,12 @@ def generate(
     Raises:
         PromptError: an empty prompt, one that fills the model's context, a token id outside
             the vocabulary, or a parameter that cannot be met.
+        LogitsError: the model's logits are not finite, which damaged weights lead to.
+        ValueError: a setting out of bounds, or one that the model cannot have.
     """
-    requests, errors = make_requests(model.config, prompts, params, tokenizer, eos_id, on_error)
-    engine = Engine(fold_fusion(model), tokenizer, **settings)
-    completions: dict[int, Completion] = {
-        number: Completion((), (), error=str(error)) for number, error in errors.items()
-    }
+    engine = _engine(model, tokenizer, settings, progress)
+    requests, errors = make_requests(model.config, prompts, params, engine.codec, on_error)
+    completions: dict[int, Completion] = {}
     for batch in _batches(engine, requests):
         searching = any(request.params.stop for request in batch.requests)
         interval = _VISIT_EVERY if searching or progress is not None else None
@@ -82,45 +75,52 @@ def generate(
         for _ in _track(batch, trackers, interval):
             if progress is not None:
                 progress(engine.rates)
+        errors |= {t.request.number: t.error for t in trackers if t.error is not None}
+        if on_error == "raise" and errors:
+            raise errors[min(errors)]
         for request in batch.requests:
+            if request.number in errors:
+                continue
             outputs = tuple(t.output() for t in trackers if t.request is request)
             scores = batch.prompt_logprobs.get(request.number)
             completions[request.number] = Completion(request.prompt, outputs, scores)
         engine.rates.requests += len(batch.requests)
         if progress is not None:
             progress(engine.rates)
+    for number, error in errors.items():
+        completions[number] = Completion((), (), error=str(error))
     return [completions[i] for i in range(len(prompts))]
 
 
+@takes_settings
 def stream(
     model: Decoder,
     prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    eos_id: int | None = None,
     stream_interval: int = 4,
     progress: Callable[[Rates], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Iterator[Delta]:
     """Continue prompts and give back what there is as it comes.
 
     Args:
         stream_interval: tokens of an output between deltas; the first delta has one token. The
             loop in between is compiled, so larger is faster.
-        model, prompts, params, tokenizer, eos_id, progress, **settings: as for `generate`.
+        model, prompts, params, tokenizer, progress, **settings: as for `generate`.
 
     Returns:
         Deltas; those of different outputs are interleaved. Each output's last delta has a
         `finish_reason`.
 
     Raises:
-        PromptError: as `generate`, at the call, before the first delta.
+        PromptError, ValueError: as `generate`, at the call, before the first delta.
+        LogitsError: as `generate`, once it happens.
     """
-    if stream_interval < 1:
-        raise ValueError(f"stream_interval={stream_interval}; use at least 1")
-    requests, _ = make_requests(model.config, prompts, params, tokenizer, eos_id)
-    engine = Engine(fold_fusion(model), tokenizer, **settings)
+    check_whole("stream_interval", stream_interval, 1)
+    engine = _engine(model, tokenizer, settings, progress)
+    requests, _ = make_requests(model.config, prompts, params, engine.codec)
 
     def deltas() -> Iterator[Delta]:
         for batch in _batches(engine, requests):
@@ -129,13 +129,21 @@ def stream(
                 if progress is not None:
                     progress(engine.rates)
                 yield from found
+                for tracker in trackers:
+                    if tracker.error is not None:
+                        raise tracker.error
             engine.rates.requests += len(batch.requests)
 
     return deltas()
 
 
+@takes_settings
 def warm_up(
-    model: Decoder, *, batch_size: int, max_length: int, stream_interval: int = 4, **settings: Any
+    model: Decoder,
+    *,
+    max_length: int,
+    stream_interval: int = 4,
+    **settings: Unpack[Settings],
 ) -> int:
     """Compile every bucket that prompts and outputs of up to `max_length` tokens can need.
 
@@ -144,17 +152,18 @@ def warm_up(
 
     Args:
         model: the model.
-        batch_size: batches of 1, 2, 4, ... up to this many rows are compiled.
         max_length: longest prompt and output together, in tokens.
         stream_interval: as it will be given to `stream`.
-        **settings: as for `generate`.
+        **settings: as for `generate`. Batches of 1, 2, 4, ... up to `batch_size` rows are compiled.
 
     Returns:
         The number of buckets.
     """
-    engine = Engine(fold_fusion(model), batch_size=batch_size, **settings)
+    check_whole("max_length", max_length, 2)
+    check_whole("stream_interval", stream_interval, 1)
+    engine = _engine(model, None, settings)
     greedy = SamplingParams(temperature=0.0)
-    rows = _powers(1, batch_size)
+    rows = _powers(1, engine.settings.batch_size)
     totals = _powers(SHORTEST_BUCKET, min(max_length, model.config.max_length))
     buckets = 0
     for total in totals:
@@ -172,6 +181,13 @@ def warm_up(
     return buckets
 
 
+def _engine(model: Decoder, tokenizer: Any, settings: Any, progress: Any = None) -> Engine:
+    check_model(model)
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress={progress!r}; pass a function that takes the rates, or None")
+    return Engine(fold_fusion(model), tokenizer, EngineSettings(**settings))
+
+
 def _batches(engine: Engine, requests: Sequence[Request]) -> Iterator[Batch]:
     prefix, length = engine.shared_prefix(requests)
     for group in engine.batches(requests):
@@ -182,7 +198,7 @@ def _batches(engine: Engine, requests: Sequence[Request]) -> Iterator[Batch]:
 
 
 def _trackers(batch: Batch, engine: Engine, piecewise: bool) -> list[Tracker]:
-    return [Tracker(request, number, engine.tokenizer, piecewise) for request, number in batch.rows]
+    return [Tracker(request, number, engine.codec, piecewise) for request, number in batch.rows]
 
 
 def _track(batch: Batch, trackers: list[Tracker], interval: int | None) -> Iterator[list[Delta]]:
@@ -197,7 +213,11 @@ def _track(batch: Batch, trackers: list[Tracker], interval: int | None) -> Itera
         deltas = []
         for news in found:
             tracker = trackers[news.row]
+            if tracker.error is not None:
+                continue
             text, tokens, logprobs = tracker.push(news.tokens, news.logprobs, news.ended)
+            if tracker.error is not None:
+                continue
             reasons = tracker.finish_reason, tracker.stop_reason
             delta = Delta(tracker.request.number, tracker.index, text, tokens, logprobs, *reasons)
             deltas.append(delta)

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.generation.logprobs import Logprobs
-from fusedkv_jax.generation.sampling import SamplerInputs, sample
+from fusedkv_jax.generation.sampling import NO_TOKEN, SamplerInputs, sample
 from fusedkv_jax.model import Decoder
 
 
@@ -154,7 +154,7 @@ def advance(state: DecodeState, logits: Float[Array, "B V"], inputs: SamplerInpu
 
 
 def append(state: DecodeState, token: Int[Array, "B"], logits: Float[Array, "B V"]) -> DecodeState:
-    """Add a token to each running row, and end rows that stop with it.
+    """Add a token to each running row, and end rows that stop with it, or have got none.
 
     Args:
         state: the batch.
@@ -172,7 +172,7 @@ def append(state: DecodeState, token: Int[Array, "B"], logits: Float[Array, "B V
         state,
         tokens=jax.vmap(lambda r, p, t: r.at[p].set(t, mode="drop"))(state.tokens, place, token),
         lengths=lengths,
-        finished=state.finished | stopped | (lengths >= state.limits),
+        finished=state.finished | stopped | (token == NO_TOKEN) | (lengths >= state.limits),
         seen=jax.vmap(lambda row, t, one: row.at[t].max(one))(state.seen, token, running),
         counts=jax.vmap(lambda row, t, one: row.at[t].add(one))(
             state.counts, token, running.astype(jnp.int32)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+_MOST = 2**31 - 1  # what an int32 holds
+_MOST_OUTPUTS = 16_384  # vLLM's bound
 
 
 class SamplingError(ValueError):
@@ -73,9 +78,10 @@ class SamplingParams:
             _set(self, name, _texts(name, getattr(self, name)))
         _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         _set(self, "logit_bias", _bias(self.logit_bias))
-        _whole("n", self.n, 1)
+        _whole("n", self.n, 1, most=_MOST_OUTPUTS, bounds=f"1 to {_MOST_OUTPUTS}")
         _number("temperature", self.temperature, "0 or more", lambda x: x >= 0)
-        _whole("top_k", self.top_k, -1, bounds="-1 or 0 (all), or a count")
+        bounds = "-1 or 0 (all), or a count below 2**31"
+        _whole("top_k", self.top_k, -1, most=_MOST, bounds=bounds)
         _number("top_p", self.top_p, "above 0, at most 1", lambda x: 0 < x <= 1)
         _number("min_p", self.min_p, "0 to 1", lambda x: 0 <= x <= 1)
         _number("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
@@ -83,12 +89,14 @@ class SamplingParams:
             _number(name, getattr(self, name), "-2 to 2", lambda x: -2 <= x <= 2)
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0)
+        _whole("min_tokens", self.min_tokens, 0, most=_MOST)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _fail("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
         if self.seed is not None:
             bounds = "0 to 2**32 - 1, or None"
             _whole("seed", self.seed, 0, most=2**32 - 1, bounds=bounds)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            _flag(name, getattr(self, name))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 bounds = "-1 (whole vocabulary), a count, or None"
@@ -134,12 +142,14 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        _whole("beam_width", self.beam_width, 1)
+        _whole("beam_width", self.beam_width, 1, most=_MOST_OUTPUTS)
         if self.n is not None:
             bounds = f"1 to beam_width={self.beam_width}"
             _whole("n", self.n, 1, most=self.beam_width, bounds=bounds)
         _whole("max_tokens", self.max_tokens, 1)
-        _number("length_penalty", self.length_penalty, "a finite number", lambda x: True)
+        # Beyond these, powers of long outputs' lengths are no float32.
+        _number("length_penalty", self.length_penalty, "-8 to 8", lambda x: -8 <= x <= 8)
+        _flag("ignore_eos", self.ignore_eos)
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             _fail("early_stopping", self.early_stopping, "True, False or 'never'")
 
@@ -148,7 +158,11 @@ def _set(params: object, name: str, value: object) -> None:
     object.__setattr__(params, name, value)
 
 
-def _fail(name: str, value: object, bounds: str) -> None:
+def _is_id(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _fail(name: str, value: object, bounds: str) -> NoReturn:
     raise SamplingError(f"{name}={value!r}; use {bounds}")
 
 
@@ -163,32 +177,53 @@ def _whole(
 def _number(name: str, value: Any, bounds: str, holds) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         _fail(name, value, f"a number, {bounds}")
-    if not math.isfinite(value) or not holds(value):
+    # Programs compute in float32, where a tiny number may be 0 and a large one infinite.
+    try:
+        with np.errstate(over="ignore", under="ignore"):
+            single = float(np.float32(float(value)))
+    except OverflowError:
+        single = math.inf
+    if not math.isfinite(single) or not holds(value) or not holds(single):
         _fail(name, value, bounds)
 
 
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool | np.bool_):
+        _fail(name, value, "True or False")
+
+
+def _items(name: str, value: Any, bounds: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        _fail(name, value, bounds)
+    return tuple(value)
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            _fail(name, value, "texts of at least one character")
+    bounds = "texts of at least one character"
+    texts = (value,) if isinstance(value, str) else _items(name, value, bounds)
+    if not all(isinstance(text, str) and text for text in texts):
+        _fail(name, value, bounds)
     return texts
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = () if value is None else tuple(value)
-    for token in ids:
-        if not isinstance(token, numbers.Integral) or token < 0:
-            _fail(name, value, "token ids, 0 or more")
+    bounds = "a list of token ids, 0 or more"
+    ids = _items(name, value, bounds)
+    if not all(_is_id(token) for token in ids):
+        _fail(name, value, bounds)
     return tuple(int(token) for token in ids)
 
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:
-    pairs = dict(value.items() if isinstance(value, Mapping) else value or ())
-    bounds = "token ids with numbers from -100 to 100"
+    bounds = "a mapping from token ids to numbers from -100 to 100"
+    items = value.items() if isinstance(value, Mapping) else _items("logit_bias", value, bounds)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+        _fail("logit_bias", value, bounds)
+    pairs = dict(items)
     for token, bias in pairs.items():
-        if not isinstance(token, numbers.Integral) or token < 0:
-            _fail("logit_bias", pairs, bounds)
-        if not isinstance(bias, numbers.Real) or not -100 <= float(bias) <= 100:
+        number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
+        if not _is_id(token) or not number or not -100 <= float(bias) <= 100:
             _fail("logit_bias", pairs, bounds)
     return tuple(sorted((int(token), float(bias)) for token, bias in pairs.items()))

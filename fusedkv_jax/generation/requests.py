@@ -2,34 +2,107 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.data.encoding import encode_prompt
 from fusedkv_jax.generation.params import SamplingParams
 
 OnError = Literal["raise", "return"]
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be decoded; the message names the prompt and the fix."""
+    """A prompt that cannot be decoded; the message names the prompt and the fix.
+
+    Attributes:
+        number: the prompt's place among the prompts, from 0; None if all are concerned.
+        reason: what is wrong with it, to be read after the prompt's name.
+    """
+
+    def __init__(self, reason: str, number: int | None = None):
+        super().__init__(reason if number is None else f"prompt {number} {reason}")
+        self.reason, self.number = reason, number
+
+
+class LogitsError(PromptError):
+    """A model whose logits are not finite, so that no token can be chosen."""
+
+
+def logits_error(number: int, where: str) -> LogitsError:
+    """The error of a prompt whose logits are not finite somewhere."""
+    return LogitsError(
+        f"cannot be continued: the model's logits are not finite {where}; its weights may hold NaN"
+        " (a diverged training, a damaged checkpoint), or its dtype overflows",
+        number,
+    )
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """What `generate` needs of a tokenizer.
 
-    `decode(ids, skip_special_tokens=False)` is called too, where a request asks for that.
+    Texts begin with its `bos_id`, if it has one. `decode(ids, skip_special_tokens=False)` is called
+    too, where a request asks for that.
     """
 
     @property
     def eos_id(self) -> int | None: ...
     def encode(self, text: str) -> Sequence[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How requests' texts become tokens, and tokens text.
+
+    Attributes:
+        tokenizer: None where all prompts are token ids.
+        eos_id: the end-of-text token; by default the tokenizer's.
+        add_special_tokens: texts begin with the tokenizer's BOS token.
+    """
+
+    tokenizer: Tokenizer | None = None
+    eos_id: int | None = None
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return
+        if not isinstance(tokenizer, Tokenizer):
+            raise PromptError(
+                f"tokenizer={tokenizer!r} has no encode, decode and eos_id; pass one, such as"
+                " fusedkv_jax.data.tokenizers.load('byte')"
+            )
+        if self.eos_id is None:
+            object.__setattr__(self, "eos_id", tokenizer.eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, as documents begin in training."""
+        assert self.tokenizer is not None
+        return encode_prompt(self.tokenizer, text, add_special_tokens=self.add_special_tokens)
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each word, at the beginning of a text and after a space, as vLLM excludes
+        them."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return ()
+        spelled = [text for word in words for text in (word, f" {word.lstrip()}")]
+        return tuple(dict.fromkeys(tuple(tokenizer.encode(text)) for text in spelled))
+
+    def decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str] | None:
+        """Text of tokens, with or without special tokens; None without a tokenizer."""
+        tokenizer: Any = self.tokenizer
+        if tokenizer is None or skip_special_tokens:
+            return None if tokenizer is None else tokenizer.decode
+        return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @dataclass(frozen=True)
@@ -59,8 +132,7 @@ def make_requests(
     config: ModelConfig,
     prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams] | None,
-    tokenizer: Tokenizer | None,
-    eos_id: int | None,
+    codec: Codec,
     on_error: OnError = "raise",
 ) -> tuple[list[Request], dict[int, PromptError]]:
     """Requests, and the errors of those prompts that cannot be decoded.
@@ -68,19 +140,14 @@ def make_requests(
     Raises:
         PromptError: what concerns all prompts; with `on_error="raise"`, the first error.
     """
-    if isinstance(prompts, str | bytes):
-        raise PromptError(f"prompts is one {type(prompts).__name__}; pass a list of prompts")
     if on_error not in ("raise", "return"):
         raise PromptError(f"on_error={on_error!r}; use 'raise' or 'return'")
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise PromptError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
-    eos_id = tokenizer.eos_id if tokenizer is not None and eos_id is None else eos_id
+    prompts = _check_prompts(prompts)
+    chosen = _check_params(params, len(prompts))
     requests, errors = [], {}
-    for number, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
+    for number, (prompt, own) in enumerate(zip(prompts, chosen, strict=True)):
         try:
-            requests.append(_request(config, number, prompt, chosen, tokenizer, eos_id))
+            requests.append(_request(config, number, prompt, own, codec))
         except PromptError as error:
             if on_error == "raise":
                 raise
@@ -88,86 +155,95 @@ def make_requests(
     return requests, errors
 
 
-def prompt_tokens(
-    config: ModelConfig, number: int, prompt: Any, tokenizer: Tokenizer | None
-) -> tuple[int, ...]:
-    """Checked tokens of a prompt, which is a text or token ids.
+def _check_prompts(prompts: Any) -> Sequence[Any]:
+    if isinstance(prompts, str | bytes):
+        raise PromptError(f"prompts is one {type(prompts).__name__}; pass a list of prompts")
+    if isinstance(prompts, Mapping | set) or not isinstance(prompts, Iterable):
+        raise PromptError(f"prompts={prompts!r}; pass a list of texts, or of lists of token ids")
+    prompts = list(prompts)
+    if prompts and all(_is_token(prompt) for prompt in prompts):
+        raise PromptError("prompts is one list of token ids; pass a list of prompts, [[1, 2, 3]]")
+    return prompts
 
-    Raises:
-        PromptError: it is empty, not text, too long, or has unknown tokens.
-    """
-    ids = _tokens(number, prompt, tokenizer)
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) or getattr(value, "shape", None) == ()
+
+
+def _check_params(params: Any, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or isinstance(params, str):
+        raise PromptError(f"params={params!r}; pass SamplingParams(...), or a list of them")
+    wrong = next((p for p in params if not isinstance(p, SamplingParams)), None)
+    if wrong is not None:
+        raise PromptError(f"params holds {wrong!r}; pass a list of SamplingParams(...)")
+    if len(params) != count:
+        raise PromptError(f"{len(params)} sampling parameters for {count} prompts")
+    return params
+
+
+def _request(
+    config: ModelConfig, number: int, prompt: Any, params: SamplingParams, codec: Codec
+) -> Request:
+    ids = _tokens(number, prompt, codec)
     if not ids:
-        raise PromptError(f"prompt {number} is empty; give it at least one token")
+        raise PromptError("is empty; give it at least one token", number)
     if len(ids) >= config.max_length:
         raise PromptError(
-            f"prompt {number} has {len(ids)} tokens, the model's context of {config.max_length}"
-            " leaves no room for output; shorten it or raise max_length"
+            f"has {len(ids)} tokens, the model's context of {config.max_length} leaves no room for"
+            " output; shorten it or raise max_length",
+            number,
         )
-    _check_ids(config, f"prompt {number} has", ids)
-    return ids
+    biased = [token for token, _ in params.logit_bias]
+    for name, tokens in (
+        ("has", ids),
+        ("has in stop_token_ids", params.stop_token_ids),
+        ("has in logit_bias", biased),
+    ):
+        _check_ids(config, number, name, tokens)
+    for name in ("stop", "bad_words"):
+        texts = getattr(params, name)
+        if texts and codec.tokenizer is None:
+            raise PromptError(f"has {name}={texts!r}; pass tokenizer= for that", number)
+    stops = tuple(params.stop_token_ids)
+    if codec.eos_id is not None and not params.ignore_eos:
+        stops = (*stops, codec.eos_id)
+    limit = config.max_length
+    if params.max_tokens is not None:
+        limit = min(len(ids) + params.max_tokens, limit)
+    words = codec.bad_words(params.bad_words)
+    return Request(number, ids, params, limit, stops, codec.eos_id, words)
 
 
-def _tokens(number: int, prompt: Any, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _tokens(number: int, prompt: Any, codec: Codec) -> tuple[int, ...]:
     if isinstance(prompt, bytes):
-        raise PromptError(f"prompt {number} is bytes; decode it to text, or pass token ids")
+        raise PromptError("is bytes; decode it to text, or pass token ids", number)
     if isinstance(prompt, str):
-        if tokenizer is None:
-            raise PromptError(f"prompt {number} is text; pass tokenizer= or token ids")
+        if codec.tokenizer is None:
+            raise PromptError("is text; pass tokenizer= or token ids", number)
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise PromptError(
-                f"prompt {number} is not Unicode text: {error.reason} at character {error.start};"
-                " decode its bytes as UTF-8 with errors='replace'"
+                f"is not Unicode text: {error.reason} at character {error.start};"
+                " decode its bytes as UTF-8 with errors='replace'",
+                number,
             ) from None
-        prompt = tokenizer.encode(prompt)
+        prompt = codec.encode(prompt)
     if hasattr(prompt, "dtype"):
         prompt = np.asarray(prompt).ravel().tolist()
     try:
         return tuple(operator.index(token) for token in prompt)
     except TypeError:
-        raise PromptError(f"prompt {number} is neither a text nor a list of token ids") from None
+        raise PromptError("is neither a text nor a list of token ids", number) from None
 
 
-def _request(config, number, prompt, params, tokenizer, eos_id) -> Request:
-    ids = prompt_tokens(config, number, prompt, tokenizer)
-    for name in ("stop", "bad_words"):
-        texts = getattr(params, name)
-        if texts and tokenizer is None:
-            raise PromptError(f"prompt {number} has {name}={texts!r}; pass tokenizer= for that")
-    biased = [token for token, _ in params.logit_bias]
-    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
-        _check_ids(config, f"prompt {number} has in {name}", tokens)
-    stops = tuple(params.stop_token_ids)
-    if eos_id is not None and not params.ignore_eos:
-        stops = (*stops, eos_id)
-    limit = config.max_length
-    if params.max_tokens is not None:
-        limit = min(len(ids) + params.max_tokens, limit)
-    words = _bad_words(params.bad_words, tokenizer)
-    return Request(number, ids, params, limit, stops, eos_id, words)
-
-
-def _check_ids(config: ModelConfig, where: str, ids: Sequence[int]) -> None:
+def _check_ids(config: ModelConfig, number: int, where: str, ids: Sequence[int]) -> None:
     wrong = next((t for t in ids if not 0 <= t < config.vocab_size), None)
     if wrong is not None:
         raise PromptError(
             f"{where} token id {wrong}; ids are 0 to {config.vocab_size - 1} (is it the"
-            " tokenizer that the model was trained with?)"
+            " tokenizer that the model was trained with?)",
+            number,
         )
-
-
-def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """Tokens of each word, at the beginning of a text and after a space, as vLLM excludes them."""
-    if tokenizer is None:
-        return ()
-    spelled = [text for word in words for text in (word, f" {word.lstrip()}")]
-    return tuple(dict.fromkeys(tuple(tokenizer.encode(text)) for text in spelled))
-
-
-def decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[Sequence[int]], str] | None:
-    """The tokenizer's `decode`, with or without special tokens; None without a tokenizer."""
-    if tokenizer is None or skip_special_tokens:
-        return None if tokenizer is None else tokenizer.decode
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

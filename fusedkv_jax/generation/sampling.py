@@ -21,8 +21,18 @@ from jaxtyping import Array, Bool, Float, Int
 from fusedkv_jax.generation.params import SamplingError, SamplingParams
 from fusedkv_jax.sharding import constrain
 
-__all__ = ["SamplerInputs", "SamplingError", "SamplingParams", "adjust", "sample", "scaled"]
+__all__ = [
+    "NO_TOKEN",
+    "SamplerInputs",
+    "SamplingError",
+    "SamplingParams",
+    "adjust",
+    "sample",
+    "scaled",
+    "unless_broken",
+]
 
+NO_TOKEN = -1  # chosen where no logit is finite, or one is not a number
 _FEWEST = 4  # smallest bucket of the lists that a request may bring
 
 
@@ -152,15 +162,27 @@ def sample(
         forbidden: tokens that may not come, padded with -1; none by default.
 
     Returns:
-        int32 token ids.
+        int32 token ids; `NO_TOKEN` in rows with a logit of NaN or +inf, or none that is finite.
     """
     logits = adjust(logits, inputs, seen, counts, forbidden)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(
+    token = jax.lax.cond(
         inputs.any(lambda of: of.temperature > 0),
         lambda: jnp.where(inputs.temperature > 0, _draw(logits, inputs, positions), greedy),
         lambda: greedy,
     )
+    return unless_broken(token, logits, greedy)
+
+
+def unless_broken(
+    token: Int[Array, "B"], logits: Float[Array, "B V"], largest: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """The tokens, or `NO_TOKEN` where the largest logit says that the row's are not finite.
+
+    NaN counts as the largest, so one look at each row tells.
+    """
+    top = jnp.take_along_axis(logits, largest[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isfinite(top), token, NO_TOKEN)
 
 
 def adjust(

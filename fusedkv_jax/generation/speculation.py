@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import loop
 from fusedkv_jax.generation.loop import DecodeState
-from fusedkv_jax.generation.sampling import SamplerInputs, adjust, scaled
+from fusedkv_jax.generation.sampling import SamplerInputs, adjust, scaled, unless_broken
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.early_exit import (
     Draft,
@@ -251,6 +251,7 @@ def _accept(
         adjusted = adjust(own, inputs, state.seen, state.counts, excluded)
         p = _distribution(adjusted, inputs)
         token, right = accept_or_replace(p, q, guess, guessed, inputs, state.lengths)
+        token = unless_broken(token, adjusted, jnp.argmax(adjusted, axis=-1))
         # Rows that are through are kept out of `append` as if they had ended.
         added = loop.append(
             dataclasses.replace(state, finished=~going),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusedkv_jax.generation.logprobs import Logprobs
-from fusedkv_jax.generation.requests import Request, Tokenizer, decoder
+from fusedkv_jax.generation.requests import Codec, LogitsError, Request, logits_error
 from fusedkv_jax.generation.results import FinishReason, Output, PlaceLogprobs
+from fusedkv_jax.generation.sampling import NO_TOKEN
 from fusedkv_jax.generation.text import Detokenizer, StopTexts
 
 
@@ -16,19 +17,20 @@ class Tracker:
     Args:
         request: what the output belongs to.
         index: its number among the request's outputs.
-        tokenizer: decodes it.
+        codec: decodes it.
         piecewise: text is wanted with every `push`, not only at the end.
     """
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, piecewise: bool):
+    def __init__(self, request: Request, index: int, codec: Codec, piecewise: bool):
         self.request, self.index = request, index
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.error: LogitsError | None = None
         self._tokens: list[int] = []
         self._logprobs: list[PlaceLogprobs] | None = None
         self._texts: list[str] = []
         params = request.params
-        self._decode = decoder(tokenizer, params.skip_special_tokens)
+        self._decode = codec.decoder(params.skip_special_tokens)
         self._detokenizer = None if self._decode is None else Detokenizer(self._decode)
         self._stops = StopTexts(params.stop, params.include_stop_str_in_output)
         self._piecewise = piecewise or bool(params.stop)
@@ -37,12 +39,12 @@ class Tracker:
 
     @property
     def finished(self) -> bool:
-        return self.finish_reason is not None
+        return self.finish_reason is not None or self.error is not None
 
     def push(
         self, tokens: Sequence[int], logprobs: Logprobs | None, ended: bool
     ) -> tuple[str | None, tuple[int, ...], list[PlaceLogprobs] | None]:
-        """Take new tokens.
+        """Take new tokens; `error` is set where none could be chosen.
 
         Args:
             tokens: those after the ones taken before.
@@ -53,6 +55,10 @@ class Tracker:
             New text, and the tokens and log-probabilities that belong to the output: nothing after
             the token that completes a stop text.
         """
+        if tokens[-1] == NO_TOKEN:
+            place = len(self._tokens) + len(tokens)
+            self.error = logits_error(self.request.number, f"at output token {place}")
+            return None, (), None
         stopped = ended and tokens[-1] in self.request.stops
         text, kept = self._take(tokens, stopped)
         self._tokens.extend(tokens[:kept])

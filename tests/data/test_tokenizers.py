@@ -124,3 +124,8 @@ def test_check_vocab_size():
     tokenizers.check_vocab_size(tokenizers.load("byte"), 258)
     with pytest.raises(ValueError, match="ids up to 257, outside the model's vocabulary of 257"):
         tokenizers.check_vocab_size(tokenizers.load("byte"), 257)
+
+
+def test_special_tokens_by_their_texts(bpe):
+    assert tokenizers.load(str(bpe)).special_tokens == {"<s>": 0, "</s>": 1, "<pad>": 2}
+    assert tokenizers.load("byte").special_tokens == {}

@@ -227,7 +227,7 @@ def test_progress_and_rates(model):
     )
     last = seen[-1]
     assert len(seen) > 3 and last.requests == 3
-    assert last.prompt_tokens == sum(len(text.encode()) for text in TEXTS)
+    assert last.prompt_tokens == sum(1 + len(text.encode()) for text in TEXTS)  # BOS too
     outputs = [output for completion in completions for output in completion.outputs]
     assert last.output_tokens == sum(len(output.token_ids) for output in outputs)
     assert last.prefill_seconds > 0 and last.decode_seconds > 0

@@ -92,6 +92,21 @@ def test_texts(model):
     assert by_text.text == Letters().decode(by_ids.token_ids)
 
 
+def test_texts_begin_as_documents_do_in_training(model):
+    """With the tokenizer's BOS token, unless that is turned off; beams and streams alike."""
+
+    class Documents(Letters):
+        bos_id = 27
+
+    asked = {"tokenizer": Documents()}
+    (found,) = fkv.generate(model, ["abc"], GREEDY, **asked)
+    assert found.prompt_token_ids == (27, 0, 1, 2)
+    (plain,) = fkv.generate(model, ["abc"], GREEDY, add_special_tokens=False, **asked)
+    assert plain.prompt_token_ids == (0, 1, 2)
+    (beam,) = fkv.beam_search(model, ["abc"], fkv.BeamSearchParams(beam_width=1), **asked)
+    assert beam.prompt_token_ids == (27, 0, 1, 2)
+
+
 def test_output_is_cut_at_the_context(model):
     prompt = np.arange(60) % small.VOCAB
     completion = fkv.generate(model, [prompt], GREEDY)[0]

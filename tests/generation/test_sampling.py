@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fusedkv_jax.generation.params import BeamSearchParams
 from fusedkv_jax.generation.sampling import (
     SamplerInputs,
     SamplingError,
@@ -176,6 +177,17 @@ def test_repetition_penalty():
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", "hot"),
+        ("temperature", float("inf")),
+        ("temperature", 1e300),  # infinite in float32
+        ("temperature", 10**400),
+        ("n", 10**6),
+        ("top_k", 2**31),
+        ("top_p", float("nan")),
+        ("min_p", float("nan")),
+        ("repetition_penalty", float("inf")),
+        ("repetition_penalty", 1e-60),  # 0 in float32
+        ("frequency_penalty", float("nan")),
+        ("presence_penalty", float("-inf")),
         ("top_k", -2),
         ("top_k", 0.5),
         ("top_p", 0.0),
@@ -193,13 +205,26 @@ def test_repetition_penalty():
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop", [3]),
+        ("stop", 5),
+        ("stop", b"x"),
+        ("bad_words", 5),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", [True]),
+        ("ignore_eos", "false"),
+        ("skip_special_tokens", 0),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
         ("bad_words", ["", "b"]),
         ("logit_bias", {3: 101}),
         ("logit_bias", {3: float("nan")}),
         ("logit_bias", {-3: 1}),
+        ("logit_bias", {3: float("inf")}),
+        ("logit_bias", {3: True}),
+        ("logit_bias", 5),
+        ("logit_bias", [3]),
         ("logprobs", -2),
+        ("logprobs", float("nan")),
         ("prompt_logprobs", 1.0),
     ],
 )
@@ -208,6 +233,22 @@ def test_values_out_of_bounds_are_refused(field, value):
     with pytest.raises(SamplingError, match=f"{field}=.*; use") as error:
         SamplingParams(**{field: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("length_penalty", float("nan")),
+        ("length_penalty", 1e30),
+        ("beam_width", 2.0),
+        ("ignore_eos", "no"),
+        ("early_stopping", "yes"),
+    ],
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_beam_values_out_of_bounds_are_refused(field, value):
+    with pytest.raises(SamplingError, match=f"{field}=.*; use"):
+        BeamSearchParams(**{field: value})
 
 
 def test_several_greedy_outputs_are_refused():
