@@ -5,10 +5,12 @@ from pallas_kernels.api import attention, implementations
 from pallas_kernels.combine import combine
 from pallas_kernels.paged import Pages, paged_attention
 from pallas_kernels.quantized import Quantized, quantize
+from pallas_kernels.stacked import Stacked
 
 __all__ = [
     "Pages",
     "Quantized",
+    "Stacked",
     "attention",
     "combine",
     "implementations",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import checks, choice
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import Quantized, is_quantized
+from pallas_kernels.stacked import Stacked
 
 
 def implementations() -> tuple[str, ...]:
@@ -18,8 +19,8 @@ def implementations() -> tuple[str, ...]:
 
 def attention(
     q: Float[Array, "B T N H"],
-    keys: Sequence[Float[Array, "B S K H"] | Quantized],
-    values: Sequence[Float[Array, "B S K H2"] | Quantized],
+    keys: Sequence[Float[Array, "B S K H"] | Quantized | Stacked],
+    values: Sequence[Float[Array, "B S K H2"] | Quantized | Stacked],
     key_weights: Float[Array, "J K H"] | None = None,
     value_weights: Float[Array, "J2 K H2"] | None = None,
     *,
@@ -47,7 +48,8 @@ def attention(
 
     Args:
       q: queries. Query head n reads KV head n // (N // K).
-      keys: J sources of the keys, already rotated; floats, or `Quantized` for decoding. A source
+      keys: J sources of the keys, already rotated; floats, or for decoding `Quantized`, or
+        `Stacked`: streams of a cache that are read where they lie. A source
         wider than q is rounded to q's type where it is multiplied, and gets its gradient in its
         own type: widen a source that many layers read to float32, and their sum is exact.
       values: J' sources of the values; their head size H' may differ from H.

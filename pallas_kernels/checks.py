@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.stacked import Stacked
 
 
 def sources(name, given):
-    """A tuple of float arrays or `Quantized` of one shape."""
+    """A tuple of float arrays, `Quantized` or `Stacked` of one shape."""
     if hasattr(given, "shape") or not len(given):
         raise ValueError(f"{name} must be a non-empty tuple of [B, S, K, H] arrays")
-    given = tuple(x if isinstance(x, Quantized) else jnp.asarray(x) for x in given)
+    stored = (Quantized, Stacked)
+    given = tuple(x if isinstance(x, stored) else jnp.asarray(x) for x in given)
     for index, source in enumerate(given):
         if source.ndim != 4:
             raise ValueError(f"{name}[{index}] has shape {source.shape}; it must be [B, S, K, H]")
-        if isinstance(source, Quantized):
+        if isinstance(source, stored):
             source.check(f"{name}[{index}]")
         elif not jnp.issubdtype(source.dtype, jnp.floating):
             raise ValueError(

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import stacked
+
 # Every module has `attention` and may have `paged_attention`, which get checked arguments, return
 # (out, lse), and raise NotImplementedError for what they do not serve. Imported when first asked
 # for: a machine without CUDA lacks what "triton" imports, and loses nothing.
@@ -24,6 +26,8 @@ MODULES: dict[str, str] = {
     "xla": "pallas_kernels.xla",
     "reference": "pallas_kernels.reference",
 }
+
+IN_PLACE = ("tpu",)  # take `Stacked` sources; the others get what `read` makes of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,11 +191,18 @@ def run(implementation: str, form: str, describe: Callable[[], Call], arguments,
             raise ValueError(
                 f"implementation is {implementation!r}; it must be one of {', '.join(known)}{hint}"
             )
-        return load(implementation, form)(*arguments, **options)
+        return _call(implementation, form, arguments, options)
     refusals = []
     for name in candidates(describe()):
         try:
-            return load(name, form)(*arguments, **options)
+            return _call(name, form, arguments, options)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError("no implementation serves this call; " + "; ".join(refusals))
+
+
+def _call(name: str, form: str, arguments, options) -> Any:
+    if form == "attention" and name not in IN_PLACE:
+        q, keys, values, *rest = arguments
+        arguments = (q, stacked.read(keys), stacked.read(values), *rest)
+    return load(name, form)(*arguments, **options)

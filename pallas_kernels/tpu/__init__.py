@@ -1,6 +1,6 @@
 """Attention on TPUs, by Pallas kernels: which of them serves a call.
 
-    few queries                              decode (contiguous or paged)
+    few queries                              decode (stacked, contiguous or paged)
     J * H no wider than the matrix unit      folded: side by side, one product
     else                                     tile: mixed in VMEM
 
@@ -14,9 +14,19 @@ import functools
 
 import jax
 
+from pallas_kernels import checks
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
-from pallas_kernels.tpu import attend, chips, decode_contiguous, decode_inputs, decode_paged, folded
+from pallas_kernels.stacked import Stacked, is_stacked, read
+from pallas_kernels.tpu import (
+    attend,
+    chips,
+    decode_contiguous,
+    decode_inputs,
+    decode_paged,
+    decode_stacked,
+    folded,
+)
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.tpu.topology import compile_for, compiling_for
 
@@ -38,6 +48,11 @@ def attention(
       NotImplementedError: not a TPU, or nothing here serves the call; the reason is given.
     """
     how = attend.How(scale, softcap, chips.current(chip))
+    if is_stacked((*keys, *values)):
+        try:
+            return _stacked(how, interpret, q, (keys, values, key_weights, value_weights), mask)
+        except NotImplementedError:
+            keys, values = read(keys), read(values)
     sources = (keys, values, key_weights, value_weights)
     widths = (keys[0].shape[3], values[0].shape[3])
     if is_quantized((*keys, *values)):
@@ -49,6 +64,14 @@ def attention(
     if blocks is None:
         blocks = Blocks.choose(q.shape[2] // heads, q.shape[1], keys[0].shape[1])
     return _attend(how, blocks, interpret, q, sources, mask)
+
+
+def _stacked(how, interpret, q, sources, mask):
+    if not all(isinstance(x, Stacked) for side in sources[:2] for x in side):
+        raise NotImplementedError("some sources are stacked and others are not")
+    run = functools.partial(decode_stacked.stacked, how, interpret)
+    reason = "sources in a stacked cache are not differentiated on TPU; pass arrays"
+    return checks.without_gradients(lambda arguments: run(*arguments), reason, (q, sources, mask))
 
 
 def _attend(how, blocks, interpret, q, sources, mask):

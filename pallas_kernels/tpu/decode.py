@@ -2,8 +2,10 @@
 
 The cache stays in HBM and is copied by hand, one block ahead of another, several in flight; the
 blocks that hold something visible, of all rows of the batch, are one list of work. Weights fold
-into the queries and outputs, so a block meets the matrix unit as it was stored. The two forms:
+into the queries and outputs, so a block meets the matrix unit as it was stored. The three forms:
 
+    stacked     [P, B, S, K * H], the cache itself and a slot of each source: one product for all
+                KV heads with queries that are zero off their own.
     contiguous  [S * K, H] of each source, as it lies in memory: one product for all KV heads,
                 in which a query sees the rows of its own head only. FLOPs are K-fold, which a
                 step that waits for memory does not feel; nothing is transposed.
@@ -48,7 +50,7 @@ class Form:
       buffers: shapes of the VMEM buffers of a block.
       copy: (method, row, block, slot, Memory) starts or awaits the copies of a block.
       read: (buffer, slot, head, chunk start, chunk size, term) to [chunk, width].
-      clear: (row, block, slot, positions, Memory) zeroes what is absent from a block.
+      clear: (row, block, slot, reference of positions, Memory) zeroes absent values of a block.
     """
 
     heads: int
@@ -64,7 +66,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """References of the kernel: page table and lengths, the cache, buffers and semaphores."""
+    """References of the kernel: pages or slots, lengths, the cache, buffers and semaphores."""
 
     table: Any
     ends: Any
@@ -109,9 +111,9 @@ def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, for
         copies(item, "wait")
         slot = item % _DEPTH
         # Memory of absent keys may hold NaN, and 0 * NaN is NaN.
-        positions = refs["k_positions"][...]
+        positions = refs["k_positions"]
         row, block = steps_lib.outer_block(code), steps_lib.inner_block(code)
-        absent = jnp.max(positions) >= steps_lib.FAR
+        absent = jnp.max(positions[...]) >= steps_lib.FAR
         pl.when(absent)(lambda: form.clear(row, block, slot, positions, memory))
 
         def visit(head):
@@ -152,7 +154,7 @@ def _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form):
         stored = form.read(buffers[term.buffer], slot, head, start, form.chunk, term)
         product = dot(refs["q"][head, index], stored.astype(dtype), NT)  # [M, chunk]
         if refs["scales"] is not None:
-            product = product * refs["scales"][head, pl.ds(index, 1), part]
+            product = product * _scale(refs, head, index, part)
         score = score + product
     if how.softcap is not None:
         score = how.softcap * LOG2E * jnp.tanh(score / how.softcap)
@@ -173,9 +175,16 @@ def _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form):
         stored = form.read(buffers[term.buffer], slot, head, start, form.chunk, term)
         share = weight
         if refs["scales"] is not None:
-            share = weight * refs["scales"][head, pl.ds(len(form.scores) + index, 1), part]
+            share = weight * _scale(refs, head, len(form.scores) + index, part)
         grown = dot(share.astype(dtype), stored.astype(dtype), NN)
         acc[head, index] = spread(decay, grown) * acc[head, index] + grown
+
+
+def _scale(refs, head, term, part):
+    """Scales of a chunk, [1, chunk], or [M, chunk] where rows belong to different heads."""
+    if refs["own"] is None:
+        return refs["scales"][head, pl.ds(term, 1), part]
+    return dot(refs["own"][...], refs["scales"][term, :, part], NN)
 
 
 def run(how, rule, form: Form, q, stored, table, ends, visited, arrays, interpret):
@@ -186,11 +195,12 @@ def run(how, rule, form: Form, q, stored, table, ends, visited, arrays, interpre
       form: the form of the cache.
       q: [B, heads, terms, M, width] queries of every score term, times scale.
       stored: arrays of the cache, left in HBM.
-      table: int32 page table, flat; [1] where there are no pages.
+      table: int32 page table, flat, or the slot of each array; [1] where there are neither.
       ends: [B] int32, tokens of each row.
       visited: bool [B, blocks], the blocks that hold something visible.
       arrays: "q_positions", "q_heads" [B or 1, M], "k_positions", "k_heads" [B or 1, 1, S'],
-        "scales" [B, heads, terms, S'] or None.
+        "scales" [B, heads, terms, S'] or None; with "own" [M, K], 1 where a row belongs to a KV
+        head, they are [B, terms, K, S'].
 
     Returns:
       out [B, heads, output terms, M, width] and lse [B, heads, M] fp32.
@@ -217,6 +227,10 @@ def run(how, rule, form: Form, q, stored, table, ends, visited, arrays, interpre
         specs[name] = None if x is None else spec((None, 1, form.rows), x, "b", "0", last)
     x = inputs["scales"] = arrays["scales"]
     specs["scales"] = None if x is None else spec((None, *x.shape[1:3], form.rows), x, *"b00i")
+
+    inputs["own"] = arrays.get("own") if x is not None else None
+    own = inputs["own"]
+    specs["own"] = None if own is None else pl.BlockSpec(own.shape, lambda *_: (0, 0))
 
     width = form.outputs[0].width
     wide = (batch, heads, len(form.outputs), rows, width)

@@ -34,7 +34,7 @@ def _contiguous_read(buffer, slot, head, start, size, term):
 
 def _contiguous_clear(row, block, slot, positions, memory):
     del row, block
-    there = positions.T < steps_lib.FAR  # [rows, 1]
+    there = positions[...].T < steps_lib.FAR  # [rows, 1]
     for buffer in memory.buffers:
         old = buffer[slot]
         buffer[slot] = jnp.where(there, old, jnp.zeros_like(old))

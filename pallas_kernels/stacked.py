@@ -1,0 +1,80 @@
+"""A stream of a cache that is read where it lies: the stacked array of all streams, and a slot."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantized import Quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """One [B, S, K, H] source in an array that holds P of them, with all heads of a token together.
+
+    A kernel that copies from memory itself takes the array as it is and finds the slot: nothing is
+    cut out before the call. Whoever needs an array of one source calls `read`.
+
+    Attributes:
+      data: [P, B, S, K * H], float or 8-bit codes.
+      slot: which of the P; an int or an int32 scalar, which may be traced.
+      head_size: H.
+      scale: of 8-bit codes, float [P, B, S, K]; else None.
+    """
+
+    # Any, as jax also fills trees with tracers, shapes and placeholders.
+    data: Any
+    slot: Any
+    head_size: int
+    scale: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape [B, S, K, H] of the source."""
+        _, batch, length, width = self.data.shape
+        return (batch, length, width // self.head_size, self.head_size)
+
+    @property
+    def ndim(self) -> int:
+        """Number of the source's axes."""
+        return 4
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the numbers or codes."""
+        return self.data.dtype
+
+    def read(self) -> Float[Array, "B S K H"] | Quantized:
+        """The source alone."""
+        data = self._cut(self.data).reshape(self.shape)
+        return data if self.scale is None else Quantized(data, self._cut(self.scale)[..., None])
+
+    def check(self, name: str) -> None:
+        """Raises ValueError, naming the argument, where the arrays do not fit each other."""
+        if self.data.ndim != 4 or self.data.shape[3] % self.head_size:
+            raise ValueError(
+                f"{name}.data has shape {self.data.shape}; it must be [P, B, S, K * H] with "
+                f"H = {self.head_size}"
+            )
+        expected = (*self.data.shape[:3], self.data.shape[3] // self.head_size)
+        if self.scale is not None and self.scale.shape != expected:
+            raise ValueError(
+                f"{name}.scale has shape {self.scale.shape}; it must be [P, B, S, K] = {expected}"
+            )
+
+    def _cut(self, array):
+        return jax.lax.dynamic_index_in_dim(array, self.slot, keepdims=False)
+
+
+jax.tree_util.register_dataclass(Stacked, ["data", "slot", "scale"], ["head_size"])
+
+
+def is_stacked(sources: Any) -> bool:
+    """Whether any source of a tuple lies in a stacked array."""
+    return any(isinstance(x, Stacked) for x in sources)
+
+
+def read(sources: Any) -> tuple[Any, ...]:
+    """The sources as arrays or `Quantized`."""
+    return tuple(x.read() if isinstance(x, Stacked) else x for x in sources)
