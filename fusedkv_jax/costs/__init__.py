@@ -11,8 +11,11 @@ from fusedkv_jax.costs.cache import (
 from fusedkv_jax.costs.flops import decode_flops, prefill_flops, train_flops_per_token
 from fusedkv_jax.costs.parameters import parameter_breakdown, parameter_count
 from fusedkv_jax.costs.report import summary
+from fusedkv_jax.costs.step import StepCosts, StepWork
 
 __all__ = [
+    "StepCosts",
+    "StepWork",
     "cache_bytes",
     "cache_bytes_per_token",
     "decode_cache_reads",

@@ -74,6 +74,13 @@ def decode_cache_reads(config: ModelConfig, length: int, dtype: DTypeLike = "bfl
     return total
 
 
+def token_bytes(config: ModelConfig, kind: Kind, dtype: DTypeLike = "bfloat16") -> float:
+    """Bytes of one token of one cached stream, scales included."""
+    if storage_type(dtype) == "int4":
+        return _codes(config, kind, kivi.GROUP) / kivi.GROUP
+    return _plain(config, kind, 1, dtype)
+
+
 def _in_four_bits(config: ModelConfig, kind: Kind, layer: int, dtype: DTypeLike) -> bool:
     if storage_type(dtype) != "int4":
         return False

@@ -27,7 +27,7 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
     total = _head(config)
     for i in range(layout.num_layers):
         if i >= layout.prefill_depth:
-            total += _layer_last_row(config, i, length)
+            total += last_row_flops(config, i, length)
         else:
             passes = iterations if first <= i < stop else 1
             total += passes * _layer_all_rows(config, i, length)
@@ -42,7 +42,7 @@ def decode_flops(config: ModelConfig, length: int) -> int:
         length: tokens in the cache, the decoded one included.
     """
     layers = range(config.num_layers)
-    return _head(config) + sum(_layer_last_row(config, i, length) for i in layers)
+    return _head(config) + sum(last_row_flops(config, i, length) for i in layers)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -84,7 +84,7 @@ def _layer_all_rows(config: ModelConfig, i: int, length: int) -> int:
     )
 
 
-def _layer_last_row(config: ModelConfig, i: int, length: int) -> int:
+def last_row_flops(config: ModelConfig, i: int, length: int) -> int:
     """One layer over the last of `length` tokens.
 
     MLA attends in the latent space: its up-projection is absorbed, at the price of one token's.

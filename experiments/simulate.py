@@ -1,0 +1,210 @@
+"""Replay a recorded trace against scheduling policies and layouts, on a device that is not there.
+
+    python -m experiments.simulate --trace=azure_conv_2023.csv.xz --device=v5e \\
+        --layout=mha --layout=fusedkv --policy=fcfs --load=0.5 --load=0.9
+
+The scheduler and the memory are the real ones; only the time of a step is computed, as the
+roofline of its work. A load of 1 is the rate at which the first layout and policy serve the trace
+when all of it is there at once. Writes simulation.json, .md and .png into --output_dir; the
+last line is the same as one JSON document.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from matplotlib.figure import Figure
+
+from experiments import cli
+from fusedkv_jax import presets
+from fusedkv_jax.costs import StepCosts
+from fusedkv_jax.serving import POLICIES, PagedMemory, Scheduler
+from fusedkv_jax.serving.simulate import (
+    Arrival,
+    Device,
+    Summary,
+    device,
+    read_trace,
+    requests,
+    simulate,
+    summarize,
+)
+
+flags.DEFINE_string(
+    "trace",
+    None,
+    "Recorded requests: Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens) or Mooncake's "
+    "JSON lines; plain or .xz.",
+)
+_POLICY = flags.DEFINE_multi_enum(
+    "policy", ["fcfs"], sorted(POLICIES), "Scheduling policy; may be repeated."
+)
+_LAYOUT = flags.DEFINE_multi_string(
+    "layout", ["mha", "fusedkv"], "Layout, as for experiments.costs; may be repeated."
+)
+_PRESET = flags.DEFINE_string("preset", "1_5b", f"Model size: {', '.join(presets.names())}.")
+_DEVICE = flags.DEFINE_string(
+    "device", "v5e", "A TPU slice such as v5e:2x2, or a100, h100, h200; bfloat16."
+)
+_LOAD = flags.DEFINE_multi_float(
+    "load", [0.9], "Rate of arrivals, as a fraction of what the device serves; may be repeated."
+)
+_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "bfloat16", "Storage type of the cache.")
+_REQUESTS = flags.DEFINE_integer("num_requests", None, "Use the first so many requests.", 1)
+_PAGE = flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
+_HOST = flags.DEFINE_float(
+    "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0
+)
+_SEQS = flags.DEFINE_integer("max_num_seqs", 256, "Requests in a step.", 1)
+_TOKENS = flags.DEFINE_integer("max_num_batched_tokens", 2048, "Tokens in a step.", 1)
+_TTFT = flags.DEFINE_float("slo_ttft", 2.0, "Objective: seconds to the first token.", 0.0)
+_TPOT = flags.DEFINE_float("slo_tpot", 0.1, "Objective: seconds for each further token.", 0.0)
+_OUTPUT = flags.DEFINE_string("output_dir", "runs/simulate", "Where the results are written.")
+
+_COLUMNS = (
+    # heading, value of a row, format
+    ("layout", lambda row: row["layout"], "s"),
+    ("policy", lambda row: row["policy"], "s"),
+    ("load", lambda row: row["load"], ".2f"),
+    ("requests/s", lambda row: row["request_rate"], ".2f"),
+    ("goodput/s", lambda row: row["goodput"], ".2f"),
+    ("TTFT p50 s", lambda row: row["ttft"][0], ".3f"),
+    ("TTFT p99 s", lambda row: row["ttft"][2], ".3f"),
+    ("TPOT p50 ms", lambda row: 1e3 * row["tpot"][0], ".1f"),
+    ("TPOT p99 ms", lambda row: 1e3 * row["tpot"][2], ".1f"),
+    ("mean latency s", lambda row: row["mean_latency"], ".2f"),
+    ("hits %", lambda row: 100 * row["hit_rate"], ".1f"),
+    ("preempted", lambda row: row["preemptions"], "d"),
+)
+
+
+def main() -> None:
+    trace = pathlib.Path(cli.require("trace"))
+    place, arrivals = device(_DEVICE.value), read_trace(trace)
+    arrivals = arrivals[: _REQUESTS.value]
+    models = {
+        layout: StepCosts.of(
+            presets.get(_PRESET.value, layout=layout), cache_dtype=_CACHE_DTYPE.value
+        )
+        for layout in _LAYOUT.value
+    }
+    for load in _LOAD.value:
+        if not 0 < load < math.inf:
+            raise ValueError(f"--load={load}; use a number above 0")
+    folder = pathlib.Path(_OUTPUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = models[_LAYOUT.value[0]]
+    capacity = _run(place, first, _POLICY.value[0], arrivals, math.inf).request_rate
+    print(
+        f"{len(arrivals):,} requests on {place.name}, {_PRESET.value}: load 1 is {capacity:.2f}"
+        f" requests a second ({_LAYOUT.value[0]}, {_POLICY.value[0]})",
+        flush=True,
+    )
+    rows = []
+    for layout, costs in models.items():
+        for policy in _POLICY.value:
+            for load in _LOAD.value:
+                start = time.monotonic()
+                summary = _run(place, costs, policy, arrivals, load * capacity)
+                rows.append({"layout": layout, "policy": policy, "load": load})
+                rows[-1] |= dataclasses.asdict(summary)
+                took = time.monotonic() - start
+                print(f"{layout} {policy} load {load}: simulated in {took:.1f} s", file=sys.stderr)
+    document = {
+        "trace": trace.name,
+        "requests": len(arrivals),
+        "preset": _PRESET.value,
+        "device": dataclasses.asdict(place),
+        "pages": {name: _pages(place, costs) for name, costs in models.items()},
+        "capacity": capacity,
+        "objectives": {"ttft": _TTFT.value, "tpot": _TPOT.value},
+        "settings": {
+            flag.name: flag.value for flag in (_CACHE_DTYPE, _PAGE, _HOST, _SEQS, _TOKENS)
+        },
+        "rows": rows,
+    }
+    text = table(rows)
+    print(text)
+    (folder / "simulation.md").write_text(text + "\n")
+    (folder / "simulation.json").write_text(json.dumps(document, indent=1) + "\n")
+    draw(rows, folder / "simulation.png")
+    print(json.dumps(document))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the rows."""
+    heads = [heading for heading, _, _ in _COLUMNS]
+    lines = [heads, ["---" if form == "s" else "---:" for _, _, form in _COLUMNS]]
+    lines += [[f"{value(row):{form}}" for _, value, form in _COLUMNS] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Goodput, TTFT and TPOT against the load, a line for each layout and policy."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("goodput (requests/s)", lambda row: row["goodput"]),
+        ("TTFT p99 (s)", lambda row: row["ttft"][2]),
+        ("TPOT p99 (ms)", lambda row: 1e3 * row["tpot"][2]),
+    )
+    lines = dict.fromkeys((row["layout"], row["policy"]) for row in rows)
+    for axes, (label, value) in zip(figure.subplots(1, 3), panels, strict=True):
+        for number, (layout, policy) in enumerate(lines):
+            points = sorted(
+                (row["load"], value(row))
+                for row in rows
+                if (row["layout"], row["policy"]) == (layout, policy)
+            )
+            marker = "os^Dv<>pP*X"[number % 11]
+            axes.plot(*zip(*points, strict=True), f"{marker}-", label=f"{layout}, {policy}")
+        axes.set_xlabel("load")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _pages(place: Device, costs: StepCosts) -> int:
+    return place.num_pages(costs, _PAGE.value)
+
+
+def _run(
+    place: Device, costs: StepCosts, policy: str, arrivals: Sequence[Arrival], rate: float
+) -> Summary:
+    size, pages = _PAGE.value, _pages(place, costs)
+    scheduler = Scheduler(
+        PagedMemory(pages, size, host_pages=int(_HOST.value * pages)),
+        POLICIES[policy](),
+        max_num_seqs=_SEQS.value,
+        max_num_batched_tokens=_TOKENS.value,
+        seconds_per_page=place.seconds_per_page(costs, size),
+    )
+    steps = 0
+
+    def watch(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    records = simulate(
+        requests(arrivals, rate),
+        scheduler,
+        lambda plan: place.step_seconds(costs, plan, size),
+        watch,
+    )
+    return summarize(
+        records,
+        ttft_slo=_TTFT.value,
+        tpot_slo=_TPOT.value,
+        preemptions=scheduler.preemptions,
+        steps=steps,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,329 @@
+"""Pages of requests: shared prefixes, growth, copy-on-write, eviction and swapping.
+
+Paged attention's memory (arXiv 2309.06180), in page numbers only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+from fusedkv_jax.serving.pages import PagePool
+from fusedkv_jax.serving.prefix import Node, PrefixTree
+from fusedkv_jax.serving.request import Request, State
+from fusedkv_jax.serving.tiers import HostTier
+
+
+class Direction(Enum):
+    """From where to where a page is copied."""
+
+    OUT = "device to host"
+    INTO = "host to device"
+    AHEAD = "host to device, for a request that does not run yet"
+    WITHIN = "device to device"
+
+
+class Copy(NamedTuple):
+    """A page that must be copied before the next step, in the order of the list it stands in.
+
+    Pages are handed on at once, so a later copy may write what an earlier one reads.
+    """
+
+    direction: Direction
+    source: int
+    target: int
+
+
+class PagedMemory:
+    """Who holds which page.
+
+    A full page is a node of the prefix tree as soon as it is computed. When nobody reads it any
+    more it stays, until room is needed: least recently used first, and of one prefix the last
+    page first.
+
+    Numbers of pages change hands at once; the copies that this needs are listed in order, and
+    whoever runs the step carries them out before it.
+
+    Args:
+        num_pages: device pages.
+        page_size: tokens of a page.
+        host_pages: pages of the host tier; 0 for none.
+        prefix_caching: keep pages that nobody reads.
+        reserve: fraction of the pages that admission leaves free, for running requests to grow.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        host_pages: int = 0,
+        prefix_caching: bool = True,
+        reserve: float = 0.01,
+    ):
+        self.pool = PagePool(num_pages, page_size)
+        self.tree = PrefixTree(page_size)
+        self.host = HostTier(host_pages, page_size, self._lost_copy) if host_pages else None
+        self._copies: list[Copy] = []
+        self._caching = prefix_caching
+        self._reserved = int(reserve * num_pages)
+        self._unread: OrderedDict[Node, None] = OrderedDict()  # on the device, without users
+
+    @property
+    def page_size(self) -> int:
+        return self.pool.page_size
+
+    @property
+    def available(self) -> int:
+        """Pages that are free or can be made so."""
+        return self.pool.free + len(self._unread)
+
+    def fits(self, request: Request) -> bool:
+        """Whether it could run to its end if it were alone."""
+        return self._pages(request.total) <= self.pool.num_pages - self._reserved
+
+    def matched(self, request: Request) -> int:
+        """Tokens that need not be computed if it is admitted now."""
+        return len(self.tree.match(request)) * self.page_size
+
+    def take_copies(self) -> list[Copy]:
+        """What must be copied, handed over."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def admit(self, request: Request) -> bool:
+        """Give a request pages for all its known tokens, and what the prefix cache has of them.
+
+        Nothing is changed where there are too few pages.
+        """
+        if request.state is State.SWAPPED:
+            nodes = request.nodes
+        else:
+            nodes = self.tree.match(request) if self._caching else []
+        resident = sum(node.page >= 0 for node in nodes)
+        unread = sum(node.page >= 0 and not node.users for node in nodes)
+        total = self._pages(request.length)
+        spare = 0 if request.state is State.SWAPPED else self._reserved
+        if total - resident > self.available - unread - spare:
+            return False
+        missing = [node for node in nodes if node.page < 0]
+        for node in nodes:
+            self._use(node)
+        for node in missing:
+            self._host.pin(node)  # making room may drop copies
+        before = nodes[resident - 1].page if resident else None
+        fresh = self._allocate(total - resident, after=before)
+        assert fresh is not None
+        for node, page in zip(missing, fresh, strict=False):
+            node.page = page
+            self._copy(Direction.INTO, node.host_page, page)
+        for node in reversed(missing):
+            self._host.unpin(node)
+        own = fresh[len(missing) :]
+        if request.state is State.SWAPPED:
+            self._unswap(request, own)
+        else:
+            request.computed = len(nodes) * self.page_size
+            if request.cached is None:
+                request.cached = request.computed
+        request.nodes = nodes
+        request.pages = [node.page for node in nodes] + own
+        request.capacity = len(request.pages) * self.page_size
+        request.state = State.RUNNING
+        return True
+
+    def grow(self, request: Request, length: int) -> bool:
+        """Make room for the first `length` tokens of a running request; all or nothing."""
+        missing = self._pages(length) - len(request.pages)
+        last = request.computed // self.page_size  # the page that is written next
+        shared = last < len(request.pages) and self.pool.holders(request.pages[last]) > 1
+        fresh = self._allocate(
+            max(missing, 0) + shared, after=request.pages[-1] if request.pages else None
+        )
+        if fresh is None:
+            return False
+        if shared:
+            page = fresh.pop()
+            self._copy(Direction.WITHIN, request.pages[last], page)
+            self.pool.release(request.pages[last])
+            request.pages[last] = page
+        request.pages += fresh
+        request.capacity = len(request.pages) * self.page_size
+        return True
+
+    def fork(self, request: Request, other: Request) -> None:
+        """Let `other`, a copy of a running request, read the same pages."""
+        for node in request.nodes:
+            self._use(node)
+        for page in request.pages[len(request.nodes) :]:
+            self.pool.hold(page)
+        assert len(request.pages) <= request.computed // self.page_size + 1, "prompt not computed"
+        other.nodes, other.pages = list(request.nodes), list(request.pages)
+        request.forked = other.forked = True
+        other.computed, other.capacity = request.computed, request.capacity
+        other.state = State.RUNNING
+
+    def commit(self, request: Request) -> None:
+        """Make nodes of the pages that have become full."""
+        full = request.computed // self.page_size
+        if not self._caching or len(request.nodes) >= full:
+            return
+        parent = request.nodes[-1] if request.nodes else self.tree.root(request.salt)
+        for number in range(len(request.nodes), full):
+            page = request.pages[number]
+            if self.pool.holders(page) > 1:
+                break  # a fork reads it too; whoever is left alone with it makes the node
+            key = request.page_key(number, self.page_size)
+            node = parent.children.get(key)
+            if node is None:
+                node = self.tree.add(parent, key)
+            if node.page < 0:
+                node.page = page
+                node.users = 1
+            else:  # somebody computed the same meanwhile
+                self._use(node)
+                self.pool.release(page)
+                request.pages[number] = node.page
+            request.nodes.append(node)
+            parent = node
+
+    def release(self, request: Request) -> None:
+        """Take a request's pages away; what was computed stays in the cache as long as it can."""
+        if request.state is State.SWAPPED:
+            self._drop_swapped(request)
+        else:
+            self._leave(request)
+            for page in request.pages[len(request.nodes) :]:
+                self.pool.release(page)
+        request.nodes, request.pages = [], []
+        request.computed = request.capacity = 0
+
+    def swap_out(self, request: Request) -> bool:
+        """Move a request to host memory, exactly as it is; False where that has no room.
+
+        Pages that have a copy already, from the last time or of somebody else, are not written
+        again.
+        """
+        if self.host is None or not self._caching:
+            return False
+        full = request.computed // self.page_size
+        if len(request.nodes) < full:
+            return False  # pages shared with a fork
+        partial = request.computed % self.page_size > 0
+        for node in request.nodes:
+            self.host.pin(node)
+        missing = [node for node in request.nodes if node.host_page < 0]
+        slots = self.host.reserve(len(missing) + partial)
+        if slots is None:
+            for node in reversed(request.nodes):
+                self.host.unpin(node)
+            return False
+        for node, slot in zip(missing, slots, strict=False):
+            node.host_page = slot
+            self._copy(Direction.OUT, node.page, slot)
+        if partial:
+            request.host_page = slots[-1]
+            self._copy(Direction.OUT, request.pages[full], slots[-1])
+        self._leave(request)
+        for page in request.pages[len(request.nodes) :]:
+            self.pool.release(page)
+        request.pages, request.capacity = [], 0
+        request.state = State.SWAPPED
+        return True
+
+    def prefetch(self, requests: Iterable[Request], limit: int) -> None:
+        """Load what the next requests will read from host memory, where pages are free for it.
+
+        CachedAttention's look-ahead: in both tiers, what they need is dropped last.
+
+        Args:
+            requests: those that wait, in their order.
+            limit: pages that may be loaded.
+        """
+        if self.host is None:
+            return
+        for request in requests:
+            swapped = request.state is State.SWAPPED
+            nodes = request.nodes if swapped else self.tree.match(request)
+            for node in reversed(nodes):
+                self.host.touch(node)
+                if node in self._unread:
+                    self._unread.move_to_end(node)
+            missing = [node for node in nodes if node.page < 0]
+            if len(missing) > min(limit, self.pool.free - self._reserved):
+                return
+            for node, page in zip(missing, self.pool.allocate(len(missing)) or (), strict=True):
+                node.page = page
+                self._copy(Direction.AHEAD, node.host_page, page)
+            for node in reversed(missing):
+                self._unread[node] = None
+            limit -= len(missing)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _allocate(self, count: int, after: int | None) -> list[int] | None:
+        if count > self.available:
+            return None
+        while self.pool.free < count:
+            self._evict()
+        return self.pool.allocate(count, after)
+
+    def _evict(self) -> None:
+        node, _ = self._unread.popitem(last=False)
+        page, node.page = node.page, -1
+        if self.host is not None and node.host_page < 0:
+            slots = self.host.reserve(1)
+            if slots is not None:
+                self.host.attach(node, slots[0])
+                self._copy(Direction.OUT, page, slots[0])
+        self.pool.release(page)
+        if node.host_page < 0:
+            self._remove(node)
+
+    def _lost_copy(self, node: Node) -> None:
+        if node.page < 0:
+            self._remove(node)
+
+    def _remove(self, node: Node) -> None:
+        """Take a node out of the tree; what is below cannot be matched any more."""
+        for child in list(node.children.values()):
+            assert child.page < 0 and self.host is not None
+            self.host.forget(child)
+            self._remove(child)
+        self.tree.remove(node)
+
+    def _use(self, node: Node) -> None:
+        node.users += 1
+        self._unread.pop(node, None)
+
+    def _leave(self, request: Request) -> None:
+        for node in reversed(request.nodes):
+            node.users -= 1
+            if not node.users:
+                self._unread[node] = None
+
+    def _unswap(self, request: Request, own: list[int]) -> None:
+        for node in reversed(request.nodes):
+            self._host.unpin(node)
+        if request.host_page >= 0:
+            self._copy(Direction.INTO, request.host_page, own[0])
+            self._host.release(request.host_page)
+            request.host_page = -1
+
+    def _drop_swapped(self, request: Request) -> None:
+        for node in reversed(request.nodes):
+            self._host.unpin(node)
+        if request.host_page >= 0:
+            self._host.release(request.host_page)
+            request.host_page = -1
+
+    def _copy(self, direction: Direction, source: int, target: int) -> None:
+        self._copies.append(Copy(direction, source, target))
+
+    @property
+    def _host(self) -> HostTier:
+        assert self.host is not None  # only nodes with a copy come here
+        return self.host

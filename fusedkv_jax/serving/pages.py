@@ -1,0 +1,119 @@
+"""Which pages of a pool are free; runs of neighbors are kept together.
+
+Few long runs make swapping few large copies (FastSwitch, arXiv 2411.18424), so a request grows
+in place where it can, and starts in the middle of the largest run, where it has most room to.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+
+class PagePool:
+    """Page numbers 0 to num_pages - 1.
+
+    Attributes:
+        num_pages: pages in all.
+        page_size: tokens that a page holds.
+        free: pages that nobody holds.
+    """
+
+    def __init__(self, num_pages: int, page_size: int):
+        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value}; use at least 1")
+        self.num_pages, self.page_size = num_pages, page_size
+        self.free = num_pages
+        self._holders = [0] * num_pages
+        self._length = {0: num_pages}  # of the free run that starts at a page
+        self._start = {num_pages: 0}  # of the free run that ends before a page
+        self._largest = [(-num_pages, 0)]  # a heap; runs that are no more are skipped
+
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """Pages with one holder each, or None where there are too few.
+
+        Args:
+            count: how many.
+            after: the page that the first one should follow.
+        """
+        if count > self.free:
+            return None
+        pages: list[int] = []
+        while len(pages) < count:
+            wanted = count - len(pages)
+            before = pages[-1] if pages else after
+            if before is not None and before + 1 in self._length:
+                pages += self._take(before + 1, wanted, 0)
+            else:
+                start = self._largest_run()
+                spare = self._length[start] - wanted
+                # The middle of a run leaves room for whoever ends before it. The first one stays.
+                pages += self._take(start, wanted, spare // 2 if start and spare > 1 else 0)
+        for page in pages:
+            self._holders[page] = 1
+        self.free -= count
+        return pages
+
+    def hold(self, page: int) -> None:
+        """One holder more, of a page that is held."""
+        assert self._holders[page] > 0, page
+        self._holders[page] += 1
+
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return self._holders[page]
+
+    def release(self, page: int) -> None:
+        """One holder fewer; without any the page is free."""
+        assert self._holders[page] > 0, page
+        self._holders[page] -= 1
+        if self._holders[page]:
+            return
+        self.free += 1
+        start, stop = page, page + 1
+        if page in self._start:  # a run ends here
+            start = self._start.pop(page)
+        if stop in self._length:  # a run starts behind
+            stop += self._length.pop(stop)
+        self._add(start, stop)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(start, length) of the free runs, in order."""
+        return sorted(self._length.items())
+
+    def _largest_run(self) -> int:
+        while True:
+            length, start = self._largest[0]
+            if self._length.get(start) == -length:
+                return start
+            heapq.heappop(self._largest)
+
+    def _take(self, start: int, wanted: int, skipped: int) -> range:
+        """Up to `wanted` pages of the free run at `start`, behind its first `skipped`."""
+        stop = start + self._length.pop(start)
+        first, last = start + skipped, min(start + skipped + wanted, stop)
+        del self._start[stop]
+        if first > start:
+            self._add(start, first)
+        if last < stop:
+            self._add(last, stop)
+        return range(first, last)
+
+    def _add(self, start: int, stop: int) -> None:
+        self._length[start], self._start[stop] = stop - start, start
+        heapq.heappush(self._largest, (start - stop, start))
+        if len(self._largest) > 64 + 4 * len(self._length):
+            self._largest = [(-length, first) for first, length in self._length.items()]
+            heapq.heapify(self._largest)
+
+
+def count_runs(pairs: list[tuple[int, int]]) -> int:
+    """Copies that moving pages takes where neighbors that stay neighbors move together.
+
+    Args:
+        pairs: (source page, destination page).
+    """
+    ordered = sorted(pairs)
+    return sum(
+        index == 0 or (a - 1, b - 1) != ordered[index - 1] for index, (a, b) in enumerate(ordered)
+    )

@@ -1,0 +1,115 @@
+"""A request: what was asked for, and how far it has come."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fusedkv_jax.serving.prefix import Node
+
+
+class State(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"  # holds no pages
+    RUNNING = "running"  # holds pages; a step may still pass it over
+    SWAPPED = "swapped"  # its pages are in host memory
+    PAUSED = "paused"  # waits for the answer of a tool
+    FINISHED = "finished"
+
+
+class ToolCall(NamedTuple):
+    """A pause in the output while a tool runs.
+
+    Attributes:
+        after: output tokens after which the call is made.
+        seconds: how long the tool takes.
+        answer: tokens that are appended to the context.
+    """
+
+    after: int
+    seconds: float
+    answer: tuple[int, ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One output of one prompt.
+
+    Attributes:
+        name: its identifier.
+        prompt: token ids, int32 [T].
+        max_tokens: tokens of output at which it ends.
+        arrival: seconds.
+        client: whose request it is, for fair sharing.
+        priority: lower is more urgent, as in vLLM.
+        salt: requests of different salts share no pages.
+        tool_calls: pauses, in order.
+        outputs: tokens appended to the prompt so far: generated ones and answers of tools.
+        generated: how many of them were generated.
+        computed: tokens whose keys and values are in its pages.
+        cached: prompt tokens that were found in the prefix cache when it was first admitted.
+        pages: page numbers, in order of positions.
+        nodes: nodes of the prefix tree that stand for its first pages.
+        host_page: host page of its last, partly filled page while it is swapped out, or -1.
+        first_token, last_token: times of the first and the latest generated token.
+    """
+
+    name: str
+    prompt: np.ndarray
+    max_tokens: int
+    arrival: float = 0.0
+    client: str = ""
+    priority: int = 0
+    salt: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    state: State = State.WAITING
+    outputs: list[int] = field(default_factory=list)
+    generated: int = 0
+    computed: int = 0
+    cached: int | None = None
+    pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    host_page: int = -1
+    first_token: float | None = None
+    last_token: float | None = None
+    length: int = field(init=False)  # tokens known so far; kept, as each step asks for it
+    capacity: int = 0  # tokens that its pages hold; likewise
+    forked: bool = False  # it may share its last page
+    _bytes: bytes = b""
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) < 1:
+            raise ValueError(f"request {self.name!r} has an empty prompt; give it at least a token")
+        if self.max_tokens < 1:
+            raise ValueError(f"request {self.name!r}: max_tokens={self.max_tokens}; use at least 1")
+        self.prompt = np.ascontiguousarray(self.prompt, np.int32)
+        self.length = len(self.prompt)
+
+    @property
+    def total(self) -> int:
+        """Tokens that it can come to, answers of tools included."""
+        answers = sum(len(call.answer) for call in self.tool_calls)
+        return len(self.prompt) + self.max_tokens + answers
+
+    @property
+    def calls_tool(self) -> bool:
+        """Whether its next tool call is due."""
+        return bool(self.tool_calls) and self.generated >= self.tool_calls[0].after
+
+    def page_key(self, number: int, page_size: int) -> bytes:
+        """The tokens of one full page, as a key that compares exactly."""
+        start, stop = number * page_size, (number + 1) * page_size
+        prompt = len(self.prompt)
+        if stop <= prompt:
+            if not self._bytes:
+                self._bytes = self.prompt.tobytes()
+            return self._bytes[4 * start : 4 * stop]
+        if start >= prompt:
+            return array("i", self.outputs[start - prompt : stop - prompt]).tobytes()
+        return self.prompt[start:].tobytes() + array("i", self.outputs[: stop - prompt]).tobytes()

@@ -1,0 +1,302 @@
+"""The scheduler: who computes how many tokens in the next step. It knows no policy by name."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+
+from fusedkv_jax.serving.memory import PagedMemory
+from fusedkv_jax.serving.plan import StepPlan
+from fusedkv_jax.serving.policy import How, Policy, View
+from fusedkv_jax.serving.request import Request, State
+
+
+class NeverFits(ValueError):
+    """A request that could not run even alone; the message names the limit."""
+
+
+class Scheduler:
+    """Requests in a queue, and requests that hold pages.
+
+    A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests:
+    decoding ones with a token each, and of prompts a chunk (Sarathi, arXiv 2308.16369). The
+    caller runs the plan and hands back what was generated.
+
+    Args:
+        memory: pages.
+        policy: who comes first.
+        max_num_seqs: requests in a step.
+        max_num_batched_tokens: tokens in a step.
+        max_model_len: tokens that a request may come to; None for what the pages hold.
+        look_ahead: waiting requests whose pages are loaded from host memory in advance.
+        seconds_per_page: what copying a page between host and device takes, for policies.
+    """
+
+    def __init__(
+        self,
+        memory: PagedMemory,
+        policy: Policy,
+        *,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        look_ahead: int = 16,
+        seconds_per_page: float = 1e-4,
+    ):
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs={max_num_seqs}; use at least 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={max_num_batched_tokens} is below"
+                f" max_num_seqs={max_num_seqs}, so not all could decode; raise it"
+            )
+        self.memory, self.policy = memory, policy
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.max_model_len, self.look_ahead = max_model_len, look_ahead
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.calling: list[tuple[float, str, Request]] = []  # a heap: until when a tool runs
+        self.preemptions = 0
+        self._plan = StepPlan()  # the step that is being put together
+        self._admitted: set[Request] = set()
+        self._evicted: set[Request] = set()
+        self._accounts = type(policy).progressed is not Policy.progressed
+        self.view = View(memory, self.running, self.waiting, seconds_per_page=seconds_per_page)
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request.
+
+        Raises:
+            NeverFits: it can come to more tokens than the model or the pages hold.
+        """
+        if self.max_model_len is not None and request.total > self.max_model_len:
+            raise NeverFits(
+                f"request {request.name!r} can come to {request.total} tokens, the model's context"
+                f" holds {self.max_model_len}; shorten the prompt or lower max_tokens"
+            )
+        if not self.memory.fits(request):
+            size = self.memory.page_size
+            raise NeverFits(
+                f"request {request.name!r} can come to {request.total} tokens, the cache holds"
+                f" {self.memory.pool.num_pages} pages of {size}; shorten it or enlarge the cache"
+            )
+        self.view.now = now
+        self._queue(request)
+
+    def abort(self, request: Request, now: float) -> None:
+        """Drop a request, wherever it stands."""
+        self.view.now = now
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+        self.calling = [entry for entry in self.calling if entry[2] is not request]
+        heapq.heapify(self.calling)
+        self._end(request)
+
+    def fork(self, request: Request, other: Request, outputs: list[int], now: float) -> None:
+        """Let a new request go on from a running one whose prompt has been computed.
+
+        Args:
+            request: the one that runs.
+            other: a request of the same prompt; it shares the pages.
+            outputs: its own first tokens, drawn from the same logits.
+            now: seconds.
+        """
+        self.view.now = now
+        self.memory.fork(request, other)
+        other.outputs, other.cached = list(outputs), len(other.prompt)
+        other.generated, other.length = len(outputs), len(other.prompt) + len(outputs)
+        other.first_token = other.last_token = now
+        self.running.append(other)
+        self.policy.arrived(other, self.view)
+        self.policy.admitted(other, self.view)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self.running) + len(self.waiting) + len(self.calling)
+
+    @property
+    def next_answer(self) -> float:
+        """When the next tool answers; infinity if none runs."""
+        return self.calling[0][0] if self.calling else math.inf
+
+    def schedule(self, now: float) -> StepPlan:
+        """Choose the next step. An empty plan means that nothing can run now."""
+        view, policy, plan = self.view, self.policy, StepPlan()
+        view.now = now
+        while self.calling and self.calling[0][0] <= now:
+            self._answered(heapq.heappop(self.calling)[2])
+        self._evicted.clear()
+        self._plan = plan
+        requests, counts, left = plan.requests, plan.counts, self.max_num_batched_tokens
+        for request in self._queue_order():
+            if left <= 0 or len(requests) == self.max_num_seqs:
+                break
+            if request.state is not State.RUNNING and not self._admit(request):
+                break
+            count = request.length - request.computed
+            if count > 1:
+                limit = policy.budget(request, view)
+                count = min(count, left, left if limit is None else limit)
+            end = request.computed + count
+            if (end > request.capacity or request.forked) and not self._grow(request, end):
+                continue
+            requests.append(request)
+            counts.append(count)
+            left -= count
+        if self._admitted:
+            self.waiting[:] = [r for r in self.waiting if r not in self._admitted]
+            self._admitted.clear()
+        if self.memory.host is not None and self.look_ahead:
+            self.memory.prefetch(self.waiting[: self.look_ahead], self.memory.pool.free // 2)
+        plan.copies = self.memory.take_copies()
+        return plan
+
+    def finish(
+        self,
+        plan: StepPlan,
+        tokens: Sequence[int | None],
+        now: float,
+        seconds: float,
+        ended: frozenset[Request] = frozenset(),
+    ) -> list[Request]:
+        """Take in what a step has generated.
+
+        Args:
+            plan: what was run.
+            tokens: the next token of each of its requests; None where none was drawn.
+            now: seconds, after the step.
+            seconds: what the step took.
+            ended: requests that end with this token, for example by a stop text.
+
+        Returns:
+            Those that have ended.
+        """
+        size, commit = self.memory.page_size, self.memory.commit
+        accounts, progressed = self._accounts, self.policy.progressed
+        self.view.now = now
+        done: list[Request] = []
+        for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
+            computed = request.computed = request.computed + count
+            if computed >= (len(request.nodes) + 1) * size:
+                commit(request)
+            if token is not None:
+                request.outputs.append(token)
+                request.length += 1
+                request.generated += 1
+                request.last_token = now
+                if request.first_token is None:
+                    request.first_token = now
+                if request.generated >= request.max_tokens or request in ended:
+                    done.append(request)
+                elif request.tool_calls and request.calls_tool:
+                    self._call(request)
+            if accounts:
+                progressed(request, count, int(token is not None), seconds)
+        if done:
+            self.running[:] = [request for request in self.running if request not in done]
+            for request in done:
+                self._end(request)
+        if plan.tokens > 2 * len(plan.requests):
+            rate = seconds / plan.tokens
+            self.view.seconds_per_token += 0.1 * (rate - self.view.seconds_per_token)
+        return done
+
+    def _queue_order(self) -> Iterable[Request]:
+        """Requests in the policy's order; waiting ones are put in order when their turn comes."""
+        if self.policy.preemptive:
+            everyone = self.running + self.waiting
+            yield from list(self.policy.order(everyone, self.view))
+            return
+        yield from list(self.policy.order(self.running, self.view))
+        yield from self.policy.order(self.waiting, self.view)
+
+    def _admit(self, request: Request) -> bool:
+        """Give pages to a waiting request, at the cost of later ones if the policy preempts."""
+        if request in self._evicted:
+            return False
+        if not self.policy.preemptive:
+            full = len(self.running) >= self.max_num_seqs
+            if full or self._evicted:  # who evicts has no room for anybody new
+                return False
+        if not self.policy.admits(request, self.view):
+            return False
+        while not self.memory.admit(request):
+            victims = self._victims() if self.policy.preemptive else []
+            if not victims:
+                return False
+            self._evict(self.policy.victim(victims, self.view))
+        self.running.append(request)
+        self._admitted.add(request)
+        self.policy.admitted(request, self.view)
+        return True
+
+    def _grow(self, request: Request, length: int) -> bool:
+        """Pages for more tokens of a running request, if need be those of others."""
+        while request.state is State.RUNNING:
+            if self.memory.grow(request, length):
+                return True
+            self._evict(self.policy.victim(self._victims(), self.view))
+        return False
+
+    def _victims(self) -> list[Request]:
+        """Who holds pages and is not part of this step."""
+        kept = [request for _, _, request in self.calling if request.state is State.PAUSED]
+        planned = set(self._plan.requests)
+        return [request for request in self.running if request not in planned] + kept
+
+    def _evict(self, request: Request) -> None:
+        self.preemptions += 1
+        self._evicted.add(request)
+        calling = request.state is State.PAUSED
+        if not calling:
+            self.running.remove(request)
+            self._admitted.discard(request)
+        self._give_up(request, self.policy.how(request, self.view))
+        if not calling:
+            self._queue(request)
+
+    def _give_up(self, request: Request, how: How) -> None:
+        if how == "swap" and self.memory.swap_out(request):
+            return
+        self.memory.release(request)
+        request.state = State.WAITING
+
+    def _queue(self, request: Request) -> None:
+        bisect.insort(self.waiting, request, key=_arrival)
+        self.policy.arrived(request, self.view)
+
+    def _call(self, request: Request) -> None:
+        """Let a tool run; meanwhile the policy says where the pages are."""
+        self.running.remove(request)
+        how = self.policy.how(request, self.view)
+        if how == "keep":
+            request.state = State.PAUSED
+        else:
+            self._give_up(request, how)
+        until = self.view.now + request.tool_calls[0].seconds
+        heapq.heappush(self.calling, (until, request.name, request))
+
+    def _answered(self, request: Request) -> None:
+        call, *later = request.tool_calls
+        request.tool_calls = tuple(later)
+        request.outputs += call.answer
+        request.length += len(call.answer)
+        if request.state is State.PAUSED:
+            request.state = State.RUNNING
+            self.running.append(request)
+        else:
+            self._queue(request)
+
+    def _end(self, request: Request) -> None:
+        self.memory.release(request)
+        request.state = State.FINISHED
+        self.policy.finished(request, self.view)
+
+
+def _arrival(request: Request) -> float:
+    return request.arrival

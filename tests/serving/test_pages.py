@@ -1,0 +1,63 @@
+"""The pool of pages against a plain set of free numbers."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedkv_jax.serving.pages import PagePool, count_runs
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_any_sequence_of_operations_keeps_the_accounts(num_pages, seed):
+    rng, pool, holders = random.Random(seed), PagePool(num_pages, 4), {}
+    for _ in range(200):
+        kind = rng.choice(("allocate", "allocate", "hold", "release"))
+        if kind == "allocate":
+            count, free = rng.randint(0, 6), num_pages - len(holders)
+            after = rng.choice([None, *holders])
+            pages = pool.allocate(count, after)
+            assert (pages is None) == (count > free)
+            for page in pages or ():
+                assert 0 <= page < num_pages and page not in holders
+                holders[page] = 1
+        elif holders:
+            page = rng.choice(list(holders))
+            if kind == "hold":
+                pool.hold(page)
+                holders[page] += 1
+            else:
+                pool.release(page)
+                holders[page] -= 1
+                if not holders[page]:
+                    del holders[page]
+        free = sorted(set(range(num_pages)) - set(holders))
+        assert pool.free == len(free)
+        runs = pool.runs()
+        assert [page for start, length in runs for page in range(start, start + length)] == free
+        assert all(a + n < b for (a, n), (b, _) in zip(runs, runs[1:], strict=False)), "not joined"
+        assert all(pool.holders(page) == holders.get(page, 0) for page in range(num_pages))
+
+
+def test_growth_follows_its_own_pages():
+    pool = PagePool(64, 16)
+    first, second = pool.allocate(4), pool.allocate(4)
+    for _ in range(8):
+        first += pool.allocate(1, after=first[-1])
+        second += pool.allocate(1, after=second[-1])
+    assert [b - a for a, b in zip(first, first[1:], strict=False)] == [1] * 11
+    assert [b - a for a, b in zip(second, second[1:], strict=False)] == [1] * 11
+
+
+def test_runs_of_copies():
+    assert count_runs([]) == 0
+    assert count_runs([(1, 5), (2, 6), (3, 8), (7, 9)]) == 3
+    assert count_runs([(3, 7), (2, 6), (1, 5)]) == 1
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="num_pages=0"):
+        PagePool(0, 16)
+    with pytest.raises(ValueError, match="page_size=-1"):
+        PagePool(4, -1)

@@ -1,0 +1,182 @@
+"""Schedulers of every policy, under load, against an account of what is in the pages."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedkv_jax.serving import (
+    POLICIES,
+    NeverFits,
+    PagedMemory,
+    Request,
+    Scheduler,
+    State,
+    ToolCall,
+)
+from tests.serving.contents import Contents, check_accounts, tokens_of
+
+
+def _request(rng: random.Random, number: int, tools: bool = True) -> Request:
+    prefix = rng.choice(([1] * 9, [1] * 4 + [2] * 5, []))
+    prompt = prefix + [rng.randint(3, 5) for _ in range(rng.randint(1, 14))]
+    calls = ()
+    if tools and rng.random() < 0.3:
+        calls = (ToolCall(rng.randint(1, 3), rng.random() * 8, (7,) * rng.randint(0, 5)),)
+    return Request(
+        str(number),
+        np.array(prompt),
+        max_tokens=rng.randint(1, 12),
+        arrival=float(number),
+        client=rng.choice("ab"),
+        priority=rng.randint(0, 2),
+        salt=rng.choice(("", "", "x")),
+        tool_calls=calls,
+    )
+
+
+def _drawn(request: Request) -> int:
+    """A token that follows from those before it, as a greedy model's does."""
+    return 100 + hash(tuple(tokens_of(request))) % 50
+
+
+def _serve(scheduler: Scheduler, requests: list[Request], rng: random.Random, checked=True):
+    contents, coming, now = Contents(scheduler), list(requests), 0.0
+    live: list[Request] = []
+    for _ in range(3000):
+        while coming and (coming[0].arrival <= now or not scheduler.unfinished):
+            live.append(coming.pop(0))
+            scheduler.add(live[-1], now)
+        if live and rng.random() < 0.01:
+            aborted = rng.choice(live)
+            if aborted.state is not State.FINISHED:
+                scheduler.abort(aborted, now)
+                aborted.max_tokens = aborted.generated
+        plan = scheduler.schedule(now)
+        assert len(set(plan.requests)) == len(plan.requests) <= scheduler.max_num_seqs
+        assert plan.tokens <= scheduler.max_num_batched_tokens
+        contents.run(plan)
+        now += 1.0
+        tokens = [
+            _drawn(request) if sampled else None
+            for request, sampled in zip(plan.requests, plan.sampled(), strict=True)
+        ]
+        scheduler.finish(plan, tokens, now, 1.0)
+        if checked:
+            check_accounts(scheduler)
+        if not coming and not scheduler.unfinished:
+            break
+    assert not scheduler.unfinished and not coming, "some never ended"
+    assert all(r.state is State.FINISHED and r.generated == r.max_tokens for r in requests)
+    memory = scheduler.memory
+    assert memory.available == memory.pool.num_pages
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_policy_serves_everything_from_right_pages(name, seed):
+    rng = random.Random(seed)
+    memory = PagedMemory(
+        rng.choice((14, 20, 60)),
+        4,
+        host_pages=rng.choice((0, 6, 40)),
+        prefix_caching=rng.random() < 0.8,
+        reserve=rng.choice((0.0, 0.1)),
+    )
+    scheduler = Scheduler(
+        memory,
+        POLICIES[name](),
+        max_num_seqs=rng.choice((1, 3, 8)),
+        max_num_batched_tokens=rng.choice((8, 11, 64)),
+        look_ahead=rng.choice((0, 4)),
+    )
+    _serve(scheduler, [_request(rng, number) for number in range(16)], rng)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_small_pool_serves_500_requests(swap):
+    rng = random.Random(0)
+    requests = [_request(rng, number, tools=False) for number in range(500)]
+    for request in requests:
+        request.arrival = 0.0
+    most = max(-(-request.total // 4) for request in requests)
+    memory = PagedMemory(most + 1, 4, host_pages=100 * swap)
+    policy = POLICIES["fcfs"](on_eviction="swap" if swap else "recompute")
+    scheduler = Scheduler(memory, policy, max_num_seqs=8, max_num_batched_tokens=16)
+    free, outputs = random.Random(1), {}
+    free.random = lambda: 1.0  # nothing is aborted
+    _serve(scheduler, requests, free, checked=False)
+    check_accounts(scheduler)
+    for request in requests:
+        outputs[request.name] = request.outputs
+        tokens = request.prompt.tolist()
+        for token in request.outputs:
+            assert token == 100 + hash(tuple(tokens)) % 50
+            tokens.append(token)
+    assert scheduler.preemptions > 0
+
+
+def test_forks_copy_on_write():
+    memory = PagedMemory(20, 4)
+    scheduler = Scheduler(memory, POLICIES["fcfs"](), max_num_seqs=4)
+    contents = Contents(scheduler)
+    parent = Request("a", np.arange(3, 13), max_tokens=6)
+    scheduler.add(parent, 0.0)
+    plan = scheduler.schedule(0.0)
+    contents.run(plan)
+    scheduler.finish(plan, [50], 0.0, 1.0)
+    others = [Request(name, np.arange(3, 13), max_tokens=6) for name in "bcd"]
+    for number, other in enumerate(others):
+        scheduler.fork(parent, other, [60 + number], 0.0)
+    used = memory.pool.num_pages - memory.available
+    assert used == 3, "three pages of the prompt, shared by all"
+    for step in range(5):
+        plan = scheduler.schedule(0.0)
+        contents.run(plan)
+        check_accounts(scheduler)
+        scheduler.finish(plan, [70 + 10 * i + step for i in range(4)], 0.0, 1.0)
+    assert [other.outputs[0] for other in others] == [60, 61, 62]
+    assert not scheduler.unfinished and memory.available == 20
+
+
+def test_a_second_identical_prompt_computes_a_page_at_most():
+    memory = PagedMemory(300, 16)
+    scheduler = Scheduler(memory, POLICIES["fcfs"](), max_num_batched_tokens=4096)
+    counts = []
+    for name in "ab":
+        request = Request(name, np.arange(2000) % 97, max_tokens=1)
+        scheduler.add(request, 0.0)
+        plan = scheduler.schedule(0.0)
+        counts.append(plan.tokens)
+        scheduler.finish(plan, [1], 0.0, 1.0)
+    assert counts[0] == 2000 and counts[1] <= 16
+
+
+def test_salts_share_nothing():
+    memory = PagedMemory(100, 4)
+    scheduler = Scheduler(memory, POLICIES["fcfs"]())
+    for salt, computed in (("one", 17), ("two", 17), ("one", 1)):
+        request = Request(salt, np.arange(17), max_tokens=1, salt=salt)
+        scheduler.add(request, 0.0)
+        plan = scheduler.schedule(0.0)
+        assert plan.tokens == computed
+        scheduler.finish(plan, [1], 0.0, 1.0)
+
+
+def test_what_never_fits_is_refused_with_the_limit():
+    scheduler = Scheduler(PagedMemory(10, 4, reserve=0), POLICIES["fcfs"](), max_model_len=64)
+    with pytest.raises(NeverFits, match="come to 41 tokens, the cache holds 10 pages of 4"):
+        scheduler.add(Request("a", np.arange(31), max_tokens=10), 0.0)
+    with pytest.raises(NeverFits, match="context holds 64"):
+        scheduler.add(Request("a", np.arange(60), max_tokens=10), 0.0)
+    scheduler.add(Request("a", np.arange(30), max_tokens=10), 0.0)
+
+
+def test_bad_settings_are_one_line():
+    with pytest.raises(ValueError, match="max_num_batched_tokens=8 is below max_num_seqs=16"):
+        Scheduler(PagedMemory(4, 4), POLICIES["fcfs"](), max_num_seqs=16, max_num_batched_tokens=8)
+    with pytest.raises(ValueError, match="empty prompt"):
+        Request("a", np.arange(0), max_tokens=1)
