@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fusedkv_jax import layouts
 from fusedkv_jax.layouts import KVLayout
+from fusedkv_jax.validation import build, validate
 
 FloatType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "qkv"]
@@ -19,39 +18,6 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 class ConfigError(ValueError):
     """A configuration that cannot be built; the message names the field, the value and the fix."""
-
-
-def _build(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"unknown field {prefix}{name}{hint}")
-    required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
-    if required:
-        raise ConfigError(f"missing field {prefix}{required[0]}")
-    return cls(**fields)
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ConfigError(f"{name}={value!r}; use a number above 0")
-
-
-def _count(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}={value!r}; use a whole number of at least 1")
-
-
-def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}; choose {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +51,21 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of(self, "scaling", get_args(RopeScaling))
-        _positive(self, "theta", "factor")
-        _count(self, "original_length")
+        positive = ("theta", "factor", "high_freq_factor", "beta_slow")
+        least = {"original_length": 1}
+        validate(self, ConfigError, least=least, above=dict.fromkeys(positive, 0))
+        ordered = {
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("beta_slow", "beta_fast"),
+        }
+        if self.scaling in ordered:
+            low, high = ordered[self.scaling]
+            if not getattr(self, low) < getattr(self, high):
+                raise ConfigError(
+                    f"{high}={getattr(self, high)}; use more than {low}={getattr(self, low)}"
+                )
+        if self.scaling == "yarn" and self.theta <= 1:
+            raise ConfigError(f"theta={self.theta}; yarn needs more than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +87,10 @@ class MLAConfig:
     q_lora_rank: int = 0
 
     def __post_init__(self) -> None:
-        _count(self, "kv_lora_rank", "nope_dim", "rope_dim", "v_dim")
+        least = dict.fromkeys(("kv_lora_rank", "nope_dim", "rope_dim", "v_dim"), 1)
+        validate(self, ConfigError, least=least | {"q_lora_rank": 0})
         if self.rope_dim % 2:
             raise ConfigError(f"rope_dim={self.rope_dim} is odd; rotary channels come in pairs")
-        if self.q_lora_rank < 0:
-            raise ConfigError(f"q_lora_rank={self.q_lora_rank}; use 0 (none) or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,17 +148,10 @@ class ModelConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        _count(self, "vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "max_length")
-        _positive(self, "norm_eps", "init_std")
-        _one_of(self, "dtype", get_args(FloatType))
-        _one_of(self, "param_dtype", get_args(FloatType))
-        _one_of(self, "remat", get_args(Remat))
+        validate(self, ConfigError, least=dict.fromkeys(_COUNTS, 1), above=_ABOVE)
         self._resolve_heads()
         if isinstance(self.layout, str):
             object.__setattr__(self, "layout", layouts.resolve(self.layout, self.num_layers))
-        for name, kind in (("layout", KVLayout), ("rope", RopeConfig), ("mla", MLAConfig | None)):
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name}={getattr(self, name)!r}; use {kind}")
         if self.kv_layout.num_layers != self.num_layers:
             raise ConfigError(
                 f"layout has {self.kv_layout.num_layers} layers but num_layers={self.num_layers};"
@@ -200,7 +170,6 @@ class ModelConfig:
                     " change one of them or give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-        _count(self, "num_kv_heads", "head_dim")
         if self.num_heads % self.kv_heads:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads};"
@@ -264,13 +233,28 @@ class ModelConfig:
         Raises:
             ConfigError: a field is unknown (the nearest names are suggested), missing or wrong.
         """
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"model={fields!r}; use fields by name")
         fields = dict(fields)
         for name, kind in (("rope", RopeConfig), ("mla", MLAConfig)):
             if isinstance(fields.get(name), Mapping):
-                fields[name] = _build(kind, fields[name], f"{name}.")
+                fields[name] = build(kind, fields[name], ConfigError, f"{name}.")
         if isinstance(fields.get("layout"), Mapping):
             fields["layout"] = KVLayout.from_dict(fields["layout"])
-        return _build(cls, fields, "")
+        return build(cls, fields, ConfigError)
+
+
+_COUNTS = (
+    "vocab_size",
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "d_ff",
+    "num_kv_heads",
+    "head_dim",
+    "max_length",
+)
+_ABOVE = {"norm_eps": 0, "init_std": 0}
 
 
 def _check_mla_layout(layout: KVLayout) -> None:

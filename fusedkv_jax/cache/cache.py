@@ -6,7 +6,10 @@ rotary key and "values" the latent.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +20,11 @@ from jax.typing import DTypeLike
 from fusedkv_jax.cache import kivi
 from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan
 from fusedkv_jax.cache.storage import empty, storage_type
-from fusedkv_jax.cache.stores import LinearStore, RingStore, Store
+from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
+
+LOST = 1 << 30  # the length of a row that was given what it cannot hold: beyond any store
 
 
 @functools.partial(
@@ -89,6 +94,66 @@ class KVCache:
         """Tokens that a row can be given in all; None where windows forget as many as come."""
         limits = [store.capacity for store in self.stores]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def overflows(self, lengths: Any) -> Any:
+        """Rows in which so many tokens, `lengths` int32 [B], are too many; bool [B]."""
+        return functools.reduce(operator.or_, (store.overflows(lengths) for store in self.stores))
+
+    @property
+    def overflowed(self) -> Any:
+        """Rows whose logits are NaN, as they were given what they cannot hold; bool [B].
+
+        That is more tokens than there is room for (those beyond are dropped), a number of tokens
+        below 0 or above the columns of the call, or an id outside the vocabulary.
+        """
+        return self.overflows(self.lengths)
+
+    def advanced(self, valid: Any) -> KVCache:
+        """The cache after a call in which the rows that are not `valid`, bool [B], are lost."""
+        return dataclasses.replace(self, lengths=jnp.where(valid, self.lengths, LOST))
+
+    def check(self, config: ModelConfig, batch_size: int) -> None:
+        """Raises ValueError where a model of `config` cannot use the cache.
+
+        What is compared is known while tracing: the streams, their shapes and the rows.
+        """
+        self.check_present()
+        layout = config.kv_layout
+        streams = {(kind, i) for kind in KINDS for i in layout.cached(kind)}
+        remedy = "create it with KVCache.create(model.config, ...)"
+        if set(self.plan.places) != streams:
+            raise ValueError(
+                f"cache holds {self._described(self.plan.places)}, but the model's layout caches"
+                f" {self._described(streams)}; {remedy}"
+            )
+        for store in self.stores:
+            for kind in KINDS:
+                found = storage_of(store, kind).shape[-2:]
+                if tuple(found) != config.stream_shapes[kind]:
+                    raise ValueError(
+                        f"cache holds {kind}s of (heads, channels) {tuple(found)}, but the model's"
+                        f" are {config.stream_shapes[kind]}; {remedy}"
+                    )
+        if self.lengths.shape[0] != batch_size:
+            raise ValueError(
+                f"cache has batch_size={self.lengths.shape[0]} but tokens has {batch_size} rows;"
+                " use as many"
+            )
+
+    def check_present(self) -> None:
+        """Raises ValueError where the arrays were given away to an earlier call."""
+        lengths = self.lengths
+        if isinstance(lengths, jax.Array) and not isinstance(lengths, jax.core.Tracer):
+            if lengths.is_deleted():
+                raise ValueError(
+                    "cache was donated to an earlier call, which has used its memory; use the cache"
+                    " that the call returned"
+                )
+
+    @staticmethod
+    def _described(streams: Iterable[tuple[Kind, int]]) -> str:
+        layers = {kind: sorted(i for k, i in streams if k == kind) for kind in KINDS}
+        return f"keys of layers {layers['key']} and values of layers {layers['value']}"
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,8 @@ from fusedkv_jax.cache.storage import (
 )
 from fusedkv_jax.layouts import Kind
 
+_ENDLESS = (1 << 30) - 1  # more tokens than any row is given; see `KVCache.overflowed`
+
 
 class Store:
     """The tokens of one group of streams; subclasses are frozen pytree dataclasses.
@@ -79,6 +81,10 @@ class Store:
         """Tokens that a row can be given in all; None for any number."""
         raise NotImplementedError
 
+    def overflows(self, lengths: Int[Array, "B"]) -> Any:
+        """Rows that so many tokens are too many for, bool [B]."""
+        return lengths > (_ENDLESS if self.capacity is None else self.capacity)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
@@ -135,6 +141,9 @@ class LinearStore(Store):
     @property
     def capacity(self) -> int | None:
         return self.keys.shape[2]
+
+    def overflows(self, lengths: Int[Array, "B"]) -> Any:
+        return self._place(lengths) > self.keys.shape[2]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])

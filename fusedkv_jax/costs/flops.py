@@ -18,18 +18,17 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
     """FLOPs of one prompt of `length` tokens, up to the logits of its last token.
 
     All tokens pass through `prefill_depth` layers, the last token alone through those above,
-    where it costs what a decoded token does. A cyclic layout iterates its span as often as its
-    parallel form has passes, or as the prompt has tokens if those are fewer.
+    where it costs what a decoded token does. A cyclic layout iterates each of its groups as often
+    as its parallel form has passes, or as the prompt has tokens if those are fewer.
     """
     layout = config.kv_layout
-    first, stop = layout.cyclic_span or (0, 0)
     iterations = min(sum(layout.passes), length)
     total = _head(config)
     for i in range(layout.num_layers):
         if i >= layout.prefill_depth:
             total += last_row_flops(config, i, length)
         else:
-            passes = iterations if first <= i < stop else 1
+            passes = iterations if layout.is_iterated(i) else 1
             total += passes * _layer_all_rows(config, i, length)
     return total
 
@@ -52,12 +51,11 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     layout goes forward through each pass once and backward through the last ones only.
     """
     layout = config.kv_layout
-    first, stop = layout.cyclic_span or (0, 0)
     without, with_gradient = layout.passes
     total = 3 * length * _head(config)
     for i in range(layout.num_layers):
         forward = _layer_all_rows(config, i, length)
-        if first <= i < stop:
+        if layout.is_iterated(i):
             total += (without + with_gradient + 2 * with_gradient) * forward
         else:
             total += 3 * forward

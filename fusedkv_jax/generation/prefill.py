@@ -20,7 +20,7 @@ from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.generation.parts import Parts, part_ends
 from fusedkv_jax.generation.placement import Placement
-from fusedkv_jax.model import Decoder, extend_in_parts
+from fusedkv_jax.model import Decoder, check_room, extend_in_parts
 
 Rows = Literal["last", "none"]
 
@@ -49,16 +49,21 @@ def prefill(
         Logits of each row's last token, float32, and the extended cache.
 
     Raises:
-        ValueError: more tokens than a row of the cache can hold, or parts that cannot be.
+        ValueError: more tokens than a row of the cache can hold, a length below 0 or above T, an id
+            outside the vocabulary, a cache that was donated before or is of another layout, or
+            parts that cannot be. The cache stays as it was. Inside `jax.jit` values are not known:
+            such rows then have NaN logits from there on, as `cache.overflowed` tells.
     """
+    cache.check_present()
     capacity = cache.capacity
     if capacity is not None and tokens.shape[1] > capacity:
         raise ValueError(
             f"tokens has {tokens.shape[1]} columns but the cache holds {capacity} tokens a row;"
             " create it with a larger max_length"
         )
-    graph, state = nnx.split(model)
     lengths = jnp.asarray(lengths, jnp.int32)
+    check_room(model.config, tokens, lengths, cache)
+    graph, state = nnx.split(model)
     if parts is None:
         return extend(graph, state, tokens, lengths, cache)
     if np.any(cache.lengths):
@@ -78,8 +83,14 @@ def decode_step(
         cache: the cache; it is donated, use the returned one.
 
     Returns:
-        Logits that follow the token, float32, and the extended cache.
+        Logits that follow the token, float32, and the extended cache. A row that is full already,
+        or is given an id outside the vocabulary, has NaN logits from then on, as `cache.overflowed`
+        tells: to look at values before each step would make the host wait for the last one.
+
+    Raises:
+        ValueError: a cache that was donated before, or is of another layout or batch size.
     """
+    cache.check_present()
     graph, state = nnx.split(model)
     one = jnp.ones(tokens.shape[0], jnp.int32)
     return extend(graph, state, tokens[:, None], one, cache)

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from fusedkv_jax.validation import build, validate
+
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -40,12 +42,18 @@ class Mixing:
             stream and gives 1 - w to the single source.
         scale: weights are `scale` times the parameters (35 in YOCO++).
         anchor: position in `Stream.sources` of the source that gets the recursion's fresh term.
+
+    Raises:
+        LayoutError: a field of another type, or a scale that is not above 0.
     """
 
     init: Init = "normal"
     parameterization: Parameterization = "direct"
     scale: float = 1.0
     anchor: int = -1
+
+    def __post_init__(self) -> None:
+        validate(self, LayoutError, above={"scale": 0})
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class Stream:
     sources: tuple[int, ...] = ()
     weights: Granularity | None = None
     mixing: Mixing = Mixing()
+
+    def __post_init__(self) -> None:
+        validate(self, LayoutError)
 
     @property
     def is_residual(self) -> bool:
@@ -104,6 +115,9 @@ class LayerKV:
     value: Stream
     window: int | None = None
     kv_norm: bool = False
+
+    def __post_init__(self) -> None:
+        validate(self, LayoutError)
 
     def stream(self, kind: Kind) -> Stream:
         return self.key if kind == "key" else self.value
@@ -144,22 +158,31 @@ class KVLayout:
     splits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        validate(self, LayoutError)
         _check(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> KVLayout:
         """Rebuild a layout from `dataclasses.asdict` of one, lists in place of tuples allowed."""
 
-        def stream(fields: Mapping[str, Any]) -> Stream:
-            sources, mixing = tuple(fields["sources"]), Mixing(**fields["mixing"])
-            return Stream(fields["own"], sources, fields["weights"], mixing)
+        def stream(fields: Mapping[str, Any], prefix: str) -> Stream:
+            mixing = fields.get("mixing", {})
+            if not isinstance(mixing, Mixing):
+                mixing = build(Mixing, mixing, LayoutError, f"{prefix}mixing.")
+            sources = _tuple(fields.get("sources", ()))
+            return build(
+                Stream, {**fields, "sources": sources, "mixing": mixing}, LayoutError, prefix
+            )
 
-        layers = tuple(
-            LayerKV(stream(f["key"]), stream(f["value"]), f["window"], f["kv_norm"])
-            for f in fields["layers"]
-        )
-        splits = tuple(fields.get("splits", ()))
-        return cls(layers, tuple(fields["passes"]), fields["spec"], splits)
+        layers = []
+        for i, layer in enumerate(fields.get("layers", ())):
+            parts = dict(layer)
+            for kind in KINDS:
+                if isinstance(parts.get(kind), Mapping):
+                    parts[kind] = stream(parts[kind], f"layers.{i}.{kind}.")
+            layers.append(build(LayerKV, parts, LayoutError, f"layers.{i}."))
+        lists = {name: _tuple(fields[name]) for name in ("passes", "splits") if name in fields}
+        return build(cls, {**fields, **lists, "layers": tuple(layers)}, LayoutError)
 
     @property
     def num_layers(self) -> int:
@@ -178,24 +201,32 @@ class KVLayout:
     def cached(self, kind: Kind) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.stream(kind).own)
 
-    @functools.cached_property
+    @property
     def is_cyclic(self) -> bool:
         """Some layer reads a layer above itself."""
-        return self.cyclic_span is not None
+        return bool(self.cyclic_groups)
 
     @functools.cached_property
-    def cyclic_span(self) -> tuple[int, int] | None:
-        """The half-open range of layers that is iterated (METHODS: LCKV, parallel form)."""
-        cyclic = [i for i, layer in enumerate(self.layers) if any(j > i for j in _reads(layer))]
-        if not cyclic:
-            return None
-        first, top = cyclic[0], cyclic[0]
-        reached = -1
-        while reached != top:
-            reached = top
-            top = max(max(_reads(self.layers[i]), default=i) for i in range(first, top + 1))
-            top = max(top, cyclic[-1])
-        return first, top + 1
+    def cyclic_groups(self) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges of layers, each of which is iterated by itself; upwards.
+
+        A group begins with a layer that reads one above it and ends with the highest layer that
+        its layers read (LCKV, arXiv 2405.10637). What lies between two groups runs once.
+        """
+        groups, start = [], 0
+        while start < self.num_layers:
+            top, i = start, start
+            while i <= top:  # sources of sources, up to the first layer that nobody reaches
+                top = max((top, *_reads(self.layers[i])))
+                i += 1
+            if top > start:
+                groups.append((start, top + 1))
+            start = top + 1
+        return tuple(groups)
+
+    def is_iterated(self, layer: int) -> bool:
+        """The layer stands in a cyclic group."""
+        return any(start <= layer < stop for start, stop in self.cyclic_groups)
 
     @functools.cached_property
     def prefill_depth(self) -> int:
@@ -208,14 +239,12 @@ class KVLayout:
     def exits(self) -> tuple[int, ...]:
         """Numbers of lower layers that can run alone: none of them reads a layer above them.
 
-        A cyclic span is iterated as a whole, so a model cannot stop within it.
+        A cyclic group is iterated as a whole, so a model cannot stop within it.
         """
-        first, last = self.cyclic_span or (self.num_layers, self.num_layers)
         return tuple(
             exit
             for exit in range(1, self.num_layers)
-            if (exit <= first or exit >= last)
-            and all(j < exit for layer in self.layers[:exit] for j in _reads(layer))
+            if all(j < exit for layer in self.layers[:exit] for j in _reads(layer))
         )
 
     @functools.cached_property
@@ -265,6 +294,11 @@ class KVLayout:
     def stored_window(self, kind: Kind, layer: int) -> int | None:
         """Tokens of this cached stream that must be kept: the last W, or all (None)."""
         return self._stored[kind, layer]
+
+
+def _tuple(value: Any) -> Any:
+    """Lists of JSON as tuples; anything else is left to validation."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _reads(layer: LayerKV) -> tuple[int, ...]:
@@ -329,18 +363,9 @@ def _stream_problem(layout: KVLayout, i: int, kind: Kind, stream: Stream) -> str
 
 
 def _weights_problem(stream: Stream) -> str | None:
-    if stream.weights not in get_args(Granularity):
-        return f"weights={stream.weights!r}; choose {', '.join(get_args(Granularity))}"
     mixing = stream.mixing
     if stream.own and not stream.sources:
         return "weights on its own projection alone; drop them, or name a source"
-    if mixing.init not in get_args(Init):
-        return f"init={mixing.init!r}; choose {', '.join(get_args(Init))}"
-    if mixing.parameterization not in get_args(Parameterization):
-        return (
-            f"parameterization={mixing.parameterization!r};"
-            f" choose {', '.join(get_args(Parameterization))}"
-        )
     if mixing.parameterization == "convex" and not (stream.own and len(stream.sources) == 1):
         return "convex weights are for an own projection and one source"
     if mixing.init == "own" and not stream.own:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from fusedkv_jax.layouts.algebra import (
     KINDS,
     OWN,
+    Granularity,
     Kind,
     KVLayout,
     LayerKV,
@@ -23,6 +24,9 @@ from fusedkv_jax.layouts.algebra import (
     Mixing,
     Stream,
 )
+from fusedkv_jax.validation import check_type
+
+Recursion = Literal["equivalent", "iterative", "normal"]
 
 DEFAULT_WINDOW = 1024
 DEFAULT_PASSES = (7, 2)
@@ -44,8 +48,8 @@ def fused(
     kind: Kind,
     sources: tuple[int, ...],
     *,
-    weights: Any = "channel",
-    mixing: str = "equivalent",
+    weights: Granularity = "channel",
+    mixing: Recursion = "equivalent",
 ) -> Stream:
     """A learned fusion of cached streams with FusedKV's parameterization (arXiv 2512.03870).
 
@@ -67,8 +71,7 @@ def fused(
         "iterative": Mixing(init="normal", parameterization="iterative", anchor=anchor),
         "normal": Mixing(init="normal", anchor=anchor),
     }
-    if mixing not in choices:
-        raise LayoutError(f"parameterization={mixing!r}; choose {', '.join(choices)}")
+    check_type("mixing", mixing, Recursion, LayoutError)
     return Stream(sources=tuple(sources), weights=weights, mixing=choices[mixing])
 
 
@@ -85,6 +88,9 @@ def parse(
     Raises:
         LayoutError: a token that the grammar does not know, or a layout that makes no sense.
     """
+    check_type("layer_types", text, str, LayoutError)
+    check_type("window", window, int, LayoutError)
+    check_type("passes", passes, tuple[int, int], LayoutError)
     tokens = [token for part in text.split("_") for token in _expand(part, text, window)]
     owners = {kind: {j for token in tokens for j in getattr(token, kind)} for kind in KINDS}
     layers = tuple(

@@ -38,10 +38,10 @@ class Run:
 def runs(layout: KVLayout) -> tuple[Run, ...]:
     """Partition the layers into runs, longest first from the bottom up.
 
-    No run crosses `prefill_depth` (prompt tokens stop there), an end of the cyclic span (which is
+    No run crosses `prefill_depth` (prompt tokens stop there), an end of a cyclic group (which is
     iterated) or one of the layout's `splits`.
     """
-    borders = {layout.prefill_depth, layout.num_layers, *(layout.cyclic_span or ())}
+    borders = {layout.prefill_depth, layout.num_layers, *sum(layout.cyclic_groups, ())}
     borders.update(layout.splits)
     result, start = [], 0
     while start < layout.num_layers:

@@ -8,14 +8,17 @@ from 1; here they count from 0.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from fusedkv_jax.layouts import grammar
 from fusedkv_jax.layouts.algebra import (
     OWN,
+    Granularity,
+    Init,
     KVLayout,
     LayerKV,
     LayoutError,
@@ -23,7 +26,8 @@ from fusedkv_jax.layouts.algebra import (
     Stream,
     reuse,
 )
-from fusedkv_jax.layouts.grammar import fused
+from fusedkv_jax.layouts.grammar import Recursion, fused
+from fusedkv_jax.validation import check_type, nearest
 
 _REGISTRY: dict[str, Callable[..., KVLayout]] = {}
 # Head geometries: every layer owns its streams, and how many heads there are is set elsewhere.
@@ -105,6 +109,8 @@ def yoco(
     full-length keys and values from a norm of its own.
     """
     split = _half(num_layers, split)
+    if window is not None and window < 1:
+        raise LayoutError(f"window={window}; use at least 1, or none")
     if not (window if own_norm is None else own_norm):
         if window:
             raise LayoutError(
@@ -123,7 +129,7 @@ def yoco(
 def lckv(
     num_layers: int,
     w: int = 2,
-    target: str | int = "top",
+    target: Literal["top", "middle", "bottom"] | int = "top",
     forward_passes: int = 7,
     backward_passes: int = 2,
 ) -> KVLayout:
@@ -154,10 +160,10 @@ def lckv(
 
 
 @register
-def dense_fusion(num_layers: int, split: int | None = None, init: str = "fan_in") -> KVLayout:
+def dense_fusion(num_layers: int, split: int | None = None, init: Init = "fan_in") -> KVLayout:
     """The FusedKV paper's pilot: upper layers fuse the streams of all lower ones, with scalars."""
     split = _half(num_layers, split)
-    stream = Stream(sources=tuple(range(split)), weights="scalar", mixing=Mixing(init=init))  # type: ignore[arg-type]
+    stream = Stream(sources=tuple(range(split)), weights="scalar", mixing=Mixing(init=init))
     return KVLayout(_stack(num_layers, split, LayerKV(stream, stream)))
 
 
@@ -167,8 +173,8 @@ def fusedkv(
     split: int | None = None,
     key_sources: int | tuple[int, ...] | None = None,
     value_sources: int | tuple[int, ...] | None = None,
-    granularity: str = "channel",
-    parameterization: str = "equivalent",
+    granularity: Granularity = "channel",
+    parameterization: Recursion = "equivalent",
 ) -> KVLayout:
     """FusedKV (arXiv 2512.03870): upper streams are learned fusions of layers 0 and mid.
 
@@ -184,9 +190,9 @@ def fusedkv(
         parameterization: `equivalent`, `iterative` or `normal`, as in the paper.
     """
     split = _half(num_layers, split, at_least=2)
-    how = {"weights": granularity, "mixing": parameterization}
-    key = fused("key", _layers(key_sources, (0, split - 1)), **how)
-    value = fused("value", _layers(value_sources, (0, split - 1)), **how)
+    make = functools.partial(fused, weights=granularity, mixing=parameterization)
+    key = make("key", _layers(key_sources, (0, split - 1)))
+    value = make("value", _layers(value_sources, (0, split - 1)))
     return KVLayout(_stack(num_layers, split, LayerKV(key, value)))
 
 
@@ -204,11 +210,11 @@ def fusedkv_lite(
 
 
 @register
-def lite_learnable(num_layers: int, split: int | None = None, init: str = "ones") -> KVLayout:
+def lite_learnable(num_layers: int, split: int | None = None, init: Init = "ones") -> KVLayout:
     """FusedKV-Lite with learned channel weights on the two reused streams."""
     split = _half(num_layers, split, at_least=2)
     key, value = (
-        Stream(sources=(source,), weights="channel", mixing=Mixing(init=init))  # type: ignore[arg-type]
+        Stream(sources=(source,), weights="channel", mixing=Mixing(init=init))
         for source in (split - 1, 0)
     )
     return KVLayout(_stack(num_layers, split, LayerKV(key, value)))
@@ -260,8 +266,8 @@ def window_hybrid(
     num_layers: int,
     window: int = 512,
     full_every: int = 4,
-    upper: str = "fusedkv",
-    rebuild: str = "all",
+    upper: Literal["fusedkv", "fusedkv_lite", "mha"] = "fusedkv",
+    rebuild: Literal["all", "window"] = "all",
     split: int | None = None,
 ) -> KVLayout:
     """Sliding-window and full layers in turn; upper layers rebuild from sources of their own type.
@@ -277,10 +283,6 @@ def window_hybrid(
     split = _half(num_layers, split, at_least=2)
     if full_every < 1:
         raise LayoutError(f"full_every={full_every}; use at least 1")
-    if upper not in ("fusedkv", "fusedkv_lite", "mha"):
-        raise LayoutError(f"upper={upper!r}; choose fusedkv, fusedkv_lite or mha")
-    if rebuild not in ("all", "window"):
-        raise LayoutError(f"rebuild={rebuild!r}; choose all or window")
     widths = [None if (i + 1) % full_every == 0 else window for i in range(num_layers)]
     layers = []
     for i, width in enumerate(widths):
@@ -320,42 +322,27 @@ def get(name: str, num_layers: int, **options) -> KVLayout:
     Raises:
         LayoutError: unknown name or option (the nearest are suggested), or a refused layout.
     """
+    check_type("name", name, str, LayoutError)
     function = _REGISTRY.get("mha" if name in _GEOMETRIES else name)
     if function is None:
-        raise LayoutError(f"unknown layout {name!r}{_nearest(name, _REGISTRY)}")
+        raise LayoutError(f"unknown layout {name!r}{_suggest(name, _REGISTRY)}")
+    hints = typing.get_type_hints(function)
     known = list(inspect.signature(function).parameters)[1:]
     for option, value in options.items():
         if option not in known:
-            raise LayoutError(f"layout {name!r} has no option {option!r}{_nearest(option, known)}")
-        options[option] = _checked(name, option, value, function)
-    if num_layers < 1:
-        raise LayoutError(f"num_layers={num_layers}; use at least 1")
+            raise LayoutError(f"layout {name!r} has no option {option!r}{_suggest(option, known)}")
+        value = tuple(value) if isinstance(value, list) else value
+        check_type(f"layout {name!r}, option {option}", value, hints[option], LayoutError)
+        options[option] = value
+    _check_depth(num_layers)
     layout = function(num_layers, **options)
     text = ",".join(f"{key}={_text(value)}" for key, value in options.items())
     return dataclasses.replace(layout, spec=f"{name}:{text}" if text else name)
 
 
-# What an option may be, by its annotation's parts.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "None": (type(None),),
-    "tuple[int, ...]": (tuple,),
-}
-
-
-def _checked(name: str, option: str, value: Any, function: Callable[..., KVLayout]) -> Any:
-    """The option's value, if it is of the type that the layout's function asks for."""
-    annotation = inspect.signature(function).parameters[option].annotation
-    allowed = [part.strip() for part in annotation.split("|")]
-    value = tuple(value) if isinstance(value, list) else value
-    kinds = {kind for part in allowed for kind in _TYPES[part]}
-    items = value if isinstance(value, tuple) else ()
-    if type(value) not in kinds or any(type(item) is not int for item in items):
-        raise LayoutError(f"layout {name!r}, option {option}={value!r}: use {' or '.join(allowed)}")
-    return value
+def ordinary(num_layers: int) -> KVLayout:
+    """The layout that others are compared with: every layer caches its own keys and values."""
+    return get("mha", num_layers)
 
 
 def resolve(spec: str, num_layers: int) -> KVLayout:
@@ -364,16 +351,26 @@ def resolve(spec: str, num_layers: int) -> KVLayout:
     Raises:
         LayoutError: the text is neither, or its number of layers differs.
     """
-    name, _, text = spec.partition(":")
-    options = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
+    check_type("layout", spec, str, LayoutError)
+    _check_depth(num_layers)
+    name, colon, text = spec.partition(":")
+    options: dict[str, Any] = {}
+    for part in text.split(",") if colon else ():
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if not option or not equals or not value:
             raise LayoutError(f"layout {spec!r}: write options as name:key=value,key=value")
-        options[key.strip()] = _value(value.strip())
+        if option in options:
+            raise LayoutError(f"layout {spec!r} sets {option} twice; keep one")
+        options[option] = _value(value)
     if name not in _REGISTRY and any(c.isdigit() for c in name[:2]):
         return _resolve_grammar(name, num_layers, options)
     return get(name, num_layers, **options)
+
+
+def _check_depth(num_layers: int) -> None:
+    check_type("num_layers", num_layers, int, LayoutError)
+    if num_layers < 1:
+        raise LayoutError(f"num_layers={num_layers}; use at least 1")
 
 
 def _resolve_grammar(text: str, num_layers: int, options: dict) -> KVLayout:
@@ -409,8 +406,5 @@ def _text(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _nearest(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return (
-        f"; did you mean {' or '.join(near)}?" if near else f"; choose {', '.join(known) or 'none'}"
-    )
+def _suggest(name: str, known: Iterable[str]) -> str:
+    return nearest(name, known) or f"; choose {', '.join(known) or 'none'}"

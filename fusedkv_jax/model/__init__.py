@@ -1,5 +1,6 @@
 """The model: Flax NNX modules that follow a layout."""
 
+from fusedkv_jax.model.checks import check_room, check_tokens
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.fold import fold_fusion
 from fusedkv_jax.model.parameters import FusionWeight, NoDecayParam, weight_decay_mask
@@ -11,6 +12,8 @@ __all__ = [
     "FusionWeight",
     "NoDecayParam",
     "check_parts",
+    "check_room",
+    "check_tokens",
     "extend_in_parts",
     "fold_fusion",
     "for_decoding",

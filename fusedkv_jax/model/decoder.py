@@ -16,6 +16,7 @@ from fusedkv_jax.cache import Call, KVCache
 from fusedkv_jax.config import ConfigError, ModelConfig
 from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block
+from fusedkv_jax.model.checks import check_tokens
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.memory import CacheMemory, Memory
 from fusedkv_jax.model.mixing import Mixing
@@ -72,7 +73,11 @@ class Decoder(nnx.Module):
 
         Returns:
             Logits in float32.
+
+        Raises:
+            ValueError: an id outside the vocabulary, unless the call is inside `jax.jit`.
         """
+        check_tokens(tokens, self.config.vocab_size)
         graph, state = nnx.split(self)
         mesh = active_mesh()
         axes, shape = ("batch", "sequence", "vocabulary"), (*tokens.shape, self.config.vocab_size)
@@ -145,7 +150,12 @@ class Decoder(nnx.Module):
             rows: logits of the `last` new token [B, V], of `all` [B, T, V], or `none`.
 
         Returns:
-            Logits in float32 (undefined for padding), or None; and the extended cache.
+            Logits in float32 (undefined for padding), or None; and the extended cache. Rows
+            that were given what they cannot hold have NaN logits from then on, as
+            `KVCache.overflowed` tells.
+
+        Raises:
+            ValueError: a cache of another layout, shape or batch size.
         """
         width = {"last": 1, "all": tokens.shape[1], "none": 0}[rows]
         logits, cache, _ = self._extend(tokens, count, cache, width)
@@ -187,14 +197,16 @@ class Decoder(nnx.Module):
     ) -> tuple[Array | None, KVCache, dict[int, Any]]:
         """Logits of all tokens, or of the last `rows` of each row where those are fewer."""
         config, depth = self.config, self.config.kv_layout.prefill_depth
+        cache.check(config, tokens.shape[0])
         memory = CacheMemory(config, cache, Call(cache.lengths, count, tokens.shape[1]))
         stack = self.stack(memory, watch)
         x = self.embed(tokens)
         positions = memory.call.positions
         queries = Queries(self.rotation(positions), positions)
         x, state = stack(x, memory.start(x.dtype), queries, 0, depth)
+        valid = _valid(tokens, count, config.vocab_size)
         if not rows:
-            return None, memory.finish(state), stack.found
+            return None, memory.finish(state).advanced(valid), stack.found
         if rows < tokens.shape[1]:
             last = jnp.maximum(count[:, None] + jnp.arange(-rows, 0), 0)
             x = jnp.take_along_axis(x, last[:, :, None], axis=1)
@@ -203,7 +215,10 @@ class Decoder(nnx.Module):
         x, state = stack(x, state, queries, depth, config.num_layers)
         if watch is not None:
             x = x[:, -1:] if rows < tokens.shape[1] else _last(x, count)
-        return self.logits(self.final_norm(x)), memory.finish(state), stack.found
+        cache = memory.finish(state).advanced(valid)
+        # Nobody can be told of an error in a compiled program, but NaN is hard to overlook.
+        x = jnp.where(cache.overflowed[:, None, None], jnp.nan, x)
+        return self.logits(self.final_norm(x)), cache, stack.found
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What enters the first layer."""
@@ -228,6 +243,14 @@ def _split(block: Any) -> tuple[nnx.GraphDef[Block], Any]:
         return nnx.split(block)
     graphs, params = zip(*(nnx.split(layer) for layer in block), strict=True)
     return graphs[0], params
+
+
+def _valid(tokens: Int[Array, "B T"], count: Int[Array, "B"], vocab_size: int) -> Bool[Array, "B"]:
+    """Rows of new tokens that can be: 0 to T of them, all in the vocabulary."""
+    length = tokens.shape[1]
+    padding = jnp.arange(length) >= count[:, None]
+    inside = jnp.all(padding | ((tokens >= 0) & (tokens < vocab_size)), axis=1)
+    return inside & (count >= 0) & (count <= length)
 
 
 def _last(x: Float[Array, "B T D"], count: Int[Array, "B"]) -> Float[Array, "B 1 D"]:

@@ -101,6 +101,20 @@ class Memory:
         updated = jax.lax.dynamic_update_index_in_dim(array, new.astype(array.dtype), slot, 0)
         return state._replace(bank={**state.bank, kind: updated})
 
+    def rebanked(self, state: State, passed: State, layers: range) -> State:
+        """`passed`, but the bank slots of all other layers as in `state`, with their gradients."""
+        if not self.differentiable:
+            return passed
+        bank: dict[Kind, Array | None] = {}
+        for kind, array in passed.bank.items():
+            old, kept = state.bank[kind], self.banked[kind]
+            others = np.asarray([slot for slot, i in enumerate(kept) if i not in layers], np.int32)
+            if old is None or array is None or not others.size:
+                bank[kind] = array
+            else:
+                bank[kind] = array.at[others].set(old[others])
+        return passed._replace(bank=bank)
+
     def fresh(self, state: State, kind: Kind, layer: int) -> New:
         """New tokens' stream of a layer in an earlier run (or of the last pass)."""
         array = state.bank[kind]

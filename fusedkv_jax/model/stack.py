@@ -6,7 +6,8 @@ Training and decoding take this same path; a `Memory` says what a read gives.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,21 +88,21 @@ class Stack:
         self, x: Hidden, state: State, queries: Queries, first: int, last: int
     ) -> tuple[Hidden, State]:
         """Pass rows through layers first..last-1; a scanned body is taken whole or not at all."""
-        span = self.layout.cyclic_span or (self.layout.num_layers,) * 2
-        parts = [
-            (r, part)
-            for r, run in enumerate(self.runs)
-            for segment in self.memory.segments(run)
-            if (part := _within(run, segment, first, last))
-        ]
-        before = [(r, part) for r, part in parts if self.runs[r].stop <= span[0]]
-        cycle = [(r, part) for r, part in parts if span[0] <= self.runs[r].start < span[1]]
-        after = [(r, part) for r, part in parts if self.runs[r].start >= span[1]]
         params = (self.params, self.weights)
-        x, state = self._through(before, params, x, state, queries)
-        if cycle:
-            x, state = self._iterate(cycle, params, x, state, queries)
-        return self._through(after, params, x, state, queries)
+        # Runs do not cross the ends of a cyclic group: each is in one, or in none.
+        for group, parts in itertools.groupby(self._parts(first, last), lambda part: part[0]):
+            members = [(r, repeats) for _, r, repeats in parts]
+            iterate = self._iterate if group else self._through
+            x, state = iterate(members, params, x, state, queries)
+        return x, state
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[Any, int, range]]:
+        """(cyclic group or None, run, repeats) of all that lies in first..last-1, upwards."""
+        for r, run in enumerate(self.runs):
+            groups = [g for g in self.layout.cyclic_groups if g[0] <= run.start < g[1]]
+            for segment in self.memory.segments(run):
+                if part := _within(run, segment, first, last):
+                    yield (groups[0] if groups else None), r, part
 
     def _through(self, parts, params, x, state, queries) -> tuple[Hidden, State]:
         for r, part in parts:
@@ -115,15 +116,17 @@ class Stack:
         p passes the first p tokens are exact, so T passes equal token by token.
         """
         free, learning = self.memory.passes()
-        frozen, start = jax.lax.stop_gradient((params, x))
         silent = copy.copy(self)
         silent.watch, silent.collects = None, False
-
-        def free_pass(_, state):
-            return silent._through(parts, frozen, start, state, queries)[1]
-
         if free:
-            state = jax.lax.stop_gradient(jax.lax.fori_loop(0, free, free_pass, state))
+            frozen, start, initial = jax.lax.stop_gradient((params, x, state))
+
+            def free_pass(_, state):
+                return silent._through(parts, frozen, start, state, queries)[1]
+
+            passed = jax.lax.stop_gradient(jax.lax.fori_loop(0, free, free_pass, initial))
+            layers = range(self.runs[parts[0][0]].start, self.runs[parts[-1][0]].stop)
+            state = self.memory.rebanked(state, passed, layers)
         out = x
         for number in range(learning):
             passing = self if number == learning - 1 else silent

@@ -100,6 +100,14 @@ class TestRefusals:
             ({"head_dim": 7}, "head_dim=7 is odd"),
             ({"dtype": "float16"}, "dtype='float16'; choose float32, bfloat16"),
             ({"remat": "some"}, "remat='some'; choose none, full, dots, qkv"),
+            ({"tie_embeddings": "false"}, "tie_embeddings='false'; use True or False"),
+            ({"qk_norm": 1}, "qk_norm=1; use True or False"),
+            ({"scan_layers": None}, "scan_layers=None; use True or False"),
+            ({"num_kv_heads": 2.0}, "num_kv_heads=2.0; use a whole number of at least 1 or None"),
+            ({"num_kv_heads": 0}, "num_kv_heads=0; use a whole number of at least 1 or None"),
+            ({"init_std": float("inf")}, "init_std=inf; use a number above 0"),
+            ({"attention": None}, "attention=None; use text"),
+            ({"mla": 3}, "mla=3; use a MLAConfig or None"),
         ],
     )
     def test_fields(self, changes, message):
@@ -111,9 +119,13 @@ class TestRefusals:
             RopeConfig(scaling="ntk")
         with pytest.raises(ConfigError, match="factor=0; use a number above 0"):
             RopeConfig(factor=0)
+        with pytest.raises(ConfigError, match="mscale=nan; use a number"):
+            RopeConfig(mscale=float("nan"))
+        with pytest.raises(ConfigError, match="high_freq_factor=1.0; use more than low_freq"):
+            RopeConfig(scaling="llama3", high_freq_factor=1.0)
         with pytest.raises(ConfigError, match="rope_dim=3 is odd"):
             dataclasses.replace(MLA, rope_dim=3)
-        with pytest.raises(ConfigError, match="q_lora_rank=-1; use 0"):
+        with pytest.raises(ConfigError, match="q_lora_rank=-1; use a whole number of at least 0"):
             dataclasses.replace(MLA, q_lora_rank=-1)
 
     def test_layouts(self):

@@ -107,15 +107,22 @@ class TestCyclic:
     def test_span_reaches_the_highest_source(self):
         layout = layouts.parse("0_20x20_21")
         assert layout.is_cyclic
-        assert layout.cyclic_span == (1, 21)
+        assert layout.cyclic_groups == ((1, 21),)
         assert layout.prefill_depth == 22
 
     def test_span_follows_sources_of_sources(self):
-        assert layouts.parse("2_1_4_3_4").cyclic_span == (0, 5)
+        assert layouts.parse("2_1_4_3_4").cyclic_groups == ((0, 5),)
+
+    def test_separate_groups_stay_apart(self):
+        layout = layouts.parse("1_1_2_3_4_5_6_7_8_9_11_11")
+        assert layout.cyclic_groups == ((0, 2), (10, 12))
+        assert [layout.is_iterated(i) for i in (0, 1, 2, 9, 10)] == [True, True, False, False, True]
+        assert layouts.parse("1_1_3_3_5_5_7_7").cyclic_groups == ((0, 2), (2, 4), (4, 6), (6, 8))
+        assert layouts.parse("1_1_3_3").exits == (2,)
 
     def test_the_public_parser_case(self):
         layout = layouts.parse("1_2s_0")
-        assert layout.cyclic_span == (0, 3)
+        assert layout.cyclic_groups == ((0, 3),)
         assert layout.passes == (7, 2)
         assert layout.cached_keys == layout.cached_values == (0, 1, 2)
         assert [layout.attended("key", i) for i in range(3)] == [(1,), (2,), (0,)]
@@ -123,7 +130,7 @@ class TestCyclic:
 
     def test_reading_downwards_is_not_cyclic(self):
         assert not layouts.get("lckv", 12, target="bottom").is_cyclic
-        assert layouts.get("fusedkv", 12).cyclic_span is None
+        assert layouts.get("fusedkv", 12).cyclic_groups == ()
 
 
 class TestWindows:

@@ -111,23 +111,39 @@ class TestRefusals:
             ("lckv:w=8", 8, "w=8; use 0 to 7"),
             ("lckv:target=0", 8, "target=0; choose top, middle, bottom or 1 to 6"),
             ("lckv:forward_passes=-1", 8, r"passes=\(-1, 2\)"),
-            ("fusedkv:granularity=row", 8, "weights='row'; choose scalar, head, channel"),
+            ("fusedkv:granularity=row", 8, "granularity='row'; choose scalar, head, channel"),
             ("fusedkv:parameterization=x", 8, "parameterization='x'; choose equivalent"),
             ("yoco:window=8,own_norm=false", 8, "needs own_norm=True"),
             ("window_hybrid:upper=x", 16, "upper='x'; choose fusedkv"),
-            ("window_hybrid:rebuild=x", 16, "rebuild='x'; choose all or window"),
+            ("window_hybrid:rebuild=x", 16, "rebuild='x'; choose all, window"),
             ("window_hybrid", 12, "layer 7 needs two layers of its type below split=6"),
             ("0_1", 3, "layout '0_1' has 2 layers but num_layers=3"),
             ("0_1:k=2", 2, "has no option 'k'; choose window, passes"),
             ("mha", 0, "num_layers=0; use at least 1"),
-            ("cla:k=abc", 8, "option k='abc': use int"),
-            ("cla:k=2.5", 8, "option k=2.5: use int"),
-            ("fusedkv:split=x", 8, "option split='x': use int or None"),
-            ("fusedkv:key_sources=0+x", 8, r"use int or tuple\[int, ...\] or None"),
+            ("cla:k=abc", 8, "option k='abc'; use a whole number"),
+            ("cla:k=2.5", 8, "option k=2.5; use a whole number"),
+            ("fusedkv:split=x", 8, "option split='x'; use a whole number or None"),
+            ("fusedkv:key_sources=0+x", 8, "use a whole number, a tuple of whole numbers or None"),
             ("fusedkv:key_sources=3+0", 8, "must ascend without repeating"),
             ("0_1:passes=9", 2, "window=1024,passes=7"),
             ("0s_1:window=x", 2, "window=1024,passes=7"),
             ("window_hybrid:full_every=0", 16, "full_every=0; use at least 1"),
+            ("yoco_pp:scale=nan", 8, "option scale=nan; use a number"),
+            ("yoco_pp:scale=1e999", 8, "option scale=inf; use a number"),
+            ("yoco_pp:scale=0", 8, "scale=0; use a number above 0"),
+            ("cla:k=2,k=4", 8, "sets k twice; keep one"),
+            ("cla:", 8, "write options as name:key=value"),
+            ("cla:k=2,", 8, "write options as name:key=value"),
+            ("yoco:window=0", 8, "window=0; use at least 1"),
+            ("yoco:window=-4", 8, "window=-4; use at least 1"),
+            ("yoco:window=2.5", 8, "option window=2.5; use a whole number or None"),
+            ("yoco:own_norm=1", 8, "own_norm=1; use True or False or None"),
+            ("window_hybrid:window=0", 16, "layer 0: window=0; use at least 1"),
+            ("0s_1:window=0", 2, "layer 0: window=0; use at least 1"),
+            ("0_1:passes=7", 2, "window=1024,passes=7"),
+            (None, 4, "layout=None; use text"),
+            ("mha", "4", "num_layers='4'; use a whole number"),
+            ("mha", True, "num_layers=True; use a whole number"),
         ],
     )
     def test_named(self, spec, num_layers, message):
@@ -161,6 +177,35 @@ class TestRefusals:
         ordinary = LayerKV(OWN, OWN)
         with pytest.raises(LayoutError, match=f"layer 2, values: .*{message}"):
             KVLayout((ordinary, ordinary, LayerKV(OWN, stream), LayerKV(OWN, reuse(0))))
+
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: Stream(sources=[0]), r"sources=\[0\]; use a tuple of whole numbers"),
+            (lambda: Stream(sources=(0.5,)), r"sources=\(0.5,\); use a tuple of whole numbers"),
+            (lambda: Stream(own=1), "own=1; use True or False"),
+            (lambda: Stream(weights="row"), "weights='row'; use scalar, head, channel"),
+            (lambda: Mixing(scale=0), "scale=0; use a number above 0"),
+            (lambda: Mixing(init="zeros"), "init='zeros'; choose normal, fan_in"),
+            (lambda: Mixing(anchor=0.5), "anchor=0.5; use a whole number"),
+            (lambda: LayerKV(OWN, OWN, window=2.5), "window=2.5; use a whole number or None"),
+            (lambda: LayerKV(OWN, 3), "value=3; use a Stream"),
+            (lambda: KVLayout([LayerKV(OWN, OWN)]), "use a tuple of LayerKVs"),
+            (
+                lambda: KVLayout((LayerKV(OWN, OWN),), passes=(1.5, 2)),
+                r"passes=\(1.5, 2\); use a tuple of 2 whole numbers",
+            ),
+            (lambda: KVLayout.from_dict({"layer": []}), "unknown field layer; did you mean layers"),
+            (
+                lambda: KVLayout.from_dict({"layers": [{"key": {"owns": True}}]}),
+                "unknown field layers.0.key.owns; did you mean own",
+            ),
+            (lambda: layouts.parse("0_1", window=1.5), "window=1.5; use a whole number"),
+        ],
+    )
+    def test_values_of_the_wrong_type(self, build, message):
+        with pytest.raises(LayoutError, match=message):
+            build()
 
     def test_a_norm_for_no_projection(self):
         with pytest.raises(LayoutError, match="layer 1: kv_norm without a projection"):

@@ -31,7 +31,7 @@ class TestRuns:
         runs = layouts.runs(layout)
         covered = [i for run in runs for i in range(run.start, run.stop)]
         assert covered == list(range(layout.num_layers))
-        for border in (layout.prefill_depth, *(layout.cyclic_span or ())):
+        for border in (layout.prefill_depth, *sum(layout.cyclic_groups, ())):
             assert not any(run.start < border < run.stop for run in runs)
         for run in runs:
             for place in range(run.period):

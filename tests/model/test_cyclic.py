@@ -1,5 +1,7 @@
 """Layer-condensed KV: the parallel form against the token-by-token definition, and its gradient."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 import fusedkv_jax as fkv
+from fusedkv_jax.model.block import Block
 from tests.model.numpy_model import Row, build, draw, logits, small_config
 
 # One warm-up layer below and one above; layers 1 to 3 read layer 4, the top of those between.
@@ -85,18 +88,39 @@ def test_prefill_and_decode_are_token_by_token(drawn, expected):
 # The parallel form written out: no loop primitive, every pass in a row, float32.
 
 
-def unrolled(p, tokens, free, learning):
-    """Logits [T, V] of one sequence after free + learning passes."""
-    x = _through(p, 0, p["embedding"][tokens], None)[0]
-    start, streams = x, (jnp.zeros((len(tokens), 2, 8)),) * 2
-    for number in range(free + learning):
-        if number <= free:  # the first learning pass reads what the last free one left
-            streams = jax.lax.stop_gradient(streams)
-        x = start
-        for i in (1, 2, 3):
-            x = _through(p, i, x, streams)[0]
-        x, streams = _through(p, 4, x, None)
-    x = _through(p, 5, x, None)[0]
+@dataclass(frozen=True)
+class Cyclic:
+    """Which layer each layer reads, and the half-open ranges that are iterated."""
+
+    spec: str
+    sources: tuple
+    groups: dict
+
+
+CONDENSED = Cyclic("lckv:w=2", (0, 4, 4, 4, 4, 5), {1: 5})
+# Two groups; between them a layer that reads one from below the first.
+TWO_GROUPS = Cyclic("0_2_2_0_5_5", (0, 2, 2, 0, 5, 5), {1: 3, 4: 6})
+
+
+def unrolled(p, tokens, free, learning, layout):
+    """Logits [T, V] of one sequence after free + learning passes of every group."""
+    x, i = p["embedding"][tokens], 0
+    streams = {j: (jnp.zeros((len(tokens), 2, 8)),) * 2 for j in layout.sources}
+    while i < len(layout.sources):
+        stop = layout.groups.get(i)
+        start = x
+        for number in range(1 if stop is None else free + learning):
+            if stop is not None and number <= free:
+                # The first learning pass reads what the last free one left.
+                inside = {j: streams[j] for j in streams if i <= j < stop}
+                streams |= jax.lax.stop_gradient(inside)
+            x = start
+            for j in range(i, stop or i + 1):
+                source = layout.sources[j]
+                given = None if source == j else streams[source]
+                x, own = _through(p, j, x, given, strict=source > j)
+                streams |= {} if own is None else {j: own}
+        i = stop or i + 1
     return _norm(x, p["final_norm"]) @ p["head"]
 
 
@@ -111,15 +135,15 @@ def _rotate(x):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _through(p, i, x, streams):
-    """One layer over all tokens; with `streams`, those of earlier tokens instead of its own."""
-    layer = p["layers"][i]
+def _through(p, i, x, streams, strict):
+    """One layer over all tokens, and its streams; or with those of another layer instead."""
+    layer, own = p["layers"][i], None
     normed = _norm(x, layer["attention_norm"])
     q = _rotate(_norm(jnp.einsum("td,dnh->tnh", normed, layer["q_proj"]), layer["q_norm"]))
-    seen = jnp.tril(jnp.ones((len(x), len(x)), bool), 0 if streams is None else -1)
+    seen = jnp.tril(jnp.ones((len(x), len(x)), bool), -1 if strict else 0)
     if streams is None:
         key = _norm(jnp.einsum("td,dkh->tkh", normed, layer["k_proj"]), layer["k_norm"])
-        streams = (_rotate(key), jnp.einsum("td,dkh->tkh", normed, layer["v_proj"]))
+        streams = own = (_rotate(key), jnp.einsum("td,dkh->tkh", normed, layer["v_proj"]))
     keys, values = (jnp.repeat(stream, 2, axis=1) for stream in streams)
     scores = jnp.einsum("tnh,snh->nts", q, keys) / jnp.sqrt(8.0)
     powers = jnp.where(seen, jnp.exp(scores), 0.0)
@@ -127,23 +151,22 @@ def _through(p, i, x, streams):
     weights = jnp.where(total > 0, powers / jnp.where(total > 0, total, 1.0), 0.0)
     x = x + jnp.einsum("nts,snh,nhd->td", weights, values, layer["o_proj"])
     normed = _norm(x, layer["mlp_norm"])
-    return x + (jax.nn.silu(normed @ layer["gate"]) * (normed @ layer["up"])) @ layer[
-        "down"
-    ], streams
+    hidden = jax.nn.silu(normed @ layer["gate"]) * (normed @ layer["up"])
+    return x + hidden @ layer["down"], own
 
 
-def definition_gradient(drawn, cotangent, free, learning):
+def definition_gradient(drawn, cotangent, free, learning, layout=CONDENSED):
     def loss(p):
-        one = jax.vmap(lambda tokens: unrolled(p, tokens, free, learning))
+        one = jax.vmap(lambda tokens: unrolled(p, tokens, free, learning, layout))
         return jnp.sum(one(jnp.asarray(TOKENS)) * cotangent)
 
     names = ("embedding", "final_norm", "head", "layers")
     return jax.jit(jax.grad(loss))({name: getattr(drawn, name) for name in names})
 
 
-def our_gradient(drawn, cotangent, free, learning):
-    """Gradient in the plain form, from our stacked one: runs [0], [1, 2, 3], [4], [5]."""
-    model = build(condensed(free, learning), drawn)
+def our_gradient(drawn, cotangent, config):
+    """Gradient in the plain form, from our stacked one."""
+    model = build(config, drawn)
     graph, state = nnx.split(model)
     tokens = jnp.asarray(TOKENS, jnp.int32)
 
@@ -166,7 +189,7 @@ def test_gradient_reaches_the_learning_passes_only(drawn):
     cotangent = np.random.default_rng(9).normal(size=(2, 8, 37)).astype(np.float32)
     wanted = definition_gradient(drawn, cotangent, free=2, learning=2)
     fewer = definition_gradient(drawn, cotangent, free=3, learning=1)
-    got = our_gradient(drawn, cotangent, free=2, learning=2)
+    got = our_gradient(drawn, cotangent, condensed(2, 2))
     assert (1, "k_proj") not in got and (4, "k_proj") in got
     for key, value in got.items():
         one, other = (
@@ -180,7 +203,41 @@ def test_gradient_reaches_the_learning_passes_only(drawn):
             assert np.abs(one - other).max() > 0.01 * size  # the number of passes matters
 
 
+def test_every_group_is_iterated_by_itself(drawn):
+    """Logits and gradients, which also flow past a group to layers below it."""
+    config = small_config(f"{TWO_GROUPS.spec}:passes=2+2")
+    names = ("embedding", "final_norm", "head", "layers")
+    p = {name: getattr(drawn, name) for name in names}
+    wanted = np.stack([unrolled(p, row, 2, 2, TWO_GROUPS) for row in jnp.asarray(TOKENS)])
+    np.testing.assert_allclose(ours(config, drawn), wanted, rtol=0, atol=TOLERANCE)
+    cotangent = np.random.default_rng(9).normal(size=(2, 8, 37)).astype(np.float32)
+    gradient = definition_gradient(drawn, cotangent, 2, 2, TWO_GROUPS)
+    for key, value in our_gradient(drawn, cotangent, config).items():
+        one = np.asarray(
+            gradient[key] if isinstance(key, str) else gradient["layers"][key[0]][key[1]]
+        )
+        size = np.abs(one).max()
+        np.testing.assert_allclose(value, one, rtol=0, atol=1e-4 * size, err_msg=str(key))
+
+
+def test_layers_between_groups_run_once(monkeypatch):
+    """Two groups of two layers and eight layers between, 7 + 2 passes: 2 * 2 * 9 + 8."""
+    ran = []
+    original = Block.__call__
+
+    def count(self, *arguments, **options):
+        jax.debug.callback(lambda: ran.append(1))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Block, "__call__", count)
+    config = small_config("1_1_2_3_4_5_6_7_8_9_11_11", num_layers=12)
+    model = fkv.Decoder(config, rngs=nnx.Rngs(0))
+    model(jnp.zeros((1, 16), jnp.int32)).block_until_ready()
+    jax.effects_barrier()
+    assert len(ran) == 44
+
+
 def test_acyclic_layouts_take_one_pass():
     layout = fkv.layouts.get("lckv", 6, w=2, target="bottom")
     assert not layout.is_cyclic
-    assert fkv.layouts.get("lckv", 6, w=2).cyclic_span == (1, 5)
+    assert fkv.layouts.get("lckv", 6, w=2).cyclic_groups == ((1, 5),)

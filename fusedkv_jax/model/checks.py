@@ -1,0 +1,76 @@
+"""What can be told of tokens and caches before a program runs.
+
+Inside `jax.jit` values are not known: what is refused here gives NaN logits there, for as long as
+the row's cache is used (`KVCache.overflowed`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.config import ModelConfig
+
+
+def known(x: Any) -> np.ndarray | None:
+    """The values of an array, or None while tracing and for what other processes hold."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return np.asarray(x)
+
+
+def check_tokens(tokens: Any, vocab_size: int, present: np.ndarray | None = None) -> None:
+    """Raises ValueError for a token id outside the vocabulary.
+
+    Args:
+        tokens: int32 ids of any shape.
+        vocab_size: V.
+        present: places that are no padding; all by default.
+    """
+    values = known(tokens)
+    if values is None:
+        return
+    wrong = (values < 0) | (values >= vocab_size)
+    wrong &= True if present is None else present
+    if wrong.any():
+        raise ValueError(
+            f"tokens holds id {values[wrong][0]}; use ids from 0 to vocab_size - 1 ="
+            f" {vocab_size - 1}"
+        )
+
+
+def check_room(config: ModelConfig, tokens: Any, lengths: Any, cache: KVCache) -> None:
+    """Raises ValueError where a model cannot put rows of new tokens into a cache.
+
+    Args:
+        config: of the model.
+        tokens: int32 [B, T].
+        lengths: int32 tokens of each row [B].
+        cache: the cache; where it can be told, what its rows hold already is counted.
+    """
+    rows, width = tokens.shape
+    cache.check(config, rows)
+    if lengths.shape != (rows,):
+        raise ValueError(f"lengths has shape {lengths.shape}; use ({rows},), one for each row")
+    counts, held, capacity = known(lengths), known(cache.lengths), cache.capacity
+    if counts is not None:
+        outside = (counts < 0) | (counts > width)
+        if outside.any():
+            raise ValueError(
+                f"lengths holds {counts[outside][0]}; use 0 to {width}, the columns of tokens"
+            )
+        check_tokens(tokens, config.vocab_size, np.arange(width) < counts[:, None])
+    if counts is not None and held is not None:
+        full = np.asarray(cache.overflows(jnp.asarray(held + counts, jnp.int32)))
+        if full.any():
+            row = int(np.argmax(full))
+            raise ValueError(
+                f"row {row} holds {held[row]} tokens and is given {counts[row]} more, but the cache"
+                f" has room for {capacity}; create it with a larger max_length"
+            )

@@ -1,0 +1,154 @@
+"""The one way in which dataclasses of settings are validated: types by annotation, bounds by name.
+
+`validate` belongs into `__post_init__`, `build` makes a dataclass from plain values (JSON, YAML).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def validate(
+    instance: Any,
+    error: type[ValueError],
+    *,
+    least: Mapping[str, int] | None = None,
+    above: Mapping[str, float] | None = None,
+) -> None:
+    """Refuse a field whose value is not of its annotated type, not finite, or out of bounds.
+
+    Understood are bool, int, float (whole numbers included), str, None, classes, literals, unions
+    of these, and tuples of them. A bool is no number.
+
+    Args:
+        instance: a dataclass.
+        error: what is raised; its message names the field, the value and what to use.
+        least: smallest value of whole numbers.
+        above: what numbers must exceed.
+    """
+    bounds = {name: f" of at least {bound}" for name, bound in (least or {}).items()}
+    bounds |= {name: f" above {bound}" for name, bound in (above or {}).items()}
+    for name, hint in _hints(type(instance)).items():
+        value = getattr(instance, name)
+        advice = _advice(hint, value, bounds.get(name, ""))
+        if advice is None and type(value) in (int, float):
+            low = (least or {}).get(name, -math.inf)
+            if value < low or value <= (above or {}).get(name, -math.inf):
+                advice = f"use {_describe(hint, bounds[name])}"
+        if advice:
+            raise error(f"{name}={value!r}; {advice}")
+
+
+def check_type(name: str, value: Any, hint: Any, error: type[ValueError]) -> None:
+    """Refuse a value that is not of an annotated type (see `validate`) or not finite."""
+    advice = _advice(hint, value, "")
+    if advice:
+        raise error(f"{name}={value!r}; {advice}")
+
+
+def build(cls: type[T], fields: Mapping[str, Any], error: type[ValueError], prefix: str = "") -> T:
+    """A dataclass from plain values.
+
+    Args:
+        cls: the dataclass.
+        fields: values by name.
+        error: raised for an unknown field, with the nearest names, and for a missing one.
+        prefix: what the message puts before a field's name, such as `rope.`.
+    """
+    if not isinstance(fields, Mapping):
+        raise error(f"{prefix.rstrip('.') or cls.__name__}={fields!r}; use fields by name")
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in fields:
+        if name not in known:
+            raise error(f"unknown field {prefix}{name}{nearest(name, known)}")
+    for name, field in known.items():
+        default = (field.default, field.default_factory)
+        if name not in fields and default == (dataclasses.MISSING, dataclasses.MISSING):
+            raise error(f"missing field {prefix}{name}")
+    return cls(**fields)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The part of a message that names what may have been meant; empty if nothing is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _advice(hint: Any, value: Any, bound: str) -> str | None:
+    """What to do about a value of the wrong type; None for a right one."""
+    if _fits(hint, value):
+        return None
+    choices = [choice for part in _parts(hint) for choice in _literals(part)]
+    others = [part for part in _parts(hint) if not _literals(part)]
+    if choices and not others:
+        return "choose " + ", ".join(map(str, choices))
+    return "use " + _describe(hint, bound)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if len(_parts(hint)) > 1:
+        return any(_fits(part, value) for part in _parts(hint))
+    if _literals(hint):
+        return any(type(value) is type(choice) and value == choice for choice in _literals(hint))
+    if typing.get_origin(hint) is tuple:
+        return type(value) is tuple and _fit_all(typing.get_args(hint), value)
+    if hint is Any:
+        return True
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint in (int, bool, str):
+        return type(value) is hint
+    return isinstance(value, hint)
+
+
+def _fit_all(hints: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+    if hints[-1:] == (...,):
+        hints = (hints[0],) * len(values)
+    return len(hints) == len(values) and all(map(_fits, hints, values))
+
+
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("True or False", "True or False"),
+    type(None): ("None", "None"),
+}
+
+
+def _describe(hint: Any, bound: str = "", many: bool = False) -> str:
+    if len(_parts(hint)) > 1:
+        *others, last = (_describe(part, bound) for part in _parts(hint))
+        return f"{', '.join(others)} or {last}"
+    if _literals(hint):
+        return ", ".join(map(str, _literals(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        size = "" if inner[-1:] == (...,) else f"{len(inner)} "
+        return f"a tuple of {size}{_describe(inner[0], many=True)}"
+    one, several = _WORDS.get(hint) or (f"a {hint.__name__}", f"{hint.__name__}s")
+    return (several if many else one) + (bound if hint in (int, float) else "")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
