@@ -26,6 +26,7 @@ SUITES = {
 
 def define_flags() -> None:
     """Define the flags of this program."""
+    cli.only_with("torch_compile", suite=("cpu", "kernels", "generation"))
     flags.DEFINE_string("suite", "cpu", f"What to measure: {', '.join(SUITES)}.")
     flags.DEFINE_multi_string("only", [], "Measurement of the suite; may be repeated; default all.")
     flags.DEFINE_bool("quick", False, "Toy sizes: shows that it runs, the numbers say nothing.")
@@ -44,6 +45,9 @@ def define_flags() -> None:
 def main() -> None:
     suite, quick = flags.FLAGS.suite, flags.FLAGS.quick
     _check("suite", suite, SUITES)
+    if flags.FLAGS.output:  # OUTPUT.json and OUTPUT.md
+        for end in (".json", ".md"):
+            cli.check_output(flags.FLAGS.output + end)
     measurements = SUITES[suite](
         quick=quick, rounds=flags.FLAGS.rounds, torch_compile=flags.FLAGS.torch_compile
     )

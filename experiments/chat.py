@@ -6,6 +6,7 @@ from typing import Any
 from absl import flags
 
 import fusedkv_jax as fkv
+from experiments import cli
 from fusedkv_jax.data import Tokenizer, chat
 from fusedkv_jax.data.chat import ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
@@ -32,7 +33,9 @@ def converse(
       ValueError: there is no chat template. What is wrong with a single message is printed.
     """
     if flags.FLAGS.chat_template is not None:
-        template = ChatTemplate(chat.read_text(flags.FLAGS.chat_template), _special(tokenizer))
+        template = ChatTemplate(
+            chat.read_text(cli.check_readable(flags.FLAGS.chat_template)), _special(tokenizer)
+        )
     else:
         template = chat.load_template(tokenizer.name)
     system = flags.FLAGS.system
@@ -68,7 +71,7 @@ def _answer(model, tokenizer, template, messages, params, settings) -> str:
             text += delta.text or ""
             print(delta.text, end="", flush=True)
     except KeyboardInterrupt:  # ends the answer, not the conversation
-        pass
+        cli.interrupt_answered()
     print(flush=True)
     print(last, file=sys.stderr, flush=True)
     return text

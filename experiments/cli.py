@@ -2,59 +2,56 @@
 
 import dataclasses
 import difflib
-import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from absl import app, flags, logging
-from jax.sharding import Mesh
+from absl import flags, logging
 
-import experiments
-import fusedkv_jax
-import pallas_kernels
+from experiments.common import failures, helptext, parsing
+from experiments.common.failures import check_readable as check_readable
+from experiments.common.failures import interrupt_answered as interrupt_answered
+from experiments.common.parsing import only_with as only_with
 from experiments.overrides import apply_overrides
-from fusedkv_jax.sharding import MeshConfig, make_mesh
-from fusedkv_jax.training import ExperimentConfig
 
-USER_ERROR_EXIT_CODE = 2
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from fusedkv_jax.training import ExperimentConfig
 
 _CONFIG_FOLDER = pathlib.Path(__file__).parent / "configs"
-_OUR_FOLDERS = tuple(
-    pathlib.Path(folder)
-    for package in (experiments, fusedkv_jax, pallas_kernels)
-    for folder in package.__path__
-)
 
 
-def run(main: Callable[..., int | None], *, argument: str | None = None) -> NoReturn:
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Parse the flags, call `main()` and exit with the code it returns (None is 0).
 
-    With `argument`, the name of a required word on the command line, `main` is called with it.
-
-    A mistake of the user ends with one line on standard error and exit code 2: a bad or unknown
-    flag, a missing file, and a ValueError that our own code raised. A ValueError from inside a
-    library is a bug of ours and shows its traceback, as any other exception does.
+    A mistake of the user ends with one line on standard error and exit code 2, Ctrl-C with 130;
+    `common.failures` says which failures are expected. Any other exception is a bug of ours and
+    shows its traceback.
     """
 
-    def call_main(argv: Sequence[str]) -> int | None:
-        try:
-            return main(*argv[1:])
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
-            _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e))
-        except (ValueError, flags.Error) as error:
-            if not (isinstance(error, flags.Error) or _is_ours(error)):
-                raise
-            _fail(str(error))
+    def call() -> int | None:
+        rest, values = parsing.parse(_spell_out(sys.argv))
+        if values["version"].value:
+            print(f"fusedkv_jax {importlib.metadata.version('fusedkv_jax')}")
+            return 0
+        if values["help"].value:
+            document = sys.modules[main.__module__].__doc__ or ""
+            print(helptext.help_text(document, _settable()))
+            return 0
+        if rest[1:]:
+            raise ValueError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        return main()
 
     logging.set_verbosity(logging.WARNING)
-    app.run(call_main, flags_parser=functools.partial(_parse_flags, argument))
-    raise SystemExit  # app.run has exited already; this tells type checkers so
+    failures.exit_with(call)
 
 
 def define_config(default: str | None = None) -> None:
@@ -70,7 +67,7 @@ def define_config(default: str | None = None) -> None:
     flags.DEFINE_multi_string("override", [], "FIELD=VALUE; the long form of --config.FIELD=VALUE.")
 
 
-def load_config() -> ExperimentConfig:
+def load_config() -> "ExperimentConfig":
     """The experiment that --config names, with the overrides of the command line.
 
     Raises:
@@ -79,16 +76,36 @@ def load_config() -> ExperimentConfig:
     """
     if not flags.FLAGS.config:
         raise ValueError(f"--config is missing; choose {', '.join(config_names())}, or a path")
-    module = _load_module(flags.FLAGS.config)
+    return apply_overrides(_named_config(flags.FLAGS.config), flags.FLAGS.override)
+
+
+def _named_config(name: str) -> "ExperimentConfig":
+    from fusedkv_jax.training.config import ExperimentConfig
+
+    module = _load_module(name)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config={flags.FLAGS.config} defines no get_config() function")
-    config = module.get_config()
+        raise ValueError(f"--config={name} defines no get_config() function")
+    config = _run_config(name, module.get_config)
     if not isinstance(config, ExperimentConfig):
         raise ValueError(
-            f"--config={flags.FLAGS.config}: get_config() returned {type(config).__name__}, "
+            f"--config={name}: get_config() returned {type(config).__name__}, "
             "not an ExperimentConfig"
         )
-    return apply_overrides(config, flags.FLAGS.override)
+    return config
+
+
+def _run_config(name: str, call: Callable[[], Any]) -> Any:
+    """What a file of the user returns; a mistake in it is one line that names its place."""
+    try:
+        return call()
+    except Exception as error:
+        if isinstance(error, SyntaxError) and error.filename:
+            where, text = f"{error.filename}:{error.lineno}", error.msg
+        else:
+            own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
+            where = f"{name}:{own[-1].lineno}" if own else name
+            text = str(error)
+        raise ValueError(f"--config={where}: {type(error).__name__}: {text}") from error
 
 
 def define_mesh() -> None:
@@ -101,7 +118,7 @@ def define_mesh() -> None:
     )
 
 
-def load_mesh() -> Mesh | None:
+def load_mesh() -> "Mesh | None":
     """The mesh of the command line; None without --mesh.AXIS=SIZE, for one device.
 
     Raises:
@@ -109,16 +126,16 @@ def load_mesh() -> Mesh | None:
     """
     if not flags.FLAGS.mesh:
         return None
+    from fusedkv_jax.sharding import MeshConfig, make_mesh
+
+    placed = dataclasses.make_dataclass("Placed", [("mesh", MeshConfig)], frozen=True)
     try:
-        chosen = apply_overrides(_Placed(), [f"mesh.{override}" for override in flags.FLAGS.mesh])
+        chosen = apply_overrides(
+            placed(MeshConfig()), [f"mesh.{each}" for each in flags.FLAGS.mesh]
+        )
     except ValueError as error:
         raise ValueError(str(error).replace("--config.", "--")) from None
     return make_mesh(chosen.mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Placed:
-    mesh: MeshConfig = MeshConfig()
 
 
 def config_names() -> list[str]:
@@ -138,15 +155,41 @@ def require(name: str) -> str:
     return value
 
 
+def check_output(path: str | os.PathLike[str], *, folder: bool = False) -> pathlib.Path:
+    """The path of an output, once it is known that it can be written: before the work, not after.
+
+    Args:
+      path: a file, or a folder; what is missing of the folders above it is created.
+      folder: whether it is one.
+
+    Raises:
+      ValueError: a file is where a folder should be, or the other way round.
+      OSError: it cannot be written.
+    """
+    path = pathlib.Path(path).expanduser()
+    above = path if folder else path.parent
+    if above.exists() and not above.is_dir():
+        raise ValueError(f"{str(above)!r} is a file; name a folder")
+    above.mkdir(parents=True, exist_ok=True)
+    if not folder and path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file")
+    existed = path.exists()
+    probe = path / f".write-test-{os.getpid()}" if folder else path
+    with open(probe, "ab"):
+        pass
+    if folder or not existed:
+        probe.unlink()
+    return path
+
+
 def _load_module(name: str):
     path = pathlib.Path(name).expanduser()
     if path.suffix == ".py":
-        if not path.is_file():
-            raise ValueError(f"--config={name}: there is no such file")
+        path = check_readable(path)
         spec = importlib.util.spec_from_file_location("experiment_config", path)
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module, loader = importlib.util.module_from_spec(spec), spec.loader
+        _run_config(str(path), lambda: loader.exec_module(module))
         return module
     known = config_names()
     if name not in known:
@@ -156,31 +199,25 @@ def _load_module(name: str):
     return importlib.import_module(f"experiments.configs.{name}")
 
 
-def _parse_flags(argument: str | None, argv: list[str]) -> list[str]:
-    """Parse with absl, after turning --config.FIELD=VALUE and --mesh.AXIS=SIZE into flags."""
+def _spell_out(argv: list[str]) -> list[str]:
+    """--config.FIELD=VALUE and --mesh.AXIS=SIZE as values of flags."""
     if "mesh" in flags.FLAGS:
         argv = [re.sub(r"^--?mesh\.", "--mesh=", arg) for arg in argv]
     if "config" in flags.FLAGS:
         argv = [re.sub(r"^--?config\.", "--override=", arg) for arg in argv]
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(str(error))
-    taken = 1 if argument is None else 2
-    if len(rest) > taken:
-        _fail(f"unexpected argument {rest[taken]!r}; flags are written --name=value")
-    if len(rest) < taken:
-        _fail(f"{argument} is missing; name it after the command")
-    return rest
+    return argv
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the statement that raised the error is in one of our packages."""
-    frames = traceback.extract_tb(error.__traceback__)
-    raised_in = pathlib.Path(frames[-1].filename)
-    return any(raised_in.is_relative_to(folder) for folder in _OUR_FOLDERS)
+def _settable() -> dict[str, Any]:
+    """The configurations whose fields the command line sets, for --help."""
+    found: dict[str, Any] = {}
+    if "config" in flags.FLAGS:
+        from fusedkv_jax.training.config import ExperimentConfig
 
+        default = flags.FLAGS["config"].default
+        found["config"] = _named_config(default) if default else ExperimentConfig
+    if "mesh" in flags.FLAGS:
+        from fusedkv_jax.sharding import MeshConfig
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(USER_ERROR_EXIT_CODE)
+        found["mesh"] = MeshConfig
+    return found

@@ -13,7 +13,6 @@ compiles the best few by that formula and reports the fastest.
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -60,6 +59,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("json", None, "Also write the reports to this file.")
     cli.define_config()
+    cli.only_with("layout", preset=True)
+    cli.only_with("trials", search=True)
 
 
 def paper_run(preset: str, layout: str) -> ExperimentConfig:
@@ -136,6 +137,7 @@ def main() -> None:
     unknown = set(FLAGS.programs) - set(PROGRAMS)
     if unknown:
         raise ValueError(f"--programs={unknown.pop()} is unknown; choose {', '.join(PROGRAMS)}")
+    output = FLAGS.json and cli.check_output(FLAGS.json)
     try:
         devices = slice_devices(place.name)
     except NotImplementedError as error:
@@ -155,8 +157,8 @@ def main() -> None:
         print(text.describe(made) + "\n", flush=True)
         reports.append(made.to_dict())
     document = {"topology": place.name, "name": config.name, "tried": tried, "reports": reports}
-    if FLAGS.json:
-        pathlib.Path(FLAGS.json).write_text(json.dumps(document, indent=2) + "\n")
+    if output:
+        output.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,22 +14,7 @@ from absl import flags
 from experiments import cli
 from fusedkv_jax import costs, layouts, presets
 
-_PRESET = flags.DEFINE_multi_string(
-    "preset",
-    ["332m", "650m", "1_5b", "4b"],
-    f"Model size; may be repeated: {', '.join(presets.names())}.",
-)
-_LAYOUT = flags.DEFINE_multi_string(
-    "layout",
-    [],
-    "Layout, with options (cla:k=3) or in the layer-types grammar; may be repeated. "
-    "By default all named ones.",
-)
-_LENGTH = flags.DEFINE_integer("length", 8192, "Tokens in the prompt and in the cache.")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Storage type of the cache.")
-_NUM_KV_HEADS = flags.DEFINE_integer(
-    "num_kv_heads", None, "Key/value heads (GQA, MQA) instead of the preset's."
-)
+FLAGS = flags.FLAGS
 
 _COLUMNS = (
     # heading, key of `costs.summary`, divisor, decimals
@@ -43,6 +28,26 @@ _COLUMNS = (
     ("decode GFLOP", "decode_flops", 1e9, 2),
     ("train GFLOP/token", "train_flops_per_token", 1e9, 2),
 )
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_multi_string(
+        "preset",
+        ["332m", "650m", "1_5b", "4b"],
+        f"Model size; may be repeated: {', '.join(presets.names())}.",
+    )
+    flags.DEFINE_multi_string(
+        "layout",
+        [],
+        "Layout, with options (cla:k=3) or in the layer-types grammar; may be repeated. "
+        "By default all named ones.",
+    )
+    flags.DEFINE_integer("length", 8192, "Tokens in the prompt and in the cache.")
+    flags.DEFINE_string("dtype", "bfloat16", "Storage type of the cache.")
+    flags.DEFINE_integer(
+        "num_kv_heads", None, "Key/value heads (GQA, MQA) instead of the preset's."
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -64,16 +69,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _rows(preset: str, length: int, dtype: str) -> list[dict[str, Any]]:
-    heads = _NUM_KV_HEADS.value
+    heads = FLAGS.num_kv_heads
     overrides = {} if heads is None else {"num_kv_heads": heads}
     presets.get(preset, layout="mha", **overrides)  # what is wrong here is wrong in every row
     rows = []
-    for layout in _LAYOUT.value or layouts.names():
+    for layout in FLAGS.layout or layouts.names():
         row = {"preset": preset, "layout": layout}
         try:
             config = presets.get(preset, layout=layout, **overrides)
         except ValueError as error:
-            if _LAYOUT.value:
+            if FLAGS.layout:
                 raise
             rows.append(row | {"refused": str(error)})  # does not fit this depth or MLA
             continue
@@ -82,9 +87,9 @@ def _rows(preset: str, length: int, dtype: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    length, dtype = _LENGTH.value, _DTYPE.value
+    length, dtype = FLAGS.length, FLAGS.dtype
     everything = []
-    for preset in _PRESET.value:
+    for preset in FLAGS.preset:
         rows = _rows(preset, length, dtype)
         print(f"{preset}, {length:,} tokens, {dtype} cache, one sequence\n{table(rows)}\n")
         everything += rows
@@ -92,4 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -13,20 +13,25 @@ from experiments import cli
 from fusedkv_jax import costs, layouts, presets
 from fusedkv_jax.layouts import named
 
-_LAYOUT = flags.DEFINE_string(
-    "layout",
-    "fusedkv",
-    "A named layout, with options (cla:k=3), or one in the layer-types grammar.",
-)
-_NUM_LAYERS = flags.DEFINE_integer(
-    "num_layers", None, "Number of layers; by default the preset's, or 12."
-)
-_PRESET = flags.DEFINE_string(
-    "preset", None, f"Also print the costs of this model: {', '.join(presets.names())}."
-)
-_LENGTH = flags.DEFINE_integer("length", 8192, "Tokens in the prompt and in the cache.")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Storage type of the cache.")
-_LIST = flags.DEFINE_bool("list", False, "List the named layouts and their options.")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_string(
+        "layout",
+        "fusedkv",
+        "A named layout, with options (cla:k=3), or one in the layer-types grammar.",
+    )
+    flags.DEFINE_integer("num_layers", None, "Number of layers; by default the preset's, or 12.")
+    flags.DEFINE_string(
+        "preset", None, f"Also print the costs of this model: {', '.join(presets.names())}."
+    )
+    flags.DEFINE_integer("length", 8192, "Tokens in the prompt and in the cache.")
+    flags.DEFINE_string("dtype", "bfloat16", "Storage type of the cache.")
+    flags.DEFINE_bool("list", False, "List the named layouts and their options.")
+    cli.only_with("layout num_layers preset", list=False)
+    cli.only_with("length dtype", list=False, preset=True)
 
 
 def list_layouts() -> str:
@@ -43,18 +48,18 @@ def list_layouts() -> str:
 
 
 def main() -> None:
-    if _LIST.value:
+    if FLAGS.list:
         print(list_layouts())
         return
-    layers = _NUM_LAYERS.value
-    if _PRESET.value is None:
-        print(layouts.draw(layouts.resolve(_LAYOUT.value, 12 if layers is None else layers)))
+    layers = FLAGS.num_layers
+    if FLAGS.preset is None:
+        print(layouts.draw(layouts.resolve(FLAGS.layout, 12 if layers is None else layers)))
         return
     overrides = {} if layers is None else {"num_layers": layers}
-    config = presets.get(_PRESET.value, layout=_LAYOUT.value, **overrides)
+    config = presets.get(FLAGS.preset, layout=FLAGS.layout, **overrides)
     print(layouts.draw(config.kv_layout))
-    print(f"\n{_PRESET.value}, {_LENGTH.value:,} tokens, {_DTYPE.value} cache, one sequence")
-    for name, value in costs.summary(config, _LENGTH.value, _DTYPE.value).items():
+    print(f"\n{FLAGS.preset}, {FLAGS.length:,} tokens, {FLAGS.dtype} cache, one sequence")
+    for name, value in costs.summary(config, FLAGS.length, FLAGS.dtype).items():
         decimals = 3 if name == "cache_ratio" else 0
         print(f"  {name:<22} {value:,.{decimals}f}")
     print("parameters")
@@ -63,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -7,7 +7,6 @@ one JSON document with the same figures. Exit code 2 with one line for a mistake
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -63,6 +62,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("seed", 0, "Which examples.", lower_bound=0)
     flags.DEFINE_string("output", None, "Folder for longcontext.md, longcontext.json and the plot.")
+    cli.only_with("source max_batches", suite="perplexity")
+    cli.only_with("step", suite=("perplexity", "length"))
+    cli.only_with("length examples cache_dtype", suite=("length", "longcontext"))
+    cli.only_with("compression tasks question seed output", suite="longcontext")
 
 
 def main() -> None:
@@ -118,6 +121,7 @@ def length(workdir: str) -> dict[str, Any]:
 def long_context(workdirs: str) -> dict[str, Any]:
     """Recall from compressed caches, for one or several runs."""
     names = [name for name in workdirs.split(",") if name]
+    output = flags.FLAGS.output and cli.check_output(flags.FLAGS.output, folder=True)
     chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)
     size = flags.FLAGS.length or load_model(names[0])[1].data.seq_len
     methods = (
@@ -134,8 +138,8 @@ def long_context(workdirs: str) -> dict[str, Any]:
     )
     results = longcontext.run(names, methods, settings, strict=chosen)
     print(longcontext_report.markdown(results))
-    if flags.FLAGS.output:
-        longcontext_report.write(results, pathlib.Path(flags.FLAGS.output).expanduser())
+    if output:
+        longcontext_report.write(results, output)
     return results
 
 

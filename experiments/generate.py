@@ -106,6 +106,22 @@ def define_flags() -> None:
         "Prefill in parts over --mesh.context: equal, balanced, or relative sizes such as 3,2,2.",
     )
     chat.define_flags()
+    _define_rules()
+
+
+def _define_rules() -> None:
+    """Which flags go together: sampling, beam search and conversations use different ones."""
+    cli.only_with("exit_layer adaptive_draft", draft_tokens=True)
+    cli.only_with("length_penalty early_stopping", beam_width=True)
+    cli.only_with("logprobs prompt_logprobs", format="json")
+    cli.only_with("prefill_parts", mesh=True)
+    cli.only_with("system chat_template", chat=True)
+    cli.only_with(
+        "prompt prompt_file format beam_width batch_size enable_prefix_caching", chat=False
+    )
+    beams = {field.name for field in dataclasses.fields(fkv.BeamSearchParams)}
+    sampling = {field.name for field in dataclasses.fields(fkv.SamplingParams)}
+    cli.only_with(" ".join(sampling - beams), beam_width=False)
 
 
 def run_settings() -> dict[str, Any]:
@@ -186,7 +202,7 @@ def read_prompts() -> list[str]:
     """The prompts of --prompt and --prompt_file. Raises ValueError if there are none."""
     prompts = list(flags.FLAGS.prompt)
     if flags.FLAGS.prompt_file is not None:
-        path = pathlib.Path(flags.FLAGS.prompt_file)
+        path = cli.check_readable(flags.FLAGS.prompt_file)
         for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
             if path.suffix == ".jsonl":
                 line = _json_string(path, number, line)

@@ -1,7 +1,7 @@
 """Show what is in a checkpoint, and verify every file of it.
 
-python -m experiments.inspect runs/demo            (all steps of a work directory)
-python -m experiments.inspect runs/demo --step=400
+python -m experiments.inspect --workdir=runs/demo            (all steps)
+python -m experiments.inspect --workdir=runs/demo --step=400
 
 Exit code 1 if a file is damaged; the line that says so names it.
 """
@@ -23,8 +23,14 @@ from fusedkv_jax.training import (
     manifest,
 )
 
-_STEP = flags.DEFINE_integer("step", None, "Only this step; by default all.")
-_CONFIG = flags.DEFINE_bool("show_config", False, "Print the whole configuration, too.")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_string("workdir", None, "Directory of a training run, or of one checkpoint.")
+    flags.DEFINE_integer("step", None, "Only this step; by default all.")
+    flags.DEFINE_bool("show_config", False, "Print the whole configuration, too.")
 
 
 def describe(path: pathlib.Path) -> str:
@@ -49,13 +55,14 @@ def describe(path: pathlib.Path) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in found.versions.items()),
     }
     lines = [str(path), *(f"  {name:<10}{text}" for name, text in rows.items())]
-    if _CONFIG.value:
+    if FLAGS.show_config:
         lines += [f"  {name:<10}{value}" for name, value in found.config.items()]
     return "\n".join(lines)
 
 
-def main(target: str) -> int:
-    path = pathlib.Path(target)
+def main() -> int:
+    target = cli.require("workdir")
+    path = pathlib.Path(target).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(2, "No such directory", target)
     if (path / manifest.FILE).exists():
@@ -67,10 +74,10 @@ def main(target: str) -> int:
         steps = committed_steps(directory)
         if not steps:
             raise CheckpointError(f"there is no checkpoint in {target}")
-        if _STEP.value is not None and _STEP.value not in steps:
+        if FLAGS.step is not None and FLAGS.step not in steps:
             known = ", ".join(map(str, steps))
-            raise CheckpointError(f"--step={_STEP.value} is not in {target}, which has {known}")
-        chosen = steps if _STEP.value is None else [_STEP.value]
+            raise CheckpointError(f"--step={FLAGS.step} is not in {target}, which has {known}")
+        chosen = steps if FLAGS.step is None else [FLAGS.step]
         paths = [directory / str(step) for step in chosen]
     return max([_show(path) for path in paths])
 
@@ -95,4 +102,5 @@ def _show(path: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, argument="DIRECTORY")
+    define_flags()
+    cli.run(main)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_TOO_DEEP = (RecursionError, MemoryError)  # what Python's parser raises for a thousand brackets
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -22,11 +24,11 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
 
     Args:
       config: the dataclass; its type hints are the schema.
-      overrides: "path.to.field=value" each; the last one of a field holds.
+      overrides: "path.to.field=value" each.
 
     Raises:
-      ValueError: an unknown field (the nearest names are suggested), a value that cannot be
-        read, or one that the configuration refuses.
+      ValueError: an unknown field (the nearest names are suggested), one that is set twice, a
+        value that cannot be read, or one that the configuration refuses.
     """
     changes: dict[str, Any] = {}
     for override in overrides:
@@ -40,6 +42,8 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
                 raise ValueError(f"--config.{path} changes a field of a part that is set whole")
+        if names[-1] in target:
+            raise ValueError(f"--config.{path} is given twice; give it once")
         target[names[-1]] = _read(hint, text, path)
     return _rebuild(config, changes)
 
@@ -48,7 +52,7 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
     """Every dotted field path below a dataclass type."""
     names = []
     for name, hint in typing.get_type_hints(kind).items():
-        inner = _dataclass_of(hint)
+        inner = dataclass_of(hint)
         names += field_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return names
 
@@ -56,7 +60,7 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
 def _find_hint(kind: type, names: list[str], path: str) -> Any:
     root, hint = kind, kind
     for name in names:
-        inner = _dataclass_of(hint)
+        inner = dataclass_of(hint)
         known = typing.get_type_hints(inner) if inner else {}
         if name not in known:
             raise ValueError(f"unknown field --config.{path}; {_suggest(root, path)}")
@@ -80,7 +84,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def _dataclass_of(hint: Any) -> type | None:
+def dataclass_of(hint: Any) -> type | None:
     """The dataclass that a field's fields are set in, if it has any.
 
     A type that can also be written as text (a layout) is a value, not a part.
@@ -103,10 +107,10 @@ def _read(hint: Any, text: str, path: str) -> Any:
         if reader is not None:
             try:
                 return reader(text)
-            except (ValueError, SyntaxError, KeyError, TypeError):
+            except (ValueError, ArithmeticError, SyntaxError, KeyError, TypeError, *_TOO_DEEP):
                 expected = getattr(kind, "__name__", str(kind))
                 raise ValueError(f"--config.{path}={text} is not of type {expected}") from None
-    fields = ", ".join(field_names(_dataclass_of(hint) or type(None), f"--config.{path}."))
+    fields = ", ".join(field_names(dataclass_of(hint) or type(None), f"--config.{path}."))
     raise ValueError(f"--config.{path} cannot be set whole; set its fields {fields}")
 
 
@@ -129,6 +133,13 @@ def _read_int(text: str) -> int:
         return int(value)
 
 
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
 def _read_tuple(text: str) -> tuple[Any, ...]:
     value = ast.literal_eval(text)
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -137,7 +148,7 @@ def _read_tuple(text: str) -> tuple[Any, ...]:
 _READERS = {
     bool: lambda text: _BOOLEANS[text.lower()],
     int: _read_int,
-    float: float,
+    float: _read_float,
     str: str,
     tuple: _read_tuple,
 }
@@ -149,7 +160,7 @@ def _rebuild(config: Any, changes: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(type(config))
     values = {}
     for name, change in changes.items():
-        kind = _dataclass_of(hints[name])
+        kind = dataclass_of(hints[name])
         if kind is not None and isinstance(change, dict):
             old = getattr(config, name)
             change = _make(kind, change, name) if old is None else _rebuild(old, change)

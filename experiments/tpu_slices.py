@@ -24,17 +24,20 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
 _TENSOR, _LENGTH = 4, 8192  # of prefill and decoding
 
-_PRESETS = flags.DEFINE_list("presets", ["4b", "332m", "1_5b", "650m"], "Sizes.")
-_LAYOUTS = flags.DEFINE_list("layouts", ["fusedkv", "mha"], "Layouts.")
-_SLICES = flags.DEFINE_list(
-    "slices", ["v5p:8x8x8", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x8"], "Slices."
-)
-_RESULTS = flags.DEFINE_string(
-    "results", str(_ROOT / "experiments/results/tpu_slices.json"), "Where results are kept."
-)
-_DOCUMENT = flags.DEFINE_string(
-    "document", str(_ROOT / "docs/tpu_slices.md"), "The page whose table is replaced."
-)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_list("presets", ["4b", "332m", "1_5b", "650m"], "Sizes.")
+    flags.DEFINE_list("layouts", ["fusedkv", "mha"], "Layouts.")
+    flags.DEFINE_list("slices", ["v5p:8x8x8", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x8"], "Slices.")
+    flags.DEFINE_string(
+        "results", str(_ROOT / "experiments/results/tpu_slices.json"), "Where results are kept."
+    )
+    flags.DEFINE_string(
+        "document", str(_ROOT / "docs/tpu_slices.md"), "The page whose table is replaced."
+    )
 
 
 def train(preset: str, layout: str, place: Slice) -> dict[str, Any]:
@@ -65,9 +68,9 @@ def compute(results: dict[str, Any], path: pathlib.Path) -> None:
     wanted = [
         (program, preset, layout, name)
         for programs in (("train",), ("prefill", "decode"))
-        for preset in _PRESETS.value
-        for name in _SLICES.value
-        for layout in _LAYOUTS.value
+        for preset in FLAGS.presets
+        for name in FLAGS.slices
+        for layout in FLAGS.layouts
         for program in programs
     ]
     for program, preset, layout, name in wanted:
@@ -122,7 +125,7 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    path, document = pathlib.Path(_RESULTS.value), pathlib.Path(_DOCUMENT.value)
+    path, document = cli.check_output(FLAGS.results), cli.check_output(FLAGS.document)
     results = json.loads(path.read_text()) if path.exists() else {}
     compute(results, path)
     before, _, rest = document.read_text().partition(_MARKS[0])
@@ -131,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -37,7 +37,7 @@ def workdir(comparison_config, tmp_path_factory):
 
 def test_shows_and_verifies(workdir, comparison_config):
     path, _ = workdir
-    code, out, error = inspect(str(path), "--step=6")
+    code, out, error = inspect(f"--workdir={path}", "--step=6")
     assert code == 0, error
     model = comparison_config.model
     for part in (
@@ -52,7 +52,7 @@ def test_shows_and_verifies(workdir, comparison_config):
 
 def test_names_the_damaged_file_with_code_1(workdir):
     path, damaged = workdir
-    code, out, _ = inspect(str(path))
+    code, out, _ = inspect(f"--workdir={path}")
     assert code == 1 and out.count("verified") == 1
     assert f"DAMAGED   checkpoint {path}/checkpoints/12" in out and damaged.name in out
 
@@ -60,10 +60,10 @@ def test_names_the_damaged_file_with_code_1(workdir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "DIRECTORY is missing"),
-        (("nowhere",), "No such directory: nowhere"),
-        (("docs",), "there is no checkpoint in docs"),
-        (("docs", "tests"), "unexpected argument 'tests'"),
+        ((), "--workdir is missing"),
+        (("--workdir=dosc",), "no such file or folder 'dosc'; did you mean 'docs'?"),
+        (("--workdir=docs",), "there is no checkpoint in docs"),
+        (("tests",), "unexpected argument 'tests'; flags are written --name=value"),
     ],
 )
 def test_mistakes_are_one_line_with_code_2(arguments, message):

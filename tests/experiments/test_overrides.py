@@ -50,8 +50,8 @@ def test_values_are_read_by_the_type_of_the_field(override, wanted):
     assert repr(found) == repr(wanted)  # 1 == True, but not here
 
 
-def test_later_overrides_hold_and_parts_combine():
-    found = apply_overrides(Root(), ["leaf.size=2", "rate=2", "leaf.kind=large", "leaf.size=5"])
+def test_overrides_of_one_part_combine():
+    found = apply_overrides(Root(), ["rate=2", "leaf.kind=large", "leaf.size=5"])
     assert found == Root(rate=2.0, leaf=Leaf(size=5, kind="large"))
 
 
@@ -64,6 +64,10 @@ def test_later_overrides_hold_and_parts_combine():
         ("flag=perhaps", "--config.flag=perhaps is not of type bool"),
         ("limit=1.5", "--config.limit=1.5 is not of type int"),
         ("rate=fast", "--config.rate=fast is not of type float"),
+        ("rate=nan", "--config.rate=nan is not of type float"),
+        ("rate=-inf", "--config.rate=-inf is not of type float"),
+        ("limit=1e999", "--config.limit=1e999 is not of type int"),
+        ("pair=" + "(" * 5000, "is not of type tuple"),
         ("leaf.kind=larg", "choose small, large; did you mean large"),
         ("leaf=2", "cannot be set whole; set its fields --config.leaf.size"),
         ("maybe.kind=large", "maybe also needs size"),
@@ -81,6 +85,11 @@ def experiment():
     return ExperimentConfig(
         name="x", model=presets.get("demo"), data=DataConfig(seq_len=64, batch_size=4)
     )
+
+
+def test_a_field_is_set_once():
+    with pytest.raises(ValueError, match="--config.leaf.size is given twice"):
+        apply_overrides(Root(), ["leaf.size=2", "rate=2", "leaf.size=2"])
 
 
 def test_layout_follows_the_number_of_layers(experiment):

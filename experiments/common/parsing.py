@@ -1,0 +1,135 @@
+"""Reading the command line: only our own flags, none twice, none without effect."""
+
+import difflib
+import math
+import sys
+from typing import Any
+
+from absl import flags
+
+# Flag -> other flag -> what its value must be for the first one to have an effect.
+_RULES: dict[str, dict[str, Any]] = {}
+
+
+def only_with(names: str, **conditions: Any) -> None:
+    """Declare that flags have an effect only with certain values of other flags.
+
+    A command line that gives one of them without effect is refused; --help says when it has one.
+
+    Args:
+      names: flags, separated by spaces.
+      conditions: flag=True (must be given), flag=False (must not be), or the value or tuple of
+        values that it must have. All must hold.
+    """
+    for name in names.split():
+        _RULES.setdefault(name, {}).update(conditions)
+
+
+def rules(name: str) -> dict[str, Any]:
+    """The conditions under which a flag has an effect."""
+    return _RULES.get(name, {})
+
+
+def own_flags() -> dict[str, flags.Flag]:
+    """The flags that the program defines, by name; those of libraries are not for its users."""
+    found = {}
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        # absl names the module that is run after its file.
+        if module.startswith("experiments.") or module == sys.argv[0]:
+            found |= {flag.name: flag for flag in defined}
+    return found
+
+
+def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
+    """Set the program's flags.
+
+    Args:
+      argv: the command line, the program's name first.
+
+    Returns:
+      (what is not a flag, the program's name first; its flags, `help` and `version` among them).
+
+    Raises:
+      flags.Error: an unknown flag (ours that are near are named), or a value of the wrong type.
+      ValueError: a flag given twice, without effect, or with a value that is not a number.
+    """
+    values = flags.FlagValues()
+    for name, flag in own_flags().items():
+        values[name] = flag
+    flags.DEFINE_bool("help", False, "Show this text.", flag_values=values, short_name="h")
+    flags.DEFINE_bool("version", False, "Show the version.", flag_values=values)
+    for arg in argv[1:]:
+        if arg == "--":
+            break
+        if arg.lstrip("-").partition("=")[0] == "undefok" and arg.startswith("-"):
+            raise ValueError("--undefok is not served: a flag that is not known is a mistake")
+    try:
+        rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        hint = _nearest(error.flagname, values)
+        raise ValueError(f"unknown flag --{error.flagname}; {hint}") from None
+    flags.FLAGS.mark_as_parsed()
+    if not (values["help"].value or values["version"].value):
+        for name in values:
+            _check(name, values[name])
+        _check_effects()
+    return rest, values
+
+
+def _nearest(name: str, values: flags.FlagValues) -> str:
+    known = sorted(values)
+    if "override" in known and "." in name:
+        return f"fields of the configuration are written --config.{name}=VALUE"
+    near = difflib.get_close_matches(name, known, n=3)
+    if not near:
+        return "--help shows all flags"
+    return f"did you mean {' or '.join(f'--{each}' for each in near)}?"
+
+
+def _check(name: str, flag: flags.Flag) -> None:
+    many = isinstance(flag, flags.MultiFlag)
+    if flag.present > 1 and not many:
+        raise ValueError(f"--{name} is given {flag.present} times; give it once")
+    given = flag.value if many else [flag.value]
+    for value in given or ():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name}={value} is not a finite number")
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"--{name}={value!a} is not UTF-8 text") from None
+
+
+def _check_effects() -> None:
+    for name, conditions in _RULES.items():
+        if name not in flags.FLAGS or not flags.FLAGS[name].present:
+            continue
+        for other, wanted in conditions.items():
+            value = flags.FLAGS[other].value
+            if wanted is True and not value:
+                raise ValueError(
+                    f"--{name} has no effect without --{other}; add --{other} or leave --{name} out"
+                )
+            if wanted is False and value:
+                raise ValueError(f"--{name} has no effect with --{other}; leave one of them out")
+            if not isinstance(wanted, bool) and value not in _as_tuple(wanted):
+                needed = " or ".join(f"--{other}={choice}" for choice in _as_tuple(wanted))
+                raise ValueError(
+                    f"--{name} has no effect with --{other}={value}; it needs {needed}"
+                )
+
+
+def _as_tuple(wanted: Any) -> tuple[Any, ...]:
+    return wanted if isinstance(wanted, tuple) else (wanted,)
+
+
+def describe_rules(name: str) -> str:
+    """When a flag has an effect, in words; empty if always."""
+    words = []
+    for other, wanted in rules(name).items():
+        if isinstance(wanted, bool):
+            words.append(f"{'with' if wanted else 'without'} --{other}")
+        else:
+            words.append("with " + " or ".join(f"--{other}={each}" for each in _as_tuple(wanted)))
+    return f"Only {' and '.join(words)}." if words else ""

@@ -1,0 +1,183 @@
+"""What all programs have in common: help, flags without effect, and failures in one line."""
+
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.common import failures, helptext
+from fusedkv_jax.training import ExperimentConfig
+from tests.experiments.commands import PROGRAMS, run_several
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Command lines with a flag that has no effect, or that is no flag, and what is said about it.
+REFUSED = [
+    ("evaluate --workdir=x --cache_dtype=int8", "needs --suite=length or --suite=longcontext"),
+    ("evaluate --workdir=x --compression=h2o", "needs --suite=longcontext"),
+    ("evaluate --workdir=x --tasks=text --suite=length", "needs --suite=longcontext"),
+    ("evaluate --workdir=x --step=3 --suite=longcontext", "--step has no effect"),
+    ("generate --workdir=x --prompt=a --exit_layer=2", "without --draft_tokens"),
+    ("generate --workdir=x --prompt=a --adaptive_draft", "without --draft_tokens"),
+    ("generate --workdir=x --prompt=a --system=s", "without --chat"),
+    ("generate --workdir=x --prompt=a --chat", "--prompt has no effect with --chat"),
+    ("generate --workdir=x --prompt=a --temperature=2 --beam_width=2", "with --beam_width"),
+    ("generate --workdir=x --prompt=a --stop=x --beam_width=2", "with --beam_width"),
+    ("generate --workdir=x --prompt=a --length_penalty=2", "without --beam_width"),
+    ("generate --workdir=x --prompt=a --logprobs=2", "it needs --format=json"),
+    ("generate --workdir=x --prompt=a --prefill_parts=equal", "without --mesh"),
+    ("describe --list --preset=4b", "with --list"),
+    ("describe --length=3", "without --preset"),
+    ("benchmark --suite=training --torch_compile", "it needs --suite=cpu or"),
+    ("compile_for_tpu --topology=v5e:4x4 --trials=2", "without --search"),
+    ("compile_for_tpu --topology=v5e:4x4 --config=demo --layout=mha", "without --preset"),
+    ("costs --lenght=3", "did you mean --length?"),
+    ("costs --pdb", "unknown flag --pdb"),
+    ("costs --v=1", "unknown flag --v;"),
+    ("costs --undefok=x --x=1", "--undefok is not served"),
+    ("costs --length=1 --length=2", "--length is given 2 times"),
+    ("costs 3", "unexpected argument '3'"),
+    ("generate --workdir=x --prompt=a --temperature=nan", "--temperature=nan is not a finite"),
+    ("prune --workdir=x --budget=inf", "--budget=inf is not a finite"),
+    ("train --config=demo --workdir=x --train.steps=1", "--config.train.steps=VALUE"),
+    ("train --config=demo --workdir=x --config.optimizer.learning_rate=nan", "not of type float"),
+    ("train --config=demo --config.train.steps=1 --config.train.steps=2", "is given twice"),
+    ("train --config=(((", "is unknown"),
+    ("train --config=~no_such_person/x.py --workdir=x", "no such home directory"),
+]
+
+
+def test_flags_without_effect_and_mistakes_are_refused():
+    found = run_several([(line.split()[0], line.split()[1:]) for line, _ in REFUSED])
+    for (line, message), (code, out, error) in zip(REFUSED, found, strict=True):
+        assert (code, out) == (2, ""), (line, out, error)
+        assert error.startswith("error: ") and error.count("\n") == 1, (line, error)
+        assert message in error, (line, error)
+
+
+def test_help_and_version_of_every_program():
+    assert len(PROGRAMS) > 10
+    lines = [(program, [flag]) for program in PROGRAMS for flag in ("--help", "-h", "--version")]
+    found = run_several(lines)
+    for (program, (flag,)), (code, out, error) in zip(lines, found, strict=True):
+        assert (code, error) == (0, ""), (program, flag, error)
+        if flag == "--version":
+            assert out.startswith("fusedkv_jax ")
+            continue
+        assert "(default" in out and "--help\n" in out, program
+        assert "repeat this option" not in out and "\n      \n" not in out, program
+        if "--config=text" in out:
+            assert "--config.train.steps=integer" in out and "batches of the whole run" in out
+
+
+def test_every_field_of_the_configuration_has_a_type_and_a_meaning():
+    fields = {field.path: field for field in helptext.describe_fields(ExperimentConfig)}
+    assert [f.path for f in fields.values() if not (f.kind and f.meaning and f.default)] == []
+    assert fields["model.remat"].kind == "none|full|dots|qkv"
+    assert fields["model.rope.theta"].default == "10000.0"
+    assert fields["data.seq_len"].default == "none; required"
+    assert fields["train.peak_flops"].kind == "number"
+
+
+CONFIGS = {
+    "syntax.py": ("def get_config(:\n", "syntax.py:1: SyntaxError"),
+    "name.py": ("x = 1\ny = nothing\n", "name.py:2: NameError: name 'nothing' is not defined"),
+    "call.py": ("def get_config():\n    return 1 / 0\n", "call.py:2: ZeroDivisionError"),
+    "deep.py": ("x = " + "(" * 2000, "SyntaxError: too many nested parentheses"),
+}
+
+
+def test_configuration_files_with_mistakes(tmp_path):
+    for name, (text, _) in CONFIGS.items():
+        (tmp_path / name).write_text(text)
+    os.mkfifo(tmp_path / "fifo.py")
+    (tmp_path / "broken.py").symlink_to("gone.py")
+    cases = [(str(tmp_path / name), message) for name, (_, message) in CONFIGS.items()] + [
+        (str(tmp_path / "fifo.py"), "not a regular file"),
+        (str(tmp_path / "broken.py"), "is a link to 'gone.py', which does not exist"),
+        (str(tmp_path / "nam.py"), f"did you mean '{tmp_path / 'name.py'}'?"),
+        (str(tmp_path / "none" / "x.py"), f"there is no folder '{tmp_path / 'none'}'"),
+    ]
+    found = run_several([("train", [f"--config={path}", "--workdir=x"]) for path, _ in cases])
+    for (path, message), (code, _, error) in zip(cases, found, strict=True):
+        assert code == 2 and error.count("\n") == 1 and message in error, (path, error)
+
+
+def _raised(error):
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def _deep_json():
+    try:
+        json.loads("[" * 100_000)
+    except RecursionError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: OSError(errno.ENOSPC, "x", "a.bin"), "No space left on device (writing 'a.bin')"),
+        (lambda: OSError(errno.EROFS, "x"), "Read-only file system; name a place"),
+        (lambda: ValueError("write failed: no space left on device"), "No space left on device;"),
+        (lambda: PermissionError(13, "Permission denied", "f"), "Permission denied: 'f'"),
+        (lambda: MemoryError(), "out of memory; "),
+        (lambda: RuntimeError("RESOURCE_EXHAUSTED: Out of memory while"), "out of memory; "),
+        (lambda: ExceptionGroup("x", [OSError(errno.ENOSPC, "x")]), "No space left on device;"),
+        (_deep_json, "JSON is nested too deeply"),
+    ],
+)
+def test_failures_in_one_line(error, message):
+    assert failures.explain(_raised(error())).startswith(message)
+
+
+def test_bugs_keep_their_traceback():
+    for error in (KeyError("x"), ValueError("of a library"), RecursionError(), OSError("odd")):
+        assert failures.explain(_raised(error)) is None
+
+
+def _python(code, **options):
+    program = f"from experiments.common import failures\n{code}"
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_a_closed_pipe_is_silent_and_a_full_device_is_one_line():
+    writing = "failures.exit_with(lambda: print('x' * 100_000))"
+    with _python(writing, stdout=subprocess.PIPE) as child:
+        child.stdout.close()
+        assert (child.wait(), child.stderr.read()) == (141, "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full, _python(writing, stdout=full) as child:
+            assert child.wait() == 2
+            assert child.stderr.read().startswith("error: No space left on device")
+
+
+def test_ctrl_c_once_and_twice():
+    printing = "import time\nfailures.exit_with(lambda: (print('ready', flush=True), {}))"
+    with _python(printing.format("time.sleep(60)"), stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        assert (child.wait(20), child.stderr.read()) == (130, "interrupted\n")
+    # Python looks at no signal while one call in C goes on, such as a compilation.
+    busy = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    with _python(printing.format(busy), stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        for _ in range(2):
+            time.sleep(0.5)
+            assert child.poll() is None
+            child.send_signal(signal.SIGINT)
+        try:
+            assert child.wait(20) == 130
+        finally:
+            child.kill()
