@@ -80,4 +80,4 @@ def _check(flag: str, value: str, known) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, keep_programs=False)

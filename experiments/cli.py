@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import flags, logging
 
 from experiments.common import failures, helptext, parsing
+from experiments.common.compilation import keep_compiled_programs
 from experiments.common.failures import check_readable as check_readable
 from experiments.common.failures import interrupt_answered as interrupt_answered
 from experiments.common.parsing import only_with as only_with
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 _CONFIG_FOLDER = pathlib.Path(__file__).parent / "configs"
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], *, keep_programs: bool = True) -> NoReturn:
     """Parse the flags, call `main()` and exit with the code it returns (None is 0).
+
+    Compiled programs are kept for the next run, unless `keep_programs` is false: for programs that
+    measure compilation.
 
     A mistake of the user ends with one line on standard error and exit code 2, Ctrl-C with 130;
     `common.failures` says which failures are expected. Any other exception is a bug of ours and
@@ -48,6 +52,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             return 0
         if rest[1:]:
             raise ValueError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        if keep_programs:
+            keep_compiled_programs()
         return main()
 
     logging.set_verbosity(logging.WARNING)

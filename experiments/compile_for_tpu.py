@@ -163,4 +163,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, keep_programs=False)

@@ -1,11 +1,11 @@
 """What every test sees: 8 virtual CPU devices, parsed flags, a compilation cache on disk."""
 
 import gc
-import hashlib
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
+
+from experiments.common.compilation import kind_of_processor
 
 # In the environment, not through jax.config: tests that start a program hand it on.
 # `JAX_PLATFORMS=cuda,cpu pytest` runs what needs an accelerator.
@@ -14,6 +14,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A second run, of the tests or of a program that they start, does not compile again what took long
+# to compile. A test that measures compilation asks for the fixture `fresh_compilation`;
+# JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off for a whole run.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".cache" / "jax" / kind_of_processor()),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
 import jax
@@ -22,25 +30,10 @@ import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-CACHE = Path(__file__).parents[1] / ".cache" / "jax"
-
-
-def _processor() -> str:
-    """A short name of this kind of processor: compiled code is only good for its own kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
-
-
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 jax.config.update("jax_enable_x64", False)
-# A second run does not compile again what took long to compile. A test that measures
-# compilation asks for the fixture `fresh_compilation`; JAX_ENABLE_COMPILATION_CACHE=0 turns
-# the cache off for a whole run.
-jax.config.update("jax_compilation_cache_dir", str(CACHE / _processor()))
+# A plugin of pytest may have imported jax before this file, and jax reads the variables then.
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Without this Grain's worker processes raise UnparsedFlagAccessError outside absl.app.run.

@@ -18,7 +18,8 @@ from experiments.overrides import dataclass_of
 _ABSL_WORDS = re.compile(r"^<[^>]*>: |;? ?(repeat this option .*|\(a comma separated list\))$")
 _CLOSING = """\
 Exit codes: 0 done, 2 a mistake (one line says which), 130 Ctrl-C (twice: at once).
-Compiled programs are kept for the next run, see JAX_COMPILATION_CACHE_DIR in the README."""
+Compiled programs are kept in ~/.cache/fusedkv_jax for the next run; JAX_COMPILATION_CACHE_DIR names
+another folder, JAX_ENABLE_COMPILATION_CACHE=false turns this off."""
 
 
 @dataclasses.dataclass(frozen=True)

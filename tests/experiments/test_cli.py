@@ -181,3 +181,32 @@ def test_ctrl_c_once_and_twice():
             assert child.wait(20) == 130
         finally:
             child.kill()
+
+
+def test_compiled_programs_are_kept_unless_the_environment_says_otherwise(tmp_path):
+    program = (
+        "from experiments.common.compilation import keep_compiled_programs as keep\n"
+        "folder = keep()\nimport jax\n"
+        "config = jax.config\n"
+        "print(folder, config.jax_compilation_cache_dir, config.jax_enable_compilation_cache)"
+    )
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    quiet |= {"XDG_CACHE_HOME": str(tmp_path), "HOME": "/nowhere"}
+    cases = {
+        "": "True",
+        "JAX_COMPILATION_CACHE_DIR=/elsewhere": "None /elsewhere True",
+        "JAX_ENABLE_COMPILATION_CACHE=false": "None None False",
+        "XDG_CACHE_HOME=/proc/nowhere": "None None True",
+    }
+    for setting, wanted in cases.items():
+        name, _, value = setting.partition("=")
+        environment = quiet | ({name: value} if name else {})
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip().endswith(wanted), (setting, done)
+    assert list(tmp_path.glob("fusedkv_jax/compiled/*"))
