@@ -1,7 +1,7 @@
 """Show what is in a checkpoint, and verify every file of it.
 
-python -m experiments.inspect --workdir=runs/demo            (all steps)
-python -m experiments.inspect --workdir=runs/demo --step=400
+python -m experiments.inspect --workdir=DIR            (all steps)
+python -m experiments.inspect --workdir=DIR --step=400
 
 Exit code 1 if a file is damaged; the line that says so names it.
 """
@@ -73,7 +73,9 @@ def main() -> int:
         )
         steps = committed_steps(directory)
         if not steps:
-            raise CheckpointError(f"there is no checkpoint in {target}")
+            runs = [str(d.parent) for d in sorted(path.glob("*/checkpoints")) if committed_steps(d)]
+            hint = f"; there are runs in {', '.join(runs)}" if runs else ""
+            raise CheckpointError(f"there is no checkpoint in {target}{hint}")
         if FLAGS.step is not None and FLAGS.step not in steps:
             known = ", ".join(map(str, steps))
             raise CheckpointError(f"--step={FLAGS.step} is not in {target}, which has {known}")

@@ -17,8 +17,9 @@ from experiments import runs
 from experiments.longcontext_methods import refusal
 from fusedkv_jax import data
 from fusedkv_jax.data import recall_tasks, tokenizers
-from fusedkv_jax.data.recall import RECALL, RecallSequences
+from fusedkv_jax.data.recall import RecallSequences
 from fusedkv_jax.data.recall_forms import TextForm, TokenForm
+from fusedkv_jax.data.sources import RECALL
 from fusedkv_jax.evaluation import (
     Case,
     Method,

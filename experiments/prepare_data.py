@@ -9,11 +9,12 @@ anything fails. Then train with `--config.data.source=tokens`.
 
 import dataclasses
 import itertools
-import os
 import pathlib
+import shlex
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from fusedkv_jax.training.progress import Progress
 
 _SECONDS_PER_LINE = 10.0
 _KB = 1000
+_MOST_SHARDS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,19 @@ class Preparation:
     num_shards: int = 8
     holdout_fraction: float = 0.01
     max_documents: int | None = None
+    max_document_mib: int = 64
     errors: str = "strict"
 
     def __post_init__(self):
-        if self.num_shards < 1:
-            raise ValueError(f"num_shards must be at least 1, got {self.num_shards}")
+        if not 1 <= self.num_shards <= _MOST_SHARDS:
+            raise ValueError(
+                f"num_shards must be from 1 to {_MOST_SHARDS}, got {self.num_shards}; all are open "
+                "at once"
+            )
+        if not 1 <= self.max_document_mib <= 1024:
+            raise ValueError(
+                f"max_document_mib must be from 1 to 1024, got {self.max_document_mib}"
+            )
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"max_documents must be at least 1, got {self.max_documents}")
         check_holdout_fraction(self.holdout_fraction)
@@ -65,7 +75,7 @@ def prepare(settings: Preparation) -> dict[str, Any]:
         if sources.is_shard(file):
             raise ValueError(f"{file}: is a shard of tokens already; --input takes text")
     tokenizer = tokenizers.load(settings.tokenizer)
-    work = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    work = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     work.mkdir(parents=True)
     try:
         metadata = _write(settings, files, tokenizer, work)
@@ -95,7 +105,12 @@ def _write(
         False: shards.ShardWriter(folder, "train", settings.num_shards, dtype),
         True: shards.ShardWriter(folder, "heldout", 1, dtype),
     }
-    documents = sources.read_all(files, text_key=settings.text_key, errors=settings.errors)
+    documents = sources.read_all(
+        files,
+        text_key=settings.text_key,
+        errors=settings.errors,
+        max_bytes=settings.max_document_mib * 2**20,
+    )
     documents = itertools.islice(documents, settings.max_documents)
     with _Report(sum(file.stat().st_size for file in files)) as report:
         for document, ids in corpus.tokenized(documents, tokenizer):
@@ -118,6 +133,26 @@ def _write(
     }
     shards.write_metadata(folder, metadata)
     return metadata
+
+
+def advice(settings: Preparation, metadata: dict[str, Any]) -> str:
+    """What to add to a training command to use the shards, and what they cannot be used for."""
+    if not metadata["train"]["documents"]:
+        return "every document is held out, so they are for evaluation only"
+    options = [f"--config.data.source={settings.output_dir}"]
+    if settings.tokenizer != "byte":
+        options += [
+            f"--config.data.tokenizer={settings.tokenizer}",
+            f"--config.model.vocab_size={metadata['tokenizer']['vocab_size']}",
+        ]
+    text = f"train with {shlex.join(options)}"
+    if metadata["heldout"]["documents"]:
+        return text
+    return (
+        f"{text} --config.train.eval_batches=0, because no document is held out: to evaluate, "
+        "prepare them again with more documents or a larger --holdout_fraction than "
+        f"{settings.holdout_fraction:g}"
+    )
 
 
 def _describe(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
@@ -178,6 +213,9 @@ def define_flags() -> None:
         "holdout_fraction", 0.01, "Expected share of the documents in the held-out split."
     )
     flags.DEFINE_integer("max_documents", None, "Stop after so many documents.")
+    flags.DEFINE_integer(
+        "max_document_mib", 64, "The largest document, in MiB of text; larger ones are refused."
+    )
     flags.DEFINE_enum(
         "errors",
         "strict",
@@ -199,7 +237,7 @@ def main() -> None:
         counts = metadata[split]
         ratio = f", {counts['bytes'] / counts['tokens']:.2f} bytes each" if counts["tokens"] else ""
         print(f"{split}: {counts['documents']} documents, {counts['tokens']} tokens{ratio}")
-    print(f"wrote {settings.output_dir}; train with --config.data.source={settings.output_dir}")
+    print(f"wrote {settings.output_dir}; {advice(settings, metadata)}")
 
 
 # Not at import: other binaries have flags of the same names, and tests import several.

@@ -19,8 +19,15 @@ RUN_FILE = "run.json"
 # What may change between two calls of one run: neither the model nor its data depend on these.
 _RUNTIME_FIELDS = {
     "model": ("attention", "remat", "scan_layers"),
-    "data": ("num_threads", "prefetch_batches"),
-    "train": ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "peak_flops"),
+    "data": ("max_document_mib", "num_threads", "prefetch_batches"),
+    "train": (
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "peak_flops",
+    ),
 }
 
 

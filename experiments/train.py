@@ -1,8 +1,8 @@
 """Train a model: python -m experiments.train --config=demo --workdir=DIR.
 
 Run the same command again to go on after an interruption. Exit codes: 0 the run is complete,
-2 a mistake in the command (one line says which), 75 SIGTERM or Ctrl-C: the state was saved,
-134 another process of the run died.
+2 a mistake in the command, or training diverged (one line says which), 75 SIGTERM, Ctrl-C or a
+closed terminal: the state was saved, 134 another process of the run died.
 
 Several processes are found in the environment (Slurm, Open MPI, Cloud TPU) or named by
 --coordinator, --num_processes and --process_id; docs/clusters.md shows how to start them.
@@ -15,6 +15,7 @@ from absl import flags
 from experiments import cli
 from fusedkv_jax import processes
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, train
+from fusedkv_jax.training.metrics import finite_or_none
 
 
 def define_flags() -> None:
@@ -56,7 +57,7 @@ def main() -> int:
     )
     if processes.is_first():
         summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
-        print(json.dumps(summary | result.metrics))
+        print(json.dumps(summary | finite_or_none(result.metrics)))
     return INTERRUPTED_EXIT_CODE if result.interrupted else 0
 
 

@@ -144,7 +144,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         return {}
     try:
         entries = json.loads(read_text(path))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
         raise ChatError(f"{path}: not a JSON object")

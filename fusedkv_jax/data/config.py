@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Packing = Literal["concat", "best_fit"]
 DecodeErrors = Literal["strict", "replace"]
@@ -31,6 +31,7 @@ class DataConfig:
         1.0 makes a whole source an evaluation set. Shards keep the split they were written
         with.
       max_documents: read only the first so many documents (of each split, for shards).
+      max_document_mib: the largest document, in MiB of text; larger ones are refused.
       errors: "strict" refuses bytes that are not UTF-8, "replace" puts U+FFFD in their place.
       num_threads: threads that assemble batches ahead of the consumer; 0 does so in its thread.
       prefetch_batches: how many batches they may be ahead.
@@ -45,6 +46,7 @@ class DataConfig:
     seed: int = 0
     holdout_fraction: float = 0.01
     max_documents: int | None = None
+    max_document_mib: int = 64
     errors: DecodeErrors = "strict"
     num_threads: int = 2
     prefetch_batches: int = 8
@@ -56,12 +58,18 @@ class DataConfig:
                 raise ValueError(f"data {name} must be a non-empty string, got {value!r}")
         _check_choice("packing", self.packing, get_args(Packing))
         _check_choice("errors", self.errors, get_args(DecodeErrors))
-        for name, least in (("seq_len", 1), ("batch_size", 1), ("num_threads", 0)):
-            _check_integer(name, getattr(self, name), least)
-        _check_integer("prefetch_batches", self.prefetch_batches, 1)
-        _check_integer("seed", self.seed, 0)
-        if self.seed >= 2**32:
-            raise ValueError(f"data seed must be below 2**32, got {self.seed}")
+        for name in ("seq_len", "batch_size"):
+            _check_integer(name, getattr(self, name), 1)
+        if self.batch_size * self.seq_len >= 2**31:
+            raise ValueError(
+                f"data batch_size={self.batch_size} x seq_len={self.seq_len} is "
+                f"{self.batch_size * self.seq_len:,} tokens a batch, of 2**31 - 1 at most; lower "
+                "one of them"
+            )
+        _check_integer("num_threads", self.num_threads, 0, 1024)
+        _check_integer("prefetch_batches", self.prefetch_batches, 1, 4096)
+        _check_integer("seed", self.seed, 0, 2**32 - 1)
+        _check_integer("max_document_mib", self.max_document_mib, 1, 1024)
         if self.max_documents is not None:
             _check_integer("max_documents", self.max_documents, 1)
         check_holdout_fraction(self.holdout_fraction)
@@ -74,9 +82,11 @@ def check_holdout_fraction(value: float) -> None:
         raise ValueError(f"data holdout_fraction must be from 0 to 1, got {value!r}")
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"data {name} must be an integer of at least {least}, got {value!r}")
+def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"data {name} must be an integer {wanted}, got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,9 +1,10 @@
 """The corpus: a source read, tokenised and divided into training and held-out documents."""
 
+import array
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from fusedkv_jax.data import formats, shards, sources, tokenizers
 from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.encoding import document_tokens
 from fusedkv_jax.data.packing import TokenizedDocuments
-from fusedkv_jax.data.recall import RECALL, RecallSequences
+from fusedkv_jax.data.recall import RecallSequences
 
-_TEXTS_PER_CALL = 256  # Enough to keep the tokenizer's threads busy.
+# Enough to keep the tokenizer's threads busy, and no more than fits beside one large text.
+_TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 2**22
+MAX_BYTES_IN_MEMORY = 4 * 2**30
 
 
 class EmptySplitError(ValueError):
@@ -34,29 +37,39 @@ class Corpus:
 
 
 class InMemoryDocuments:
-    """Tokenised documents held in memory, in the smallest unsigned type that fits."""
+    """Tokenised documents held in memory, end to end in the smallest unsigned type that fits."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
         self._dtype = shards.token_dtype(tokenizer.vocab_size)
-        self._tokens: list[np.ndarray] = []
-        self._num_bytes: list[int] = []
+        self._ids = bytearray()
+        self._starts = array.array("q", [0])  # in ids, with the end of the last document
+        self._num_bytes = array.array("q")
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory, in bytes."""
+        return len(self._ids) + 8 * (len(self._starts) + len(self._num_bytes))
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
         """Adds one document, given its ids without BOS and EOS and its size in UTF-8 bytes."""
-        self._tokens.append(document_tokens(ids, self._tokenizer).astype(self._dtype))
+        self._ids += document_tokens(ids, self._tokenizer).astype(self._dtype).tobytes()
+        self._starts.append(len(self._ids) // self._dtype.itemsize)
         self._num_bytes.append(num_bytes)
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.array([len(tokens) - 1 for tokens in self._tokens], np.int64)
+        return np.diff(np.array(self._starts, np.int64)) - 1
 
     @property
     def num_bytes(self) -> np.ndarray:
         return np.array(self._num_bytes, np.int64)
 
     def read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._tokens[index][start:stop]
+        first, end = self._starts[index], self._starts[index + 1]
+        size = self._dtype.itemsize
+        document = np.frombuffer(self._ids, self._dtype, end - first, first * size)
+        return document[start:stop]
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -68,7 +81,7 @@ def load_corpus(config: DataConfig) -> Corpus:
         tokenizer; the message names the file.
     """
     tokenizer = tokenizers.load(config.tokenizer)
-    if config.source == RECALL:
+    if config.source == sources.RECALL:
         sizes = {"vocab_size": tokenizer.vocab_size, "seq_len": config.seq_len}
         train, heldout = (
             RecallSequences(split, **sizes, seed=config.seed) for split in ("train", "heldout")
@@ -78,12 +91,23 @@ def load_corpus(config: DataConfig) -> Corpus:
     if any(sources.is_shard(file) for file in files):
         train, heldout = shards.open_splits(files, tokenizer, config.max_documents)
         return Corpus(train, heldout, tokenizer)
-    documents = sources.read_all(files, text_key=config.text_key, errors=config.errors)
+    documents = sources.read_all(
+        files,
+        text_key=config.text_key,
+        errors=config.errors,
+        max_bytes=config.max_document_mib * 2**20,
+    )
     splits = {False: InMemoryDocuments(tokenizer), True: InMemoryDocuments(tokenizer)}
     empty = True
     for document, ids in tokenized(itertools.islice(documents, config.max_documents), tokenizer):
         data = document.text.encode()
         splits[is_held_out(data, config.holdout_fraction)].add(ids, len(data))
+        if sum(split.nbytes for split in splits.values()) > MAX_BYTES_IN_MEMORY:
+            raise ValueError(
+                f"{config.source}: more than {MAX_BYTES_IN_MEMORY / 2**30:g} GiB of tokens; write "
+                "shards with experiments.prepare_data, which need no memory, or set "
+                "data.max_documents"
+            )
         empty = False
     if empty:
         raise ValueError(f"{config.source}: no text in {len(files)} file(s)")
@@ -94,15 +118,20 @@ def tokenized(
     documents: Iterable[formats.Document], tokenizer: tokenizers.Tokenizer
 ) -> Iterable[tuple[formats.Document, np.ndarray]]:
     """Yields each document with its ids (no BOS, no EOS), tokenised in groups."""
-    iterator = iter(documents)
-    while group := list(itertools.islice(iterator, _TEXTS_PER_CALL)):
-        yield from zip(group, _encode(group, tokenizer), strict=True)
+    for group in _groups(documents):
+        yield from zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True)
 
 
-def _encode(
-    group: Sequence[formats.Document], tokenizer: tokenizers.Tokenizer
-) -> Iterable[np.ndarray]:
-    return tokenizer.encode_batch([document.text for document in group])
+def _groups(documents: Iterable[formats.Document]) -> Iterator[list[formats.Document]]:
+    group, characters = [], 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if len(group) == _TEXTS_PER_CALL or characters >= _CHARACTERS_PER_CALL:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:

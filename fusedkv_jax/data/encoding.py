@@ -35,5 +35,5 @@ def document_beginning(tokenizer: Any) -> list[int]:
 def document_tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """A whole document: BOS, the tokens of its text, EOS."""
     ends = document_beginning(tokenizer), [tokenizer.eos_id]
-    before, after = (np.asarray(tokens, np.int64) for tokens in ends)
+    before, after = (np.asarray(tokens, np.int32) for tokens in ends)
     return np.concatenate([before, ids, after])

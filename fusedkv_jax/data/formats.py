@@ -16,6 +16,9 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIXES = (".parquet",)
+# A small file can hold a large text: what is read at a time has a bound, whatever the input.
+MAX_DOCUMENT_BYTES = 64 * 2**20
+_ROWS_PER_BATCH = 64  # of Parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +49,20 @@ def format_of(path: pathlib.Path) -> str | None:
 
 
 def read_documents(
-    path: pathlib.Path, *, text_key: str = "text", errors: str = "strict"
+    path: pathlib.Path,
+    *,
+    text_key: str = "text",
+    errors: str = "strict",
+    max_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[Document]:
     """Yields the documents of one file; a text file is one, a JSON line or Parquet row is one.
 
+    The file is read as a stream; a document or line of more than `max_bytes` is never held whole.
+
     Raises:
-      ValueError: bytes that are not UTF-8 (with errors="strict"; the message gives the offset
-        in the decompressed file), a line that is not a JSON object, a missing text field, or
-        a damaged file. FileNotFoundError: there is no such file.
+      ValueError: a document that is too large, bytes that are not UTF-8 (with errors="strict"; the
+        message gives the offset in the decompressed file), a line that is not a JSON object, a
+        missing text field, or a damaged file. FileNotFoundError: there is no such file.
     """
     readers = {"text": _read_text, "json": _read_json_lines, "parquet": _read_parquet}
     kind = format_of(path)
@@ -63,30 +72,52 @@ def read_documents(
             f"{path}: unknown file type {path.suffix!r}; known are {known} "
             f"(text and JSON lines also with {', '.join(COMPRESSIONS)})"
         )
-    yield from readers[kind](path, text_key, errors)
+    yield from readers[kind](path, _Reading(text_key, errors, max_bytes))
 
 
-def _read_text(path: pathlib.Path, text_key: str, errors: str) -> Iterator[Document]:
-    del text_key  # A text file has no fields.
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """How to read: the field that holds the text, what to do with bad bytes, and how much."""
+
+    text_key: str
+    errors: str
+    max_bytes: int
+
+    def check_size(self, size: int, where: str) -> None:
+        if size > self.max_bytes:
+            raise ValueError(
+                f"{where}: a document of more than {self.max_bytes / 2**20:g} MiB; divide the text "
+                "into documents (JSON lines, or several files), or raise max_document_mib"
+            )
+
+
+def _read_text(path: pathlib.Path, how: _Reading) -> Iterator[Document]:
     with _open(path) as (stream, raw), _damage_as_value_error(path):
-        yield Document(_decode(stream.read(), str(path), 0, errors), str(path), raw.tell())
+        content = stream.read(how.max_bytes + 1)
+        how.check_size(len(content), str(path))
+        yield Document(_decode(content, str(path), 0, how.errors), str(path), raw.tell())
 
 
-def _read_json_lines(path: pathlib.Path, text_key: str, errors: str) -> Iterator[Document]:
-    offset = 0
+def _read_json_lines(path: pathlib.Path, how: _Reading) -> Iterator[Document]:
+    offset = number = 0
     with _open(path) as (stream, raw), _damage_as_value_error(path):
-        for number, line in enumerate(stream, 1):
+        while line := stream.readline(how.max_bytes + 1):
+            number += 1
             where = f"{path}:{number}"
-            text = _decode(line, where, offset, errors).strip()
+            how.check_size(len(line), where)
+            text = _decode(line, where, offset, how.errors).strip()
             offset += len(line)
             if text:
-                yield Document(_json_text(text, where, text_key, errors), where, raw.tell())
+                yield Document(_json_text(text, where, how), where, raw.tell())
 
 
-def _json_text(line: str, where: str, text_key: str, errors: str) -> str:
+def _json_text(line: str, where: str, how: _Reading) -> str:
+    text_key = how.text_key
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"{where}: not a line of JSON that can be read: nested too deep") from None
+    except ValueError as error:
         raise ValueError(f"{where}: not a line of JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON line must be an object, got {type(record).__name__}")
@@ -95,11 +126,11 @@ def _json_text(line: str, where: str, text_key: str, errors: str) -> str:
             f"{where}: no field {text_key!r} (there are: {', '.join(sorted(record))}); "
             "set text_key to the one that holds the text"
         )
-    return _check_text(record[text_key], where, text_key, errors)
+    return _check_text(record[text_key], where, how)
 
 
-def _read_parquet(path: pathlib.Path, text_key: str, errors: str) -> Iterator[Document]:
-    pyarrow = _pyarrow("Parquet files")
+def _read_parquet(path: pathlib.Path, how: _Reading) -> Iterator[Document]:
+    pyarrow, text_key = _pyarrow("Parquet files"), how.text_key
     size = path.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -110,24 +141,25 @@ def _read_parquet(path: pathlib.Path, text_key: str, errors: str) -> Iterator[Do
                     "set text_key to the one that holds the text"
                 )
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_key]):
                 for value in batch.column(0):
                     row += 1
                     where = f"{path}:{row}"
-                    text = _check_text(value.as_py(), where, text_key, errors)
+                    text = _check_text(value.as_py(), where, how)
                     yield Document(text, where, size * row // file.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from None
 
 
-def _check_text(value: object, where: str, text_key: str, errors: str) -> str:
+def _check_text(value: object, where: str, how: _Reading) -> str:
+    text_key = how.text_key
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise ValueError(f"{where}: {text_key!r} must be a string, got {kind}")
     try:
-        value.encode()
+        how.check_size(len(value.encode()), where)
     except UnicodeEncodeError as error:  # A lone surrogate written as an escape.
-        if errors == "strict":
+        if how.errors == "strict":
             raise ValueError(
                 f"{where}: {text_key!r} has an unpaired surrogate at character {error.start}; "
                 "repair the file or set errors='replace'"

@@ -15,6 +15,7 @@ from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.corpus import Corpus, EmptySplitError, load_corpus
 from fusedkv_jax.data.packing import PackedSequences, TokenizedDocuments, empty_sequence
 from fusedkv_jax.data.recall import RecallSequences
+from fusedkv_jax.data.shards import ShardDocuments
 
 Batch = dict[str, np.ndarray]
 Sequences = PackedSequences | RecallSequences
@@ -133,8 +134,7 @@ def make_eval_batches(
     if not len(sequences):
         raise EmptySplitError(
             f"{config.source}: none of {_count(corpus.train)} documents is held out; "
-            f"raise holdout_fraction ({config.holdout_fraction}), add documents, or evaluate "
-            "on a source of its own with holdout_fraction=1.0"
+            f"{_remedy(corpus)}"
         )
     padded = _PaddedSequences(sequences, config.batch_size, empty_sequence(config.seq_len))
     dataset = _batch(grain.MapDataset.source(padded), config, shard).map(_sum_bytes)
@@ -145,6 +145,13 @@ def _pack(documents: TokenizedDocuments | RecallSequences, config: DataConfig) -
     if isinstance(documents, RecallSequences):
         return documents
     return PackedSequences(documents, packing=config.packing, seq_len=config.seq_len)
+
+
+def _remedy(corpus: Corpus) -> str:
+    more = "a larger holdout_fraction or more documents, or train with train.eval_batches=0"
+    if isinstance(corpus.train, ShardDocuments):  # which keep their split
+        return f"prepare the shards again with {more}"
+    return f"set {more}; or evaluate on a source of its own with holdout_fraction=1.0"
 
 
 def _count(documents: TokenizedDocuments | RecallSequences) -> int:

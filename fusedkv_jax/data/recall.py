@@ -6,7 +6,6 @@ from fusedkv_jax.data import recall_tasks
 from fusedkv_jax.data.packing import empty_sequence
 from fusedkv_jax.data.recall_forms import TokenForm
 
-RECALL = "recall"
 SHORTEST = 16
 SHORTEST_TASK = 64  # shorter examples are drill
 DRILL_SHARE = 0.5

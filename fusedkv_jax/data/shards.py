@@ -13,6 +13,7 @@ A folder of shards holds
   the sources.
 """
 
+import array
 import dataclasses
 import functools
 import json
@@ -52,8 +53,8 @@ class ShardWriter:
         self._paths = [folder / shard_name(split, index, count) for index in range(count)]
         # group_size:1 compresses each record by itself, which random access needs.
         self._writers = [ArrayRecordWriter(str(path), "group_size:1") for path in self._paths]
-        self._lengths: list[list[int]] = [[] for _ in self._paths]
-        self._num_bytes: list[list[int]] = [[] for _ in self._paths]
+        self._lengths = [array.array("q") for _ in self._paths]
+        self._num_bytes = [array.array("q") for _ in self._paths]
         self._documents = self._tokens = self._bytes = 0
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
@@ -110,7 +111,7 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
         known = known and metadata["ids_per_record"] >= 1
         if not known or not isinstance(metadata["tokenizer"]["fingerprint"], str):
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: not the metadata of {FORMAT} version {VERSION}") from None
     return metadata
 

@@ -5,15 +5,24 @@ import difflib
 import glob
 import itertools
 import pathlib
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 
 from fusedkv_jax.data import formats
 
 PYTHON_STDLIB = "python_stdlib"
+RECALL = "recall"  # synthetic tasks, which are made and not read
 SHARD_SUFFIXES = (".arrayrecord", ".array_record")
 # Folders of the standard library that hold tests, other packages or generated files.
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def absolute(source: str) -> str:
+    """The source under a name that means the same in any directory."""
+    if source in (PYTHON_STDLIB, RECALL):
+        return source
+    return str(pathlib.Path(source).expanduser().absolute())
 
 
 def list_files(inputs: Sequence[str]) -> list[pathlib.Path]:
@@ -37,7 +46,11 @@ def is_shard(path: pathlib.Path) -> bool:
 
 
 def read_all(
-    files: Sequence[pathlib.Path], *, text_key: str = "text", errors: str = "strict"
+    files: Sequence[pathlib.Path],
+    *,
+    text_key: str = "text",
+    errors: str = "strict",
+    max_bytes: int = formats.MAX_DOCUMENT_BYTES,
 ) -> Iterator[formats.Document]:
     """Yields the documents of `files` one after the other, without the empty ones.
 
@@ -45,7 +58,9 @@ def read_all(
     """
     before = 0
     for path in files:
-        for document in formats.read_documents(path, text_key=text_key, errors=errors):
+        for document in formats.read_documents(
+            path, text_key=text_key, errors=errors, max_bytes=max_bytes
+        ):
             if document.text:
                 yield dataclasses.replace(document, bytes_read=before + document.bytes_read)
         before += path.stat().st_size
@@ -65,14 +80,44 @@ def _expand(name: str) -> list[pathlib.Path]:
         if not files:
             raise FileNotFoundError(f"no file matches {name!r}")
         return files
+    problem = why_not_a_file(path)
+    if problem:
+        raise ValueError(f"{name}: {problem}")
     raise FileNotFoundError(f"no such file or folder: {name!r}{_hint(name, path)}")
+
+
+def why_not_a_file(path: pathlib.Path) -> str | None:
+    """What a name stands for if it is neither a file nor a folder; None if for nothing at all."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        if path.is_symlink():
+            return f"is a broken link, to {str(path.readlink())!r}"
+        return None
+    for is_kind, kind in _SPECIAL_FILES.items():
+        if is_kind(mode):
+            return f"is a {kind}, which cannot be read twice; write its content to a file"
+    return None
+
+
+_SPECIAL_FILES = {
+    stat.S_ISFIFO: "pipe (FIFO)",
+    stat.S_ISSOCK: "socket",
+    stat.S_ISCHR: "device",
+    stat.S_ISBLK: "device",
+}
 
 
 def _folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
     found = []
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and (is_shard(path) or formats.format_of(path)):
+        if hidden or not (is_shard(path) or formats.format_of(path)):
+            continue
+        problem = why_not_a_file(path)
+        if problem:
+            raise ValueError(f"{path}: {problem}")
+        if path.is_file():
             found.append(path)
     if any(is_shard(path) for path in found):
         # A folder of shards also holds their metadata, which is not text to train on.

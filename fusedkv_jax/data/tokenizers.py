@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from fusedkv_jax.data import sources
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -104,6 +106,9 @@ class HuggingFaceTokenizer:
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
+            problem = sources.why_not_a_file(file)
+            if problem:
+                raise ValueError(f"tokenizer {str(path)!r} {problem}")
             raise FileNotFoundError(
                 f"no such tokenizer: {str(path)!r}; it is 'byte' or a tokenizer.json"
             )
@@ -204,7 +209,7 @@ def _special_token_names(config: pathlib.Path) -> dict[str, str]:
     try:
         entries = json.loads(config.read_text(encoding="utf-8"))
         tokens = {kind: entries.get(f"{kind}_token") for kind in _SPELLINGS}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{config}: not a JSON object") from None
     # An entry is a string, or an object (AddedToken) whose "content" is the string.
     texts = ((k, t.get("content") if isinstance(t, dict) else t) for k, t in tokens.items())

@@ -2,6 +2,7 @@
 
 from fusedkv_jax.training.checkpoints import Checkpoints, checkpoint_directory, load_model
 from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
+from fusedkv_jax.training.divergence import DivergedError
 from fusedkv_jax.training.early_exit import EarlyExitConfig
 from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
 from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DamagedCheckpointError",
+    "DivergedError",
     "EarlyExitConfig",
     "EvalResult",
     "ExperimentConfig",

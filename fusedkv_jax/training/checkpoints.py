@@ -1,6 +1,7 @@
 """Checkpoints of a run with Orbax: asynchronous saving, exact resuming, clear refusals."""
 
 import concurrent.futures
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError, Manifest
 from fusedkv_jax.training.state import TrainState, abstract_model
 from fusedkv_jax.training.store import Store, committed_steps
+from fusedkv_jax.training.tokenizer_files import kept_tokenizer
 from fusedkv_jax.training.trees import plain, unplain, with_sharding
 
 BEST_METRIC = "eval/loss"
@@ -231,10 +233,12 @@ def load_model(
       mesh: where the parameters go, split over it; None for the default device.
 
     Returns:
-      (model, configuration of the run, step).
+      (model, configuration of the run, step). `data.tokenizer` is the copy in the work directory
+      where there is one.
 
     Raises:
       CheckpointError: no checkpoint there, or none of that step, or a file of it is damaged.
+      TokenizerChangedError: a file of the tokenizer's copy is damaged.
     """
     directory = checkpoint_directory(workdir)
     steps = committed_steps(directory)
@@ -248,6 +252,8 @@ def load_model(
     path = directory / str(step)
     saved = manifest.verify(path, below="params/").config
     config = ExperimentConfig.from_dict(saved)
+    tokenizer = kept_tokenizer(config.data.tokenizer, workdir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     graphdef, params = abstract_model(config.model)
     expected = {"params": plain(params)}
     check_tree(path, saved, expected, config)

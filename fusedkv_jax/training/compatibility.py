@@ -6,14 +6,16 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
+from fusedkv_jax.data import sources
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
 from fusedkv_jax.training.manifest import CheckpointError
 from fusedkv_jax.training.trees import describe
 
 # Settings that change how the model is computed but neither its parameters nor its function.
 MODEL_RUNTIME_FIELDS = ("attention", "max_length", "remat", "scan_layers")
-# Settings that change how fast batches come but not which.
-DATA_RUNTIME_FIELDS = ("num_threads", "prefetch_batches")
+# Settings that change how fast batches come but not which, and the tokenizer's path: the run keeps
+# the tokenizer itself.
+DATA_RUNTIME_FIELDS = ("max_document_mib", "num_threads", "prefetch_batches", "tokenizer")
 
 
 def check_tree(
@@ -62,4 +64,7 @@ def _difference(part: str, saved: dict[str, Any], config: ExperimentConfig) -> s
         {name: value for name, value in values[part].items() if name not in runtime}
         for values in (saved, json.loads(json.dumps(config.to_dict())))
     )
+    if part == "data":
+        for values in (old, new):
+            values["source"] = sources.absolute(values["source"])
     return first_difference(old, new, part)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -33,7 +34,9 @@ class TrainConfig:
       log_every: steps between metric lines.
       eval_every: steps between evaluations on held-out text; 0 means only at the end.
       eval_batches: batches of one evaluation; 0 turns evaluation off.
-      checkpoint_every: steps between checkpoints; 0 means only at the end.
+      checkpoint_every: steps between checkpoints; 0 means by time and at the end only.
+      checkpoint_minutes: minutes between checkpoints, whatever the steps; 0 means by steps and at
+        the end only.
       keep_checkpoints: the newest checkpoints that are kept.
       keep_best: checkpoints kept besides, those with the lowest held-out loss; evaluate at the
         steps that are saved.
@@ -50,22 +53,31 @@ class TrainConfig:
     eval_every: int = 0
     eval_batches: int = 16
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
     keep_best: int = 0
     peak_flops: float | None = None
 
     def __post_init__(self):
         for name in ("steps", "grad_accumulation", "logits_mib", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
+            _check_integer(name, getattr(self, name), 1)
         for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
+            _check_integer(name, getattr(self, name), 0)
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ValueError(
+                f"train.checkpoint_minutes={self.checkpoint_minutes} must be 0 or more minutes"
+            )
         if self.gradient_dtype not in get_args(GradientType):
             known = " or ".join(get_args(GradientType))
             raise ValueError(f"train.gradient_dtype={self.gradient_dtype!r}; choose {known}")
-        if self.peak_flops is not None and self.peak_flops <= 0:
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
             raise ValueError(f"train.peak_flops={self.peak_flops} must be positive, or none")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**31:
+        raise ValueError(f"train.{name}={value!r} must be a whole number from {least} to 2**31 - 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,11 @@ class Goodput:
         self._seconds[self._activity] = spent
         self._activity, self._since = activity, now
 
+    def seconds(self) -> dict[str, float]:
+        """Each activity's time so far, in seconds."""
+        self.switch(self._activity)
+        return dict(self._seconds)
+
     def fractions(self) -> dict[str, float]:
         """Each activity's share of the wall time so far, largest first; they add up to 1."""
         self.switch(self._activity)

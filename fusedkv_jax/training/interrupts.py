@@ -1,8 +1,9 @@
-"""SIGTERM and SIGINT become a flag that the loop reads between steps, the same on all processes."""
+"""Signals and clocks become flags that the loop reads between steps, alike on all processes."""
 
 import collections
 import signal
 import threading
+import time
 from types import FrameType
 
 import jax
@@ -18,11 +19,13 @@ _DELAY = 2
 
 
 class Interrupts:
-    """Context manager that notes the first SIGTERM or SIGINT and lets a second one act.
+    """Context manager that notes the first SIGTERM, SIGINT or SIGHUP.
 
-    Schedulers (Slurm, Kubernetes, spot instances) send SIGTERM some time before the kill, and
-    people press Ctrl-C: the run then saves and exits. With several processes the signal may come
-    to one alone or to each at another step; `poll` makes them stop at the same one.
+    Schedulers (Slurm, Kubernetes, spot instances) send SIGTERM some time before the kill, people
+    press Ctrl-C, and a terminal or connection that closes sends SIGHUP: the run then saves and
+    exits. A second SIGTERM or SIGINT acts as ever. A second SIGHUP does not, because a shell and
+    the kernel each send one; where it is ignored (nohup) it stays so. With several processes the
+    signal may come to one alone or to each at another step; `poll` makes them stop at the same one.
 
     Attributes:
       received: name of the signal that this process got, or None.
@@ -47,22 +50,50 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         # Python allows handlers in the main thread only; elsewhere the host program's rule holds.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGTERM, signal.SIGINT) if in_main_thread else ():
-            self._previous[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        self.received = self.received or signal.Signals(number).name
+        if number != signal.SIGHUP:
+            self._restore(*self._previous.keys() & {signal.SIGTERM, signal.SIGINT})
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, self._previous.pop(number))
+
+
+class Alarm:
+    """Says once in so many seconds that it is time, at the same step on all processes.
+
+    Process 0's clock decides; several processes learn of it some steps later.
+
+    Args:
+      seconds: between two times; 0 never says so.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._vote = _Vote() if seconds and jax.process_count() > 1 else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._since = time.monotonic()
+
+    def poll(self) -> bool:
+        """Whether it is time; every process calls it once after each step."""
+        due = self._seconds > 0 and time.monotonic() - self._since >= self._seconds
+        if self._vote is None:
+            return due
+        return bool(self._vote.cast(int(due and jax.process_index() == 0)))
 
 
 class _Vote:

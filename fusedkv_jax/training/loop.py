@@ -11,15 +11,17 @@ import jax
 from flax import nnx
 
 from fusedkv_jax import costs, data, processes
-from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data import sources, tokenizers
 from fusedkv_jax.sharding import make_mesh, process_rows, put_batch
 from fusedkv_jax.training.checkpoints import Checkpoints
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
+from fusedkv_jax.training.divergence import DivergenceCheck
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
 from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
-from fusedkv_jax.training.interrupts import Interrupts
+from fusedkv_jax.training.interrupts import Alarm, Interrupts
 from fusedkv_jax.training.lock import lock_workdir
 from fusedkv_jax.training.manifest import CheckpointError
+from fusedkv_jax.training.memory import check_memory, memory_errors, step_bytes
 from fusedkv_jax.training.metrics import (
     JsonLinesWriter,
     LineWriter,
@@ -36,6 +38,7 @@ from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.progress import Progress
 from fusedkv_jax.training.state import TrainState
 from fusedkv_jax.training.step import BATCH_KEYS, Batch
+from fusedkv_jax.training.tokenizer_files import keep_tokenizer, kept_tokenizer
 
 LOGGED = ("grad_norm", "learning_rate", "skipped")  # of the last step; the loss is a mean
 METRICS_FILE = "metrics.jsonl"
@@ -53,12 +56,14 @@ class TrainResult:
       interrupted: name of the signal that ended it early, or None.
       metrics: the last values of every metric, such as "train/loss" and "eval/bits_per_byte".
       workdir: where checkpoints and metrics are.
+      seconds: where the call's time went: "steps", "compilation", "evaluation" and so on.
     """
 
     step: int
     interrupted: str | None
     metrics: dict[str, float]
     workdir: pathlib.Path
+    seconds: dict[str, float]
 
 
 def train(
@@ -68,11 +73,12 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     wandb_project: str | None = None,
 ) -> TrainResult:
-    """Train until `config.train.steps`, or until SIGTERM or SIGINT.
+    """Train until `config.train.steps`, or until SIGTERM, SIGINT or SIGHUP.
 
-    The work directory holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`. A run that
-    finds checkpoints there goes on from the newest one, bit for bit as if it had not stopped.
-    On the first SIGTERM or SIGINT it saves after the current step and returns.
+    The work directory holds `checkpoints/`, `metrics.jsonl`, `tensorboard/` and a copy of the
+    tokenizer, unless that is bytes. A run that finds checkpoints there goes on from the newest
+    one, bit for bit as if it had not stopped.
+    On the first SIGTERM, SIGINT or SIGHUP it saves after the current step and returns.
 
     With several processes (after `processes.initialize`) all call it with the same arguments and
     on one shared file system. Process 0 prints, writes the metrics and commits the checkpoints; a
@@ -91,18 +97,24 @@ def train(
         checkpoint of another configuration (`CheckpointError`), the package wandb is asked for
         and missing, or the processes differ (`ProcessesError`).
       CheckpointError: the last step could not be saved.
+      DivergedError: the loss is not finite, and will not be again.
+      MemoryError: the devices cannot hold the run; the message says what to lower.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")
+    source = sources.absolute(config.data.source)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
     profile = ProfileWindow(workdir / "profile", profile_steps)
     arguments = config.to_dict() | {"workdir": str(workdir), "profile_steps": profile_steps}
     processes.check_same("configuration", arguments, first_difference)
     program = TrainProgram(config, make_mesh(config.mesh))
     process_rows(program.mesh)  # refuses a mesh that cuts across the processes
-    tokenizer = processes.together(lambda: tokenizers.load(config.data.tokenizer))
+    name = config.data.tokenizer
+    tokenizer = processes.together(lambda: tokenizers.load(kept_tokenizer(name, workdir)))
     tokenizers.check_vocab_size(tokenizer, config.model.vocab_size)
     with (
+        memory_errors(),
         jax.set_mesh(program.mesh),
         lock_workdir(workdir),
         Interrupts() as interrupts,
@@ -110,6 +122,7 @@ def train(
             workdir, config.train.keep_checkpoints, keep_best=config.train.keep_best
         ) as checkpoints,
     ):
+        processes.on_first(lambda: keep_tokenizer(name, workdir))
         run = _Run(config, workdir, program, checkpoints, interrupts, profile, wandb_project)
         return run.finish()
 
@@ -135,16 +148,23 @@ class _Run:
         self.program = program
         self.checkpoints = checkpoints
         self.interrupts = interrupts
+        self.alarm = Alarm(60 * config.train.checkpoint_minutes)
+        self.divergence = DivergenceCheck(config, lambda: checkpoints.latest_step)
+        # Of the steps that may still be on the device: number, loss and gradient norm.
+        self.queued: collections.deque[tuple[int, jax.Array, jax.Array]] = collections.deque()
         self.eval_batches = None
         processes.together(self._load_data)
         processes.check_same("corpus", {"data": self.data.corpus}, first_difference)
         parts, logits_mib = config.train.grad_accumulation, config.train.logits_mib
         self.eval_step = make_eval_step(program.graphdef, parts, logits_mib)
+        self.eval_compiled = False
         self.latest: dict[str, float] = {}
         self.seen = last_step(self.workdir / METRICS_FILE)
 
     def _load_data(self) -> None:
         config, steps = self.config.data, self.config.train.eval_batches
+        kept = kept_tokenizer(config.tokenizer, self.workdir)
+        config = dataclasses.replace(config, tokenizer=kept)
         corpus = data.load_corpus(config)
         shard = grain.sharding.ShardOptions(*process_rows(self.program.mesh))
         self.data = data.make_train_iterator(config, corpus=corpus, shard=shard)
@@ -162,7 +182,7 @@ class _Run:
                     f"{self.workdir} is already at step {step} of {steps}; raise "
                     "--config.train.steps to go on"
                 )
-                return TrainResult(step, None, {}, self.workdir)
+                return TrainResult(step, None, {}, self.workdir, self.goodput.seconds())
             self._announce(progress, state, step)
             writer = processes.together(lambda: self._writers(progress, step))
             try:
@@ -171,9 +191,11 @@ class _Run:
                 writer.close()
             progress.print(self.goodput.summary())
         processes.on_first(lambda: None)  # the others must not end while process 0 closes writers
-        return TrainResult(step, self.interrupts.agreed, self.latest, self.workdir)
+        seconds = self.goodput.seconds()
+        return TrainResult(step, self.interrupts.agreed, self.latest, self.workdir, seconds)
 
     def _start(self) -> tuple[TrainState, int]:
+        check_memory("the state of the model and its optimizer", _nbytes(self.program.state))
         restored = self.checkpoints.restore(self.program.state, self.data, self.config)
         return (self.program.create(), 0) if restored is None else restored
 
@@ -206,6 +228,7 @@ class _Run:
         self.goodput.switch("compilation")
         start = time.perf_counter()
         compiled = self.program.lower().compile()
+        check_memory("a training step", step_bytes(compiled))
         progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
         progress.restart_clock()
         return compiled
@@ -215,8 +238,8 @@ class _Run:
         batch = self._next_batch()
         train_step = self._compile(progress)
         timer = self._timer(state)
-        queued: collections.deque = collections.deque()
-        losses, waited = [], 0.0
+        losses, waited, to_save = [], 0.0, False
+        self.alarm.restart()
         while True:
             self.goodput.switch("repeated steps" if step < self.seen else PRODUCTIVE)
             self.profile.move(step, state.step)
@@ -225,9 +248,8 @@ class _Run:
             progress.advance()
             timer.count(waited)
             losses.append(metrics["loss"])
-            queued.append(metrics["loss"])
-            if len(queued) > QUEUED_STEPS:
-                queued.popleft().block_until_ready()
+            self.queued.append((step, metrics["loss"], metrics["grad_norm"]))
+            self._settle(QUEUED_STEPS)
             last = self.interrupts.poll() is not None or step >= train.steps
             if last or step % train.log_every == 0:
                 self._log(writer, step, metrics, losses, timer)
@@ -237,20 +259,37 @@ class _Run:
                 self.goodput.switch("evaluation")
                 evaluated = self._evaluate(writer, step, state.params)
                 timer.restart()
-            if last or _is_multiple(step, train.checkpoint_every):
+            to_save |= self.alarm.poll() | last | _is_multiple(step, train.checkpoint_every)
+            if to_save and self._worth_saving(step, evaluated, last):
                 # After a save the iterator must be at the next batch, so it is saved before
                 # that batch is drawn.
                 self.goodput.switch("saving")
                 self.checkpoints.save(step, state, self.data, self.config, evaluated)
+                self.alarm.restart()
                 timer.restart()
+                to_save = False
             if last:
                 self.profile.move(step, state.step, last=True)
-                self._say_goodbye(progress, step)
+                self._confirm_last_checkpoint(progress, step)
                 return step
             self.goodput.switch("waiting for data")
             before = time.perf_counter()
             batch = self._next_batch()
             waited = time.perf_counter() - before
+
+    def _settle(self, running: int) -> None:
+        """Wait until at most so many steps are on the device, and look at those that are done."""
+        while len(self.queued) > running:
+            step, *figures = self.queued.popleft()
+            loss, grad_norm = map(float, jax.device_get(figures))
+            self.divergence.count(step, loss, grad_norm)
+
+    def _worth_saving(self, step: int, evaluated: dict[str, float], last: bool) -> bool:
+        """Whether the parameters may be good: keep no diverged state in place of one that is."""
+        self._settle(0)
+        if last:
+            self.divergence.finish(step, evaluated)
+        return last or self.divergence.in_a_row == 0
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.train.steps or _is_multiple(step, every)
@@ -279,6 +318,11 @@ class _Run:
     def _evaluate(self, writer, step: int, params: nnx.State) -> dict[str, float]:
         if self.eval_batches is None:
             return {}
+        if not self.eval_compiled:
+            self.goodput.switch("compilation")
+            self.eval_step = self.eval_step.lower(params, self.program.batch).compile()
+            self.eval_compiled = True
+            self.goodput.switch("evaluation")
         result = evaluate(self.eval_step, params, self.eval_batches, self.program.mesh)
         values = {f"eval/{name}": value for name, value in result.metrics.items()}
         self._write(writer, step, values)
@@ -288,7 +332,7 @@ class _Run:
         self.latest |= values
         writer.write(step, values)
 
-    def _say_goodbye(self, progress: Progress, step: int) -> None:
+    def _confirm_last_checkpoint(self, progress: Progress, step: int) -> None:
         self.checkpoints.wait()
         saved = self.checkpoints.latest_step
         if saved != step:
@@ -304,6 +348,10 @@ class _Run:
             )
         else:
             progress.print(f"saved step {step} in {self.workdir}")
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -46,13 +48,13 @@ class Progress:
     def advance(self, steps: int = 1) -> None:
         """Count `steps` more."""
         self.done += steps
-        self._bar.update(steps)
+        self._show(lambda: self._bar.update(steps))
 
     def restart_clock(self) -> None:
         """Measure the rate from now on, for instance after a compilation."""
         self._first = self.done
         self._start = time.perf_counter()
-        self._bar.unpause()
+        self._show(self._bar.unpause)
 
     def time_left(self) -> str:
         """The estimated time to the end, such as "02:30", or "?" before the first step."""
@@ -64,13 +66,24 @@ class Progress:
 
     def print(self, line: str) -> None:
         """Write one line to standard output, above the bar if there is one."""
+
+        def write() -> None:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(line, flush=True)
+
+        self._show(write)
+
+    def _show(self, write: Callable[[], Any]) -> None:
+        """Write, until a terminal or pipe has closed: work outlives its reader."""
         if self._silent:
             return
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
+        try:
+            write()
+        except OSError:
+            self._silent = True
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self._bar.close()
+        self._show(self._bar.close)

@@ -19,8 +19,13 @@ from fusedkv_jax.data import DataConfig
         ({"seq_len": 0}, "data seq_len must be an integer of at least 1, got 0"),
         ({"batch_size": 2.0}, "data batch_size must be an integer of at least 1, got 2.0"),
         ({"batch_size": True}, "data batch_size must be an integer of at least 1, got True"),
-        ({"num_threads": -1}, "data num_threads must be an integer of at least 0, got -1"),
-        ({"seed": 2**32}, "data seed must be below 2**32, got 4294967296"),
+        ({"num_threads": -1}, "data num_threads must be an integer from 0 to 1024, got -1"),
+        ({"seed": 2**32}, "data seed must be an integer from 0 to 4294967295, got 4294967296"),
+        (
+            {"batch_size": 10**9},
+            "data batch_size=1000000000 x seq_len=8 is 8,000,000,000 tokens a batch, of 2**31 - 1 "
+            "at most; lower one of them",
+        ),
         ({"max_documents": 0}, "data max_documents must be an integer of at least 1, got 0"),
         ({"holdout_fraction": 1.5}, "data holdout_fraction must be from 0 to 1, got 1.5"),
         ({"holdout_fraction": "0.1"}, "data holdout_fraction must be from 0 to 1, got '0.1'"),

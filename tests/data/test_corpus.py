@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from fusedkv_jax.data import DataConfig, load_corpus
+from fusedkv_jax.data import DataConfig, corpus, load_corpus
 from fusedkv_jax.data.corpus import is_held_out
+from fusedkv_jax.data.formats import Document
 
 
 def config(source, **changes):
@@ -80,3 +81,16 @@ def test_a_source_without_text(tmp_path):
     with pytest.raises(ValueError) as error:
         load_corpus(config(tmp_path))
     assert str(error.value) == f"{tmp_path}: no text in 2 file(s)"
+
+
+def test_more_text_than_fits_in_memory_is_refused(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", ["x" * 100] * 50)
+    monkeypatch.setattr(corpus, "MAX_BYTES_IN_MEMORY", 4000)
+    with pytest.raises(ValueError, match="write shards with experiments.prepare_data"):
+        load_corpus(config(tmp_path))
+
+
+def test_texts_are_tokenised_in_groups_of_bounded_size():
+    documents = [Document("x" * 2**20, "", 0)] * 10 + [Document("y", "", 0)] * 300
+    groups = [len(group) for group in corpus._groups(documents)]
+    assert sum(groups) == 310 and groups[0] == 4 and max(groups) == 256

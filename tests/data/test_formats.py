@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -137,3 +138,31 @@ def test_errors_replace_keeps_the_rest(tmp_path):
     assert replaced[0] == "x\ufffdy"
     assert replaced[1][0] == "x" and replaced[1][-1] == "y"
     assert set(replaced[1][1:-1]) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("suffix", ["txt.gz", "txt.xz", "txt.zst", "jsonl.zst", "jsonl"])
+def test_a_small_file_with_a_huge_document_is_refused_before_it_fills_the_memory(tmp_path, suffix):
+    encoders = {"txt.gz": gzip.compress, "txt.xz": lzma.compress, "jsonl": bytes}
+    path = tmp_path / f"bomb.{suffix}"
+    text = b" " * 40 * 2**20
+    path.write_bytes(encoders.get(suffix, zstandard.ZstdCompressor().compress)(text))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb.*a document of more than 1 MiB; divide the text"):
+        read(path, max_bytes=2**20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_a_huge_parquet_value_is_refused(tmp_path):
+    path = tmp_path / "bomb.parquet"
+    parquet.write_table(pa.table({"text": ["short", "x" * 2**21]}), path)
+    with pytest.raises(ValueError, match="bomb.parquet:2: a document of more than 1 MiB"):
+        read(path, max_bytes=2**20)
+
+
+def test_a_nesting_bomb_is_one_line(tmp_path):
+    path = tmp_path / "bomb.jsonl"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="bomb.jsonl:1: not a line of JSON.*nested too deep"):
+        read(path)

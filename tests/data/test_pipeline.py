@@ -191,7 +191,7 @@ def test_empty_splits(source):
     with pytest.raises(EmptySplitError) as error:
         make_eval_batches(config(source, holdout_fraction=0.0))
     assert str(error.value) == (
-        f"{source}: none of 300 documents is held out; raise holdout_fraction (0.0), add "
+        f"{source}: none of 300 documents is held out; set a larger holdout_fraction or more "
         "documents, or evaluate on a source of its own with holdout_fraction=1.0"
     )
     with pytest.raises(EmptySplitError) as error:

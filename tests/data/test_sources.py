@@ -1,5 +1,6 @@
 """What a source names is found in a fixed order, and a name that finds nothing says so."""
 
+import os
 import pathlib
 
 import pytest
@@ -75,3 +76,19 @@ def test_a_name_that_finds_nothing(folder, name, error, message):
 def test_no_input():
     with pytest.raises(ValueError, match="no input: name at least one"):
         list_files([])
+
+
+def test_pipes_and_broken_links_are_called_what_they_are(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to("gone.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    cases = {
+        "pipe.txt": r"is a pipe \(FIFO\).*write its content to a file",
+        "link.txt": "is a broken link, to 'gone.txt'",
+        "loop.txt": "is a broken link, to 'loop.txt'",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            list_files([str(tmp_path / name)])
+    with pytest.raises(ValueError, match="(pipe|link|loop).txt: is a"):
+        list_files([str(tmp_path)])

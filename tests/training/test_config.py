@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -36,7 +37,17 @@ def test_unknown_fields_suggest_the_nearest(toy, part, field, hint):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("grad_accumulation", 0), ("eval_every", -1), ("peak_flops", 0.0)],
+    [
+        ("steps", 0),
+        ("steps", 10**12),
+        ("grad_accumulation", 0),
+        ("log_every", True),
+        ("eval_every", -1),
+        ("checkpoint_minutes", -1.0),
+        ("checkpoint_minutes", math.nan),
+        ("peak_flops", 0.0),
+        ("peak_flops", math.inf),
+    ],
 )
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"train.{field}={value}"):

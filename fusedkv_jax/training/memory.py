@@ -1,0 +1,70 @@
+"""Out of memory, said before or instead of a crash, with what to lower."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+_REMEDY = (
+    "lower data.batch_size or data.seq_len, raise train.grad_accumulation, set model.remat=full, "
+    "or take a smaller model"
+)
+_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn XLA's report that memory is exhausted into a MemoryError that says what to lower."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise MemoryError(f"out of memory: {reason}; {_REMEDY}") from None
+
+
+def check_memory(what: str, nbytes: float) -> None:
+    """Refuse what a CPU's memory cannot hold: no allocator of its own would say so in time.
+
+    Args:
+      what: the name of what is to be allocated, for the message.
+      nbytes: over all devices of this process.
+
+    Raises:
+      MemoryError: it is more than the machine has.
+    """
+    if jax.default_backend() != "cpu":
+        return  # the device's allocator does
+    total = _memory()
+    if nbytes > total:
+        raise MemoryError(
+            f"{what} needs {nbytes / 2**30:,.1f} GiB and this machine has {total / 2**30:,.1f}; "
+            f"{_REMEDY}"
+        )
+
+
+def step_bytes(compiled: Any) -> float:
+    """What a compiled step holds at once on this process's devices; 0 where that is not known."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return 0.0
+    one = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    return one * jax.local_device_count()
+
+
+def _memory() -> float:
+    """Bytes of memory that this process may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(_CGROUP.read_text()))
+    except (OSError, ValueError):  # no such limit
+        return total
