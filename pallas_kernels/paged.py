@@ -99,8 +99,15 @@ class Pages:
           keys: one array for each of the J keys; None leaves that stream as it is, for layers
             that own one stream of the record.
           values: alike, J'.
-          page_table: page of each row's tokens; see `paged_attention`.
+          page_table: page of each row's tokens; see `paged_attention`. Rows may share pages, but
+            of two tokens for one slot either may stay.
           positions: position of each token; negative ones are not written.
+
+        A token past its row's table, or whose entry is no page (-1, say), is dropped; where table
+        and positions are not traced it is an error.
+
+        Raises:
+          ValueError: the streams are not those of the pages, or a token has no page.
         """
         streams = (*keys, *values)
         if (len(keys), len(values)) != (self.num_keys, self.num_values):
@@ -108,21 +115,50 @@ class Pages:
                 f"keys and values have {len(keys)} and {len(values)} streams; these pages hold "
                 f"{self.num_keys} and {self.num_values}"
             )
-        index = jnp.clip(positions // self.page_size, 0, page_table.shape[1] - 1)
-        pages = jnp.take_along_axis(page_table, index, axis=1)
-        pages = jnp.where(positions >= 0, pages, self.num_pages)  # out of range: dropped
-        slots = positions % self.page_size
+        self._check_write(page_table, positions)
+        pages, slots = self._places(page_table, positions)
+        # Heads are indexed, not sliced: with a slice between two indices a TPU turns all pages
+        # round, and back, for every write.
+        at = (pages[..., None], jnp.arange(self.num_kv_heads), slots[..., None])
         data, scales = self.data, self.scales
         for i, (stream, (start, stop)) in enumerate(zip(streams, self.spans(), strict=True)):
             if stream is None:
                 continue
             if scales is not None:
                 stored = quantize(stream, str(data.dtype))
-                scales = scales.at[pages, :, slots, i].set(stored.scale[..., 0], mode="drop")
+                scales = scales.at[(*at, i)].set(stored.scale[..., 0], mode="drop")
                 stream = stored.data
             new = stream.astype(data.dtype)
-            data = data.at[pages, :, slots, start:stop].set(new, mode="drop")
+            data = data.at[(*at, slice(start, stop))].set(new, mode="drop")
         return dataclasses.replace(self, data=data, scales=scales)
+
+    def _places(self, page_table, positions):
+        """Page and slot [B, T] of each token; a page past the last where it has none."""
+        index = positions // self.page_size
+        inside = (index >= 0) & (index < page_table.shape[1])
+        pages = jnp.take_along_axis(page_table, jnp.where(inside, index, 0), axis=1)
+        # Beyond the pages a write is dropped, while a negative index would count from the end.
+        pages = jnp.where(inside & (pages >= 0), pages, self.num_pages)
+        return pages, positions % self.page_size
+
+    def _check_write(self, page_table, positions):
+        """Refuses tokens without a page, where tokens and table are known."""
+        if isinstance(positions, Tracer) or isinstance(page_table, Tracer):
+            return
+        table, positions = np.asarray(page_table), np.asarray(positions)
+        held = table.shape[1] * self.page_size
+        if positions.size and positions.max() >= held:
+            raise ValueError(
+                f"positions reach {positions.max()}; page_table has room for 0 to {held - 1} "
+                f"({table.shape[1]} pages of {self.page_size}); give -1 to tokens to leave out"
+            )
+        index = np.maximum(positions, 0) // self.page_size
+        pages = np.where(positions >= 0, np.take_along_axis(table, index, axis=1), 0)
+        bad = pages[(pages < 0) | (pages >= self.num_pages)]
+        if bad.size:
+            raise ValueError(
+                f"page_table gives page {bad[0]} to a token; pages has 0 to {self.num_pages - 1}"
+            )
 
     def check(self) -> None:
         """Raises ValueError where the arrays do not fit each other."""

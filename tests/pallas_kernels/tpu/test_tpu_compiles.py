@@ -3,9 +3,10 @@
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tpu
+from pallas_kernels import Pages, tpu
 from pallas_kernels.tpu import chips
 from tests.pallas_kernels.tpu import calls
 
@@ -81,3 +82,20 @@ def test_refusals_name_the_reason():
     call, specs = calls.training(None)
     with pytest.raises(NotImplementedError, match="the device is 'cpu'"):
         jax.eval_shape(call, *specs)
+
+
+@needs_libtpu
+def test_a_write_leaves_the_other_pages_where_they_are():
+    """No copy of all pages, in whatever order of axes, before or after the write."""
+    fields = {"num_keys": 2, "num_values": 2, "key_size": 128, "value_size": 128}
+    pages = jax.eval_shape(
+        lambda: Pages.create(num_pages=256, page_size=16, num_kv_heads=4, **fields)
+    )
+    token = jax.ShapeDtypeStruct((4, 1, 4, 128), jnp.bfloat16)
+    table, position = (jax.ShapeDtypeStruct((4, n), jnp.int32) for n in (16, 1))
+
+    def write(pages, token, table, position):
+        return pages.write((token, None), (token, None), table, position)
+
+    compiled = tpu.compile_for("v5e", write, pages, token, table, position, donate=(0,))
+    assert compiled.memory_analysis().temp_size_in_bytes < pages.nbytes / 4
