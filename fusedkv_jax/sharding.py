@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -208,7 +208,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp"), "context"))
 
 
-def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1) -> None:
+def check_batch(
+    mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int, microbatches: int = 1
+) -> None:
     """Refuse a batch that does not divide over the mesh.
 
     Raises:

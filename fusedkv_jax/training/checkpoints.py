@@ -2,7 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import logging
+import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +27,7 @@ from fusedkv_jax.training.tokenizer_files import kept_tokenizer
 from fusedkv_jax.training.trees import plain, unplain, with_sharding
 
 BEST_METRIC = "eval/loss"
+_absl = logging.getLogger("absl")
 _CHANNEL = "checkpoints"  # of the decisions in the background
 
 
@@ -133,10 +137,8 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> None:
         if processes.is_first():
             self._store.discard(step)  # the disk may be full
-        reason = (str(error).splitlines() or [""])[0]
         self._tell(
-            f"warning: step {step} could not be saved and training goes on: "
-            f"{type(error).__name__}: {reason}"
+            f"warning: step {step} could not be saved and training goes on: {_reason(error)}"
         )
 
     def _tell(self, line: str) -> None:
@@ -210,11 +212,26 @@ class Checkpoints:
             pending.result()
 
     def __enter__(self) -> "Checkpoints":
+        _absl.addFilter(_is_not_of_orbax)
         return self
 
     def __exit__(self, *exc_info) -> None:
         self.wait()
         self._thread.shutdown()
+        _absl.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out Orbax's tracebacks of an error that it also raises and that we report."""
+    return f"orbax{os.sep}checkpoint" not in record.pathname
+
+
+def _reason(error: Exception) -> str:
+    """The cause in a line; Orbax hides the system's among paths and counts."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def checkpoint_directory(workdir: pathlib.Path | str) -> pathlib.Path:

@@ -21,7 +21,7 @@ from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
 from fusedkv_jax.training.interrupts import Alarm, Interrupts
 from fusedkv_jax.training.lock import lock_workdir
 from fusedkv_jax.training.manifest import CheckpointError
-from fusedkv_jax.training.memory import check_memory, memory_errors, step_bytes
+from fusedkv_jax.training.memory import check_memory, step_bytes
 from fusedkv_jax.training.metrics import (
     JsonLinesWriter,
     LineWriter,
@@ -98,7 +98,7 @@ def train(
         and missing, or the processes differ (`ProcessesError`).
       CheckpointError: the last step could not be saved.
       DivergedError: the loss is not finite, and will not be again.
-      MemoryError: the devices cannot hold the run; the message says what to lower.
+      InsufficientMemoryError: the machine cannot hold the run; the message says what to lower.
     """
     workdir = pathlib.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
@@ -114,7 +114,6 @@ def train(
     tokenizer = processes.together(lambda: tokenizers.load(kept_tokenizer(name, workdir)))
     tokenizers.check_vocab_size(tokenizer, config.model.vocab_size)
     with (
-        memory_errors(),
         jax.set_mesh(program.mesh),
         lock_workdir(workdir),
         Interrupts() as interrupts,

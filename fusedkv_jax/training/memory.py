@@ -1,9 +1,7 @@
-"""Out of memory, said before or instead of a crash, with what to lower."""
+"""Too little memory, said before it is used up, with what to lower."""
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,16 +13,8 @@ _REMEDY = (
 _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn XLA's report that memory is exhausted into a MemoryError that says what to lower."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise MemoryError(f"out of memory: {reason}; {_REMEDY}") from None
+class InsufficientMemoryError(ValueError):
+    """The machine has less memory than a run needs."""
 
 
 def check_memory(what: str, nbytes: float) -> None:
@@ -35,13 +25,13 @@ def check_memory(what: str, nbytes: float) -> None:
       nbytes: over all devices of this process.
 
     Raises:
-      MemoryError: it is more than the machine has.
+      InsufficientMemoryError: it is more than the machine has.
     """
     if jax.default_backend() != "cpu":
         return  # the device's allocator does
     total = _memory()
     if nbytes > total:
-        raise MemoryError(
+        raise InsufficientMemoryError(
             f"{what} needs {nbytes / 2**30:,.1f} GiB and this machine has {total / 2**30:,.1f}; "
             f"{_REMEDY}"
         )

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, and refusals that name what differs."""
 
 import dataclasses
+import resource
 import shutil
 
 import jax
@@ -133,6 +134,22 @@ def test_a_save_that_fails_halfway_leaves_nothing(toy, toy_state, tmp_path, monk
         checkpoints.save(1, toy_state, data.make_train_iterator(toy.data), toy)
     assert len(lines) == 1 and "No space left on device" in lines[0]
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_takes_no_more_is_one_line(toy, toy_state, tmp_path, caplog, capfd):
+    iterator, lines = data.make_train_iterator(toy.data), []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, keep=1, report=lines.append) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            checkpoints.save(1, toy_state, iterator, toy)
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        checkpoints.save(2, toy_state, iterator, toy)
+    assert lines == ["warning: step 1 could not be saved and training goes on: File too large"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert not caplog.records and "Traceback" not in capfd.readouterr().err
 
 
 def test_what_an_interrupted_save_or_removal_left_is_removed(saved):

@@ -54,5 +54,7 @@ def test_a_diverging_run_fails_with_valid_metrics_and_keeps_the_last_good_checkp
 
 def test_what_the_machine_cannot_hold_is_refused_before_it_is_tried(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_memory", lambda: 1000.0)
-    with pytest.raises(MemoryError, match="state of the model .* lower data.batch_size"):
+    with pytest.raises(
+        memory.InsufficientMemoryError, match="state of the model .* lower data.batch_size"
+    ):
         train(toy, tmp_path)
