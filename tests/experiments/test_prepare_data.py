@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,16 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from experiments.prepare_data import Preparation, prepare
-from fusedkv_jax.data import DataConfig, load_corpus, make_eval_batches, make_train_iterator
+from experiments.configs import demo
+from experiments.overrides import apply_overrides
+from experiments.prepare_data import Preparation, advice, prepare
+from fusedkv_jax.data import (
+    DataConfig,
+    EmptySplitError,
+    load_corpus,
+    make_eval_batches,
+    make_train_iterator,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = [f"document {i}: " + "ä" * (i % 17) for i in range(200)]
@@ -195,3 +204,30 @@ def test_bad_settings(changes, message):
     with pytest.raises(ValueError) as error:
         Preparation(input=["x"], output_dir="y", **changes)
     assert str(error.value) == message
+
+
+def test_what_it_advises_works_as_it_is(tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"text": "a b"}\n{"text": "b a"}\n')
+    hf.Tokenizer(hf.models.WordLevel({"a": 0, "b": 1, "</s>": 299}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    settings = Preparation(
+        input=[str(tmp_path / "few.jsonl")],
+        output_dir=str(tmp_path / "tokens"),
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        num_shards=1,
+        holdout_fraction=0.0,
+    )
+    line = advice(settings, prepare(settings))
+    overrides = re.findall(r"--config\.(\S+?)(?:,|\s|$)", line)
+    config = apply_overrides(demo.get_config(), overrides)
+    assert config.train.eval_batches == 0 and config.model.vocab_size == 300
+    assert next(make_train_iterator(config.data))["tokens"].max() == 299
+    with pytest.raises(EmptySplitError, match="prepare the shards again.*train.eval_batches=0"):
+        make_eval_batches(config.data)
+
+
+@pytest.mark.parametrize("changes", [{"num_shards": 99999}, {"max_document_mib": 0}])
+def test_numbers_out_of_reason_are_refused(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must be from 1 to 1024"):
+        Preparation(input=["x"], output_dir="y", **changes)
