@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+Points = tuple[tuple[float, float], ...]
+_MARKERS = "osD^v<>PX*"
+
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as a Markdown document: a table for each model."""
@@ -61,15 +64,18 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
     quality = "top1" if any(row["accuracy"] is None for row in rows) else "accuracy"
     families = list(dict.fromkeys(row["family"] for row in rows))
     for axes, model in zip(panels, models, strict=True):
-        for number, family in enumerate(families):
-            points = sorted(
-                (row["bytes_ratio"], row[quality])
-                for row in rows
-                if (row["layout"], row["family"]) == (model, family)
-            )
-            if points:
-                style = "o" if family == "storage type" else "o-"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=family)
+        curves = {}
+        for family in families:
+            own = [row for row in rows if (row["layout"], row["family"]) == (model, family)]
+            own.sort(key=lambda row: (row["bytes_ratio"], row[quality]))
+            if family == "storage type":  # one by one: they are no curve
+                curves |= {row["method"]: _points([row], quality) for row in own}
+            elif own:
+                curves[family] = _points(own, quality)
+        for number, (points, names) in enumerate(coinciding(curves).items()):
+            style = f"{_MARKERS[number % len(_MARKERS)]}-"
+            # Hollow, so that a point shows what is under it.
+            axes.plot(*zip(*points, strict=True), style, mfc="none", label=" = ".join(names))
         axes.set_title(model)
         axes.set_xlabel("cache bytes over those of the whole cache")
         axes.set_ylabel("agreement (top-1)" if quality == "top1" else "mean accuracy")
@@ -77,6 +83,18 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def coinciding(curves: Mapping[str, Points]) -> dict[Points, list[str]]:
+    """The names of each curve; curves that are equal are drawn once, under all their names."""
+    names: dict[Points, list[str]] = {}
+    for name, points in curves.items():
+        names.setdefault(points, []).append(name)
+    return names
+
+
+def _points(rows: Sequence[Mapping[str, Any]], quality: str) -> Points:
+    return tuple((row["bytes_ratio"], row[quality]) for row in rows)
 
 
 def write(results: Mapping[str, Any], folder: pathlib.Path) -> None:

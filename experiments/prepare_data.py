@@ -37,6 +37,7 @@ class Preparation:
 
     input: Sequence[str]
     output_dir: str
+    heldout: Sequence[str] = ()
     tokenizer: str = "byte"
     text_key: str = "text"
     num_shards: int = 8
@@ -70,15 +71,17 @@ def prepare(settings: Preparation) -> dict[str, Any]:
     """
     output = pathlib.Path(settings.output_dir).expanduser().absolute()
     _check_free(output)
-    files = sources.list_files(settings.input)
-    for file in files:
+    files, heldout = (
+        sources.list_files(names) if names else [] for names in (settings.input, settings.heldout)
+    )
+    for file in [*files, *heldout]:
         if sources.is_shard(file):
             raise ValueError(f"{file}: is a shard of tokens already; --input takes text")
     tokenizer = tokenizers.load(settings.tokenizer)
     work = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     work.mkdir(parents=True)
     try:
-        metadata = _write(settings, files, tokenizer, work)
+        metadata = _write(settings, files, heldout, tokenizer, work)
         _check_free(output)
         work.rename(output)
     except BaseException:
@@ -97,6 +100,7 @@ def _check_free(output: pathlib.Path) -> None:
 def _write(
     settings: Preparation,
     files: Sequence[pathlib.Path],
+    heldout: Sequence[pathlib.Path],
     tokenizer: tokenizers.Tokenizer,
     folder: pathlib.Path,
 ) -> dict[str, Any]:
@@ -105,19 +109,21 @@ def _write(
         False: shards.ShardWriter(folder, "train", settings.num_shards, dtype),
         True: shards.ShardWriter(folder, "heldout", 1, dtype),
     }
-    documents = sources.read_all(
-        files,
-        text_key=settings.text_key,
-        errors=settings.errors,
-        max_bytes=settings.max_document_mib * 2**20,
-    )
+    options: dict[str, Any] = {
+        "text_key": settings.text_key,
+        "errors": settings.errors,
+        "max_bytes": settings.max_document_mib * 2**20,
+    }
+    documents = sources.read_all(files, **options)
     documents = itertools.islice(documents, settings.max_documents)
     with _Report(sum(file.stat().st_size for file in files)) as report:
         for document, ids in corpus.tokenized(documents, tokenizer):
             text = document.text.encode()
-            heldout = corpus.is_held_out(text, settings.holdout_fraction)
-            writers[heldout].add(document_tokens(ids, tokenizer), len(text))
+            is_heldout = corpus.is_held_out(text, settings.holdout_fraction)
+            writers[is_heldout].add(document_tokens(ids, tokenizer), len(text))
             report.update(document.bytes_read, len(ids))
+    for document, ids in corpus.tokenized(sources.read_all(heldout, **options), tokenizer):
+        writers[True].add(document_tokens(ids, tokenizer), len(document.text.encode()))
     entries = [entry for writer in writers.values() for entry in writer.close()]
     if not report.documents:
         raise ValueError(f"no text in {len(files)} file(s) of {', '.join(settings.input)}")
@@ -129,7 +135,9 @@ def _write(
         "train": writers[False].counts(),
         "heldout": writers[True].counts(),
         "shards": entries,
-        "sources": [{"file": file.name, "size": file.stat().st_size} for file in files],
+        "sources": [
+            {"file": file.name, "size": file.stat().st_size} for file in [*files, *heldout]
+        ],
     }
     shards.write_metadata(folder, metadata)
     return metadata
@@ -204,6 +212,12 @@ def define_flags() -> None:
         [],
         "Text to tokenise: a file, a glob or a folder of .txt, .md, .py, .jsonl (also .gz, "
         ".xz, .zst) or .parquet, or python_stdlib. May be given several times.",
+    )
+    flags.DEFINE_multi_string(
+        "heldout",
+        [],
+        "Text of the same forms that is held out as a whole, beside what --holdout_fraction takes "
+        "of the input (0 takes nothing). May be given several times.",
     )
     flags.DEFINE_string("output_dir", None, "Folder for the shards; it must be empty or new.")
     flags.DEFINE_string("tokenizer", "byte", "byte, or the path of a tokenizer.json.")

@@ -1,9 +1,9 @@
-"""Reproduce the claim at a small size: python -m experiments.reproduce [--seeds=0,1,2].
+"""Reproduce the claim at a small size, or a study: python -m experiments.reproduce [--study=NAME].
 
-Trains every layout of experiments/configs/claim_small.py with every seed on the same tokens, and
-writes a table of held-out losses in Markdown and JSON. Finished runs are skipped and a run that
-was cut off goes on, so the same command continues after an interruption. The last line on
-standard output is the JSON document.
+Without --study it trains every layout of experiments/configs/claim_small.py with every seed on the
+same tokens, and writes a table of held-out losses in Markdown and JSON. Finished runs are skipped
+and a run that was cut off goes on, so the same command continues after an interruption. The last
+line on standard output is the JSON document. `experiments.study.command` has what --study does.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import cli, runs
 from experiments.configs import claim_small
+from experiments.study import command
 from fusedkv_jax import costs
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig
 
@@ -191,21 +192,32 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 def define_flags() -> None:
     """Define the flags."""
     cli.define_config("claim_small")
-    flags.DEFINE_string("workdir", "runs/claim_small", "Directory that holds all runs.")
+    flags.DEFINE_string(
+        "workdir", None, "Directory that holds all runs; by default runs/claim_small or runs/STUDY."
+    )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
     flags.DEFINE_list(
-        "layouts", [], f"Rows to train, by default all: {', '.join(claim_small.ROWS)}."
+        "layouts",
+        [],
+        f"Rows to train, by default all: {', '.join(claim_small.ROWS)}; or those of the study.",
     )
     flags.DEFINE_string(
-        "output", "experiments/results/claim_small", "Where the table goes: OUTPUT.md, OUTPUT.json."
+        "output",
+        None,
+        "Where the table goes: OUTPUT.md and OUTPUT.json, by default WORKDIR/table; with --study "
+        "the folder of its records and tables, by default WORKDIR/results.",
     )
+    command.define_flags()
 
 
 def main() -> int:
+    if flags.FLAGS.study is not None:
+        return command.main()
+    command.refuse_flags()
     names, seeds = read_names(flags.FLAGS.layouts), read_seeds(flags.FLAGS.seeds)
     _check_overrides(flags.FLAGS.override)
-    config, workdir = cli.load_config(), pathlib.Path(cli.require("workdir"))
-    output = pathlib.Path(cli.require("output"))
+    config, workdir = cli.load_config(), pathlib.Path(flags.FLAGS.workdir or "runs/claim_small")
+    output = pathlib.Path(flags.FLAGS.output or workdir / "table")
     output.parent.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
     try:
         results = reproduce(config, workdir, names, seeds)

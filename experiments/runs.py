@@ -104,6 +104,12 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> Run:
     return Run(config, workdir, **result, was_finished=False)
 
 
+def seconds(workdir: pathlib.Path) -> float:
+    """Time spent so far on the run of a directory; 0 where there is none."""
+    record = _read(workdir)
+    return 0.0 if record is None else record["seconds"]
+
+
 def environment() -> dict[str, Any]:
     """Device and versions, for result files."""
     devices = jax.devices()

@@ -13,36 +13,8 @@ Command:   python -m experiments.reproduce
 import dataclasses
 
 from experiments.configs import demo
-from fusedkv_jax.config import ModelConfig
+from experiments.study.grid import Row
 from fusedkv_jax.training import ExperimentConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of the comparison.
-
-    Attributes:
-      layout: of the model.
-      queries_per_kv_head: query heads that share one key/value head.
-    """
-
-    layout: str
-    queries_per_kv_head: int = 1
-
-    def apply(self, model: ModelConfig) -> ModelConfig:
-        """The model of this row.
-
-        Raises:
-          ValueError: the heads cannot be shared so, or the layout does not fit.
-        """
-        heads, rest = divmod(model.num_heads, self.queries_per_kv_head)
-        if rest:
-            raise ValueError(
-                f"model.num_heads={model.num_heads} must be a multiple of "
-                f"{self.queries_per_kv_head} for this row"
-            )
-        return model.replace(layout=self.layout, num_kv_heads=heads)
-
 
 # All but the first have half the cache of the first.
 ROWS = {

@@ -231,3 +231,23 @@ def test_what_it_advises_works_as_it_is(tmp_path):
 def test_numbers_out_of_reason_are_refused(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} must be from 1 to 1024"):
         Preparation(input=["x"], output_dir="y", **changes)
+
+
+def test_text_of_its_own_is_held_out_whole(source, tmp_path):
+    own = [f"held out {i}" for i in range(7)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in own))
+    settings = Preparation(
+        input=[str(source)],
+        heldout=[str(tmp_path / "own.jsonl")],
+        output_dir=str(tmp_path / "tokens"),
+        text_key="body",
+        num_shards=2,
+        holdout_fraction=0.0,
+    )
+    metadata = prepare(settings)
+    assert metadata["heldout"]["documents"] == len(own)
+    assert metadata["heldout"]["bytes"] == sum(map(len, own))
+    assert [entry["file"] for entry in metadata["sources"]] == ["a.jsonl", "b.jsonl", "own.jsonl"]
+    corpus = load_corpus(DataConfig(source=str(tmp_path / "tokens"), seq_len=8, batch_size=1))
+    assert len(corpus.train.lengths) == len(TEXTS)
+    assert [bytes(corpus.heldout.read(i)[1:-1].astype("u1")).decode() for i in range(7)] == own

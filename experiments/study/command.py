@@ -1,0 +1,130 @@
+"""python -m experiments.reproduce --study=NAME --data=FOLDER: be one worker of a study.
+
+Start it as often as there are devices or cores, on one file system; each takes cells of the grid
+that no other has. SIGTERM and SIGINT save and exit with code 75, and the same command goes on;
+SIGSTOP and SIGCONT pause. Records, tables and pictures are left in --output, complete or not;
+--report writes the latter two anew, and --check runs one recorded cell again.
+"""
+
+import difflib
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+
+from absl import flags
+
+from experiments import cli, runs
+from experiments.study import corpus, records, report
+from experiments.study.grid import Study
+from experiments.study.statistics import Estimate, lines
+from experiments.study.worker import Worker, check
+from fusedkv_jax.training import INTERRUPTED_EXIT_CODE
+
+STUDIES = ("scaling",)
+_OWN = ("data", "sizes", "check", "report")
+_FOREIGN = ("config", "override", "seeds")
+
+
+def define_flags() -> None:
+    """Define the flags that only a study has."""
+    flags.DEFINE_string("study", None, f"The study to work on: {', '.join(STUDIES)}.")
+    flags.DEFINE_string(
+        "data", None, "With --study: the folder of its text, train.*, valid.* and NAME.valid.*."
+    )
+    flags.DEFINE_list("sizes", [], "With --study: the sizes to train, by default all.")
+    flags.DEFINE_string(
+        "check", None, "With --study: run this recorded cell again and compare the loss."
+    )
+    flags.DEFINE_boolean(
+        "report", False, "With --study: train nothing; tables and pictures from the records."
+    )
+
+
+def refuse_flags() -> None:
+    """Refuse the flags of a study where there is none.
+
+    Raises:
+      ValueError: one was given.
+    """
+    _refuse(_OWN, "belongs to a study; add --study")
+
+
+def main() -> int:
+    """Do what the flags say; returns the exit code."""
+    _refuse(_FOREIGN, f"has no use with --study; experiments/study/{flags.FLAGS.study}.py has all")
+    study = load(flags.FLAGS.study)
+    workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{study.name}")
+    output = pathlib.Path(flags.FLAGS.output or workdir / "results")
+    if flags.FLAGS.report:
+        return _report(study, output)
+    worker = Worker(
+        study,
+        corpus.Texts.find(pathlib.Path(cli.require("data"))),
+        workdir,
+        output / "records",
+        _known("sizes", flags.FLAGS.sizes, study.sizes),
+        _known("layouts", flags.FLAGS.layouts, study.rows),
+    )
+    try:
+        if flags.FLAGS.check is not None:
+            return _check(worker, flags.FLAGS.check)
+        worker.work()
+    except runs.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    return _report(study, output)
+
+
+def load(name: str) -> Study:
+    """The study of a name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    _known("study", [name], STUDIES)
+    return importlib.import_module(f"experiments.study.{name}").get_study()
+
+
+def _check(worker: Worker, name: str) -> int:
+    difference = check(worker, name)
+    print(difference or f"{name}: the recorded losses, to the last bit")
+    return 1 if difference else 0
+
+
+def _report(study: Study, output: pathlib.Path) -> int:
+    print(report.write(study, output / "records", output))
+    results = lines(study, records.read_all(output / "records", study))
+    rows = [
+        {
+            "size": line.size,
+            "row": line.row,
+            "loss": _plain(line.loss),
+            **{f"minus_{name}": _plain(found) for name, found in line.against.items()},
+        }
+        for line in results
+    ]
+    print(json.dumps({"study": study.name, "rows": rows}))
+    return 0
+
+
+def _plain(estimate: Estimate) -> dict[str, float | int | None]:
+    return {"mean": estimate.mean, "runs": estimate.count, "half_width": estimate.half_width}
+
+
+def _known(flag: str, names: list[str], known: Iterable[str]) -> list[str] | None:
+    """The names, if all are known; None without any."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"
+            raise ValueError(f"--{flag}={name} is unknown; {hint}")
+    return names or None
+
+
+def _refuse(names: Iterable[str], why: str) -> None:
+    for name in names:
+        if flags.FLAGS[name].present:
+            written = "config.FIELD" if name == "override" else name
+            raise ValueError(f"--{written} {why}")

@@ -1,0 +1,333 @@
+"""Studies: what is next, who takes it, what a record holds, and what follows from records."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import runs
+from experiments.study import command, corpus, plan, records, report, statistics, worker
+from experiments.study.claims import claim
+from experiments.study.grid import Cell, Draw, Row, Size
+from fusedkv_jax import costs, layouts
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.training import DivergedError
+from tests.experiments import commands
+
+WORDS = "the cache of a layer is read by upper layers which rebuild it from two lower ones".split()
+RATE = 8e-3
+
+
+@pytest.fixture(scope="module")
+def study():
+    """Toy sizes of the real grid."""
+    model = ModelConfig(
+        vocab_size=300,
+        num_layers=4,
+        d_model=16,
+        num_heads=4,
+        d_ff=16,
+        max_length=32,
+        tie_embeddings=True,
+        scan_layers=False,
+    )
+    return dataclasses.replace(
+        command.load("scaling"),
+        vocab_size=300,
+        seq_len=32,
+        tokens_per_parameter=1,
+        sizes={"toy": Size(model=model, batch_size=32, learning_rate=RATE)},
+        checked=(),
+        draws=(Draw(0, 0), Draw(1, 1)),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of text: 300 short documents, 10 held out, and another text."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+
+    def text(count):
+        return " ".join(rng.choice(WORDS) for _ in range(count))
+
+    for name, count in (("train.jsonl", 300), ("valid.jsonl", 10)):
+        lines = [json.dumps({"text": text(rng.randint(20, 80))}) + "\n" for _ in range(count)]
+        (folder / name).write_text("".join(lines))
+    (folder / "other.valid.txt").write_text(text(100))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(study, data, tmp_path_factory):
+    """A worker that has completed one cell, and its record."""
+    folder = tmp_path_factory.mktemp("study")
+    own = worker.Worker(study, corpus.Texts.find(data), folder, folder / "records")
+    cell = Cell("toy", "fusedkv", Draw(0, 1), RATE)
+    record = own.run(cell, folder / "runs" / cell.name)
+    records.write(own.output, record)
+    return own, record
+
+
+def fake(study, cell, loss):
+    """A record with a loss of our choice."""
+    found = {"loss": loss, "bits_per_byte": loss / 2}
+    texts = {"tokenizer": "0" * 64}
+    return records.make(study, cell, texts, {"heldout": found, "other": found}, 1.0)
+
+
+def test_the_grid_compares_equal_caches(study):
+    scaling = command.load("scaling")
+    for size, chosen in scaling.sizes.items():
+        models = {row: scaling.model(size, row) for row in scaling.rows}
+        cache = {row: costs.cache_bytes_per_token(model) for row, model in models.items()}
+        half = [row for row in scaling.rows if row not in ("mha", "resformer", "lckv")]
+        assert {cache[row] for row in half} == {cache["mha"] // 2}
+        assert abs(chosen.parameters / (1e6 * float(size[:-1])) - 1) < 0.15
+        assert scaling.tokens(size) == pytest.approx(20 * chosen.parameters, rel=0.01)
+        depth = chosen.model.num_layers
+        same = [layouts.resolve(spec, depth).layers for spec in (f"mlkv:m={depth // 2}", "cla:k=2")]
+        assert same[0] == same[1]  # why there is no row mlkv
+
+
+def test_the_search_goes_on_until_higher_losses_are_on_both_sides(study):
+    best = {2 * RATE: 1.0, 4 * RATE: 0.9, 8 * RATE: 0.95, RATE: 1.1, RATE / 2: 1.2}
+    losses, tried = {}, []
+    while plan.tuned_rate(study, losses, "toy", "mha") is None:
+        cell = next(c for c in plan.search(study, losses, "toy", "mha") if c not in losses)
+        losses[cell] = best[cell.learning_rate]
+        tried.append(cell.learning_rate / RATE)
+    assert tried == [1, 0.5, 2, 4, 8]
+    assert plan.tuned_rate(study, losses, "toy", "mha") == 4 * RATE
+
+
+def test_rows_wait_for_the_rate_then_complete_one_after_the_other(study):
+    study = dataclasses.replace(study, checked=("fusedkv",))
+    rates = {RATE: 1.0, RATE / 2: 2.0, RATE * 2: math.inf}  # the last one diverged
+    losses = {Cell("toy", "mha", Draw(0, 0), rate): loss for rate, loss in rates.items()}
+    first = list(plan.wanted(study, {}, rows=["fusedkv"]))
+    assert {cell.row for cell in first} == {"mha"} and len(first) == 3
+    after = [cell for cell in plan.wanted(study, losses, rows=["fusedkv"]) if cell not in losses]
+    assert [(c.row, c.draw.seed, c.learning_rate / RATE) for c in after] == [
+        ("fusedkv", 0, 1),
+        ("fusedkv", 1, 1),
+        ("fusedkv", 0, 0.5),
+        ("fusedkv", 0, 2),
+    ]
+
+
+def _hold(path, ready):
+    with claim(path) as mine:
+        ready.put(mine)
+        signal.pause()
+
+
+def test_a_claim_excludes_others_and_dies_with_its_process(tmp_path):
+    path = tmp_path / "claims" / "cell"
+    context = multiprocessing.get_context("fork")
+    ready = context.Queue()
+    other = context.Process(target=_hold, args=(path, ready))
+    other.start()
+    assert ready.get(timeout=60)
+    with claim(path) as mine:
+        assert not mine
+    assert other.pid is not None
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    with claim(path) as mine:
+        assert mine
+
+
+def test_a_record_says_what_was_run(done, study):
+    own, record = done
+    model = study.model("toy", "fusedkv")
+    assert records.read_all(own.output, study) == [record]
+    assert record["settings"]["train"] == {"steps": 8, "seed": 0, "grad_accumulation": 1}
+    assert record["settings"]["data"]["seed"] == 1
+    assert record["cache_bytes_per_token"] == costs.cache_bytes_per_token(model, "float32")
+    tokens = record["train_tokens"]
+    assert tokens == 8 * 32 * 32
+    assert record["train_flops"] == costs.train_flops_per_token(model, 32) * tokens
+    assert 1.0 < record["losses"]["heldout"]["loss"] < math.log(300)
+    # Text of the same words: the vocabulary and the bytes are counted alike.
+    bits = [record["losses"][text]["bits_per_byte"] for text in ("heldout", "other")]
+    assert bits[0] == pytest.approx(bits[1], rel=0.2)
+    assert record["corpus"]["train_tokens"] < record["corpus"]["train_bytes"]
+    for private in (str(own.workdir), str(own.texts.train.parent)):
+        assert private not in json.dumps(record)
+
+
+def test_records_of_other_settings_are_refused(done, study, tmp_path):
+    _, record = done
+    records.write(tmp_path, record)
+    longer = dataclasses.replace(study, tokens_per_parameter=2)
+    with pytest.raises(ValueError, match=r"another setting, train\.steps: 8 -> 15; move it away"):
+        records.read_all(tmp_path, longer)
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is no record of --study=scaling"):
+        records.read_all(tmp_path, study)
+
+
+def test_check_finds_the_recorded_loss_or_says_what_differs(done, tmp_path):
+    own, record = done
+    name = records.cell_of(record).name
+    assert worker.check(own, name) is None
+    other = json.loads(json.dumps(record))
+    other["losses"]["heldout"]["loss"] += 0.25
+    message = worker.difference(other, record)
+    assert message is not None and message.endswith("0.25 apart; the environments are equal")
+    other["environment"]["jax"] = "0.0.1"
+    message = worker.difference(other, record)
+    assert message is not None
+    assert "0.25 apart; another environment: jax: 0.0.1 -> " in message
+    other["corpus"]["tokenizer"] = "0"
+    records.write(tmp_path, other)
+    with pytest.raises(ValueError, match="another text, tokenizer: '0' -> "):
+        worker.check(dataclasses.replace(own, output=tmp_path), name)
+    with pytest.raises(ValueError, match="--check=x: there is no such record"):
+        worker.check(own, "x")
+
+
+def test_workers_leave_finished_and_claimed_cells_alone(done, study, tmp_path, monkeypatch):
+    own, _ = done
+    own = dataclasses.replace(own, workdir=tmp_path, output=tmp_path / "records", rows=["mha"])
+    losses = iter(range(1, 100))
+    ran = []
+
+    def run(self, cell, folder):
+        ran.append(cell.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(ran) == 2:
+            raise runs.Interrupted("SIGTERM")
+        return fake(study, cell, float(next(losses)))
+
+    monkeypatch.setattr(worker.Worker, "run", run)
+    held = tmp_path / "claims" / "toy-mha-seed0-order0-lr0.004"
+    with claim(held), pytest.raises(runs.Interrupted):
+        own.work()
+    assert ran == ["toy-mha-seed0-order0-lr0.008", "toy-mha-seed0-order0-lr0.016"]
+    own.work()
+    assert ran[2:] == [
+        "toy-mha-seed0-order0-lr0.004",
+        "toy-mha-seed0-order0-lr0.016",
+        "toy-mha-seed1-order1-lr0.008",
+    ]
+    own.work()
+    assert len(ran) == 5
+
+
+def test_a_run_that_diverges_is_recorded(done, study, tmp_path, monkeypatch):
+    own, _ = done
+
+    def complete(config, folder):
+        raise DivergedError("loss")
+
+    monkeypatch.setattr(runs, "complete", complete)
+    record = own.run(Cell("toy", "mha", Draw(0, 0), 1e9), tmp_path)
+    records.write(tmp_path, record)
+    assert records.read_all(tmp_path, study) == [record]
+    assert records.loss_of(record) == records.loss_of(record, "other") == math.inf
+
+
+def test_intervals_are_students(study):
+    values = np.random.default_rng(0).normal(size=5)
+    estimate = statistics.Estimate.of(values.tolist())
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert estimate.mean - estimate.half_width == pytest.approx(low)
+    assert estimate.mean + estimate.half_width == pytest.approx(high)
+    assert statistics.Estimate.of([1.0]).half_width is None
+    assert not statistics.Estimate.of([1.0]).excludes_zero
+
+
+def made(study):
+    """Records of three rows at the tuned rate, one draw missing and one diverged."""
+    rates = {RATE: 2.0, RATE / 2: 2.5, RATE * 2: 2.25}
+    cells = {Cell("toy", "mha", Draw(0, 0), rate): loss for rate, loss in rates.items()}
+    cells[Cell("toy", "mha", Draw(1, 1), RATE)] = 3.0
+    cells |= {Cell("toy", "fusedkv", Draw(s, s), RATE): 1.5 + 1.25 * s for s in (0, 1)}
+    cells[Cell("toy", "gqa", Draw(1, 1), RATE)] = 3.25
+    cells[Cell("toy", "yoco", Draw(0, 0), RATE)] = math.inf
+    return [fake(study, cell, loss) for cell, loss in cells.items()]
+
+
+def test_differences_are_paired(study):
+    found = {line.row: line for line in statistics.lines(study, made(study))}
+    assert list(found) == ["mha", "fusedkv", "gqa"]  # yoco has no finite loss
+    fused = found["fusedkv"]
+    assert (fused.loss.mean, fused.loss.count) == (2.125, 2)
+    assert fused.against["mha"].mean == -0.375  # -0.5 and -0.25
+    low, high = stats.ttest_rel([1.5, 2.75], [2.0, 3.0]).confidence_interval(0.95)
+    assert fused.against["mha"].half_width == pytest.approx((high - low) / 2)
+    assert fused.against["gqa"] == statistics.Estimate(-0.5, 1, None)  # their one common draw
+    assert found["gqa"].against["mha"].mean == 0.25
+
+
+def test_the_report_comes_from_records_alone(study, tmp_path):
+    for record in made(study):
+        records.write(tmp_path / "records", record)
+    text = report.write(study, tmp_path / "records", tmp_path)
+    assert (tmp_path / "table.md").read_text() == text
+    (line,) = [line for line in text.splitlines() if line.startswith("| fusedkv ")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:2] == ["fusedkv", "2"] and cells[7] == "-0.5000"
+    assert cells[6].startswith("-0.3750 ± 1.58")  # t = 12.7 for two draws: not bold
+    assert "| mha | 2.5000 | 2.0000 | 2.2500 |" in text and "0.008 is used" in text
+    assert "| yoco |" not in text.split("Loss by learning rate")[0]
+    for name in ("losses.png", "differences.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(tmp_path / "records")
+    with pytest.raises(ValueError, match="holds no records of --study=scaling; run the study"):
+        report.write(study, tmp_path / "records", tmp_path)
+
+
+def test_rows_change_heads_only_as_they_can(study):
+    model = study.sizes["toy"].model
+    wide = Row(layout="mha", queries_per_kv_head=2, head_widening=2).apply(model)
+    assert (wide.num_heads, wide.kv_heads, wide.channels) == (2, 1, 8)
+    with pytest.raises(ValueError, match="model.num_heads=4 must be a multiple of 3"):
+        Row(layout="mha", head_widening=3).apply(model)
+
+
+def test_texts_are_found_or_named(data, tmp_path):
+    assert corpus.Texts.find(data).others == {"other": data / "other.valid.txt"}
+    (tmp_path / "train.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"must hold one file valid\.\*; there is none"):
+        corpus.Texts.find(tmp_path)
+    (tmp_path / "valid.txt").write_text("b")
+    (tmp_path / "valid.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"there is valid\.jsonl, valid\.txt"):
+        corpus.Texts.find(tmp_path)
+
+
+def test_other_text_is_refused(done, study, data, tmp_path):
+    own, _ = done
+    for path in data.iterdir():
+        shutil.copy(path, tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(ValueError, match="was made from other texts; remove it"):
+        corpus.tokenize(corpus.Texts.find(tmp_path), 300, own.workdir / "corpus")
+
+
+def test_mistakes(tmp_path):
+    study, folder = "--study=scaling", pathlib.Path(tmp_path)
+    commands.check_mistakes(
+        "reproduce",
+        [
+            (["--study=scalin"], "--study=scalin is unknown; did you mean scaling?"),
+            ([study], "--data is missing"),
+            ([study, f"--data={folder}"], "must hold one file train.*; there is none"),
+            ([study, "--seeds=1"], "--seeds has no use with --study"),
+            ([study, "--config.train.steps=1"], "--config.FIELD has no use with --study"),
+            ([study, "--report", f"--output={folder}"], "holds no records of --study=scaling"),
+            (["--sizes=0.1m"], "--sizes belongs to a study; add --study"),
+        ],
+    )
