@@ -25,6 +25,7 @@ from experiments.overrides import apply_overrides
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from fusedkv_jax.sharding import MeshConfig
     from fusedkv_jax.training import ExperimentConfig
 
 _CONFIG_FOLDER = pathlib.Path(__file__).parent / "configs"
@@ -130,10 +131,22 @@ def load_mesh() -> "Mesh | None":
     Raises:
       ValueError: an unknown axis, or sizes that the devices do not have.
     """
+    from fusedkv_jax.sharding import make_mesh
+
+    config = read_mesh()
+    return config and make_mesh(config)
+
+
+def read_mesh() -> "MeshConfig | None":
+    """What --mesh.AXIS=SIZE says, before there are devices; None without it.
+
+    Raises:
+      ValueError: an unknown axis or a bad size.
+    """
+    from fusedkv_jax.sharding import MeshConfig
+
     if not flags.FLAGS.mesh:
         return None
-    from fusedkv_jax.sharding import MeshConfig, make_mesh
-
     placed = dataclasses.make_dataclass("Placed", [("mesh", MeshConfig)], frozen=True)
     try:
         chosen = apply_overrides(
@@ -141,7 +154,7 @@ def load_mesh() -> "Mesh | None":
         )
     except ValueError as error:
         raise ValueError(str(error).replace("--config.", "--")) from None
-    return make_mesh(chosen.mesh)
+    return chosen.mesh
 
 
 def config_names() -> list[str]:

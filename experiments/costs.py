@@ -15,6 +15,7 @@ from experiments import cli
 from fusedkv_jax import costs, layouts, presets
 
 FLAGS = flags.FLAGS
+_PAPER = ("332m", "650m", "1_5b", "4b")
 
 _COLUMNS = (
     # heading, key of `costs.summary`, divisor, decimals
@@ -34,7 +35,7 @@ def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_multi_string(
         "preset",
-        ["332m", "650m", "1_5b", "4b"],
+        list(_PAPER),
         f"Model size; may be repeated: {', '.join(presets.names())}.",
     )
     flags.DEFINE_multi_string(
@@ -86,12 +87,25 @@ def _rows(preset: str, length: int, dtype: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _size(preset: str) -> str:
+    """What the parameters are, and what is not counted in the names of the paper's sizes."""
+    parts = costs.parameter_breakdown(presets.get(preset, layout="mha"))
+    embedding, head = parts["embedding"], parts["head"]
+    layers = sum(parts.values()) - embedding - head
+    text = (
+        f"as mha: {layers / 1e6:,.1f}M parameters in the layers, {embedding / 1e6:,.1f}M in the "
+        f"embedding, {head / 1e6:,.1f}M in the output head"
+    )
+    return f"{text}; the paper's name leaves the head out" if preset in _PAPER else text
+
+
 def main() -> None:
     length, dtype = FLAGS.length, FLAGS.dtype
     everything = []
     for preset in FLAGS.preset:
         rows = _rows(preset, length, dtype)
-        print(f"{preset}, {length:,} tokens, {dtype} cache, one sequence\n{table(rows)}\n")
+        print(f"{preset}, {length:,} tokens, {dtype} cache, one sequence\n{table(rows)}")
+        print(f"{_size(preset)}\n")
         everything += rows
     print(json.dumps({"length": length, "dtype": dtype, "rows": everything}))
 

@@ -2,12 +2,15 @@
 
 Prunes a trained model step by step on some of its held-out text, and prints for every step the
 cache bytes that a token reads and how far the predictions have moved; then, for each budget, the
-loss on the held-out text and the time per output token, models in turns. The last line is one JSON
-document.
+loss on the held-out text and the time per output token, models in turns. Each pruned model is saved
+in a work directory of its own, for evaluate, generate and further training. The last line is one
+JSON document.
 """
 
 import dataclasses
 import json
+import pathlib
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,9 +20,19 @@ from flax import nnx
 
 from experiments import cli, latency, longcontext
 from fusedkv_jax import data
-from fusedkv_jax.compression import prune_sources
+from fusedkv_jax.compression import PruningStep, prune_sources
 from fusedkv_jax.model import Decoder, fold_fusion
-from fusedkv_jax.training import ExperimentConfig, evaluate, load_model, make_eval_step
+from fusedkv_jax.training import (
+    Checkpoints,
+    ExperimentConfig,
+    checkpoint_directory,
+    committed_steps,
+    create_state,
+    evaluate,
+    load_model,
+    make_eval_step,
+    make_optimizer,
+)
 
 NEW_TOKENS = 33
 
@@ -36,17 +49,29 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_batches", 16, "Batches of held-out text for the loss.", lower_bound=1)
     flags.DEFINE_integer("length", 1024, "Prompt tokens where the time is measured.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Turns of each model.", lower_bound=1)
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Folder for the pruned models, a work directory for each budget; default WORKDIR/pruned.",
+    )
 
 
 def main() -> None:
-    model, config, step = load_model(cli.require("workdir"))
+    workdir = cli.require("workdir")
+    model, config, step = load_model(workdir)
+    output = cli.check_output(flags.FLAGS.output or f"{workdir}/pruned", folder=True)
+    folders = {budget: output / f"budget_{budget:g}" for budget in sorted(flags.FLAGS.budget)}
+    for folder in folders.values():
+        if folder.exists():
+            raise ValueError(f"{folder} exists already; remove it, or name another --output")
     texts = jnp.asarray(longcontext.heldout_texts(config, config.data.seq_len, flags.FLAGS.texts))
     options = {"group": flags.FLAGS.group, "refit": flags.FLAGS.refit}
     models: dict[str, Decoder] = {"whole": fold_fusion(model)}
     reads: dict[str, float] = {}
     report: Any = None
-    for budget in sorted(flags.FLAGS.budget):  # the smallest first: its report has all steps
-        pruned, found = prune_sources(model, budget, texts, **options)
+    for budget, folder in folders.items():  # the smallest first: its report has all steps
+        pruned, found = prune_sources(model, budget, texts, progress=_say, **options)
+        save(pruned, config, folder)
         report = report or found
         name = f"budget {budget:g}"
         models[name], reads[name] = pruned, found.steps[-1].reads
@@ -56,7 +81,31 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     steps = [dataclasses.asdict(s) for s in report.steps]
-    print(json.dumps({"name": config.name, "step": step, "steps": steps, "models": rows}))
+    document = {"name": config.name, "step": step, "steps": steps, "models": rows}
+    document["workdirs"] = [str(folder) for folder in folders.values()]
+    print(json.dumps(document))
+
+
+def save(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Leave a model as the checkpoint of a run that begins with it, at step 0."""
+    config = dataclasses.replace(config, model=model.config)
+    state = create_state(
+        config.model, make_optimizer(config.optimizer, config.train.steps), config.train.seed
+    )
+    params = nnx.state(model, nnx.Param)
+    state = dataclasses.replace(state, params=params)
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(0, state, data.make_train_iterator(config.data), config)
+    if committed_steps(checkpoint_directory(workdir)) != [0]:
+        raise OSError(f"{workdir}: the pruned model could not be saved")
+
+
+def _say(step: PruningStep) -> None:
+    print(
+        f"reads {step.reads:.3f}x, KL {step.divergence:.6f} nats per token",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _rows(

@@ -36,36 +36,42 @@ from fusedkv_jax.serving.simulate import (
     summarize,
 )
 
-flags.DEFINE_string(
-    "trace",
-    None,
-    "Recorded requests: Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens) or Mooncake's "
-    "JSON lines; plain or .xz.",
-)
-_POLICY = flags.DEFINE_multi_enum(
-    "policy", ["fcfs"], sorted(POLICIES), "Scheduling policy; may be repeated."
-)
-_LAYOUT = flags.DEFINE_multi_string(
-    "layout", ["mha", "fusedkv"], "Layout, as for experiments.costs; may be repeated."
-)
-_PRESET = flags.DEFINE_string("preset", "1_5b", f"Model size: {', '.join(presets.names())}.")
-_DEVICE = flags.DEFINE_string(
-    "device", "v5e", "A TPU slice such as v5e:2x2, or a100, h100, h200; bfloat16."
-)
-_LOAD = flags.DEFINE_multi_float(
-    "load", [0.9], "Rate of arrivals, as a fraction of what the device serves; may be repeated."
-)
-_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "bfloat16", "Storage type of the cache.")
-_REQUESTS = flags.DEFINE_integer("num_requests", None, "Use the first so many requests.", 1)
-_PAGE = flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
-_HOST = flags.DEFINE_float(
-    "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0
-)
-_SEQS = flags.DEFINE_integer("max_num_seqs", 256, "Requests in a step.", 1)
-_TOKENS = flags.DEFINE_integer("max_num_batched_tokens", 2048, "Tokens in a step.", 1)
-_TTFT = flags.DEFINE_float("slo_ttft", 2.0, "Objective: seconds to the first token.", 0.0)
-_TPOT = flags.DEFINE_float("slo_tpot", 0.1, "Objective: seconds for each further token.", 0.0)
-_OUTPUT = flags.DEFINE_string("output_dir", "runs/simulate", "Where the results are written.")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    flags.DEFINE_string(
+        "trace",
+        None,
+        "Recorded requests: Azure's CSV (TIMESTAMP, ContextTokens, GeneratedTokens) or Mooncake's "
+        "JSON lines; plain or .xz.",
+    )
+    flags.DEFINE_multi_enum(
+        "policy", ["fcfs"], sorted(POLICIES), "Scheduling policy; may be repeated."
+    )
+    flags.DEFINE_multi_string(
+        "layout", ["mha", "fusedkv"], "Layout, as for experiments.costs; may be repeated."
+    )
+    flags.DEFINE_string("preset", "1_5b", f"Model size: {', '.join(presets.names())}.")
+    flags.DEFINE_string(
+        "device", "v5e", "A TPU slice such as v5e:2x2, or a100, h100, h200; bfloat16."
+    )
+    flags.DEFINE_multi_float(
+        "load", [0.9], "Rate of arrivals, as a fraction of what the device serves; may be repeated."
+    )
+    flags.DEFINE_string("cache_dtype", "bfloat16", "Storage type of the cache.")
+    flags.DEFINE_integer("num_requests", None, "Use the first so many requests.", 1)
+    flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
+    flags.DEFINE_float(
+        "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0
+    )
+    flags.DEFINE_integer("max_num_seqs", 256, "Requests in a step.", 1)
+    flags.DEFINE_integer("max_num_batched_tokens", 2048, "Tokens in a step.", 1)
+    flags.DEFINE_float("slo_ttft", 2.0, "Objective: seconds to the first token.", 0.0)
+    flags.DEFINE_float("slo_tpot", 0.1, "Objective: seconds for each further token.", 0.0)
+    flags.DEFINE_string("output_dir", "runs/simulate", "Where the results are written.")
+
 
 _COLUMNS = (
     # heading, value of a row, format
@@ -85,31 +91,30 @@ _COLUMNS = (
 
 
 def main() -> None:
-    trace = pathlib.Path(cli.require("trace"))
-    place, arrivals = device(_DEVICE.value), read_trace(trace)
-    arrivals = arrivals[: _REQUESTS.value]
+    trace = cli.check_readable(cli.require("trace"))
+    place, arrivals = device(FLAGS.device), read_trace(trace)
+    arrivals = arrivals[: FLAGS.num_requests]
     models = {
         layout: StepCosts.of(
-            presets.get(_PRESET.value, layout=layout), cache_dtype=_CACHE_DTYPE.value
+            presets.get(FLAGS.preset, layout=layout), cache_dtype=FLAGS.cache_dtype
         )
-        for layout in _LAYOUT.value
+        for layout in FLAGS.layout
     }
-    for load in _LOAD.value:
+    for load in FLAGS.load:
         if not 0 < load < math.inf:
             raise ValueError(f"--load={load}; use a number above 0")
-    folder = pathlib.Path(_OUTPUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = models[_LAYOUT.value[0]]
-    capacity = _run(place, first, _POLICY.value[0], arrivals, math.inf).request_rate
+    folder = cli.check_output(FLAGS.output_dir, folder=True)
+    first = models[FLAGS.layout[0]]
+    capacity = _run(place, first, FLAGS.policy[0], arrivals, math.inf).request_rate
     print(
-        f"{len(arrivals):,} requests on {place.name}, {_PRESET.value}: load 1 is {capacity:.2f}"
-        f" requests a second ({_LAYOUT.value[0]}, {_POLICY.value[0]})",
+        f"{len(arrivals):,} requests on {place.name}, {FLAGS.preset}: load 1 is {capacity:.2f}"
+        f" requests a second ({FLAGS.layout[0]}, {FLAGS.policy[0]})",
         flush=True,
     )
     rows = []
     for layout, costs in models.items():
-        for policy in _POLICY.value:
-            for load in _LOAD.value:
+        for policy in FLAGS.policy:
+            for load in FLAGS.load:
                 start = time.monotonic()
                 summary = _run(place, costs, policy, arrivals, load * capacity)
                 rows.append({"layout": layout, "policy": policy, "load": load})
@@ -119,13 +124,20 @@ def main() -> None:
     document = {
         "trace": trace.name,
         "requests": len(arrivals),
-        "preset": _PRESET.value,
+        "preset": FLAGS.preset,
         "device": dataclasses.asdict(place),
         "pages": {name: _pages(place, costs) for name, costs in models.items()},
         "capacity": capacity,
-        "objectives": {"ttft": _TTFT.value, "tpot": _TPOT.value},
+        "objectives": {"ttft": FLAGS.slo_ttft, "tpot": FLAGS.slo_tpot},
         "settings": {
-            flag.name: flag.value for flag in (_CACHE_DTYPE, _PAGE, _HOST, _SEQS, _TOKENS)
+            name: FLAGS[name].value
+            for name in (
+                "cache_dtype",
+                "page_size",
+                "host_tier",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+            )
         },
         "rows": rows,
     }
@@ -171,18 +183,18 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def _pages(place: Device, costs: StepCosts) -> int:
-    return place.num_pages(costs, _PAGE.value)
+    return place.num_pages(costs, FLAGS.page_size)
 
 
 def _run(
     place: Device, costs: StepCosts, policy: str, arrivals: Sequence[Arrival], rate: float
 ) -> Summary:
-    size, pages = _PAGE.value, _pages(place, costs)
+    size, pages = FLAGS.page_size, _pages(place, costs)
     scheduler = Scheduler(
-        PagedMemory(pages, size, host_pages=int(_HOST.value * pages)),
+        PagedMemory(pages, size, host_pages=int(FLAGS.host_tier * pages)),
         POLICIES[policy](),
-        max_num_seqs=_SEQS.value,
-        max_num_batched_tokens=_TOKENS.value,
+        max_num_seqs=FLAGS.max_num_seqs,
+        max_num_batched_tokens=FLAGS.max_num_batched_tokens,
         seconds_per_page=place.seconds_per_page(costs, size),
     )
     steps = 0
@@ -199,12 +211,13 @@ def _run(
     )
     return summarize(
         records,
-        ttft_slo=_TTFT.value,
-        tpot_slo=_TPOT.value,
+        ttft_slo=FLAGS.slo_ttft,
+        tpot_slo=FLAGS.slo_tpot,
         preemptions=scheduler.preemptions,
         steps=steps,
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

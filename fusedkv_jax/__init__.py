@@ -1,5 +1,7 @@
 """Decoder language models whose upper layers rebuild their KV cache from lower layers' caches."""
 
+from importlib import metadata
+
 from fusedkv_jax import compression, costs, layouts, presets
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.config import MLAConfig, ModelConfig, RopeConfig
@@ -18,6 +20,8 @@ from fusedkv_jax.generation import (
 )
 from fusedkv_jax.model import Decoder, fold_fusion
 
+__version__ = metadata.version("fusedkv_jax")
+
 __all__ = [
     "BeamSearchParams",
     "Completion",
@@ -28,6 +32,7 @@ __all__ = [
     "RopeConfig",
     "SamplingParams",
     "SelfSpeculation",
+    "__version__",
     "beam_search",
     "chat",
     "compression",

@@ -9,7 +9,7 @@ the model stays an ordinary one, without zero weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def prune_sources(
     group: int = 1,
     length: int | None = None,
     dtype: DTypeLike = "bfloat16",
+    progress: Callable[[PruningStep], None] | None = None,
 ) -> tuple[Decoder, PruningReport]:
     """A model whose layers read fewer fusion sources.
 
@@ -97,6 +98,7 @@ def prune_sources(
             so larger groups keep the program small.
         length: tokens in the cache for which reads are counted; by default the text's.
         dtype: of the cache for which they are counted.
+        progress: called with each step when it is done.
 
     Returns:
         The model, with its other parameters shared, and the report.
@@ -127,6 +129,8 @@ def prune_sources(
         divergence, unit, place, kept = min(trials, key=lambda trial: trial[0])
         dropped = tuple((kind, i, pruning.streams[kind, i].sources[place]) for kind, i in unit)
         steps.append(PruningStep(dropped, *pruning.reads(kept), divergence))
+        if progress is not None:
+            progress(steps[-1])
     return pruning.build(kept), PruningReport(tuple(steps))
 
 

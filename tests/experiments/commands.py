@@ -24,10 +24,21 @@ def watch_reads():
     flags.Flag.value = property(get, value.fset)
     return read
 
+def only_read():
+    # All that a command line says is read, and the configuration is built; nothing runs.
+    if "config" in flags.FLAGS and flags.FLAGS.config:
+        cli.load_config()
+    if "mesh" in flags.FLAGS:
+        cli.read_mesh()
+only_read.__module__ = "experiments.cli"
+
 def run(program, arguments):
     sys.argv = [program.__name__, *arguments]
     program.define_flags()
     main = program.main
+    if sys.argv.count("--only-read"):
+        sys.argv.remove("--only-read")
+        cli.run(only_read)
     def watched():
         read = watch_reads()
         code = main()

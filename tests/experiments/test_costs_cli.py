@@ -39,6 +39,9 @@ def test_rows_are_the_librarys_costs():
             expected.append(row)
     assert document["rows"] == expected
     assert document["rows"][0]["cache_ratio"] == pytest.approx(2 / 6)
+    # 332m is the paper's name for a model of 463.5M parameters.
+    (note,) = [line for line in table if "paper" in line]
+    assert "131.1M in the embedding, 131.1M in the output head" in note
     millions = f"{expected[2]['parameters'] / 1e6:.1f}"
     assert any(line.split()[:2] == ["mha", millions] for line in table)
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from flax import nnx
 
-from fusedkv_jax.training import train
+from fusedkv_jax import data
+from fusedkv_jax.training import evaluate, load_model, make_eval_step, train
 from tests.experiments import commands
 
 
@@ -21,3 +23,17 @@ def test_reads_fall_to_the_budget_and_the_whole_model_comes_first(comparison_con
     assert reads == pytest.approx([1.5, 1.375, 1.25, 1.125, 1.0])
     assert report["steps"][0]["divergence"] == 0 and report["steps"][-1]["divergence"] > 0
     assert [row["model"] for row in report["models"]] == ["whole", "budget 1"]
+    assert error.count("reads ") == 4  # a line for each step, while it runs
+    pruned = tmp_path / "pruned" / "budget_1"
+    assert report["workdirs"] == [str(pruned)]
+    model, config, step = load_model(pruned)
+    assert (step, config.data) == (0, comparison_config.data)
+    streams = [s for layer in model.config.kv_layout.layers for s in (layer.key, layer.value)]
+    assert max(len(stream.sources) for stream in streams) == 1
+    batches = data.make_eval_batches(config.data, 16)
+    graphdef, params = nnx.split(model, nnx.Param)
+    loss = evaluate(make_eval_step(graphdef), params, batches).metrics["loss"]
+    assert loss == pytest.approx(report["models"][1]["loss"], abs=1e-4)
+    # A second run loses nothing.
+    ((code, _, error),) = commands.run("prune", line)
+    assert code == 2 and "exists already" in error
