@@ -29,14 +29,16 @@
 # %% [markdown]
 # ## Install
 #
-# Skipped where the package is already there. The bounds are those of the package; Colab's own
-# jax stays if it is new enough. If pip replaces jax, restart the session and run from the top.
+# Skipped where the package is already there. Colab's own jax stays if it is new enough; on a TPU
+# the extra keeps libtpu at the version that jax needs. If pip replaces jax, restart the session
+# and run from the top.
 
 # %%
 import importlib.util
 
 if importlib.util.find_spec("fusedkv_jax") is None:
-    # %pip install -q "fusedkv_jax @ git+https://github.com/fusedkv_jax/fusedkv_jax"
+    extra = "[tpu]" if importlib.util.find_spec("libtpu") else ""
+    # %pip install -q "fusedkv_jax{extra} @ git+https://github.com/fusedkv_jax/fusedkv_jax"
     importlib.invalidate_caches()
 
 # %% [markdown]
@@ -46,7 +48,6 @@ if importlib.util.find_spec("fusedkv_jax") is None:
 import importlib.metadata
 import pathlib
 import platform
-import tempfile
 
 import jax
 from IPython.display import Image, display
@@ -111,10 +112,12 @@ print(fkv.layouts.draw(configs["fusedkv"].model.kv_layout))
 # %% [markdown]
 # ## Training
 #
-# Running the second cell again goes on after an interruption, from the last checkpoint.
+# Running the second cell again goes on after an interruption, from the last checkpoint. To keep the
+# runs beyond the session, mount Google Drive and name a folder there.
 
 # %%
-workdir = pathlib.Path(tempfile.mkdtemp(prefix="fusedkv_demo_"))
+workdir = pathlib.Path("runs") / f"fusedkv_demo_{device.platform}"
+workdir.mkdir(parents=True, exist_ok=True)
 
 # %%
 finished = {layout: runs.complete(config, workdir / layout) for layout, config in configs.items()}

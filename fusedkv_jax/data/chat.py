@@ -51,11 +51,16 @@ class ChatTemplate:
 
         check_messages(messages)
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens, **variables},
-            )
+            environment, template = self._template
+            values = {
+                "messages": [dict(message) for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+                **self.special_tokens,
+                **variables,
+            }
+            return environment.render(template, values)
+        except RecursionError:
+            raise ChatError("the chat template calls itself without end") from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ChatError(f"the chat template refuses the messages: {reason}") from None
@@ -63,18 +68,17 @@ class ChatTemplate:
     @functools.cached_property
     def _template(self):
         import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
 
-        # Set as templates on the Hugging Face hub expect it.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
+        from fusedkv_jax.data.bounded_jinja import BoundedEnvironment
+
+        environment = BoundedEnvironment()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
-            return environment.from_string(self.source)
+            return environment, environment.from_string(self.source)
+        except RecursionError:
+            raise ChatError("the chat template is nested too deeply") from None
         except jinja2.TemplateSyntaxError as error:
             message = f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
             raise ChatError(message) from None

@@ -84,3 +84,26 @@ def test_files_that_are_not_utf8(tmp_path):
     file.write_bytes("größe".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt: not UTF-8: byte 0xf6 at offset 2; convert"):
         read_text(file)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "rounds",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+        ("{{ 'a' * 10**10 }}", "a product is longer"),
+        ("{% set x = 'aaaaaaaaaa' %}" + "{% set x = x ~ x %}" * 40, "a text is longer"),
+        ("{% set x = 'aaaaaaaaaa' %}" + "{% set x = x + x %}" * 40, "a text is longer"),
+        ("{{ 9 ** (9 ** 9) }}", "exponent"),
+        ("{{ '%999999999d' % 1 }}", "too wide"),
+        ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "its text is longer"),
+        ("{{ (" + "(" * 3000, "nested too deeply"),
+    ],
+)
+def test_templates_that_would_not_end_or_fit_are_refused(source, message):
+    with pytest.raises(ChatError, match=message) as refused:
+        ChatTemplate(source).render([{"role": "user", "content": "x"}])
+    assert "\n" not in str(refused.value)

@@ -27,9 +27,16 @@ def cells(notebook):
 def test_notebook_and_script_hold_the_same_cells(name):
     script, notebook = (jupytext.read(FOLDER / f"{name}{end}") for end in (".py", ".ipynb"))
     assert cells(script) == cells(notebook), "run: jupytext --to ipynb on the script"
-    assert all(not c.outputs and not c.execution_count for c in notebook.cells if "outputs" in c)
+    # Readers see what comes of it before they run it, and Colab opens it on a TPU.
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert not any(output.output_type == "error" for output in outputs)
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 300_000
+    assert notebook.metadata["accelerator"] == "TPU"
     install = next(c.source for c in script.cells if c.cell_type == "code")
-    assert '\n    %pip install -q "fusedkv_jax @ git+https://' in install  # a magic in Jupyter
+    assert (
+        '\n    %pip install -q "fusedkv_jax{extra} @ git+https://' in install
+    )  # a magic in Jupyter
 
 
 def test_runs_at_toy_size(monkeypatch, tmp_path):
@@ -40,7 +47,8 @@ def test_runs_at_toy_size(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     notebook = jupytext.read(FOLDER / "fusedkv_demo.py")
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
     assert [o.name for o in outputs if o.output_type == "stream" and o.name == "stderr"] == []
@@ -52,7 +60,7 @@ def test_runs_at_toy_size(monkeypatch, tmp_path):
     assert " fusedkv: 0.25 MiB for 256 tokens, 1,024 bytes per token, prompts pass 2 of 4" in text
     losses = [
         json.loads(line)["eval/bits_per_byte"]
-        for path in tmp_path.glob("fusedkv_demo_*/*/metrics.jsonl")
+        for path in tmp_path.glob("runs/fusedkv_demo_cpu/*/metrics.jsonl")
         for line in path.read_text().splitlines()
         if "eval/bits_per_byte" in line
     ]
