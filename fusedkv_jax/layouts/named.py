@@ -367,10 +367,15 @@ def resolve(spec: str, num_layers: int) -> KVLayout:
     return get(name, num_layers, **options)
 
 
+MAX_LAYERS = 10_000  # more is a slip of the hand, and takes minutes to describe
+
+
 def _check_depth(num_layers: int) -> None:
     check_type("num_layers", num_layers, int, LayoutError)
     if num_layers < 1:
         raise LayoutError(f"num_layers={num_layers}; use at least 1")
+    if num_layers > MAX_LAYERS:
+        raise LayoutError(f"num_layers={num_layers}; use at most {MAX_LAYERS:,}")
 
 
 def _resolve_grammar(text: str, num_layers: int, options: dict) -> KVLayout:
