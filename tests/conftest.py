@@ -10,7 +10,8 @@ from experiments.common.compilation import kind_of_processor
 # In the environment, not through jax.config: tests that start a program hand it on.
 # `JAX_PLATFORMS=cuda,cpu pytest` runs what needs an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compiling; generating plain code instead of fast code halves it.
+# Most of the suite's time is compiling; generating plain code instead of fast code halves it. Users
+# run fast code: `.ci/run` tests a sample with it, and `pallas_kernels/test_fuzz.py` always has it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,13 +59,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run every Nth collected test: a quick sample over all files",
     )
+    parser.addoption(
+        "--first",
+        type=int,
+        default=0,
+        metavar="I",
+        help="with --every: the sample begins at this test, 0 to N - 1",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     step = config.getoption("--every")
     if step > 1:
-        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step])
-        items[:] = items[::step]
+        first = config.getoption("--first") % step
+        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step != first])
+        items[:] = items[first::step]
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
