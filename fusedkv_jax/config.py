@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusedkv_jax import layouts
+from fusedkv_jax.geometry import Geometry
 from fusedkv_jax.layouts import KVLayout
 from fusedkv_jax.validation import build, validate
 
@@ -196,15 +198,30 @@ class ModelConfig:
         assert self.head_dim is not None
         return self.head_dim
 
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """The sizes of attention's heads.
+
+        With MLA the key stream is the shared rotary key and the value stream the latent. One query
+        attends to these themselves (its up-projections are absorbed), many to expanded ones.
+        """
+        if self.mla is None:
+            stream, channels = (self.kv_heads, self.channels), (self.channels, self.channels)
+            return Geometry(self.num_heads, stream, stream, self.channels, channels, channels)
+        mla = self.mla
+        return Geometry(
+            heads=self.num_heads,
+            keys=(1, mla.rope_dim),
+            values=(1, mla.kv_lora_rank),
+            rotary=mla.rope_dim,
+            products=(mla.nope_dim + mla.rope_dim, mla.v_dim),
+            single_products=(mla.kv_lora_rank + mla.rope_dim, mla.kv_lora_rank),
+        )
+
     @property
     def stream_shapes(self) -> dict[layouts.Kind, tuple[int, int]]:
-        """(heads, channels) of one token's cached `key` and `value` stream.
-
-        With MLA the key stream is the shared rotary key and the value stream the latent.
-        """
-        if self.mla is not None:
-            return {"key": (1, self.mla.rope_dim), "value": (1, self.mla.kv_lora_rank)}
-        return {kind: (self.kv_heads, self.channels) for kind in layouts.KINDS}
+        """(heads, channels) of one token's cached `key` and `value` stream."""
+        return self.geometry.stream_shapes
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with other fields; a named layout follows a changed `num_layers`."""

@@ -3,7 +3,8 @@
 from fusedkv_jax.cache.cache import KVCache, check_int4
 from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
 from fusedkv_jax.cache.kivi import KiviStore
-from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, split_plan
+from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, sequence_plan, split_plan
+from fusedkv_jax.cache.sequence import SequenceStore
 from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
 from fusedkv_jax.cache.storage import (
     EIGHT_BITS,
@@ -33,6 +34,7 @@ __all__ = [
     "Reading",
     "RingStore",
     "Rows",
+    "SequenceStore",
     "Store",
     "cache_plan",
     "cache_shardings",
@@ -41,6 +43,7 @@ __all__ = [
     "encode",
     "ring_positions",
     "select",
+    "sequence_plan",
     "split_plan",
     "storage_of",
     "storage_type",

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from fusedkv_jax.cache import kivi
-from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan
+from fusedkv_jax.cache.plan import CachePlan, Group, StreamName, cache_plan
 from fusedkv_jax.cache.storage import empty, storage_type
 from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
 from fusedkv_jax.config import ModelConfig
@@ -119,7 +120,7 @@ class KVCache:
         """
         self.check_present()
         layout = config.kv_layout
-        streams = {(kind, i) for kind in KINDS for i in layout.cached(kind)}
+        streams: set[StreamName] = {(kind, i) for kind in KINDS for i in layout.cached(kind)}
         remedy = "create it with KVCache.create(model.config, ...)"
         if set(self.plan.places) != streams:
             raise ValueError(
@@ -143,7 +144,7 @@ class KVCache:
     def check_present(self) -> None:
         """Raises ValueError where the arrays were given away to an earlier call."""
         lengths = self.lengths
-        if isinstance(lengths, jax.Array) and not isinstance(lengths, jax.core.Tracer):
+        if isinstance(lengths, jax.Array) and not isinstance(lengths, Tracer):
             if lengths.is_deleted():
                 raise ValueError(
                     "cache was donated to an earlier call, which has used its memory; use the cache"
@@ -151,7 +152,7 @@ class KVCache:
                 )
 
     @staticmethod
-    def _described(streams: Iterable[tuple[Kind, int]]) -> str:
+    def _described(streams: Iterable[StreamName]) -> str:
         layers = {kind: sorted(i for k, i in streams if k == kind) for kind in KINDS}
         return f"keys of layers {layers['key']} and values of layers {layers['value']}"
 

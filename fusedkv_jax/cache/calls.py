@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from fusedkv_jax.layouts import Kind
 
 
-class Call(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["first", "count", "segment_ids"],
+    meta_fields=["length"],
+)
+@dataclass(frozen=True)
+class Call:
     """The tokens that one call adds: row b gets positions first[b], ..., first[b] + count[b] - 1.
 
     Attributes:
         first: int32 [B].
         count: int32 [B], 0 to `length`.
         length: columns T of the call, padding included.
+        segment_ids: int32 [B, T] document of each token where several are packed in a row, which
+            only `SequenceStore` serves; None for one document a row.
     """
 
     first: Any
     count: Any
     length: int
+    segment_ids: Any = None
 
     @property
     def positions(self) -> Int[Array, "B T"]:

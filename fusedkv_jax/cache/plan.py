@@ -52,6 +52,12 @@ class CachePlan:
 
 
 @functools.lru_cache(maxsize=256)
+def sequence_plan(layout: KVLayout) -> CachePlan:
+    """All streams in one group: those of a call whose tokens are not stored."""
+    return CachePlan((Group(None, layout.cached_keys, layout.cached_values),))
+
+
+@functools.lru_cache(maxsize=256)
 def cache_plan(layout: KVLayout) -> CachePlan:
     """The plan of an uncompressed cache: one group for each stored length, all tokens first."""
     stored = {

@@ -32,6 +32,7 @@ class Store:
     """
 
     watches: ClassVar[bool] = False  # `watch` wants to see what layers read
+    transient: ClassVar[bool] = False  # nothing outlives the call, so that gradients can flow
 
     def deferred(self, call: Call) -> bool:
         """New tokens come to `finish`, and to `view` until then."""
@@ -51,6 +52,10 @@ class Store:
             call: the tokens of this call.
         """
         raise NotImplementedError
+
+    def shared(self, view: Any) -> Any:
+        """A view that several layers will read."""
+        return view
 
     def pieces(
         self,

@@ -26,7 +26,7 @@ from fusedkv_jax.compression.compressor import CompressionError
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Mixing, Stream
 from fusedkv_jax.model import Decoder, fold_fusion
 from fusedkv_jax.model.mixing import chains
-from fusedkv_jax.model.relayout import relayout
+from fusedkv_jax.model.transform import relayout
 
 StreamName = tuple[Kind, int]
 Kept = dict[StreamName, tuple[int, ...]]  # places, among a stream's sources, of those that stay

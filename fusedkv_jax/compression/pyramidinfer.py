@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,8 +25,8 @@ from fusedkv_jax.compression.token_sets import lengthened, merged, read_keys, st
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.model.memory import CacheMemory
-from fusedkv_jax.model.stack import Queries
+from fusedkv_jax.model.stack import Options, Queries, run_layers
+from fusedkv_jax.model.streams import Streams
 
 _LAST_WEIGHT = 1.2  # of the newest query in the scores; the oldest has 1
 
@@ -116,11 +117,12 @@ class PyramidInfer(Compressor):
             return _scores(reading, held, recent, rows)
 
         call = Call(jnp.zeros_like(held), held, x.shape[1])
-        memory = CacheMemory(model.config, cache, call)
-        stack = model.stack(memory, watch)
+        streams = Streams.of_cache(model.config, cache, call)
         queries = Queries(model.rotation(positions), call.positions)
-        x, state = stack(x, memory.start(x.dtype), queries, *span)
-        return x, state.cache, stack.found[span[1] - 1]
+        options = Options(watch=watch)
+        walked = run_layers(model.layers(), x, streams, queries, span, options)
+        cache = dataclasses.replace(cache, stores=walked.streams.stores)
+        return walked.x, cache, walked.seen[span[1] - 1]
 
 
 def _scores(

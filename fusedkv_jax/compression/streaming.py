@@ -86,7 +86,7 @@ class StreamingLLM(Compressor):
         if not self.sinks:
             return RingStore(keys, values)
         first = empty(self.sinks)
-        channels = config.channels if config.mla is None else config.mla.rope_dim
+        channels = config.geometry.rotary
         return SinkStore(keys, values, *first, config.rope, channels, self.reindex)
 
 

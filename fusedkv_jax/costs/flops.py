@@ -69,12 +69,7 @@ def _head(config: ModelConfig) -> int:
 def _layer_all_rows(config: ModelConfig, i: int, length: int) -> int:
     """One layer over all tokens of a sequence."""
     layout = config.kv_layout
-    if config.mla is not None:
-        per_key = (
-            2 * config.num_heads * (config.mla.nope_dim + config.mla.rope_dim + config.mla.v_dim)
-        )
-    else:
-        per_key = 4 * config.num_heads * config.channels
+    per_key = config.geometry.flops_per_key(single=False)
     return (
         length * (_projections(config, i) + _residual(config, i))
         + per_key * visible_to_all(layout, i, length)
@@ -88,11 +83,7 @@ def last_row_flops(config: ModelConfig, i: int, length: int) -> int:
     MLA attends in the latent space: its up-projection is absorbed, at the price of one token's.
     """
     visible = visible_to_last(config.kv_layout, i, length)
-    if config.mla is not None:
-        width = 2 * config.mla.kv_lora_rank + config.mla.rope_dim
-        per_key = 2 * config.num_heads * width
-    else:
-        per_key = 4 * config.num_heads * config.channels
+    per_key = config.geometry.flops_per_key(single=True)
     return (
         _projections(config, i)
         + _residual(config, i)

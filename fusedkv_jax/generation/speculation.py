@@ -32,7 +32,7 @@ from fusedkv_jax.model.early_exit import (
     extend_draft,
     verify_draft,
 )
-from fusedkv_jax.model.relayout import split_at
+from fusedkv_jax.model.transform import split_at
 
 _DRAFT, _ACCEPT, _REPLACE = range(3)  # purposes of the draws of one position
 

@@ -32,7 +32,7 @@ from fusedkv_jax.interop.huggingface_names import (
     to_ours,
     to_theirs,
 )
-from fusedkv_jax.layouts import KVLayout, runs
+from fusedkv_jax.layouts import KVLayout, ordinary, runs
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.parameters import FusionWeight
 
@@ -91,8 +91,8 @@ def load_huggingface(
         if rope_interleave is None:
             known = fields is not None
             rope_interleave = has_interleaved_rope(fields) if known else config.mla is not None
-        rotary = config.mla.rope_dim if config.mla else config.channels
-        return _build(config, tensors, rotary if rope_interleave else 0, seed)
+        rotary = config.geometry.rotary if rope_interleave else 0
+        return _build(config, tensors, rotary, seed)
 
 
 def save_huggingface(
@@ -213,12 +213,12 @@ def _check_names(config: ModelConfig, names: Iterable[str], wanted: set[str]) ->
         raise TensorError(f"missing tensors: {_listing(missing)}; is the configuration right?")
     # Projections that this layout has no place for, a copy of the tied embedding, and the rotary
     # frequencies that old checkpoints hold.
-    ordinary = config.replace(layout="mha")
+    plain = config.replace(layout=ordinary(config.num_layers))
     known = {
         name
-        for path, variable in _abstract(ordinary)[1].items()
+        for path, variable in _abstract(plain)[1].items()
         if not isinstance(variable, FusionWeight)
-        for _, name, _ in _places(ordinary, path)
+        for _, name, _ in _places(plain, path)
     }
     known |= wanted | ({"lm_head.weight"} if config.tie_embeddings else set())
     unknown = sorted(n for n in names - known if not n.endswith("rotary_emb.inv_freq"))

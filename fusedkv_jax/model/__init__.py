@@ -2,10 +2,9 @@
 
 from fusedkv_jax.model.checks import check_room, check_tokens
 from fusedkv_jax.model.decoder import Decoder
-from fusedkv_jax.model.fold import fold_fusion
 from fusedkv_jax.model.parameters import FusionWeight, NoDecayParam, weight_decay_mask
 from fusedkv_jax.model.runahead import check_parts, extend_in_parts
-from fusedkv_jax.model.unroll import for_decoding, unroll_layers
+from fusedkv_jax.model.transform import fold_fusion, for_decoding, unroll_layers
 
 __all__ = [
     "Decoder",

@@ -6,7 +6,6 @@ given, its own or those of other layers, through the one attention operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -58,46 +57,40 @@ class Attention(nnx.Module):
         self,
         q: Float[Array, "B T N H"],
         pieces: tuple[Piece, ...],
-        key_weights: StreamWeights,
-        value_weights: Float[Array, "J2 K H"] | None,
+        weights: dict[Kind, StreamWeights],
         with_lse: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Attention output, projected back to the model's width, and the scores' log-sum-exp."""
+        """Attention output, projected back to the model's width, and the scores' log-sum-exp.
 
-        def read(q: Array, piece: Piece, **options: Any) -> Any:
-            weights, mask = (key_weights, value_weights), piece.mask | options
-            how = self.implementation
-            return attention(q, piece.keys, piece.values, *weights, implementation=how, **mask)
-
-        context, lse = over_pieces(read, rotate, q, pieces, with_lse)
+        Args:
+            q: queries.
+            pieces: what they read.
+            weights: fusion weights [J, K, H] of the key and of the value sources; None where one
+                source is reused.
+            with_lse: the lse is wanted; without it one piece is spared the computation, and the
+                lse is None.
+        """
+        options: dict[str, Any] = {"implementation": self.implementation}
+        options["return_residuals"] = needs_residuals(pieces, with_lse)
+        found = []
+        for piece in pieces:
+            queries = q if piece.turn is None else rotate(q, piece.turn)
+            sources = piece.keys, piece.values, weights["key"], weights["value"]
+            found.append(attention(queries, *sources, **piece.mask, **options))
+        context, lse = merged(found, with_lse)
         return project(context, self.o_proj[...], 2), lse
 
 
-def over_pieces(
-    read: Callable[..., Any],
-    turn: Callable[[Array, Rotation], Array],
-    q: Float[Array, "B T N H"],
-    pieces: tuple[Piece, ...],
-    with_lse: bool,
-) -> tuple[Array, Any]:
-    """Attention over all pieces: each is read by itself, then they are merged.
+def needs_residuals(pieces: tuple[Piece, ...], with_lse: bool) -> bool:
+    """Each piece must give its lse as well: it is wanted, or there are others to merge with."""
+    return with_lse or len(pieces) > 1
 
-    Args:
-        read: attention of queries over one piece; returns its lse as well with
-            `return_residuals=True`.
-        turn: rotates queries.
-        q: the queries.
-        pieces: what they read.
-        with_lse: the lse is wanted; without it one piece is spared the computation.
-    """
 
-    def queries(piece: Piece) -> Array:
-        return q if piece.turn is None else turn(q, piece.turn)
-
-    if len(pieces) == 1 and not with_lse:
-        return read(queries(pieces[0]), pieces[0]), None
-    found = [read(queries(piece), piece, return_residuals=True) for piece in pieces]
-    return combine(found) if len(found) > 1 else found[0]
+def merged(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
+    """What attention gave for each piece, as attention over all of them, and its lse."""
+    if len(found) > 1:
+        return combine(found)
+    return found[0] if with_lse else (found[0], None)
 
 
 def _rotated(

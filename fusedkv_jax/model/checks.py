@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.config import ModelConfig
@@ -18,7 +19,7 @@ from fusedkv_jax.config import ModelConfig
 
 def known(x: Any) -> np.ndarray | None:
     """The values of an array, or None while tracing and for what other processes hold."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return None
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return None

@@ -18,12 +18,12 @@ from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block
 from fusedkv_jax.model.checks import check_tokens
 from fusedkv_jax.model.layers import RMSNorm
-from fusedkv_jax.model.memory import CacheMemory, Memory
 from fusedkv_jax.model.mixing import Mixing
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotation
-from fusedkv_jax.model.stack import Queries, Stack, Watch
+from fusedkv_jax.model.stack import Layers, Options, Queries, Walked, Watch, run_layers
+from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.sharding import active_mesh, automatic, constrain, spec
 from pallas_kernels import implementations
 
@@ -91,14 +91,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm: what `logits` takes."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embed(tokens)
-        memory = Memory(self.config, tokens.shape, segment_ids)
-        queries = Queries(self.rotation(positions))
-        state = memory.start(x.dtype)
-        x, _ = self.stack(memory)(x, state, queries, 0, self.config.num_layers)
-        return self.final_norm(x)
+        return self.final_norm(self._whole(tokens, segment_ids, positions, Options()).x)
 
     def layer_outputs(
         self,
@@ -113,14 +106,22 @@ class Decoder(nnx.Module):
             tokens, segment_ids, positions: as for a call of the model.
             kept: rows that each layer changes; it passes the others on as they are.
         """
+        options = Options(kept=kept, collects=True)
+        return jnp.concatenate(self._whole(tokens, segment_ids, positions, options).outputs)
+
+    def _whole(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "B T"] | None,
+        options: Options,
+    ) -> Walked:
+        """Whole sequences through all layers."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embed(tokens)
-        memory = Memory(self.config, tokens.shape, segment_ids)
-        stack = self.stack(memory, kept=kept, collects=True)
+        streams = Streams.of_sequence(self.config, tokens.shape, segment_ids)
         queries = Queries(self.rotation(positions))
-        stack(x, memory.start(x.dtype), queries, 0, self.config.num_layers)
-        return jnp.concatenate(stack.outputs)
+        return run_layers(self.layers(), self.embed(tokens), streams, queries, None, options)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Output head, accumulated and returned in float32."""
@@ -198,27 +199,29 @@ class Decoder(nnx.Module):
         """Logits of all tokens, or of the last `rows` of each row where those are fewer."""
         config, depth = self.config, self.config.kv_layout.prefill_depth
         cache.check(config, tokens.shape[0])
-        memory = CacheMemory(config, cache, Call(cache.lengths, count, tokens.shape[1]))
-        stack = self.stack(memory, watch)
-        x = self.embed(tokens)
-        positions = memory.call.positions
+        call = Call(cache.lengths, count, tokens.shape[1])
+        streams = Streams.of_cache(config, cache, call)
+        layers, options = self.layers(), Options(watch=watch)
+        positions = call.positions
         queries = Queries(self.rotation(positions), positions)
-        x, state = stack(x, memory.start(x.dtype), queries, 0, depth)
+        x = self.embed(tokens)
+        x, streams, seen, _ = run_layers(layers, x, streams, queries, (0, depth), options)
         valid = _valid(tokens, count, config.vocab_size)
         if not rows:
-            return None, memory.finish(state).advanced(valid), stack.found
+            return None, streams.close().advanced(valid), seen
         if rows < tokens.shape[1]:
             last = jnp.maximum(count[:, None] + jnp.arange(-rows, 0), 0)
             x = jnp.take_along_axis(x, last[:, :, None], axis=1)
             positions = cache.lengths[:, None] + last
             queries = Queries(self.rotation(positions), positions)
-        x, state = stack(x, state, queries, depth, config.num_layers)
+        upper = depth, config.num_layers
+        x, streams, above, _ = run_layers(layers, x, streams, queries, upper, options)
         if watch is not None:
             x = x[:, -1:] if rows < tokens.shape[1] else _last(x, count)
-        cache = memory.finish(state).advanced(valid)
+        cache = streams.close().advanced(valid)
         # Nobody can be told of an error in a compiled program, but NaN is hard to overlook.
         x = jnp.where(cache.overflowed[:, None, None], jnp.nan, x)
-        return self.logits(self.final_norm(x)), cache, stack.found
+        return self.logits(self.final_norm(x)), cache, seen | above
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What enters the first layer."""
@@ -227,14 +230,13 @@ class Decoder(nnx.Module):
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         """Rotary angles of tokens at these positions."""
-        mla = self.config.mla
-        channels = self.config.channels if mla is None else mla.rope_dim
-        return rotation(self.config.rope, channels, positions)
+        return rotation(self.config.rope, self.config.geometry.rotary, positions)
 
-    def stack(self, memory: Memory, watch: Watch | None = None, **options: Any) -> Stack:
-        """The layers, reading and writing a memory; options as for `Stack`."""
+    def layers(self) -> Layers:
+        """The layers, for `run_layers`."""
         blocks = [[_split(block) for block in run] for run in self.runs]
-        return Stack(self.config, blocks, self.mixing(), memory, watch, **options)
+        graphs, params = ([[part[i] for part in run] for run in blocks] for i in (0, 1))
+        return Layers(self.config, graphs, params, self.mixing())
 
 
 def _split(block: Any) -> tuple[nnx.GraphDef[Block], Any]:

@@ -16,10 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.cache import Call, KiviStore, KVCache, LinearStore, RingStore
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.model.decoder import Decoder
-from fusedkv_jax.model.memory import CacheMemory
-from fusedkv_jax.model.stack import Queries
+from fusedkv_jax.model.stack import Queries, run_layers
+from fusedkv_jax.model.streams import Bank, StreamPlan, Streams
 
 # What a rejected draft leaves behind in these is never read, or can be undone.
 _REWINDABLE = (LinearStore, RingStore, KiviStore)
@@ -37,18 +36,7 @@ class Draft(NamedTuple):
 
     cache: KVCache
     hidden: Any
-    bank: dict[Kind, Any]
-
-
-class _DraftMemory(CacheMemory):
-    """Takes one token, and banks what a call of all drafted tokens will need."""
-
-    def __init__(self, config: ModelConfig, cache: KVCache, call: Call, later: CacheMemory):
-        self.later = later
-        super().__init__(config, cache, call)
-
-    def _banked(self, kind: Kind) -> tuple[int, ...]:
-        return self.later.banked[kind]
+    bank: Bank
 
 
 def begin_draft(model: Decoder, cache: KVCache, length: int) -> Draft:
@@ -69,9 +57,9 @@ def begin_draft(model: Decoder, cache: KVCache, length: int) -> Draft:
                 f" {store.keys.shape[2]} tokens; use a smaller draft_tokens"
             )
     config = model.config
-    memory = _later(config, cache, jnp.zeros_like(cache.lengths), length)
-    hidden = jnp.zeros((*memory.shape, config.d_model), config.dtype)
-    return Draft(cache, hidden, memory.start(hidden.dtype).bank)
+    streams = _later(config, cache, jnp.zeros_like(cache.lengths), length)
+    hidden = jnp.zeros((cache.lengths.shape[0], length, config.d_model), config.dtype)
+    return Draft(cache, hidden, streams.bank)
 
 
 def extend_draft(
@@ -97,20 +85,23 @@ def extend_draft(
     """
     cache, length = draft.cache, draft.hidden.shape[1]
     call = Call(cache.lengths, running.astype(jnp.int32), 1)
-    later = _later(model.config, cache, call.count, length)
-    memory = _DraftMemory(model.config, cache, call, later)
-    queries = Queries(model.rotation(call.positions), call.positions)
+    # One token, of which the bank gets what the call of all drafted tokens will need.
+    later = dataclasses.replace(call, length=length)
+    plan = StreamPlan.of(model.config, cache.plan, cache.stores, later)
+    streams = Streams.of_cache(model.config, cache, call, plan)
+    positions = call.positions
+    queries = Queries(model.rotation(positions), positions)
     x = model.embed(tokens[:, None])
-    x, state = model.stack(memory)(x, memory.start(x.dtype), queries, 0, exit_layer)
+    x, streams, *_ = run_layers(model.layers(), x, streams, queries, (0, exit_layer))
 
     def put(array, new, axis):
         return jax.lax.dynamic_update_slice_in_dim(array, new, place, axis)
 
-    bank: dict[Kind, Any] = {
+    bank: Bank = {
         kind: None if new is None else put(draft.bank[kind], new, 2)
-        for kind, new in state.bank.items()
+        for kind, new in streams.bank.items()
     }
-    return x[:, 0], Draft(memory.finish(state), put(draft.hidden, x, 1), bank)
+    return x[:, 0], Draft(streams.close(), put(draft.hidden, x, 1), bank)
 
 
 def exit_logits(model: Decoder, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -139,37 +130,36 @@ def verify_draft(
         that are kept to the cache that holds just these.
     """
     config, length = model.config, draft.hidden.shape[1]
-    memory = _later(config, cache, count, length)
-    # New tokens of a deferred store come at the end, so it starts from where it was; the others
+    streams = _later(config, cache, count, length)
+    # What is written at the end of a call begins with what was there before the draft; the others
     # hold the draft, whose rejected tokens lie beyond the lengths and are overwritten.
     stores = tuple(
-        old if old.deferred(memory.call) else new
+        old if old.deferred(streams.call) else new
         for old, new in zip(cache.stores, draft.cache.stores, strict=True)
     )
-    memory.initial = dataclasses.replace(cache, stores=stores)
-    state = memory.start(draft.hidden.dtype)._replace(bank=draft.bank)
-    state = state._replace(cache=_repeat_deferred_writes(memory, state, exit_layer))
-    queries = Queries(model.rotation(memory.call.positions), memory.call.positions)
-    x, state = model.stack(memory)(draft.hidden, state, queries, exit_layer, config.num_layers)
+    streams = dataclasses.replace(streams, stores=stores, bank=draft.bank)
+    streams = _repeat_deferred_writes(streams, exit_layer)
+    positions = streams.call.positions
+    queries, upper = Queries(model.rotation(positions), positions), (exit_layer, config.num_layers)
+    x, streams, *_ = run_layers(model.layers(), draft.hidden, streams, queries, upper)
 
     def keep(tokens: Array) -> KVCache:
-        memory.call = memory.call._replace(count=tokens)
-        return memory.finish(state)
+        call = dataclasses.replace(streams.call, count=tokens)
+        return dataclasses.replace(streams, call=call).close()
 
     return exit_logits(model, x), keep
 
 
-def _later(config: ModelConfig, cache: KVCache, count: Array, length: int) -> CacheMemory:
-    """The memory of one call with all tokens of a draft."""
-    return CacheMemory(config, cache, Call(cache.lengths, count, length))
+def _later(config: ModelConfig, cache: KVCache, count: Array, length: int) -> Streams:
+    """The streams of one call with all tokens of a draft."""
+    return Streams.of_cache(config, cache, Call(cache.lengths, count, length))
 
 
-def _repeat_deferred_writes(memory: CacheMemory, state: Any, exit_layer: int) -> KVCache:
+def _repeat_deferred_writes(streams: Streams, exit_layer: int) -> Streams:
     """Tell deferred stores of the lower layers' streams, as a call through all layers would."""
-    cache = state.cache
-    for kind in KINDS:
-        for i in memory.layout.cached(kind):
-            group, slot = memory.plan.places[kind, i]
-            if i < exit_layer and cache.stores[group].deferred(memory.call):
-                cache = memory.store(cache, kind, i, slot, memory.fresh(state, kind, i))
-    return cache
+    stores = list(streams.stores)
+    for (kind, i), (group, slot) in streams.plan.groups.places.items():
+        if i < exit_layer and stores[group].deferred(streams.call):
+            new = streams.banked(kind, i)
+            stores[group] = stores[group].write(kind, slot, new, streams.call)
+    return dataclasses.replace(streams, stores=tuple(stores))

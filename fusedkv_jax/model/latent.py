@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from fusedkv_jax.cache import Piece
 from fusedkv_jax.layouts import Kind, LayerKV
-from fusedkv_jax.model.attention import over_pieces
+from fusedkv_jax.model.attention import merged, needs_residuals
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.mixing import mix
 from fusedkv_jax.model.parameters import Initializer
@@ -70,38 +70,35 @@ class LatentAttention(nnx.Module):
         self,
         q: Float[Array, "B T N H"],
         pieces: tuple[Piece, ...],
-        key_weights: Float[Array, "J 1 R"] | None,
-        value_weights: Float[Array, "J 1 C"] | None,
+        weights: dict[Kind, Any],
         with_lse: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Attention output, projected back to the model's width, and the scores' log-sum-exp.
 
         A single query per row reads the latents as they are (the up-projections are absorbed into
-        query and output); several queries share keys and values that are expanded once.
+        query and output); several queries share keys and values that are expanded once. For the
+        arguments see `Attention.attend`.
         """
-        one = q.shape[1] == 1
-        weights, dtype = (key_weights, value_weights), q.dtype
+        one, dtype = q.shape[1] == 1, q.dtype
         up = self.kv_b_proj[...].astype(jnp.float32)
         up_key, up_value = jnp.split(up, [self.mla.nope_dim], axis=-1)
-
-        def read(q: Array, piece: Piece, **options: Any) -> Any:
-            keys, values = (
-                [
-                    x.dequantize(dtype) if isinstance(x, Quantized) else x.astype(dtype)
-                    for x in sources
-                ]
-                for sources in (piece.keys, piece.values)
-            )
-            attend = self._attend_absorbed if one else self._attend_expanded
-            how = {"scale": self.scale, "implementation": self.implementation}
-            return attend(q, keys, values, *weights, **piece.mask, **how, **options)
-
         if one:
             # Two chained products stand for one of the expanded form: the first stays in float32.
             q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
             q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope.astype(jnp.float32), up_key)
             q = jnp.concatenate([q_latent, q_rope.astype(jnp.float32)], axis=-1).astype(dtype)
-        context, lse = over_pieces(read, self._turn, q, pieces, with_lse)
+        options: dict[str, Any] = {"scale": self.scale, "implementation": self.implementation}
+        options["return_residuals"] = needs_residuals(pieces, with_lse)
+        attend = self._attend_absorbed if one else self._attend_expanded
+        found = []
+        for piece in pieces:
+            queries = q if piece.turn is None else self._turn(q, piece.turn)
+            keys, values = (
+                [_plain(x, dtype) for x in sources] for sources in (piece.keys, piece.values)
+            )
+            fusion = weights["key"], weights["value"]
+            found.append(attend(queries, keys, values, *fusion, **piece.mask, **options))
+        context, lse = merged(found, with_lse)
         if one:
             context = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
             context = context.astype(dtype)
@@ -128,3 +125,8 @@ class LatentAttention(nnx.Module):
             weights = jnp.concatenate([value_weights, key_weights], axis=-1)
         both = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True))
         return attention(q, both, tuple(values), weights, value_weights, **options)
+
+
+def _plain(source: Any, dtype: Any) -> Array:
+    """A source [B, S, 1, C] as numbers: latents are expanded or joined before attention."""
+    return source.dequantize(dtype) if isinstance(source, Quantized) else source.astype(dtype)

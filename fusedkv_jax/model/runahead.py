@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import Call, KVCache, LinearStore, select, storage_of
+from fusedkv_jax.cache.storage import Slot
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Kind
 from fusedkv_jax.model.decoder import Decoder
-from fusedkv_jax.model.memory import CacheMemory, New, Slot, with_store
-from fusedkv_jax.model.stack import Queries
+from fusedkv_jax.model.stack import Queries, run_layers
+from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.sharding import RULES, MeshError, active_mesh, spec
 
 AXIS = "context"
@@ -77,12 +79,13 @@ def extend_in_parts(
     )
     x, stores = lower(params, tokens, count, cache.stores)
     cache = dataclasses.replace(cache, stores=stores)
-    config, memory = model.config, CacheMemory(model.config, cache, Call(cache.lengths, count, 1))
+    config = model.config
+    streams = Streams.of_cache(config, cache, Call(cache.lengths, count, 1))
     positions = jnp.maximum(count - 1, 0)[:, None]
     queries = Queries(model.rotation(positions), positions)
-    depth = config.kv_layout.prefill_depth
-    x, state = model.stack(memory)(x, memory.start(x.dtype), queries, depth, config.num_layers)
-    return model.logits(model.final_norm(x))[:, -1], memory.finish(state)
+    upper = config.kv_layout.prefill_depth, config.num_layers
+    x, streams, *_ = run_layers(model.layers(), x, streams, queries, upper)
+    return model.logits(model.final_norm(x))[:, -1], streams.close()
 
 
 def check_parts(config: ModelConfig, cache: KVCache) -> None:
@@ -100,20 +103,24 @@ def check_parts(config: ModelConfig, cache: KVCache) -> None:
             )
 
 
-class PartMemory(CacheMemory):
-    """A worker's cache, to which a call adds its own part and the chain all parts before."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "dropped"],
+    meta_fields=["ends"],
+)
+@dataclass(frozen=True)
+class PartStore(LinearStore):
+    """A worker's tokens: each stream that it writes goes down the chain with all parts before.
 
-    def __init__(self, config: ModelConfig, cache: KVCache, call: Call, ends: tuple[int, ...]):
-        super().__init__(config, cache, call)
-        self.ends = ends
+    Attributes:
+        ends: where each part ends.
+    """
 
-    def store(self, cache: Any, kind: Kind, layer: int, slot: Slot, new: New) -> Any:
-        cache = super().store(cache, kind, layer, slot, new)
-        group = self.plan.places[kind, layer][0]
-        store = cache.stores[group]
-        storage = _hand_on(storage_of(store, kind), slot, self.ends)
-        field = "keys" if kind == "key" else "values"
-        return with_store(cache, group, dataclasses.replace(store, **{field: storage}))
+    ends: tuple[int, ...] = ()
+
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> PartStore:
+        store: Any = super().write(kind, slot, new, call)
+        return store._with(kind, _hand_on(storage_of(store, kind), slot, self.ends))
 
 
 def _lower_layers(graph, ends, plan, params, tokens, count, stores) -> tuple[Array, tuple]:
@@ -130,19 +137,20 @@ def _lower_layers(graph, ends, plan, params, tokens, count, stores) -> tuple[Arr
     padded = jnp.pad(tokens, ((0, 0), (0, width)))  # a slice beyond the end would move back
     own = jax.lax.dynamic_slice_in_dim(padded, start, width, 1)
     call = Call(jnp.full_like(count, start), jnp.clip(count - start, 0, size), width)
-    cache = KVCache(stores, jnp.zeros_like(count), plan)
-    memory = PartMemory(model.config, cache, call, ends)
+    parts = tuple(PartStore(store.keys, store.values, ends=ends) for store in stores)
+    cache = KVCache(parts, jnp.zeros_like(count), plan)
+    streams = Streams.of_cache(model.config, cache, call)
     x = model.embed(own)
     # Padding sees nothing, which kernels can skip.
     queries = Queries(model.rotation(call.positions), call.valid_positions)
     depth = model.config.kv_layout.prefill_depth
-    x, state = model.stack(memory)(x, memory.start(x.dtype), queries, 0, depth)
+    x, streams, *_ = run_layers(model.layers(), x, streams, queries, (0, depth))
     last = jnp.maximum(count - 1, 0) - start
     place = jnp.clip(last, 0, width - 1)[:, None, None]
     mine = ((last >= 0) & (last < size))[:, None, None]
     found = jnp.where(mine, jnp.take_along_axis(x, place, axis=1).astype(jnp.float32), 0)
-    assert state.cache is not None
-    stores = jax.tree.map(functools.partial(_hand_back, ends=ends), state.cache.stores)
+    plain = tuple(LinearStore(store.keys, store.values) for store in streams.stores)
+    stores = jax.tree.map(functools.partial(_hand_back, ends=ends), plain)
     return jax.lax.psum(found, AXIS).astype(x.dtype), stores
 
 

@@ -79,13 +79,13 @@ def test_rows_per_layer(spec, monkeypatch):
     config = small.config(spec, scan_layers=False, d_model=20, num_layers=4)
     split = nnx.split(small.decoder(config))
     rows = []
-    original = Block.__call__
+    original = Block.project
 
-    def count(self, x, *arguments, **options):
+    def count(self, x, rotation):
         rows.append(x.shape[1])
-        return original(self, x, *arguments, **options)
+        return original(self, x, rotation)
 
-    monkeypatch.setattr(Block, "__call__", count)
+    monkeypatch.setattr(Block, "project", count)
     length, depth, layers = 13, config.kv_layout.prefill_depth, config.num_layers
     tokens = np.asarray(small.tokens(2, length))
     lengths = np.array([length, length])

@@ -154,13 +154,13 @@ def test_rows_per_layer(spec, monkeypatch):
     config = small.config(spec, scan_layers=False, num_layers=4)
     model = nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0)))
     rows = []
-    original = Block.__call__
+    original = Block.project
 
-    def count(self, x, *arguments, **options):
+    def count(self, x, rotation):
         rows.append(x.shape[1])
-        return original(self, x, *arguments, **options)
+        return original(self, x, rotation)
 
-    monkeypatch.setattr(Block, "__call__", count)
+    monkeypatch.setattr(Block, "project", count)
     graph, params = nnx.split(model)
     tokens, lengths = jnp.zeros((1, LENGTH), jnp.int32), jnp.full(1, LENGTH, jnp.int32)
     with jax.set_mesh(mesh_of(4)):

@@ -8,7 +8,7 @@ from flax import nnx
 
 import fusedkv_jax as fkv
 from fusedkv_jax.cache import KiviStore, split_plan
-from fusedkv_jax.model.unroll import unroll_layers
+from fusedkv_jax.model.transform import unroll_layers
 from tests.model import small
 from tests.model.test_equality import extend
 

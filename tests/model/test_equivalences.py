@@ -10,7 +10,7 @@ from flax import nnx
 
 import fusedkv_jax as fkv
 from fusedkv_jax import layouts
-from fusedkv_jax.model import mixing
+from fusedkv_jax.model import fold_fusion, mixing
 from tests.model.numpy_model import Row, build, draw, logits, small_config
 
 TOKENS = np.random.default_rng(1).integers(0, 37, (2, 10))
@@ -104,6 +104,25 @@ def test_iterative_is_its_collapsed_form():
         direct_values[i, 1] = values[i, 1] * direct_values[i - 1, 1]
     iterative = run("fusedkv:parameterization=iterative", [keys, values])
     assert_equal(iterative, run("fusedkv", [direct_keys, direct_values]))
+
+
+def test_folding_regroups_layers_that_become_equal():
+    """Two scales are two runs of layers; folded they are one. A split of the layout stays."""
+    own = layouts.Stream(own=True)
+
+    def residual(scale):
+        how = layouts.Mixing(init="own", scale=scale)
+        return layouts.Stream(own=True, sources=(0,), weights="scalar", mixing=how)
+
+    layers = [layouts.LayerKV(key, own) for key in (own, residual(2.0), residual(3.0))]
+    layout = layouts.KVLayout(tuple(layers), splits=(1,))
+    model = fkv.Decoder(small_config(layout, num_layers=3), rngs=nnx.Rngs(0))
+    folded = fold_fusion(model)
+    assert folded.config.kv_layout.splits == (1,)
+    assert [run.repeats for run in layouts.runs(layout)] == [1, 1, 1]
+    assert [run.repeats for run in layouts.runs(folded.config.kv_layout)] == [1, 2]
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    np.testing.assert_allclose(folded(tokens), model(tokens), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
