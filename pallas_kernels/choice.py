@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import stacked
+from pallas_kernels import devices, stacked
 
 # Every module has `attention` and may have `paged_attention`, which get checked arguments, return
 # (out, lse), and raise NotImplementedError for what they do not serve. Imported when first asked
@@ -72,8 +72,9 @@ class Row:
 
 
 def matrix_unit(kind: str) -> int:
-    """Width of the matrix unit of a TPU: 256 from v6e on, 128 before."""
-    return 256 if any(name in kind.lower() for name in ("v6", "7x", "v7", "tpu7")) else 128
+    """Width of the matrix unit of a TPU; 128, the smallest, for one that is not in the table."""
+    chip = devices.tpu(kind)
+    return 128 if chip is None else chip.matrix
 
 
 SEQUENCE, DECODE, PAGED = "sequence", "decode", "paged"

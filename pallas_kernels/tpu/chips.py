@@ -1,46 +1,10 @@
-"""The TPUs that the kernels know, and which of them a call is compiled for."""
-
-import dataclasses
+"""Which TPU a call is compiled for, and what caches it can read; `devices` has the facts."""
 
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the choice of a kernel and of its blocks depends on.
-
-    Attributes:
-      name: as in the names of topologies.
-      matrix: columns of the matrix unit.
-      vmem: bytes of vector memory of a core.
-      storage: 8-bit types in which this chip can read a cache without emulation.
-    """
-
-    name: str
-    matrix: int
-    vmem: int
-    storage: tuple[str, ...]
-
-
-_OLD = ("int8", "float8_e5m2", "float8_e4m3b11fnuz")
-_MIB = 2**20
-CHIPS = {
-    "v5e": Chip("v5e", 128, 128 * _MIB, _OLD),
-    "v5p": Chip("v5p", 128, 64 * _MIB, ("int8",)),
-    "v6e": Chip("v6e", 256, 128 * _MIB, _OLD),
-    "tpu7x": Chip("tpu7x", 256, 64 * _MIB, ("float8_e4m3fn", "float8_e5m2")),
-}
-_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "TPU v7x": "tpu7x",
-}
+from pallas_kernels import devices
+from pallas_kernels.devices import CHIPS, Chip
 
 
 def current(name: str | None = None) -> Chip:
@@ -54,11 +18,12 @@ def current(name: str | None = None) -> Chip:
     """
     if name is None:
         device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-        name = _KINDS.get(device.device_kind)
-        if name is None:
+        chip = devices.tpu(device.device_kind)
+        if chip is None:
             raise NotImplementedError(
                 f"the device is {device.device_kind!r}; these kernels know {', '.join(CHIPS)}"
             )
+        return chip
     return CHIPS[name]
 
 
