@@ -11,7 +11,7 @@ from fusedkv_jax.generation import SamplingParams
 from fusedkv_jax.generation.batches import Batch
 from fusedkv_jax.generation.engine import Engine
 from fusedkv_jax.generation.requests import Request
-from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.model import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def measure(
       new_tokens: tokens decoded each time, the first included; at least 2.
       repeats: rounds that count.
     """
-    engines = {name: Engine(fold_fusion(model)) for name, model in models.items()}
+    engines = {name: Engine(model) for name, model in models.items()}
     rounds = [
         {name: _once(engine, prompt, new_tokens) for name, engine in engines.items()}
         for _ in range(repeats + 1)
@@ -59,11 +59,11 @@ def _once(engine: Engine, prompt: np.ndarray, new_tokens: int) -> tuple[float, f
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     # Not by `make_requests`, which would refuse a prompt beyond the context.
     request = Request(0, tokens, greedy, len(tokens) + new_tokens, (), None, ())
-    news = Batch(engine, [request]).visits(new_tokens)
+    batch = Batch(engine, [request])
     start = time.perf_counter()
-    next(news)
+    batch.step(new_tokens)
     first = time.perf_counter()
-    (rest,) = next(news)
+    (rest,) = batch.step(new_tokens)
     later = time.perf_counter() - first
     assert rest.ended and len(rest.tokens) == new_tokens - 1
     return first - start, later / (new_tokens - 1)

@@ -13,12 +13,16 @@ from experiments import runs
 from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
 from experiments.longcontext import heldout_texts
-from fusedkv_jax.cache import KVCache
 from fusedkv_jax.compression import Compressor
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.generation import SamplingParams, generate
+from fusedkv_jax.generation import EngineSettings, SamplingParams, generate
+from fusedkv_jax.generation.batches import Batch
+from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
+from fusedkv_jax.generation.engine import Engine
+from fusedkv_jax.generation.programs import GenerationPrograms
+from fusedkv_jax.generation.requests import Request
 from fusedkv_jax.generation.speculation import SelfSpeculation
-from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.model import Decoder
 from fusedkv_jax.training import load_model
 
 DRAFTS = (2, 4, 6)
@@ -26,25 +30,26 @@ DRAFTS = (2, 4, 6)
 
 def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Measurement:
     """Prefill with and without early exit, to the logits of the last token."""
-    model = fold_fusion(Decoder(config, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model)
-    tokens = jnp.asarray(_random_tokens(config, prompt))
+    programs = GenerationPrograms.of(Decoder(config, rngs=nnx.Rngs(0)))
+    prompts = PromptArrays(_random_tokens(config, prompt), np.full(1, prompt, np.int32))
 
-    @functools.partial(jax.jit, static_argnames="early")
-    def prefill(params, early):
+    @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+    def all_layers(graph, params, tokens, count, cache):
+        # All layers for all tokens, the head for the last one alone: no program that users run.
         model = nnx.merge(graph, params)
-        cache = KVCache.create(config, batch_size=1, max_length=prompt)
-        count = jnp.full(1, prompt, jnp.int32)
-        if early:
-            return model.extend(tokens, count, cache)
-        # All layers for all tokens, the head for the last one alone.
         return model.observe(tokens, count, cache, lambda reading: None, rows=prompt)[:2]
+
+    def prefill(early: bool) -> Any:
+        cache = programs.empty_cache(1, prompt)
+        if early:
+            return programs.prefill(prompts, cache, PrefillPlan()).logits
+        return all_layers(*programs.split, *map(jnp.asarray, prompts), cache)[0]
 
     logits: dict[str, Any] = {}
 
     def contestant(name: str, early: bool) -> Callable[[], Any]:
         def call():
-            logits[name] = jax.block_until_ready(prefill(params, early))[0]
+            logits[name] = jax.block_until_ready(prefill(early))
 
         return call
 
@@ -122,10 +127,11 @@ def measure_long_cache(
 ) -> Measurement:
     """Decode steps per second after a long prompt, with the whole cache and compressed ones."""
     model = Decoder(config, rngs=nnx.Rngs(0))
-    room = (rounds + 1) * steps
+    room = (rounds + 1) * steps + 1  # the first token comes with prefill
     cases = {"whole cache": None, **compressors}
-    runners = {name: _Runner(model, found, tokens, steps, room) for name, found in cases.items()}
-    seconds = take_turns({name: runner.run for name, runner in runners.items()}, rounds)
+    runners = {name: _Runner(model, found, tokens, room) for name, found in cases.items()}
+    turns = {name: functools.partial(runner.run, steps) for name, runner in runners.items()}
+    seconds = take_turns(turns, rounds)
     rows = [
         {
             "cache": name,
@@ -147,45 +153,21 @@ def measure_long_cache(
 
 
 class _Runner:
-    """A prefilled request that goes on by some greedy steps at each call of `run`."""
+    """A prefilled request of `generate` that goes on by some greedy steps at each call of `run`."""
 
-    def __init__(
-        self, model: Decoder, compressor: Compressor | None, tokens: int, steps: int, room: int
-    ):
-        prompt = jnp.asarray(_random_tokens(model.config, tokens))
-        count = jnp.full(1, tokens, jnp.int32)
-        graph, self._params = nnx.split(fold_fusion(model))
-        cache = KVCache.create(model.config, batch_size=1, max_length=tokens + room)
+    def __init__(self, model: Decoder, compressor: Compressor | None, tokens: int, room: int):
+        engine = Engine(model, settings=EngineSettings(compression=compressor, bucketing=False))
+        prompt = tuple(_random_tokens(model.config, tokens)[0].tolist())
+        greedy = SamplingParams(temperature=0.0, ignore_eos=True)
+        request = Request(0, prompt, greedy, tokens + room, (), None, ())
+        self._batch = Batch(engine, [request])
+        self._batch.step(1)
+        self.nbytes = self._batch.cache_bytes
 
-        @functools.partial(jax.jit, donate_argnums=1)
-        def decode(params, cache, token):
-            def step(carry, _):
-                cache, token = carry
-                model = nnx.merge(graph, params)
-                logits, cache = model.extend(token[:, None], jnp.ones(1, jnp.int32), cache)
-                assert logits is not None
-                return (cache, jnp.argmax(logits, -1).astype(jnp.int32)), None
-
-            return jax.lax.scan(step, (cache, token), length=steps)[0]
-
-        if compressor is None:
-            _, self._cache = _extend(graph, self._params, prompt, count, cache)
-        else:
-            _, self._cache = compressor.prefill(
-                nnx.merge(graph, self._params), prompt, count, cache
-            )
-        self._decode, self._token = decode, jnp.zeros(1, jnp.int32)
-        self.nbytes = self._cache.nbytes
-
-    def run(self) -> None:
+    def run(self, steps: int) -> None:
         """Decode; returns when the tokens are there."""
-        self._cache, self._token = self._decode(self._params, self._cache, self._token)
-        self._token.block_until_ready()
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _extend(graph, params, tokens, count, cache):
-    return nnx.merge(graph, params).extend(tokens, count, cache)
+        (new,) = self._batch.step(steps)
+        assert len(new.tokens) == steps
 
 
 def _random_tokens(config: ModelConfig, length: int) -> np.ndarray:

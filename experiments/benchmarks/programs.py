@@ -13,10 +13,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.benchmarks.report import Measurement, Target
 from fusedkv_jax import training
-from fusedkv_jax.cache import KVCache
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.generation import SamplingParams, generate, loop, warm_up
-from fusedkv_jax.generation.sampling import SamplerInputs
+from fusedkv_jax.generation import SamplingParams, generate, warm_up
+from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.model import Decoder
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -120,21 +119,7 @@ def lower_train_step(config: ModelConfig, *, batch: int = 2, length: int = 64) -
 
 def lower_decode_loop(config: ModelConfig, *, batch: int = 2, length: int = 64) -> Any:
     """The decode loop, traced and lowered from shapes alone."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    inputs = SamplerInputs.create([SamplingParams()] * batch)
-
-    def state() -> loop.DecodeState:
-        ones = jnp.ones(batch, jnp.int32)
-        return loop.DecodeState.create(
-            jnp.zeros((batch, length), jnp.int32),
-            ones,
-            ones,
-            jnp.zeros((batch, 4), jnp.int32),
-            KVCache.create(config, batch_size=batch, max_length=length),
-            config.vocab_size,
-        )
-
-    return loop.decode.lower(graph, params, jax.eval_shape(state), inputs)
+    return GenerationPrograms.abstract(config).lower_decode(batch, length)
 
 
 PROGRAMS: dict[str, Callable[[ModelConfig], Any]] = {

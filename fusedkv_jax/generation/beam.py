@@ -8,10 +8,10 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 
-from fusedkv_jax.generation.beam_loop import Beams, Limits, search
-from fusedkv_jax.generation.engine import SHORTEST_BUCKET, Engine
+from fusedkv_jax.generation.beam_loop import Beams, Limits
+from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
+from fusedkv_jax.generation.engine import Engine
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
-from fusedkv_jax.generation.prefill import fill
 from fusedkv_jax.generation.requests import (
     PromptError,
     Request,
@@ -20,7 +20,6 @@ from fusedkv_jax.generation.requests import (
     make_requests,
 )
 from fusedkv_jax.generation.results import Completion, Output
-from fusedkv_jax.generation.rows import repeat_rows
 from fusedkv_jax.generation.sampling import bucket
 from fusedkv_jax.generation.settings import (
     EngineSettings,
@@ -28,7 +27,7 @@ from fusedkv_jax.generation.settings import (
     check_model,
     takes_settings,
 )
-from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.model import Decoder
 
 
 @takes_settings
@@ -72,43 +71,36 @@ def beam_search(
         ignore_eos=params.ignore_eos,
         stop_token_ids=params.stop_token_ids,
     )
-    engine = Engine(fold_fusion(model), tokenizer, EngineSettings(**settings))
+    engine = Engine(model, tokenizer, EngineSettings(**settings))
     requests, _ = make_requests(model.config, prompts, plain, engine.codec)
     together = max(1, engine.settings.batch_size // params.beam_width)
     order = sorted(requests, key=lambda request: len(request.prompt))
     completions = {}
     for first in range(0, len(order), together):
         batch = order[first : first + together]
-        with engine.placement.active():
-            beams = _search_batch(engine, batch, params)
+        beams = _search_batch(engine, batch, params)
         for row, request in enumerate(batch):
             completions[request.number] = _completion(request, beams, row, params, tokenizer)
     return [completions[i] for i in range(len(prompts))]
 
 
 def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchParams) -> Beams:
-    rows, width = engine.rows(len(requests)), params.beam_width
-    longest = engine.bucket(max(len(r.prompt) for r in requests), SHORTEST_BUCKET)
-    total = engine.bucket(max(r.limit for r in requests), SHORTEST_BUCKET)
-    most = engine.bucket(max(r.limit - len(r.prompt) for r in requests), SHORTEST_BUCKET)
-    prompts, lengths = np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32)
+    buckets, programs, width = engine.buckets, engine.programs, params.beam_width
+    rows = buckets.rows(len(requests))
+    longest = buckets.size(max(len(r.prompt) for r in requests))
+    total = buckets.size(max(r.limit for r in requests))
+    most = buckets.size(max(r.limit - len(r.prompt) for r in requests))
+    prompts = PromptArrays(np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32))
     limits = np.zeros(rows, np.int32)
     for row, request in enumerate(requests):
-        prompts[row, : len(request.prompt)] = request.prompt
-        lengths[row] = len(request.prompt)
+        prompts.tokens[row, : len(request.prompt)] = request.prompt
+        prompts.lengths[row] = len(request.prompt)
         limits[row] = request.limit - len(request.prompt)
     stops = np.full(bucket(len(requests[0].stops)), -1, np.int32)
     stops[: len(requests[0].stops)] = requests[0].stops
-    chunk = engine.width(rows, engine.settings.max_num_batched_tokens)
-    logits, cache, _ = fill(
-        engine.split,
-        prompts,
-        lengths,
-        engine.empty_cache(rows, total),
-        width=chunk,
-        ends=engine.ends(longest),
-    )
-    cache, logits = repeat_rows(cache, logits, jnp.repeat(jnp.arange(rows), width))
+    plan = PrefillPlan(buckets.width(rows), ends=buckets.ends(longest))
+    logits, cache, _ = programs.prefill(prompts, programs.empty_cache(rows, total), plan)
+    cache, logits = programs.repeat_rows(cache, logits, np.repeat(np.arange(rows), width))
     early = 2 if params.early_stopping == "never" else int(params.early_stopping)
     bounds = Limits(
         jnp.asarray(limits),
@@ -116,8 +108,8 @@ def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchPar
         jnp.float32(params.length_penalty),
         jnp.int32(early),
     )
-    ended = jnp.asarray(lengths == 0)
-    return search(*engine.split, logits, ended, cache, bounds, width=width, most=most)
+    ended = jnp.asarray(prompts.lengths == 0)
+    return programs.search(logits, ended, cache, bounds, width=width, most=most)
 
 
 def _completion(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
-import jax.numpy as jnp
+import numpy as np
 
 from fusedkv_jax.generation.batches import Batch
-from fusedkv_jax.generation.engine import SHORTEST_BUCKET, Engine
+from fusedkv_jax.generation.buckets import SHORTEST_BUCKET
+from fusedkv_jax.generation.engine import Engine, group
 from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.prefix import prefill_prefix, shared_prefix
 from fusedkv_jax.generation.requests import OnError, Request, Tokenizer, make_requests
 from fusedkv_jax.generation.results import Completion, Delta, Rates
-from fusedkv_jax.generation.rows import repeat_rows
 from fusedkv_jax.generation.settings import (
     EngineSettings,
     Settings,
@@ -21,7 +22,7 @@ from fusedkv_jax.generation.settings import (
     takes_settings,
 )
 from fusedkv_jax.generation.tracker import Tracker
-from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.model import Decoder
 
 _VISIT_EVERY = 16  # tokens between visits where a stop text may come or progress is shown
 
@@ -169,14 +170,14 @@ def warm_up(
     for total in totals:
         for size in _powers(SHORTEST_BUCKET, total):
             prompt = (0,) * max(1, min(size, total - 2))
-            prefix = engine.prefill_prefix(prompt[: size - 1] or prompt, total)
+            prefix = prefill_prefix(engine, prompt[: size - 1] or prompt, total)
             for count in rows:
                 request = Request(0, prompt, greedy, len(prompt) + 2, (), None, ())
                 for interval in (None, _VISIT_EVERY, stream_interval):
-                    for _ in Batch(engine, [request] * count, length=total).visits(interval):
-                        pass
-                with engine.placement.active():
-                    repeat_rows(prefix.cache, None, jnp.zeros(engine.rows(count), jnp.int32))
+                    batch = Batch(engine, [request] * count, length=total)
+                    while not batch.finished:
+                        batch.step(interval)
+                engine.programs.repeat_rows(prefix.cache, None, np.zeros(batch.size))
                 buckets += 1
     return buckets
 
@@ -185,16 +186,14 @@ def _engine(model: Decoder, tokenizer: Any, settings: Any, progress: Any = None)
     check_model(model)
     if progress is not None and not callable(progress):
         raise ValueError(f"progress={progress!r}; pass a function that takes the rates, or None")
-    return Engine(fold_fusion(model), tokenizer, EngineSettings(**settings))
+    return Engine(model, tokenizer, EngineSettings(**settings))
 
 
 def _batches(engine: Engine, requests: Sequence[Request]) -> Iterator[Batch]:
-    prefix, length = engine.shared_prefix(requests)
-    for group in engine.batches(requests):
-        if group[0].params.prompt_logprobs is None:
-            yield Batch(engine, group, prefix, length)
-        else:
-            yield Batch(engine, group)
+    prefix = shared_prefix(engine, requests)
+    for together in group(requests, engine.settings):
+        scored = together[0].params.prompt_logprobs is not None
+        yield Batch(engine, together, None if scored else prefix)
 
 
 def _trackers(batch: Batch, engine: Engine, piecewise: bool) -> list[Tracker]:
@@ -202,26 +201,18 @@ def _trackers(batch: Batch, engine: Engine, piecewise: bool) -> list[Tracker]:
 
 
 def _track(batch: Batch, trackers: list[Tracker], interval: int | None) -> Iterator[list[Delta]]:
-    """Hand a batch's news to the trackers, and end the rows whose text has ended."""
-    visits = batch.visits(interval)
-    stop = None
-    while True:
-        try:
-            found = visits.send(stop)
-        except StopIteration:
-            return
+    """Hand a batch's tokens to the trackers, and end the rows whose text has ended."""
+    while not batch.finished:
         deltas = []
-        for news in found:
-            tracker = trackers[news.row]
-            if tracker.error is not None:
-                continue
-            text, tokens, logprobs = tracker.push(news.tokens, news.logprobs, news.ended)
+        for new in batch.step(interval):
+            tracker = trackers[new.row]
+            text, tokens, logprobs = tracker.push(new.tokens, new.logprobs, new.ended)
             if tracker.error is not None:
                 continue
             reasons = tracker.finish_reason, tracker.stop_reason
             delta = Delta(tracker.request.number, tracker.index, text, tokens, logprobs, *reasons)
             deltas.append(delta)
-        stop = [row for row, tracker in enumerate(trackers) if tracker.finished]
+        batch.end([row for row, tracker in enumerate(trackers) if tracker.finished])
         yield deltas
 
 

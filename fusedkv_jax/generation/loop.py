@@ -201,7 +201,7 @@ def forbidden(state: DecodeState, inputs: SamplerInputs) -> Int[Array, "B n"]:
     meta_fields=[],
 )
 @dataclass(frozen=True)
-class News:
+class Snapshot:
     """What the host reads of a batch: lengths, ended rows, and a window of each row's places."""
 
     lengths: Any
@@ -211,7 +211,7 @@ class News:
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def news(state: DecodeState, starts: Int[Array, "B"], *, size: int) -> News:
+def snapshot(state: DecodeState, starts: Int[Array, "B"], *, size: int) -> Snapshot:
     """The `size` places of each row from `starts` on."""
     places = starts[:, None] + jnp.arange(size)
     places = jnp.minimum(places, state.tokens.shape[1] - 1)
@@ -222,4 +222,4 @@ def news(state: DecodeState, starts: Int[Array, "B"], *, size: int) -> News:
 
     # New arrays throughout: the state's own are donated to the next steps.
     lengths, finished = jnp.copy(state.lengths), jnp.copy(state.finished)
-    return News(lengths, finished, window(state.tokens), jax.tree.map(window, state.logprobs))
+    return Snapshot(lengths, finished, window(state.tokens), jax.tree.map(window, state.logprobs))

@@ -7,23 +7,12 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from fusedkv_jax import costs
-from fusedkv_jax.cache import KVCache, cache_shardings
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.visible import visible_to_all
-from fusedkv_jax.generation import SamplingParams, loop
-from fusedkv_jax.generation.prefill import extend
-from fusedkv_jax.generation.sampling import SamplerInputs
-from fusedkv_jax.model import Decoder
-from fusedkv_jax.sharding import (
-    batch_sharding,
-    serving_shardings,
-    spec,
-)
+from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.training import ExperimentConfig
 from fusedkv_jax.training.program import TrainProgram
 
@@ -80,17 +69,13 @@ def train(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """Reading prompts of `length` tokens each into an empty cache."""
-    graph, params = _model(config, mesh)
-    cache = _cache(config, mesh, rows, length)
-    tokens = _like(_integers(rows, length), batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-        lowered = extend.lower(graph, params, tokens, _rows(_integers(rows), mesh), cache)
+    programs = GenerationPrograms.abstract(config, mesh)
     return Program(
         "prefill",
-        lowered,
+        programs.lower_prefill(rows, length),
         mesh,
         rows * length,
-        {"parameters": local_bytes(params), "cache": local_bytes(cache)},
+        _inference_bytes(programs, rows, length),
         rows * costs.prefill_flops(config, length),
         _visible(config, length),
         _SMALLER,
@@ -99,30 +84,25 @@ def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
 
 def decode(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """The decoding loop, of which one turn adds a token to each row, with full caches."""
-    graph, params = _model(config, mesh)
-    inputs = jax.eval_shape(lambda: SamplerInputs.create([SamplingParams()] * rows))
-    cache = _cache(config, mesh, rows, length)
-
-    def start() -> loop.DecodeState:
-        one, buffer = jnp.ones(rows, jnp.int32), jnp.zeros((rows, length), jnp.int32)
-        stops = jnp.zeros((rows, 4), jnp.int32)
-        return loop.DecodeState.create(buffer, one, one, stops, None, config.vocab_size)
-
-    state = dataclasses.replace(_rows(jax.eval_shape(start), mesh), cache=cache)
-    with jax.set_mesh(mesh):
-        lowered = loop.decode.lower(graph, params, state, _rows(inputs, mesh))
+    programs = GenerationPrograms.abstract(config, mesh)
     reads = rows * costs.decode_cache_reads(config, length, config.dtype) / mesh.size
     return Program(
         "decode",
-        lowered,
+        programs.lower_decode(rows, length),
         mesh,
         rows,
-        {"parameters": local_bytes(params), "cache": local_bytes(cache)},
+        _inference_bytes(programs, rows, length),
         rows * costs.decode_flops(config, length),
         1.0,
         _SMALLER,
         reads,
     )
+
+
+def _inference_bytes(programs: GenerationPrograms, rows: int, length: int) -> dict[str, float]:
+    _, params = programs.split
+    cache = programs.cache_shapes(rows, length)
+    return {"parameters": local_bytes(params), "cache": local_bytes(cache)}
 
 
 def local_bytes(tree: Any) -> float:
@@ -131,35 +111,6 @@ def local_bytes(tree: Any) -> float:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _model(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef[Decoder], Any]:
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model)
-    return graph, jax.tree.map(_like, params, serving_shardings(params, mesh))
-
-
-def _cache(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
-    shapes = jax.eval_shape(lambda: KVCache.create(config, batch_size=rows, max_length=length))
-    return jax.tree.map(_like, shapes, cache_shardings(shapes, mesh))
-
-
-def _like(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _integers(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays with one row for each sequence, split as the batch is."""
-
-    def split(leaf):
-        axes = ("batch", *(None,) * (len(leaf.shape) - 1))
-        return _like(leaf, jax.NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
-
-    return jax.tree.map(split, tree)
 
 
 _SMALLER = "use fewer rows or tokens, split the model over more devices, or take a larger slice"

@@ -131,7 +131,7 @@ def test_stop_texts_end_the_output_exactly(model, letters):
                 assert stop not in TOKENIZER.decode(found.token_ids[:-1])
                 streamed = joined(fkv.stream(model, TEXTS[:1], chosen, tokenizer=TOKENIZER))
                 assert streamed[0, 0][:3] == (found.text, found.token_ids, ("stop", stop))
-    assert checked > 5
+    assert checked > 3
 
 
 def test_streams_join_to_the_whole(model, letters):

@@ -1,13 +1,10 @@
 """Generation on meshes of virtual devices: the tokens of one device, and a cache that stays put."""
 
-import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -15,9 +12,8 @@ import fusedkv_jax as fkv
 from experiments.benchmarks.programs import counted_compilations
 from fusedkv_jax.cache import cache_shardings
 from fusedkv_jax.compression import parse
-from fusedkv_jax.generation import loop
-from fusedkv_jax.generation.sampling import SamplerInputs
-from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh, serving_shardings
+from fusedkv_jax.generation.programs import GenerationPrograms
+from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
 from tests.model import small
 
 GREEDY = fkv.SamplingParams(temperature=0, max_tokens=5)
@@ -123,39 +119,14 @@ def test_drawn_tokens_several_outputs_streams_and_beams():
     assert texts[0] == texts[1]
 
 
-def lowered_decode_loop(config, mesh, rows, length):
-    """The decode loop for a cache that lies as `cache_shardings` says."""
-
-    def on_mesh(tree, shardings):
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
-        )
-
-    model = nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model)
-    params = on_mesh(params, serving_shardings(params, mesh))
-    make = lambda: fkv.KVCache.create(config, batch_size=rows, max_length=length)  # noqa: E731
-    cache = jax.eval_shape(make)
-    ones = jnp.ones(rows, jnp.int32)
-    state = jax.eval_shape(
-        lambda: loop.DecodeState.create(
-            jnp.zeros((rows, length), jnp.int32), ones, ones, ones[:, None], make(), small.VOCAB
-        )
-    )
-    cache = on_mesh(cache, cache_shardings(cache, mesh))
-    state = dataclasses.replace(state, cache=cache)
-    inputs = SamplerInputs.create([GREEDY] * rows)
-    with jax.set_mesh(mesh):
-        return loop.decode.lower(graph, params, state, inputs), cache
-
-
 @pytest.mark.usefixtures("fresh_compilation")
 def test_decode_loop_moves_no_cache_between_devices():
     """Between devices go sums over heads and hidden units, and whether all rows have ended."""
     rows, length, mesh = 8, 512, make_mesh(MeshConfig(data=4, tensor=2))
     config = small.config("fusedkv", num_layers=4, max_length=length)
-    lowered, cache = lowered_decode_loop(config, mesh, rows, length)
-    program = lowered.compile()
+    programs = GenerationPrograms.abstract(config, mesh)
+    program = programs.lower_decode(rows, length).compile()
+    cache = programs.cache_shapes(rows, length)
     pattern = r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-\w+|all-reduce)"
     found = re.findall(pattern, program.as_text())
     assert {kind for *_, kind in found} == {"all-reduce"}

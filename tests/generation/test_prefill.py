@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import fusedkv_jax as fkv
-from fusedkv_jax.generation.prefill import chunks, fill
+from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays, chunks
+from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.model.block import Block
 from tests.model import small
 
@@ -77,7 +77,7 @@ def test_chunks_end_together():
 def test_rows_per_layer(spec, monkeypatch):
     """T rows in the layers that cache, one above in the last chunk, none in the others."""
     config = small.config(spec, scan_layers=False, d_model=20, num_layers=4)
-    split = nnx.split(small.decoder(config))
+    programs = GenerationPrograms.of(small.decoder(config))
     rows = []
     original = Block.project
 
@@ -93,7 +93,7 @@ def test_rows_per_layer(spec, monkeypatch):
     def counted(**options):
         rows.clear()
         cache = fkv.KVCache.create(config, batch_size=2, max_length=length)
-        fill(split, tokens, lengths, cache, **options)
+        programs.prefill(PromptArrays(tokens, lengths), cache, PrefillPlan(**options))
         return list(rows)
 
     assert counted() == [length] * depth + [1] * (layers - depth)

@@ -1,0 +1,148 @@
+"""Chunked prefill: prompts of different lengths run in chunks of equal width and end together."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fusedkv_jax.generation.logprobs import Logprobs, score
+from fusedkv_jax.generation.prefill import Rows, extend, extend_parts
+from fusedkv_jax.model import Decoder
+
+Split = tuple[nnx.GraphDef[Decoder], Any]  # structure and parameters of a model
+
+
+class PromptArrays(NamedTuple):
+    """Prompts of a batch on the host.
+
+    Attributes:
+        tokens: int32, right-padded, [B, T].
+        lengths: int32 tokens in each row, 0 for a row that only pads, [B].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class Prefilled(NamedTuple):
+    """What prefill gives.
+
+    Attributes:
+        logits: of each row's last token, float32 [B, V]; None where they were not wanted.
+        cache: holds the prompts.
+        scores: of the prompts' tokens, arrays on the host: place i holds those of token i + 1.
+    """
+
+    logits: Any
+    cache: Any
+    scores: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """How prompts are prefilled.
+
+    Attributes:
+        width: tokens of a row in one chunk at most; None for all at once.
+        final: rows of the last chunk whose logits are wanted: `last`, or `none`.
+        k: score the prompts through all layers, with this many likeliest tokens; None for not.
+        ends: where the parts end, which devices take along `context`; None for no parts.
+    """
+
+    width: int | None = None
+    final: Rows = "last"
+    k: int | None = None
+    ends: tuple[int, ...] | None = None
+
+
+def run_chunks(split: Split, prompts: PromptArrays, cache: Any, plan: PrefillPlan) -> Prefilled:
+    """Prefill whole prompts, in chunks or, into an empty cache, in parts.
+
+    Args:
+        split: the model.
+        prompts: the prompts.
+        cache: the cache to extend; it is donated.
+        plan: how.
+    """
+    tokens, lengths = prompts
+    if plan.ends is not None:
+        arrays = jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
+        return Prefilled(*extend_parts(*split, *arrays, cache, plan.ends))
+    size = min(plan.width or tokens.shape[1], tokens.shape[1])
+    steps = chunks(lengths, size)
+    if plan.k is not None:
+        return _run_and_score(split, prompts, cache, size, plan.k)
+    logits = None
+    for number, (starts, counts) in enumerate(steps, 1):
+        rows: Rows = plan.final if number == len(steps) else "none"
+        part = jnp.asarray(_columns(tokens, starts, size))
+        logits, cache = extend(*split, part, jnp.asarray(counts), cache, rows)
+    return Prefilled(logits, cache)
+
+
+def chunks(lengths: np.ndarray, width: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(first token, number of tokens) of every row in each chunk of at most `width` tokens.
+
+    Short prompts join late, so that all end in the last chunk: it alone has rows in the upper
+    layers. For example lengths 5 and 2 in chunks of 2: counts (2, 0), (2, 0), (1, 2).
+    """
+    needed = -(-lengths // width)
+    plan = []
+    for late in range(int(needed.max()), 0, -1):
+        place = needed - late
+        starts = np.maximum(place, 0) * width
+        counts = np.where(place >= 0, np.minimum(width, lengths - starts), 0)
+        plan.append((starts.astype(np.int32), counts.astype(np.int32)))
+    return plan
+
+
+def _columns(tokens: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
+    """`size` tokens of each row from its own start on; beyond the end the last ones again."""
+    places = np.minimum(starts[:, None] + np.arange(size), tokens.shape[1] - 1)
+    return np.take_along_axis(tokens, places, axis=1)
+
+
+def _run_and_score(split: Split, prompts: PromptArrays, cache: Any, size: int, k: int) -> Prefilled:
+    tokens, lengths = prompts
+    following = np.roll(tokens, -1, axis=1)
+    logits, scores = None, _empty_scores(tokens.shape, k)
+    for starts, counts in chunks(lengths, size):
+        part, targets = (jnp.asarray(_columns(x, starts, size)) for x in (tokens, following))
+        count = jnp.asarray(counts)
+        logits, found, cache = _extend_and_score(*split, part, targets, count, cache, k)
+        for row, (start, length) in enumerate(zip(starts, counts, strict=True)):
+            for kept, new in zip(jax.tree.leaves(scores), jax.tree.leaves(found), strict=True):
+                kept[row, start : start + length] = new[row, :length]
+    return Prefilled(logits, cache, scores)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
+def _extend_and_score(graph, params, tokens, targets, count, cache, k):
+    """Logits of each row's last token, and log-probabilities of the tokens that come next."""
+    logits, cache = nnx.merge(graph, params).extend(tokens, count, cache, "all")
+    last = jnp.maximum(count - 1, 0)[:, None, None]
+    return jnp.take_along_axis(logits, last, axis=1)[:, 0], score(logits, targets, k), cache
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "compression", "chunk"))
+def compress(graph, params, compression, tokens, count, cache, chunk):
+    """Prefill by a compressor: whole prompts in, the logits and a smaller cache out.
+
+    The cache is not donated: what comes out has other shapes, so nothing could be reused.
+    """
+    return compression.prefill(nnx.merge(graph, params), tokens, count, cache, chunk)
+
+
+def _empty_scores(shape: tuple[int, ...], k: int) -> Logprobs:
+    return Logprobs(
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros((*shape, k), np.float32),
+        np.zeros((*shape, k), np.int32),
+    )

@@ -1,0 +1,179 @@
+"""The compiled programs of generation: one set for all that runs, times or compiles them.
+
+`generate`, beam search, speculation, the benchmarks and compilation for devices that are not
+attached take them from here, so that what is timed and compiled ahead of time is what users run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from fusedkv_jax.cache import KVCache, cache_shardings
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.generation import beam_loop, loop, rows
+from fusedkv_jax.generation.chunked_prefill import (
+    Prefilled,
+    PrefillPlan,
+    PromptArrays,
+    Split,
+    compress,
+    run_chunks,
+)
+from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.placement import Placement
+from fusedkv_jax.generation.prefill import extend
+from fusedkv_jax.generation.sampling import SamplerInputs
+from fusedkv_jax.generation.settings import EngineSettings
+from fusedkv_jax.model import Decoder, fold_fusion, for_decoding
+from fusedkv_jax.sharding import batch_sharding, serving_shardings, spec
+
+
+@dataclass(frozen=True)
+class GenerationPrograms:
+    """The programs of one model, under the mesh that it runs on.
+
+    Attributes:
+        model: the model, its fusion folded; see `of` and `abstract`.
+        settings: how it is run.
+        is_abstract: the model has shapes alone; its programs can be lowered, not run.
+    """
+
+    model: Decoder
+    settings: EngineSettings = EngineSettings()
+    is_abstract: bool = False
+
+    @classmethod
+    def of(cls, model: Decoder, settings: EngineSettings | None = None) -> GenerationPrograms:
+        """Those of a model, by default with the default settings."""
+        return cls(fold_fusion(model), settings or EngineSettings())
+
+    @classmethod
+    def abstract(cls, config: ModelConfig, mesh: Mesh | None = None) -> GenerationPrograms:
+        """Those of a model that is not there, on devices that need not be there either.
+
+        They are the programs of accelerators: on a CPU `generate` unrolls large layers.
+        """
+        model = nnx.eval_shape(lambda: fold_fusion(Decoder(config, rngs=nnx.Rngs(0))))
+        return cls(model, EngineSettings(mesh=mesh), is_abstract=True)
+
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """Where they run."""
+        return Placement.of(self.settings.mesh)
+
+    @functools.cached_property
+    def split(self) -> Split:
+        """Structure and parameters of the model, in its form for decoding."""
+        if not self.is_abstract:
+            graph, params = nnx.split(for_decoding(self.model))
+            return graph, self.placement.parameters(params)
+        graph, params = nnx.split(self.model)
+        mesh = self.placement.mesh
+        return graph, _placed(params, mesh and serving_shardings(params, mesh))
+
+    def empty_cache(self, batch_size: int, length: int) -> KVCache:
+        """A cache of `length` tokens a row."""
+        dtype = self.settings.cache_dtype
+        sizes: Any = {"batch_size": batch_size, "max_length": length, "dtype": dtype}
+        with self.placement.active():
+            return self.placement.cache(self.model.config, **sizes)
+
+    def prefill(self, prompts: PromptArrays, cache: Any, plan: PrefillPlan) -> Prefilled:
+        """Run prompts. The cache is donated, unless a compressor runs them."""
+        compression = self.settings.compression
+        with self.placement.active():
+            if compression is None:
+                return run_chunks(self.split, prompts, cache, plan)
+            arrays = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
+            found = compress(*self.split, compression, *arrays, cache, plan.width)
+            return Prefilled(*found)
+
+    def repeat_rows(self, cache: Any, logits: Any, index: Any) -> tuple[Any, Any]:
+        """Rows of a cache and of the logits that follow it, by their numbers."""
+        with self.placement.active():
+            return rows.repeat_rows(cache, logits, jnp.asarray(index, jnp.int32))
+
+    def begin(self, *arguments: Any) -> loop.DecodeState:
+        """Each row's first token; arguments as for `loop.begin`."""
+        with self.placement.active():
+            return loop.begin(*arguments)
+
+    def decode(
+        self, state: loop.DecodeState, inputs: SamplerInputs, steps: Any = None
+    ) -> loop.DecodeState:
+        """Decode until every row has ended, or for `steps` steps. The state is donated."""
+        speculation = self.settings.speculation
+        decode = loop.decode if speculation is None else speculation.decode
+        with self.placement.active():
+            return decode(*self.split, state, inputs, steps)
+
+    def search(self, *arguments: Any, **sizes: int) -> beam_loop.Beams:
+        """Beam search from the logits of prefill; arguments as for `beam_loop.search`."""
+        with self.placement.active():
+            return beam_loop.search(*self.split, *arguments, **sizes)
+
+    def lower_prefill(self, batch_size: int, length: int) -> Any:
+        """The program that reads prompts of `length` tokens, ready to `compile()`."""
+        mesh = self.placement.mesh
+        tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        tokens = _placed(tokens, mesh and batch_sharding(mesh))
+        count = self._rows(jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+        cache = self.cache_shapes(batch_size, length)
+        with self.placement.active():
+            return extend.lower(*self.split, tokens, count, cache)
+
+    def lower_decode(self, batch_size: int, length: int) -> Any:
+        """The decode loop over caches of `length` tokens, ready to `compile()`."""
+
+        def start() -> loop.DecodeState:
+            ones = jnp.ones(batch_size, jnp.int32)
+            buffer = jnp.zeros((batch_size, length), jnp.int32)
+            stops = jnp.zeros((batch_size, 4), jnp.int32)
+            vocab_size = self.model.config.vocab_size
+            return loop.DecodeState.create(buffer, ones, ones, stops, None, vocab_size)
+
+        state = self._rows(jax.eval_shape(start))
+        state = dataclasses.replace(state, cache=self.cache_shapes(batch_size, length))
+        params = [SamplingParams()] * batch_size
+        inputs = self._rows(jax.eval_shape(lambda: SamplerInputs.create(params)))
+        with self.placement.active():
+            return loop.decode.lower(*self.split, state, inputs)
+
+    def cache_shapes(self, batch_size: int, length: int) -> Any:
+        """Shapes, dtypes and shardings of a cache."""
+        sizes: Any = {"batch_size": batch_size, "max_length": length}
+        dtype = self.settings.cache_dtype
+        create = functools.partial(KVCache.create, self.model.config, **sizes, dtype=dtype)
+        shapes, mesh = jax.eval_shape(create), self.placement.mesh
+        return _placed(shapes, mesh and cache_shardings(shapes, mesh))
+
+    def _rows(self, tree: Any) -> Any:
+        """Shapes with one row for each sequence, split as the batch is."""
+        mesh = self.placement.mesh
+        if mesh is None:
+            return tree
+
+        def place(leaf: Any) -> Any:
+            axes = ("batch", *(None,) * (len(leaf.shape) - 1))
+            return _placed(leaf, jax.NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
+
+        return jax.tree.map(place, tree)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes that lie somewhere; as they are if that is None."""
+    if shardings is None:
+        return shapes
+
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
