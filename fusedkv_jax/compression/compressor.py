@@ -29,6 +29,7 @@ class Compressor(abc.ABC):
     title: ClassVar[str]  # as papers write it
     latent: ClassVar[bool] = False  # it serves multi-head latent attention
     cyclic: ClassVar[bool] = False  # it serves layers that read layers above them
+    chunked: ClassVar[bool] = True  # it can run prompts in chunks
 
     def check(self, config: ModelConfig) -> None:
         """Raises CompressionError where a model cannot use this compressor."""

@@ -50,6 +50,7 @@ class PyramidInfer(Compressor):
     interval: int = 1
 
     title: ClassVar[str] = "PyramidInfer"
+    chunked: ClassVar[bool] = False  # the tokens that reach a layer depend on the whole prompt
 
     def __post_init__(self) -> None:
         check_share(self, "budget")

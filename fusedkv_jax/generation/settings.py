@@ -27,7 +27,14 @@ R = TypeVar("R")
 
 @runtime_checkable
 class Compression(Protocol):
-    """What runs prompts and shrinks the cache that they leave; see `fusedkv_jax.compression`."""
+    """What runs prompts and shrinks the cache that they leave; see `fusedkv_jax.compression`.
+
+    Attributes:
+        chunked: it can run prompts in chunks, which `max_num_batched_tokens` asks for.
+    """
+
+    @property
+    def chunked(self) -> bool: ...
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError where a model cannot use it."""
@@ -138,6 +145,12 @@ class EngineSettings:
         """Raises ValueError where a model cannot be run in this way."""
         if self.eos_id is not None:
             check_whole("eos_id", self.eos_id, 0, config.vocab_size - 1)
+        compressor, budget = self.compression, self.max_num_batched_tokens
+        if compressor is not None and budget is not None and not compressor.chunked:
+            raise ValueError(
+                f"max_num_batched_tokens={budget} cannot bound {type(compressor).__name__}, which"
+                " runs whole prompts; leave it out, or use another compressor"
+            )
         for extension in (self.speculation, self.compression):
             if extension is not None:
                 extension.check(config)

@@ -55,6 +55,21 @@ def test_8_bit_storage_is_a_rounding_of_the_compressed_cache(compressor):
     assert sizes[1] < 0.75 * sizes[0]  # at 8 channels a head, a scale of 4 bytes weighs much
 
 
+def test_the_budget_of_batched_tokens_bounds_the_chunks_of_compressors():
+    chunks = []
+
+    class Recording(SnapKV):
+        def prefill(self, model, tokens, count, cache, chunk=None):
+            chunks.append(chunk)
+            return super().prefill(model, tokens, count, cache, chunk)
+
+    model = small.decoder(small.config("mha", num_layers=2, d_model=8, d_ff=8))
+    compressor = Recording(budget=6, window=3)
+    whole = tokens(model, compression=compressor)
+    assert tokens(model, compression=compressor, max_num_batched_tokens=9) == whole
+    assert chunks == [None, 4]  # of two rows
+
+
 def test_4_bit_storage_is_refused():
     model = small.decoder(small.config("mha", head_dim=32))
     cache = fkv.KVCache.create(model.config, batch_size=1, max_length=300, dtype="int4")

@@ -77,6 +77,13 @@ def test_arguments_of_the_wrong_kind(model, settings, message):
     assert "\n" not in str(error.value)
 
 
+def test_whole_prompts_are_not_bounded(model):
+    mha = small.decoder(small.config("mha", num_layers=2, d_model=8, d_ff=8))
+    chosen = fkv.compression.PyramidInfer(budget=0.5)
+    with pytest.raises(ValueError, match="max_num_batched_tokens=8 cannot bound PyramidInfer"):
+        fkv.generate(mha, [[1]], compression=chosen, max_num_batched_tokens=8)
+
+
 def test_models_and_beams_of_the_wrong_kind(model):
     with pytest.raises(ValueError, match="model is str; pass a Decoder"):
         fkv.generate("runs/demo", [[1]])
