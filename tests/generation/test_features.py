@@ -8,6 +8,7 @@ import pytest
 
 import fusedkv_jax as fkv
 from fusedkv_jax.data.tokenizers import ByteTokenizer
+from fusedkv_jax.generation import programs
 from tests.model import small
 
 TOKENIZER = ByteTokenizer()
@@ -191,17 +192,14 @@ def test_logit_bias_and_bad_words(model):
 
 
 def test_a_shared_prefix_is_prefilled_once_and_changes_nothing(model, monkeypatch):
-    from fusedkv_jax.generation import batches, engine
-
     counted = []
-    for module in (batches, engine):
-        original = module.fill
+    original = programs.run_chunks
 
-        def fill(split, prompts, lengths, cache, original=original, **options):
-            counted.append(int(lengths.sum()))
-            return original(split, prompts, lengths, cache, **options)
+    def run_chunks(split, prompts, cache, plan):
+        counted.append(int(prompts.lengths.sum()))
+        return original(split, prompts, cache, plan)
 
-        monkeypatch.setattr(module, "fill", fill)
+    monkeypatch.setattr(programs, "run_chunks", run_chunks)
     prefix = list(range(20))
     prompts = [[*prefix, *tail] for tail in ([1, 2, 3], [4], [1, 9], [7] * 11)]
     shared = fkv.generate(model, prompts, greedy(), batch_size=2)
