@@ -143,11 +143,9 @@ class GenerationPrograms:
         state = self._rows(jax.eval_shape(start))
         state = dataclasses.replace(state, cache=self.cache_shapes(batch_size, length))
         params = [SamplingParams()] * batch_size
+        # Without a sharding, as a batch hands them over from the host: given one, even replicated,
+        # the partitioner gathers them in every step.
         inputs = jax.eval_shape(lambda: SamplerInputs.create(params))
-        if (mesh := self.placement.mesh) is not None:
-            # From the host, as in a batch: every device has all rows of them, and asks nobody.
-            everywhere = jax.NamedSharding(mesh, jax.P())
-            inputs = jax.tree.map(lambda leaf: _placed(leaf, everywhere), inputs)
         with self.placement.active():
             return loop.decode.lower(*self.split, state, inputs)
 
