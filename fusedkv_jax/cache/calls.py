@@ -23,7 +23,7 @@ class Call:
     """The tokens that one call adds: row b gets positions first[b], ..., first[b] + count[b] - 1.
 
     Attributes:
-        first: int32 [B].
+        first: int32 [B]; None for 0 in every row, which is known while tracing.
         count: int32 [B], 0 to `length`.
         length: columns T of the call, padding included.
         segment_ids: int32 [B, T] document of each token where several are packed in a row, which
@@ -38,7 +38,10 @@ class Call:
     @property
     def positions(self) -> Int[Array, "B T"]:
         """Positions of the new tokens; padding counts on."""
-        return self.first[:, None] + jnp.arange(self.length, dtype=jnp.int32)
+        steps = jnp.arange(self.length, dtype=jnp.int32)
+        if self.first is None:
+            return jnp.broadcast_to(steps, (self.count.shape[0], self.length))
+        return self.first[:, None] + steps
 
     @property
     def valid_positions(self) -> Int[Array, "B T"]:

@@ -138,8 +138,8 @@ class Streams:
             segment_ids: document of each token.
         """
         rows, length = shape
-        first, count = np.zeros(rows, np.int32), np.full(rows, length, np.int32)
-        call, stores = Call(first, count, length, segment_ids), (SequenceStore(),)
+        count = np.full(rows, length, np.int32)
+        call, stores = Call(None, count, length, segment_ids), (SequenceStore(),)
         plan = StreamPlan.of(config, sequence_plan(config.kv_layout), stores, call)
         return cls._start(plan, stores, call)
 
@@ -160,7 +160,7 @@ class Streams:
 
     @classmethod
     def _start(cls, plan: StreamPlan, stores: tuple[Any, ...], call: Call) -> Streams:
-        bank = plan.empty_bank(call.first.shape[0], call.length)
+        bank = plan.empty_bank(call.count.shape[0], call.length)
         return cls(bank, stores, call, {}, {}, {}, plan)
 
     # What a layer does.
