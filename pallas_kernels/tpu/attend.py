@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu import tile, tile_backward
@@ -111,7 +112,7 @@ def gradients(how, blocks, interpret, residuals, cotangents):
     q, sources, mask, out, lse = residuals
     length, keys = q.shape[1], sources[0][0]
     heads = keys.shape[2]
-    dout, lse, delta = statistics(out, lse, *cotangents)
+    dout, lse, delta = linear.statistics(out, lse, cotangents, tile_backward.BLIND)
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
     rule = Mask(causal=mask.causal, window=mask.window)
     stacked = functools.partial(stack, heads=heads, block=blocks.queries)
@@ -128,29 +129,8 @@ def gradients(how, blocks, interpret, residuals, cotangents):
     present = None
     if mask.ragged:  # an absent source may hold NaN
         present = (where.k_positions < steps_lib.FAR)[:, : keys.shape[1], None, None]
-    dkeys, dkey_weights = unmix(dkey, sources[0], sources[2], present)
-    dvalues, dvalue_weights = unmix(dvalue, sources[1], sources[3], present)
+    dkeys, dkey_weights = linear.unmix(dkey.transpose(0, 2, 1, 3), sources[0], sources[2], present)
+    dvalues, dvalue_weights = linear.unmix(
+        dvalue.transpose(0, 2, 1, 3), sources[1], sources[3], present
+    )
     return unstack(dq, blocks.queries, length), (dkeys, dvalues, dkey_weights, dvalue_weights)
-
-
-def statistics(out, lse, dout, dlse):
-    """(dout, lse, delta) with rows that see nothing made harmless."""
-    blind = jnp.isneginf(lse)
-    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
-    delta = jnp.where(blind, 0, delta - dlse)
-    # Combining pieces can make the cotangents of a blind row NaN.
-    dout = jnp.where(blind[..., None], 0, dout)
-    return dout, jnp.where(blind, tile_backward.BLIND, lse), delta
-
-
-def unmix(grad, sources, weights, present):
-    """Gradients of the sources and weights from that of their mix, [B, K, S, H] in fp32."""
-    grad = grad.transpose(0, 2, 1, 3)
-    if weights is None:
-        return (grad.astype(sources[0].dtype),), None
-    wide = weights.astype(jnp.float32)
-    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(wide, sources, strict=True))
-    if present is not None:
-        sources = [jnp.where(present, x, 0) for x in sources]
-    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in sources]
-    return dsources, jnp.stack(dweights).astype(weights.dtype)

@@ -4,8 +4,8 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.xla import blocks as blocks_schedule
@@ -84,12 +84,8 @@ def _backward(how, both_blocks, residuals, cotangents):
     places = tiles.places(mask, q.shape[1], streams.length)
 
     def chunk(arrays):
-        q, streams, (queries, where), out, lse, dout, dlse = arrays
-        blind = jnp.isneginf(lse)
-        delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
-        delta = delta - jnp.where(blind, 0, dlse)
-        lse = jnp.where(blind, -tiles.HIDDEN, lse)  # exp(anything - huge) = 0
-        dout = jnp.where(blind[..., None], 0, dout)  # combining splits can make it NaN here
+        q, streams, (queries, where), out, lse, *cotangents = arrays
+        dout, lse, delta = linear.statistics(out, lse, cotangents, -tiles.HIDDEN)
         sources_ = (streams, key_weights, value_weights)
         grads = run(
             how, mask, blocks.queries, blocks.keys, q, sources_, queries, where, lse,
@@ -100,8 +96,8 @@ def _backward(how, both_blocks, residuals, cotangents):
     arrays = (q, streams, places, out, lse, *cotangents)
     dq, dkey, dvalue = _over_batch(chunk, blocks.batch, arrays)
     present = (places[1].positions >= 0)[:, :, None, None] if mask.ragged else None
-    dkeys, dkey_weights = _unfuse(dkey, streams.keys, key_weights, present)
-    dvalues, dvalue_weights = _unfuse(dvalue, streams.values, value_weights, present)
+    dkeys, dkey_weights = linear.unmix(dkey, streams.keys, key_weights, present)
+    dvalues, dvalue_weights = linear.unmix(dvalue, streams.values, value_weights, present)
     return dq, (Streams(dkeys, dvalues), dkey_weights, dvalue_weights), None
 
 
@@ -127,15 +123,3 @@ def _over_batch(function, chunk: int, arrays):
         return function(jax.tree.unflatten(tree, merged))
 
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), jax.lax.map(step, split))
-
-
-def _unfuse(grad, sources, weights, present):
-    """Gradients of the sources and of the weights, from that of their mix [B, S, K, H]."""
-    if weights is None:
-        return (grad.astype(sources[0].dtype),), None
-    weight32 = weights.astype(jnp.float32)
-    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(weight32, sources, strict=True))
-    if present is not None:  # 0 * NaN again
-        sources = [jnp.where(present, x, 0) for x in sources]
-    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in sources]
-    return dsources, jnp.stack(dweights).astype(weights.dtype)
