@@ -1,6 +1,6 @@
 """What is linear around every kernel's gradient: cotangents of the output, and gradients of a mix.
 
-The reference does without: it is the yardstick, and autodiff differentiates it. Triton still has its own.
+The reference does without: it is the yardstick, and autodiff differentiates it. Triton has its own.
 """
 
 from typing import Any
