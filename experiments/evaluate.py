@@ -5,14 +5,13 @@ of the cache, and `longcontext` recall from compressed caches. Prints a table, a
 one JSON document with the same figures. Exit code 2 with one line for a mistake in the command.
 """
 
-import dataclasses
 import json
 from typing import Any
 
 from absl import flags
 from flax import nnx
 
-from experiments import cli, longcontext, longcontext_methods, longcontext_report
+from experiments import cli, longcontext, longcontext_methods, longcontext_report, models
 from fusedkv_jax import compression, data
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.evaluation import at_length, total
@@ -25,12 +24,9 @@ SUITES = ("perplexity", "length", "longcontext")
 def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_enum("suite", "perplexity", SUITES, "What to evaluate.")
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "Directory of a training run; for the suite longcontext also several, with commas between.",
+    models.define_flags(
+        "Directory of a training run; for the suite longcontext also several, with commas between."
     )
-    flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default the newest.", lower_bound=1)
     flags.DEFINE_string(
         "source",
         None,
@@ -62,7 +58,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("seed", 0, "Which examples.", lower_bound=0)
     flags.DEFINE_string("output", None, "Folder for longcontext.md, longcontext.json and the plot.")
-    cli.only_with("source max_batches", suite="perplexity")
+    cli.only_with("max_batches", suite="perplexity")
+    cli.only_with("source", suite=("perplexity", "length"))
     cli.only_with("step", suite=("perplexity", "length"))
     cli.only_with("length examples cache_dtype", suite=("length", "longcontext"))
     cli.only_with("compression tasks question seed output", suite="longcontext")
@@ -70,27 +67,24 @@ def define_flags() -> None:
 
 def main() -> None:
     suites = {"perplexity": perplexity, "length": length, "longcontext": long_context}
-    report = suites[flags.FLAGS.suite](cli.require("workdir"))
+    report = suites[flags.FLAGS.suite]()
     print(json.dumps(report))
 
 
-def perplexity(workdir: str) -> dict[str, Any]:
+def perplexity() -> dict[str, Any]:
     """Loss on held-out text."""
-    model, config, step = load_model(workdir, flags.FLAGS.step)
-    source, settings = "held-out split", config.data
-    if flags.FLAGS.source:
-        source = flags.FLAGS.source
-        settings = dataclasses.replace(settings, source=source, holdout_fraction=1.0)
-    batches = data.make_eval_batches(settings, flags.FLAGS.max_batches)
-    graphdef, params = nnx.split(model, nnx.Param)
+    loaded = models.load(source=flags.FLAGS.source)
+    config = models.with_text(loaded).config
+    batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
+    graphdef, params = nnx.split(loaded.model, nnx.Param)
     eval_step = make_eval_step(graphdef, config.train.grad_accumulation)
     with Progress(len(batches), label="evaluating", unit="batch") as progress:
         result = evaluate(eval_step, params, _counted(batches, progress))
     report = {
         "name": config.name,
-        "workdir": workdir,
-        "step": step,
-        "source": source,
+        "workdir": loaded.where,
+        "step": loaded.step,
+        "source": flags.FLAGS.source or "held-out split",
         "tokens": result.num_tokens,
         "bytes": result.num_bytes,
         **result.metrics,
@@ -99,9 +93,10 @@ def perplexity(workdir: str) -> dict[str, Any]:
     return report
 
 
-def length(workdir: str) -> dict[str, Any]:
+def length() -> dict[str, Any]:
     """Loss by position and storage type, of held-out texts that are long enough."""
-    model, config, step = load_model(workdir, flags.FLAGS.step)
+    loaded = models.load(source=flags.FLAGS.source)
+    model, config, step = loaded.model, models.with_text(loaded).config, loaded.step
     size = flags.FLAGS.length or config.data.seq_len
     texts = longcontext.heldout_texts(config, size, flags.FLAGS.examples)
     rows = []
@@ -118,8 +113,11 @@ def length(workdir: str) -> dict[str, Any]:
     return {"name": config.name, "step": step, "length": size, "rows": rows}
 
 
-def long_context(workdirs: str) -> dict[str, Any]:
+def long_context() -> dict[str, Any]:
     """Recall from compressed caches, for one or several runs."""
+    if flags.FLAGS.model:
+        raise ValueError("--suite=longcontext reads training runs only; name one with --workdir")
+    workdirs = cli.require("workdir")
     names = [name for name in workdirs.split(",") if name]
     output = flags.FLAGS.output and cli.check_output(flags.FLAGS.output, folder=True)
     chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)

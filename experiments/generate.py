@@ -1,6 +1,7 @@
 """Continue prompts: python -m experiments.generate --workdir=DIR --prompt='def '.
 
-Decodes with the newest checkpoint of a training run and the tokenizer that it was trained with.
+Decodes with the newest checkpoint of a training run and the tokenizer that it was trained with, or
+with --model=FOLDER|file.gguf and the tokenizer that is there.
 Prompts come from --prompt and --prompt_file; --chat holds a conversation instead. The flags are
 vLLM's sampling parameters; with --beam_width it is beam search. Rates of prefill and decoding go to
 standard error. Exit code 2 with one line for a mistake in the command.
@@ -17,13 +18,12 @@ from typing import Any
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import chat, cli
+from experiments import chat, cli, models
 from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import Tokenizer, tokenizers
 from fusedkv_jax.data.chat import read_text
 from fusedkv_jax.generation import BeamSearchParams, PromptError, Rates, beam_search
 from fusedkv_jax.generation.parts import Parts
-from fusedkv_jax.training import load_model
 
 _SETTINGS = ("batch_size", "cache_dtype", "max_num_batched_tokens", "enable_prefix_caching")
 
@@ -64,8 +64,7 @@ def counted_from_one(prompts: Sequence[str]) -> Iterator[None]:
 
 def define_flags() -> None:
     """Define the flags of the run, one for each sampling parameter, and those of the output."""
-    flags.DEFINE_string("workdir", None, "Directory of a training run.")
-    flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)
+    models.define_flags()
     flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
     flags.DEFINE_string(
         "prompt_file",
@@ -241,7 +240,6 @@ class LiveRates:
 
 
 def main() -> None:
-    workdir = cli.require("workdir")
     # Before the model is read, so that a bad value is reported at once.
     params = sampling_params()
     early: Any = {"true": True, "false": False, "never": "never"}[flags.FLAGS.early_stopping]
@@ -258,8 +256,8 @@ def main() -> None:
         )
     prompts = [] if flags.FLAGS.chat else read_prompts()
     settings = run_settings()
-    model, config, step = load_model(workdir, flags.FLAGS.step, settings["mesh"])
-    tokenizer = tokenizers.load(config.data.tokenizer)
+    loaded = models.load(settings["mesh"])
+    model, tokenizer = loaded.model, tokenizers.load(loaded.config.data.tokenizer)
     if flags.FLAGS.chat:
         chat.converse(model, tokenizer, params, settings)
         return
@@ -278,7 +276,7 @@ def main() -> None:
         for output in completion.outputs:
             which = "" if len(completion.outputs) == 1 else f", output {output.index + 1}"
             print(
-                f"=== {config.name} at step {step}, prompt {number} of {len(prompts)}{which}: "
+                f"=== {loaded.title}, prompt {number} of {len(prompts)}{which}: "
                 f"{len(output.token_ids)} tokens, ended by {output.finish_reason}"
             )
             print(f"{prompt}{output.text}")

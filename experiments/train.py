@@ -9,12 +9,15 @@ Several processes are found in the environment (Slurm, Open MPI, Cloud TPU) or n
 """
 
 import json
+import pathlib
+from collections.abc import Callable
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, models
 from fusedkv_jax import processes
-from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, train
+from fusedkv_jax.model import Decoder
+from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig, train
 from fusedkv_jax.training.metrics import finite_or_none
 
 
@@ -23,6 +26,13 @@ def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_string(
         "workdir", None, "Directory for checkpoints and metrics; a run found there is resumed."
+    )
+    flags.DEFINE_string(
+        "init_from",
+        None,
+        "Model to start from: a run's directory, a Hugging Face folder, or a .gguf file. It sets "
+        "the model's configuration and the tokenizer; --config.model.FIELD may change its layout "
+        "and how it is computed.",
     )
     flags.DEFINE_string(
         "profile_steps",
@@ -41,8 +51,8 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    config = cli.load_config()
     workdir, profile_steps = cli.require("workdir"), _steps(flags.FLAGS.profile_steps)
+    config, initial = _start(workdir)
     processes.initialize(
         flags.FLAGS.coordinator,
         flags.FLAGS.num_processes,
@@ -54,11 +64,22 @@ def main() -> int:
         workdir,
         profile_steps=profile_steps,
         wandb_project=flags.FLAGS.wandb_project,
+        initial=initial,
     )
     if processes.is_first():
         summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
         print(json.dumps(summary | finite_or_none(result.metrics)))
     return INTERRUPTED_EXIT_CODE if result.interrupted else 0
+
+
+def _start(workdir: str) -> tuple[ExperimentConfig, Callable[[], Decoder] | None]:
+    """The experiment, and what gives the model that it starts from, if not from drawn weights."""
+    source = flags.FLAGS.init_from
+    if source is None:
+        return cli.load_config(), None
+    start = models.Start(source, pathlib.Path(workdir).expanduser() / "init_from")
+    config = start.settle(cli.load_config(start.change))
+    return config, lambda: start.load(config.model)
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

@@ -16,6 +16,10 @@ from fusedkv_jax.validation import build, validate
 FloatType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots", "qkv"]
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+Norm = Literal["rms", "rms_plus_one", "layer"]
+NormPlacement = Literal["pre", "post", "both"]
+NormSpan = Literal["head", "all"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 class ConfigError(ValueError):
@@ -39,6 +43,7 @@ class RopeConfig:
         mscale: yarn, multiplies cos and sin by 0.1 * mscale * ln(factor) + 1 (over the same with
             `mscale_all_dim`, where that is not 0).
         mscale_all_dim: yarn as in DeepSeek; MLA multiplies its score scale by its squared term.
+        fraction: share of each head's channels that turn, the first ones (GPT-NeoX, Phi).
     """
 
     theta: float = 10_000.0
@@ -51,9 +56,10 @@ class RopeConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        positive = ("theta", "factor", "high_freq_factor", "beta_slow")
+        positive = ("theta", "factor", "high_freq_factor", "beta_slow", "fraction")
         least = {"original_length": 1}
         validate(self, ConfigError, least=least, above=dict.fromkeys(positive, 0))
         ordered = {
@@ -68,6 +74,8 @@ class RopeConfig:
                 )
         if self.scaling == "yarn" and self.theta <= 1:
             raise ConfigError(f"theta={self.theta}; yarn needs more than 1")
+        if self.fraction > 1:
+            raise ConfigError(f"fraction={self.fraction}; use more than 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,50 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """How a layer is built around its attention; the defaults are Llama's.
+
+    Attributes:
+        norm: of hidden states, queries and keys: `rms`, `rms_plus_one` (the stored scale is added
+            to one; Gemma), or `layer` (with mean and bias; GPT-NeoX).
+        norm_placement: a branch's norm is before it (`pre`), after it (`post`; OLMo 2), or both
+            (Gemma 2 and 3).
+        qk_norm_over: the norm of queries and keys is over the channels of each `head`, or of `all`
+            heads together (OLMo 2).
+        qkv_bias: the projections of queries, keys and values have biases (Qwen2).
+        output_bias: so has attention's output projection.
+        mlp_bias: so have the feed-forward's.
+        activation: of the feed-forward.
+        gated: the feed-forward multiplies by a gate (SwiGLU, GeGLU).
+        parallel: attention and feed-forward read the same input (GPT-NeoX).
+        residual_scale: multiplies what a branch adds (Granite).
+        attention_scale: multiplies the scores; default 1 / sqrt(head_dim).
+        attention_softcap: scores s become cap * tanh(s / cap) (Gemma 2).
+    """
+
+    norm: Norm = "rms"
+    norm_placement: NormPlacement = "pre"
+    qk_norm_over: NormSpan = "head"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
+    parallel: bool = False
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        scales = ("residual_scale", "attention_scale", "attention_softcap")
+        validate(self, ConfigError, above=dict.fromkeys(scales, 0))
+        if self.parallel and self.norm_placement != "pre":
+            raise ConfigError(
+                f"norm_placement={self.norm_placement!r} with parallel=True; use 'pre'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder language model.
 
@@ -106,14 +158,20 @@ class ModelConfig:
         num_heads: query heads N.
         num_kv_heads: key/value heads K, dividing N; default N (MHA). 1 is MQA. Not used with `mla`.
         head_dim: channels per head H; default d_model / num_heads.
-        d_ff: width of the SwiGLU feed-forward.
+        d_ff: width of the feed-forward.
         layout: a name with options (`fusedkv`, `cla:k=3`), the layer-types grammar, or a
             `KVLayout`; afterwards always a `KVLayout`.
         max_length: context length in tokens that the model is meant for.
         qk_norm: RMSNorm over the channels of each query and key head before rotation (Qwen3).
         tie_embeddings: the output head is the transposed embedding.
-        norm_eps: epsilon of every RMSNorm.
+        norm_eps: epsilon of every norm.
+        block: biases, norms, activation and scales of the layers.
+        embedding_scale: multiplies what enters the first layer.
+        logit_scale: multiplies the logits.
+        logit_softcap: logits x become cap * tanh(x / cap) (Gemma 2).
         rope: rotary embedding.
+        window_rope: that of layers with a window, where it differs (Gemma 3).
+        nope_layers: layers without rotary embedding (SmolLM3).
         mla: multi-head latent attention instead of separate keys and values.
         init_std: standard deviation of the normal initializer of matrices.
         dtype: of activations.
@@ -140,7 +198,13 @@ class ModelConfig:
     qk_norm: bool = True
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
+    block: BlockConfig = BlockConfig()
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     rope: RopeConfig = RopeConfig()
+    window_rope: RopeConfig | None = None
+    nope_layers: tuple[int, ...] = ()
     mla: MLAConfig | None = None
     init_std: float = 0.02
     dtype: FloatType = "float32"
@@ -150,7 +214,8 @@ class ModelConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        validate(self, ConfigError, least=dict.fromkeys(_COUNTS, 1), above=_ABOVE)
+        above = dict.fromkeys(_ABOVE, 0)
+        validate(self, ConfigError, least=dict.fromkeys(_COUNTS, 1), above=above)
         self._resolve_heads()
         if isinstance(self.layout, str):
             object.__setattr__(self, "layout", layouts.resolve(self.layout, self.num_layers))
@@ -161,6 +226,8 @@ class ModelConfig:
             )
         if self.mla is not None:
             _check_mla_layout(self.kv_layout)
+            _check_mla_block(self)
+        _check_ropes(self)
 
     def _resolve_heads(self) -> None:
         if self.num_kv_heads is None:
@@ -218,6 +285,20 @@ class ModelConfig:
             single_products=(mla.kv_lora_rank + mla.rope_dim, mla.kv_lora_rank),
         )
 
+    @functools.cached_property
+    def layer_ropes(self) -> tuple[RopeConfig | None, ...]:
+        """The rotary embedding of each layer; None where there is none."""
+        windowed = self.window_rope or self.rope
+        return tuple(
+            None if i in self.nope_layers else windowed if layer.window else self.rope
+            for i, layer in enumerate(self.kv_layout.layers)
+        )
+
+    @functools.cached_property
+    def rope_kinds(self) -> tuple[RopeConfig | None, ...]:
+        """The different ones among them."""
+        return tuple(dict.fromkeys(self.layer_ropes))
+
     @property
     def stream_shapes(self) -> dict[layouts.Kind, tuple[int, int]]:
         """(heads, channels) of one token's cached `key` and `value` stream."""
@@ -253,15 +334,17 @@ class ModelConfig:
         if not isinstance(fields, Mapping):
             raise ConfigError(f"model={fields!r}; use fields by name")
         fields = dict(fields)
-        for name, kind in (("rope", RopeConfig), ("mla", MLAConfig)):
+        for name, kind in _PARTS.items():
             if isinstance(fields.get(name), Mapping):
                 fields[name] = build(kind, fields[name], ConfigError, f"{name}.")
+        if isinstance(fields.get("nope_layers"), list):  # as JSON has it
+            fields["nope_layers"] = tuple(fields["nope_layers"])
         if isinstance(fields.get("layout"), Mapping):
             fields["layout"] = KVLayout.from_dict(fields["layout"])
         return build(cls, fields, ConfigError)
 
 
-_COUNTS = (
+_COUNTS: tuple[str, ...] = (
     "vocab_size",
     "num_layers",
     "d_model",
@@ -271,7 +354,55 @@ _COUNTS = (
     "head_dim",
     "max_length",
 )
-_ABOVE = {"norm_eps": 0, "init_std": 0}
+_ABOVE: tuple[str, ...] = (
+    "norm_eps",
+    "init_std",
+    "embedding_scale",
+    "logit_scale",
+    "logit_softcap",
+)
+
+
+_PARTS = {"block": BlockConfig, "rope": RopeConfig, "window_rope": RopeConfig, "mla": MLAConfig}
+
+
+def _check_mla_block(config: ModelConfig) -> None:
+    plain = BlockConfig()
+    for name in ("qkv_bias", "output_bias", "qk_norm_over", "attention_scale", "attention_softcap"):
+        if getattr(config.block, name) != getattr(plain, name):
+            raise ConfigError(
+                f"block.{name}={getattr(config.block, name)!r}; MLA has no such option"
+            )
+    if config.rope.fraction != 1 or config.window_rope or config.nope_layers:
+        raise ConfigError(
+            "MLA has one rotary embedding of all its rotary channels; set mla.rope_dim"
+        )
+
+
+def _check_ropes(config: ModelConfig) -> None:
+    wrong = [i for i in config.nope_layers if not 0 <= i < config.num_layers]
+    if wrong:
+        raise ConfigError(
+            f"nope_layers has {wrong[0]}; the layers are 0 to {config.num_layers - 1}"
+        )
+    fractions = {rope.fraction for rope in config.rope_kinds if rope is not None}
+    if len(fractions) > 1 or (fractions | {1.0}) != {1.0} and None in config.rope_kinds:
+        raise ConfigError("rope.fraction differs between layers; use one value")
+    for rope in config.rope_kinds if config.mla is None else ():
+        if rope is not None and config.channels * rope.fraction % 2:
+            raise ConfigError(f"rope.fraction={rope.fraction} gives an odd number of channels")
+    for i, layer in enumerate(config.kv_layout.layers):
+        for j in layer.key.sources:
+            if config.layer_ropes[i] != config.layer_ropes[j]:
+                raise ConfigError(
+                    f"layer {i} reads the keys of layer {j}, which turn in another way; share keys"
+                    " only between layers of one rotary embedding"
+                )
+        if layer.key.weights not in (None, "scalar", "head") and fractions - {1.0}:
+            raise ConfigError(
+                f"layer {i} weights key channels in rotary pairs, and rope.fraction is not 1;"
+                " use weights of scalars or heads"
+            )
 
 
 def _check_mla_layout(layout: KVLayout) -> None:

@@ -107,7 +107,7 @@ class PyramidInfer(Compressor):
                 x = jnp.take_along_axis(x, index[..., None], axis=1)
                 positions = jnp.take_along_axis(positions, index, axis=1)
         end = jnp.maximum(held - 1, 0)[:, None, None]
-        logits = model.logits(model.final_norm(jnp.take_along_axis(x, end, axis=1)))[:, 0]
+        logits = model.logits(model.normed(jnp.take_along_axis(x, end, axis=1)))[:, 0]
         cache = KVCache(cache.stores, prompt.count, cache.plan)
         return logits, merged(cache, groups, stores)
 

@@ -63,6 +63,14 @@ class StreamingLLM(Compressor):
                 " raise budget or lower sinks"
             )
 
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        if self.reindex and config.rope_kinds != (config.rope,):
+            raise CompressionError(
+                f"{self.title}: the model's layers differ in their rotary embedding, and one"
+                " rotation cannot move all their queries; use reindex=False"
+            )
+
     def run(
         self, model: Decoder, prompt: Prompt, cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:

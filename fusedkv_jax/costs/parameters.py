@@ -28,13 +28,15 @@ def parameter_breakdown(config: ModelConfig) -> dict[str, int]:
         parts.update(matrices(config, layer))
         parts["norms"] += _norms(config, layer)
         parts["mixing"] += sum(_mixing(config, kind, layer.stream(kind)) for kind in KINDS)
-    parts["norms"] += config.d_model
+    parts["norms"] += _norm(config, config.d_model)
+    if any((config.block.qkv_bias, config.block.output_bias, config.block.mlp_bias)):
+        parts["biases"] = sum(_biases(config, layer) for layer in config.kv_layout.layers)
     return dict(parts)
 
 
 def matrices(config: ModelConfig, layer: LayerKV) -> dict[str, int]:
     """Number of parameters of one layer's matrices, by part."""
-    feed_forward = {"feed_forward": 3 * config.d_model * config.d_ff}
+    feed_forward = {"feed_forward": (2 + config.block.gated) * config.d_model * config.d_ff}
     if config.mla is not None:
         return _latent_attention(config, config.mla, layer) | feed_forward
     queries = config.d_model * config.num_heads * config.channels
@@ -63,10 +65,32 @@ def _latent_attention(config: ModelConfig, mla: MLAConfig, layer: LayerKV) -> di
 
 
 def _norms(config: ModelConfig, layer: LayerKV) -> int:
-    count = 2 * config.d_model + config.d_model * layer.kv_norm
+    branches = 4 if config.block.norm_placement == "both" else 2
+    count = _norm(config, config.d_model) * (branches + layer.kv_norm)
     if config.mla is not None:
         return count + config.mla.q_lora_rank + config.mla.kv_lora_rank * layer.caches
-    return count + config.qk_norm * config.channels * (1 + layer.key.own)
+    if not config.qk_norm:
+        return count
+    heads, kv_heads = 1, 1
+    if config.block.qk_norm_over == "all":
+        heads, kv_heads = config.num_heads, config.kv_heads
+    size = _norm(config, config.channels)
+    return count + size * (heads + kv_heads * layer.key.own)
+
+
+def _norm(config: ModelConfig, size: int) -> int:
+    return size * (2 if config.block.norm == "layer" else 1)
+
+
+def _biases(config: ModelConfig, layer: LayerKV) -> int:
+    block, streams = config.block, layer.key.own + layer.value.own
+    heads = config.num_heads + config.kv_heads * streams
+    hidden = config.d_ff * (1 + block.gated)
+    return (
+        block.qkv_bias * config.channels * heads
+        + block.output_bias * config.d_model
+        + block.mlp_bias * (hidden + config.d_model)
+    )
 
 
 def _mixing(config: ModelConfig, kind: Kind, stream: Stream) -> int:

@@ -1,14 +1,31 @@
 """Exchange with other libraries' checkpoints."""
 
-from fusedkv_jax.interop.huggingface import TensorError, load_huggingface, save_huggingface
-from fusedkv_jax.interop.huggingface_config import config_from_huggingface, config_to_huggingface
+from fusedkv_jax.interop.companions import copy_tokenizer
+from fusedkv_jax.interop.export_config import config_to_huggingface
+from fusedkv_jax.interop.gguf import gguf_config, load_gguf
+from fusedkv_jax.interop.gguf_file import GgufError
+from fusedkv_jax.interop.gguf_tokenizer import save_gguf_tokenizer
+from fusedkv_jax.interop.huggingface import (
+    TensorError,
+    folder_config,
+    load_huggingface,
+    save_huggingface,
+)
+from fusedkv_jax.interop.huggingface_config import config_from_huggingface, with_layout
 from fusedkv_jax.interop.safetensors_folder import FolderError
 
 __all__ = [
     "FolderError",
+    "GgufError",
     "TensorError",
     "config_from_huggingface",
     "config_to_huggingface",
+    "copy_tokenizer",
+    "folder_config",
+    "gguf_config",
+    "load_gguf",
     "load_huggingface",
+    "save_gguf_tokenizer",
     "save_huggingface",
+    "with_layout",
 ]

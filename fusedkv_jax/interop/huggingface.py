@@ -1,4 +1,4 @@
-"""Import of Hugging Face checkpoints (Llama, Qwen3, dense DeepSeek) and export of Llama and Qwen3.
+"""Import of Hugging Face checkpoints, and export.
 
 Only config.json and safetensors files are read; nothing is unpickled or executed.
 """
@@ -19,10 +19,13 @@ from flax import nnx
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.interop import safetensors_folder as folders
+from fusedkv_jax.interop.companions import copy_tokenizer
+from fusedkv_jax.interop.export_config import config_to_huggingface
+from fusedkv_jax.interop.fused_tensors import as_llama
 from fusedkv_jax.interop.huggingface_config import (
     config_from_huggingface,
-    config_to_huggingface,
     has_interleaved_rope,
+    with_layout,
 )
 from fusedkv_jax.interop.huggingface_names import (
     WHOLE,
@@ -86,7 +89,9 @@ def load_huggingface(
         if config is None:
             config = config_from_huggingface(fields or {})
         if layout is not None:
-            config = config.replace(layout=layout)
+            config = with_layout(config, layout)
+        if fields is not None:
+            tensors = as_llama(fields.get("model_type"), config, tensors)
         config = _untied_if_different(config, tensors)
         if rope_interleave is None:
             known = fields is not None
@@ -95,16 +100,26 @@ def load_huggingface(
         return _build(config, tensors, rotary, seed)
 
 
-def save_huggingface(
-    model: Decoder, path: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
-) -> None:
-    """Write a decoder that has its own keys and values in every layer as a Llama or Qwen3 folder.
+def folder_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration in a folder's config.json; raises as `load_huggingface`."""
+    return config_from_huggingface(folders.read_json(Path(folder), "config.json"))
 
-    config.json is written last: a folder without it is not complete. There is no tokenizer in it.
+
+def save_huggingface(
+    model: Decoder,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a decoder that has its own keys and values in every layer as a folder of its family.
+
+    config.json is written last: a folder without it is not complete.
 
     Args:
         model: the decoder.
         path: folder to write, new or empty.
+        tokenizer: a tokenizer.json, or its folder, that is copied with what lies beside it.
         max_shard_bytes: largest weight file.
 
     Raises:
@@ -113,6 +128,8 @@ def save_huggingface(
     """
     fields = config_to_huggingface(model.config)
     folder = folders.new_folder(Path(path))
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
     sizes, places = {}, {}
     for our_path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = variable[...]
@@ -213,7 +230,7 @@ def _check_names(config: ModelConfig, names: Iterable[str], wanted: set[str]) ->
         raise TensorError(f"missing tensors: {_listing(missing)}; is the configuration right?")
     # Projections that this layout has no place for, a copy of the tied embedding, and the rotary
     # frequencies that old checkpoints hold.
-    plain = config.replace(layout=ordinary(config.num_layers))
+    plain = with_layout(config, ordinary(config.num_layers))
     known = {
         name
         for path, variable in _abstract(plain)[1].items()

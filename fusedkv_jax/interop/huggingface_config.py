@@ -1,33 +1,26 @@
-"""Hugging Face's config.json to a `ModelConfig` and back."""
+"""Hugging Face's config.json to a `ModelConfig`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusedkv_jax.config import ConfigError, MLAConfig, ModelConfig, RopeConfig
-from fusedkv_jax.layouts import KVLayout
-from fusedkv_jax.model.rotary import magnitude, yarn_temperature
+from fusedkv_jax import layouts
+from fusedkv_jax.config import BlockConfig, ConfigError, MLAConfig, ModelConfig, RopeConfig
+from fusedkv_jax.interop.families import FAMILIES, activation
+from fusedkv_jax.layouts import KVLayout, LayoutError
+from fusedkv_jax.model.rotary import yarn_temperature
 
 _LATENT = ("deepseek_v2", "deepseek_v3")
-_MODEL_TYPES = ("llama", "qwen3", *_LATENT)
-
-# What those architectures can switch on and we cannot compute: field, values that mean off.
-_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("attention_bias", (False,)),
-    ("mlp_bias", (False,)),
-    ("hidden_act", ("silu", "swish")),
-    ("use_sliding_window", (False,)),
-    ("partial_rotary_factor", (1, 1.0)),
-    ("quantization_config", ()),
-)
+_MOST_LAYERS = 10_000  # a larger number is a mistake, or an attempt to exhaust memory
 
 
 def config_from_huggingface(
     fields: Mapping[str, Any], layout: KVLayout | str = "mha"
 ) -> ModelConfig:
-    """The `ModelConfig` of a config.json: Llama, Qwen3, or dense DeepSeek-V2 or V3.
+    """The `ModelConfig` of a config.json of the families in `families.FAMILIES`.
 
     Both spellings of the rotary settings are read, `rope_scaling` with `rope_theta` (transformers
     4) and `rope_parameters` (transformers 5). A bfloat16 checkpoint gives bfloat16 parameters and
@@ -35,41 +28,87 @@ def config_from_huggingface(
 
     Args:
         fields: the parsed config.json.
-        layout: layout of our model; `mha` computes what the original does.
+        layout: layout of our model; `mha` computes what the original does. Its layers get the
+            attention windows of the original's, unless it has windows of its own.
 
     Raises:
         ConfigError: another architecture, or a setting that we cannot compute; it is named.
     """
+    try:
+        return _config(fields, layout)
+    except (ConfigError, LayoutError):
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"config.json: a value of the wrong type or size: {reason}") from None
+
+
+def _config(fields: Mapping[str, Any], layout: KVLayout | str) -> ModelConfig:
     model_type = fields.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise ConfigError(f"model_type={model_type!r}; choose {', '.join(_MODEL_TYPES)}")
-    _refuse_unsupported(fields)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(f"model_type={model_type!r}; choose {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    fields = {**family.defaults, **fields}
+    layers = _required(fields, "num_hidden_layers")
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        raise ConfigError(f"config.json: num_hidden_layers={layers!r}; use 1 to {_MOST_LAYERS}")
+    if fields.get("quantization_config") is not None:
+        raise ConfigError("config.json: quantization_config is not supported; use the original")
     latent = model_type in _LATENT
     heads = _required(fields, "num_attention_heads")
     dtype = fields.get("dtype", fields.get("torch_dtype"))
     dtype = "bfloat16" if str(dtype).endswith("bfloat16") else "float32"
-    default_head_dim = 128 if model_type == "qwen3" else None
     mla = _mla(fields) if latent else None
-    return ModelConfig(
+    block: dict[str, Any] = {"activation": activation(fields)} | family.block(fields)
+    rope, window_rope = _ropes(fields)
+    options: dict[str, Any] = {"qk_norm": False} | family.model(fields)
+    config = ModelConfig(
         vocab_size=_required(fields, "vocab_size"),
-        num_layers=_required(fields, "num_hidden_layers"),
+        num_layers=layers,
         d_model=_required(fields, "hidden_size"),
         num_heads=heads,
         num_kv_heads=heads if latent else fields.get("num_key_value_heads") or heads,
         # With a latent, head_dim is not used; num_heads need not divide the width.
-        head_dim=mla.nope_dim + mla.rope_dim if mla else fields.get("head_dim") or default_head_dim,
+        head_dim=mla.nope_dim + mla.rope_dim if mla else fields.get("head_dim"),
         d_ff=_required(fields, "intermediate_size"),
-        layout=layout,
         max_length=_required(fields, "max_position_embeddings"),
-        qk_norm=model_type == "qwen3",
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
-        rope=_rope(fields),
+        tie_embeddings=fields.get("tie_word_embeddings") or False,
+        norm_eps=fields.get("layer_norm_eps") or fields.get("rms_norm_eps") or 1e-6,
+        block=BlockConfig(**block),
+        rope=rope,
         mla=mla,
-        init_std=fields.get("initializer_range", 0.02),
+        init_std=fields.get("initializer_range") or 0.02,
         dtype=dtype,
         param_dtype=dtype,
+        **options,
     )
+    windows = family.windows(fields)
+    if config.block.attention_scale == config.channels**-0.5:
+        plain = dataclasses.replace(config.block, attention_scale=None)
+        config = config.replace(block=plain)
+    config = config.replace(layout=_with_windows(layout, layers, windows))
+    return config if window_rope in (None, rope) else config.replace(window_rope=window_rope)
+
+
+def with_layout(config: ModelConfig, layout: KVLayout | str) -> ModelConfig:
+    """The configuration with another layout, whose layers keep their windows."""
+    windows = [layer.window for layer in config.kv_layout.layers]
+    return config.replace(layout=_with_windows(layout, config.num_layers, windows))
+
+
+def _with_windows(
+    layout: KVLayout | str, layers: int, windows: Sequence[int | None]
+) -> KVLayout | str:
+    if not any(windows):
+        return layout
+    found = layouts.resolve(layout, layers) if isinstance(layout, str) else layout
+    if any(layer.window for layer in found.layers) or found.num_layers != layers:
+        return found
+    windowed = (
+        dataclasses.replace(layer, window=window)
+        for layer, window in zip(found.layers, windows, strict=True)
+    )
+    return dataclasses.replace(found, layers=tuple(windowed), spec="")
 
 
 def has_interleaved_rope(fields: Mapping[str, Any]) -> bool:
@@ -81,16 +120,6 @@ def _required(fields: Mapping[str, Any], name: str) -> Any:
     if fields.get(name) is None:
         raise ConfigError(f"config.json has no {name}; is it a complete model configuration?")
     return fields[name]
-
-
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    for name, off in _UNSUPPORTED:
-        if fields.get(name) is not None and fields[name] not in off:
-            allowed = f"only {off[0]!r} is supported" if off else "it is not supported"
-            raise ConfigError(f"config.json: {name}={fields[name]!r}; {allowed}")
-    kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise ConfigError(f"config.json: layer_types with {min(kinds)!r} is not supported")
 
 
 def _mla(fields: Mapping[str, Any]) -> MLAConfig:
@@ -116,14 +145,35 @@ def _mla(fields: Mapping[str, Any]) -> MLAConfig:
     )
 
 
-def _rope(fields: Mapping[str, Any]) -> RopeConfig:
+def _ropes(fields: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
+    """That of layers with full attention, and that of windowed ones if it is told apart."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config.json: rope_scaling={rope!r} is no object")
+    if "full_attention" in rope:
+        full, windowed = rope["full_attention"], rope.get("sliding_attention")
+        return _rope(fields, full), _rope(fields, windowed) if windowed else None
+    local = fields.get("rope_local_base_freq")
+    if fields.get("model_type") == "gemma3_text":
+        fields = {"rope_theta": 1_000_000.0, **fields}
+        local = local or 10_000.0
+    return _rope(fields, rope), _rope(fields, {"rope_theta": local}) if local else None
+
+
+def _rope(fields: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig:
+    partial = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor")
+    fraction = partial or fields.get("rotary_pct") or 1.0
+    return dataclasses.replace(_full_rope(fields, rope), fraction=fraction)
+
+
+def _full_rope(fields: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig:
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or fields.get("rotary_emb_base")
+    theta = theta or 10_000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"config.json: rope_type={kind!r}; choose default, linear, llama3, yarn")
-    if rope.get("partial_rotary_factor", 1) != 1 or rope.get("truncate", True) is not True:
-        raise ConfigError("config.json: partial_rotary_factor and truncate are not supported")
+    if rope.get("truncate", True) is not True:
+        raise ConfigError("config.json: truncate of the rotary embedding is not supported")
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
@@ -131,7 +181,7 @@ def _rope(fields: Mapping[str, Any]) -> RopeConfig:
     longest = _required(fields, "max_position_embeddings")
     original = fields.get("original_max_position_embeddings")
     original = original or rope.get("original_max_position_embeddings") or longest
-    common = dict(theta=theta, original_length=original)
+    common: dict[str, Any] = dict(theta=theta, original_length=original)
     common["factor"] = rope.get("factor") or longest / original
     if kind == "llama3":
         return RopeConfig(
@@ -160,60 +210,3 @@ def _temperatures(rope: Mapping[str, Any], factor: float) -> dict[str, float]:
         raise ConfigError(f"config.json: attention_factor={wanted} with factor={factor}; use 1")
     temperature = wanted * yarn_temperature(factor, bottom)
     return {"mscale": (temperature - 1.0) / (0.1 * math.log(factor)), "mscale_all_dim": bottom}
-
-
-def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a decoder in which every layer has its own keys and values.
-
-    Llama without norms on queries and keys, Qwen3 with them.
-
-    Raises:
-        ConfigError: the architecture is neither of them.
-    """
-    if config.mla is not None:
-        raise ConfigError("mla is set; only models with separate keys and values are exported")
-    for i, layer in enumerate(config.kv_layout.layers):
-        ordinary = layer.key.own and layer.value.own and not layer.kv_norm
-        if not ordinary or layer.key.sources or layer.value.sources or layer.window:
-            raise ConfigError(
-                f"layer {i} is not an ordinary one; transformers has no architecture for this"
-                " layout, only for mha"
-            )
-    name = "Qwen3" if config.qk_norm else "Llama"
-    return {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": name.lower(),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.channels,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_length,
-        "initializer_range": config.init_std,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
-        "torch_dtype": config.param_dtype,
-    }
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.scaling == "none":
-        return None
-    fields: dict[str, Any] = {"rope_type": rope.scaling, "factor": float(rope.factor)}
-    if rope.scaling == "linear":
-        return fields
-    fields["original_max_position_embeddings"] = rope.original_length
-    if rope.scaling == "llama3":
-        fields["low_freq_factor"] = float(rope.low_freq_factor)
-        fields["high_freq_factor"] = float(rope.high_freq_factor)
-        return fields
-    fields |= {"beta_fast": float(rope.beta_fast), "beta_slow": float(rope.beta_slow)}
-    if (rope.mscale, rope.mscale_all_dim) != (1.0, 0.0):
-        fields["attention_factor"] = magnitude(rope)
-    return fields

@@ -32,14 +32,20 @@ def checked_path(folder: Path, name: str) -> Path:
     if name != Path(name).name or "\\" in name or name == "..":
         raise FolderError(f"{folder}: file name {name!r} leads out of the folder; refused")
     path = folder / name
-    if path.is_symlink():
+    if path.is_symlink() and not _in_hub_cache(path):
         raise FolderError(
-            f"{path} is a symbolic link, which is not followed; copy the files, for example with"
-            " `hf download --local-dir`"
+            f"{path} is a symbolic link that leads out of the folder; refused; copy the files, for"
+            " example with `hf download --local-dir`"
         )
     if not path.is_file():
         raise FolderError(f"{path} does not exist; is {folder} a complete model folder?")
     return path
+
+
+def _in_hub_cache(path: Path) -> bool:
+    """A link of the hub's cache, from MODEL/snapshots/REVISION/NAME to MODEL/blobs/HASH."""
+    snapshots = path.parent.resolve().parent
+    return snapshots.name == "snapshots" and path.resolve().parent == snapshots.parent / "blobs"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from fusedkv_jax.cache import Piece
 from fusedkv_jax.layouts import Kind, LayerKV
-from fusedkv_jax.model.layers import RMSNorm
+from fusedkv_jax.model.layers import LayerNorm, RMSNorm, add_bias, make_norm
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate
@@ -31,27 +31,57 @@ class Attention(nnx.Module):
         config = init.config
         heads, kv_heads, channels = config.num_heads, config.kv_heads, config.channels
         self.implementation = config.attention
+        self.softcap = config.block.attention_softcap
+        # Attention divides scores by sqrt(H); another scale is a factor of the queries, so that
+        # whatever reads queries and keys agrees.
+        scale = config.block.attention_scale
+        self.query_scale = 1.0 if scale is None else scale * channels**0.5
         self.q_proj = init.matrix(config.d_model, heads, channels)
         self.o_proj = init.matrix(heads, channels, config.d_model)
-        self.q_norm = RMSNorm(init, channels) if config.qk_norm else None
+        over_all = config.block.qk_norm_over == "all"
+        normed = config.qk_norm
+        self.q_norm = make_norm(init, channels * (heads if over_all else 1)) if normed else None
         kv_shape = (config.d_model, kv_heads, channels)
         self.k_proj = init.matrix(*kv_shape) if layer.key.own else None
-        self.k_norm = RMSNorm(init, channels) if layer.key.own and config.qk_norm else None
+        kv_size = channels * (kv_heads if over_all else 1)
+        self.k_norm = make_norm(init, kv_size) if layer.key.own and normed else None
         self.v_proj = init.matrix(*kv_shape) if layer.value.own else None
+        biased = config.block.qkv_bias
+        self.q_bias = init.bias(heads, channels) if biased else None
+        self.k_bias = init.bias(kv_heads, channels) if biased and layer.key.own else None
+        self.v_bias = init.bias(kv_heads, channels) if biased and layer.value.own else None
+        self.o_bias = init.bias(config.d_model) if config.block.output_bias else None
 
     def queries(self, x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
         """Normed, rotated queries."""
-        return checkpoint_name(_rotated(x, self.q_proj, self.q_norm, rotation), "q")
+        q = self._rotated(x, self.q_proj, self.q_bias, self.q_norm, rotation, self.query_scale)
+        return checkpoint_name(q, "q")
 
     def own_streams(self, x: Float[Array, "B T D"], rotation: Rotation) -> dict[Kind, Array]:
         """New tokens' keys (normed, rotated) and values [B, T, K, H], where the layer owns them."""
         streams: dict[Kind, Array] = {}
         if self.k_proj is not None:
-            keys = _rotated(x, self.k_proj, self.k_norm, rotation)
+            keys = self._rotated(x, self.k_proj, self.k_bias, self.k_norm, rotation)
             streams["key"] = checkpoint_name(keys, "k")
         if self.v_proj is not None:
-            streams["value"] = checkpoint_name(project(x, self.v_proj[...]), "v")
+            values = add_bias(project(x, self.v_proj[...]), self.v_bias)
+            streams["value"] = checkpoint_name(values, "v")
         return streams
+
+    def _rotated(
+        self,
+        x: Float[Array, "B T D"],
+        weight: nnx.Param,
+        bias: nnx.Param | None,
+        norm: RMSNorm | LayerNorm | None,
+        rotation: Rotation,
+        scale: float = 1.0,
+    ) -> Float[Array, "B T N H"]:
+        heads = add_bias(project(x, weight[...]), bias)
+        if norm is not None:  # over each head, or over all of them as one vector
+            size = norm.scale[...].shape[-1]
+            heads = norm(heads.reshape(*heads.shape[:2], -1, size)).reshape(heads.shape)
+        return rotate(heads if scale == 1 else heads * scale, rotation)
 
     def attend(
         self,
@@ -71,6 +101,7 @@ class Attention(nnx.Module):
                 lse is None.
         """
         options: dict[str, Any] = {"implementation": self.implementation}
+        options["softcap"] = self.softcap
         options["return_residuals"] = needs_residuals(pieces, with_lse)
         found = []
         for piece in pieces:
@@ -78,7 +109,7 @@ class Attention(nnx.Module):
             sources = piece.keys, piece.values, weights["key"], weights["value"]
             found.append(attention(queries, *sources, **piece.mask, **options))
         context, lse = merged(found, with_lse)
-        return project(context, self.o_proj[...], 2), lse
+        return add_bias(project(context, self.o_proj[...], 2), self.o_bias), lse
 
 
 def needs_residuals(pieces: tuple[Piece, ...], with_lse: bool) -> bool:
@@ -91,10 +122,3 @@ def merged(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
     if len(found) > 1:
         return combine(found)
     return found[0] if with_lse else (found[0], None)
-
-
-def _rotated(
-    x: Float[Array, "B T D"], weight: nnx.Param, norm: RMSNorm | None, rotation: Rotation
-) -> Float[Array, "B T N H"]:
-    heads = project(x, weight[...])
-    return rotate(norm(heads) if norm is not None else heads, rotation)

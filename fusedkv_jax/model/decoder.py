@@ -17,11 +17,11 @@ from fusedkv_jax.config import ConfigError, ModelConfig
 from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block
 from fusedkv_jax.model.checks import check_tokens
-from fusedkv_jax.model.layers import RMSNorm
+from fusedkv_jax.model.layers import make_norm
 from fusedkv_jax.model.mixing import Mixing
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
-from fusedkv_jax.model.rotary import Rotation, rotation
+from fusedkv_jax.model.rotary import rotation
 from fusedkv_jax.model.stack import Layers, Options, Queries, Walked, Watch, run_layers
 from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.sharding import active_mesh, automatic, constrain, spec
@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
         self.embedding = init.matrix(config.vocab_size, config.d_model)
         self.runs = nnx.List([nnx.List(_blocks(init, run)) for run in runs(config.kv_layout)])
         self.mixing = Mixing(init)
-        self.final_norm = RMSNorm(init, config.d_model)
+        self.final_norm = make_norm(init, config.d_model)
         untied = not config.tie_embeddings
         self.head = init.matrix(config.d_model, config.vocab_size) if untied else None
         init.fill(rngs)
@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm: what `logits` takes."""
-        return self.final_norm(self._whole(tokens, segment_ids, positions, Options()).x)
+        return self.normed(self._whole(tokens, segment_ids, positions, Options()).x)
 
     def layer_outputs(
         self,
@@ -125,7 +125,13 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Output head, accumulated and returned in float32."""
-        return project(x, self.head_matrix, 1, jnp.float32)
+        logits, cap = project(x, self.head_matrix, 1, jnp.float32), self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def normed(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """What the output head takes, from the last layer's output."""
+        normed, scale = self.final_norm(x), self.config.logit_scale
+        return normed if scale == 1 else normed * scale
 
     @property
     def head_matrix(self) -> Float[Array, "D V"]:
@@ -221,16 +227,24 @@ class Decoder(nnx.Module):
         cache = streams.close().advanced(valid)
         # Nobody can be told of an error in a compiled program, but NaN is hard to overlook.
         x = jnp.where(cache.overflowed[:, None, None], jnp.nan, x)
-        return self.logits(self.final_norm(x)), cache, seen | above
+        return self.logits(self.normed(x)), cache, seen | above
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What enters the first layer."""
         table = constrain(self.embedding[...], "vocabulary", None)
-        return constrain(table[tokens].astype(self.config.dtype), "batch", "sequence", None)
+        x = table[tokens].astype(self.config.dtype)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return constrain(x, "batch", "sequence", None)
 
-    def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
-        """Rotary angles of tokens at these positions."""
-        return rotation(self.config.rope, self.config.geometry.rotary, positions)
+    def rotation(self, positions: Int[Array, "B T"]) -> Any:
+        """Rotary angles of tokens at these positions; of all kinds, stacked, if there are more."""
+        channels = self.config.geometry.rotary
+        kinds = [rotation(rope, channels, positions) for rope in self.config.rope_kinds]
+        if len(kinds) == 1:
+            return kinds[0]
+        cos, sin = zip(*kinds, strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
 
     def layers(self) -> Layers:
         """The layers, for `run_layers`."""

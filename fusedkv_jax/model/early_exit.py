@@ -106,7 +106,7 @@ def extend_draft(
 
 def exit_logits(model: Decoder, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits of the early exit: the final norm and head, which all exits share."""
-    return model.logits(model.final_norm(x))
+    return model.logits(model.normed(x))
 
 
 def verify_draft(

@@ -18,7 +18,7 @@ from fusedkv_jax.config import ModelConfig
 
 
 class NoDecayParam(nnx.Param):
-    """A parameter without weight decay: norm scales."""
+    """A parameter without weight decay: norm scales and biases."""
 
 
 class FusionWeight(NoDecayParam):
@@ -60,9 +60,13 @@ class Initializer:
         shape = (*self.stack, *shape)
         return self.normal(nnx.Param, shape, self.config.init_std, self.config.param_dtype)
 
-    def scale(self, size: int) -> NoDecayParam:
-        """A norm's scale, ones."""
-        return NoDecayParam(jnp.ones((*self.stack, size), self.config.param_dtype))
+    def scale(self, size: int, value: float = 1.0) -> NoDecayParam:
+        """A norm's scale, ones or another value."""
+        return NoDecayParam(jnp.full((*self.stack, size), value, self.config.param_dtype))
+
+    def bias(self, *shape: int) -> NoDecayParam:
+        """A bias, zeros."""
+        return NoDecayParam(jnp.zeros((*self.stack, *shape), self.config.param_dtype))
 
     def normal(
         self,
@@ -105,7 +109,7 @@ def _normals(key: Array, specs: tuple[tuple[tuple[int, ...], float, str], ...]) 
 
 
 def weight_decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but norm scales and fusion weights.
+    """True where weight decay applies: everything but norm scales, biases and fusion weights.
 
     Args:
         params: an `nnx.State` of parameters, as from `nnx.split(model, nnx.Param)`.

@@ -14,7 +14,12 @@ Rotation = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
 
 
 def frequencies(rope: RopeConfig, channels: int) -> np.ndarray:
-    """Angle per position of each channel pair, float64 [channels / 2], scaled for long contexts."""
+    """Angle per position of each channel pair, scaled for long contexts.
+
+    Returns:
+        float64 [r / 2] for the r channels of a head that turn, the first `rope.fraction` of them.
+    """
+    channels = rotated_channels(rope, channels)
     exponent = np.arange(0, channels, 2) / channels
     plain = rope.theta**-exponent
     if rope.scaling == "linear":
@@ -24,6 +29,11 @@ def frequencies(rope: RopeConfig, channels: int) -> np.ndarray:
     if rope.scaling == "yarn":
         return _yarn(rope, plain, channels)
     return plain
+
+
+def rotated_channels(rope: RopeConfig, channels: int) -> int:
+    """How many of a head's channels turn."""
+    return int(channels * rope.fraction)
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
@@ -61,8 +71,11 @@ def yarn_temperature(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotation(rope: RopeConfig, channels: int, positions: Int[Array, "B T"]) -> Rotation:
-    """Cosines and sines of each token's angles, float32 [B, T, channels / 2]."""
+def rotation(rope: RopeConfig | None, channels: int, positions: Int[Array, "B T"]) -> Rotation:
+    """Cosines and sines of each token's angles, float32 [B, T, r / 2]; without a rope, no turn."""
+    if rope is None:
+        shape = (*positions.shape, channels // 2)
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(
         frequencies(rope, channels), jnp.float32
     )
@@ -79,8 +92,14 @@ def turn(rope: RopeConfig, channels: int, shift: Int[Array, "B"]) -> Rotation:
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
-    """Turn every head of every token by its position's angles, in float32."""
+    """Turn every head of every token by its position's angles, in float32.
+
+    With fewer angles than channel pairs the channels after them stay as they are.
+    """
     cos, sin = (part[:, :, None, :] for part in angles)
+    turning = 2 * cos.shape[-1]
+    if turning < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :turning], angles), x[..., turning:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -85,7 +85,7 @@ def extend_in_parts(
     queries = Queries(model.rotation(positions), positions)
     upper = config.kv_layout.prefill_depth, config.num_layers
     x, streams, *_ = run_layers(model.layers(), x, streams, queries, upper)
-    return model.logits(model.final_norm(x))[:, -1], streams.close()
+    return model.logits(model.normed(x))[:, -1], streams.close()
 
 
 def check_parts(config: ModelConfig, cache: KVCache) -> None:

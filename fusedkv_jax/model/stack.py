@@ -52,9 +52,12 @@ class Layers(NamedTuple):
 
 @dataclass(frozen=True)
 class Queries:
-    """The rows that pass through some layers: their rotation, and positions if not all tokens'."""
+    """The rows that pass through some layers: their rotation, and positions if not all tokens'.
 
-    rotation: Rotation
+    Where layers differ in their rotary embedding, the rotation has those of all kinds, stacked.
+    """
+
+    rotation: Any
     positions: Int[Array, "B T"] | None = None
 
 
@@ -92,7 +95,7 @@ class Walked(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "weights", "slots", "bank_slots", "kept"],
+    data_fields=["params", "weights", "slots", "bank_slots", "kept", "rope"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class LayerInputs:
         slots: where its own streams go in their stores.
         bank_slots: where they go in the bank, if anybody needs them there.
         kept: rows that it changes, [B] bool; None for all.
+        rope: which of the rotary embeddings is its own; None where there is one.
     """
 
     params: Any
@@ -112,6 +116,7 @@ class LayerInputs:
     slots: dict[Kind, Any]
     bank_slots: dict[Kind, Any]
     kept: Any = None
+    rope: Any = None
 
 
 def run_layers(
@@ -162,7 +167,7 @@ def run_layer(
     }
     observed = watch is not None or streams.watches(layer)
 
-    q, own = block.project(x, walk.queries.rotation)
+    q, own = block.project(x, walk.rotation(inputs))
     streams = streams.put(layer, own, inputs.slots, inputs.weights)
     pieces = streams.read(layer, q, positions)
     out, lse = block.attend(q, pieces, fused, with_lse=observed)
@@ -293,7 +298,16 @@ class Walk:
                     bank_slots[kind] = np.asarray(bank, np.int32)
         kept = self.options.kept
         kept = None if kept is None else kept.T[np.asarray(numbers)]
-        return LayerInputs(self.layers.params[r][place], weights, slots, bank_slots, kept)
+        config, rope = self.layers.config, None
+        if len(config.rope_kinds) > 1:
+            kinds = [config.rope_kinds.index(config.layer_ropes[i]) for i in numbers]
+            rope = np.asarray(kinds, np.int32)
+        return LayerInputs(self.layers.params[r][place], weights, slots, bank_slots, kept, rope)
+
+    def rotation(self, inputs: LayerInputs) -> Rotation:
+        """The rotation of a layer."""
+        cos, sin = self.queries.rotation
+        return (cos, sin) if inputs.rope is None else (cos[inputs.rope], sin[inputs.rope])
 
     def layer(
         self, r: int, i: int, place: int, inputs: LayerInputs, x: Hidden, streams: Streams

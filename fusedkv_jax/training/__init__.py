@@ -1,6 +1,11 @@
 """Training: configuration, train step, loop, checkpoints and metrics."""
 
-from fusedkv_jax.training.checkpoints import Checkpoints, checkpoint_directory, load_model
+from fusedkv_jax.training.checkpoints import (
+    Checkpoints,
+    checkpoint_directory,
+    load_model,
+    save_model,
+)
 from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
 from fusedkv_jax.training.divergence import DivergedError
 from fusedkv_jax.training.early_exit import EarlyExitConfig
@@ -49,6 +54,7 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_train_step",
+    "save_model",
     "sum_cross_entropy",
     "train",
 ]

@@ -191,6 +191,11 @@ class Checkpoints:
         data: Any,
         config: ExperimentConfig,
     ) -> TrainState:
+        if not any(name.startswith("optimizer/") for name in saved.files):
+            raise CheckpointError(
+                f"checkpoint {path} is a converted model without an optimizer's state; start from "
+                "it in another --workdir, with --init_from"
+            )
         expected = {"params": plain(abstract.params), "optimizer": _optimizer_item(abstract)}
         check_tree(path, saved.config, expected, config)
         check_config(path, saved.config, config)
@@ -237,6 +242,30 @@ def _reason(error: Exception) -> str:
 def checkpoint_directory(workdir: pathlib.Path | str) -> pathlib.Path:
     """Where the checkpoints of a work directory lie, as an absolute path."""
     return pathlib.Path(workdir).expanduser().resolve() / "checkpoints"
+
+
+def save_model(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path | str) -> None:
+    """Make a work directory of a model that was not trained there: step 0, without an optimizer.
+
+    `load_model` reads it; training starts from it with `train --init_from`, in another directory.
+
+    Args:
+      model: the model, `config.model` its configuration.
+      config: stored with it.
+      workdir: made if it does not exist.
+
+    Raises:
+      CheckpointError: there are checkpoints already.
+    """
+    directory = checkpoint_directory(workdir)
+    if directory.exists():
+        raise CheckpointError(f"{workdir} has checkpoints; use another directory")
+    store = Store(directory, 1, 0, BEST_METRIC)
+    path = store.unfinished(0)
+    ocp.save_checkpointables(str(path), {"params": plain(nnx.state(model, nnx.Param))})
+    files = manifest.hash_files(path)
+    manifest.write(path, step=0, config=config.to_dict(), metrics={}, data={}, files=files)
+    store.commit(0, path)
 
 
 def load_model(

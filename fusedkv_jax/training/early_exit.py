@@ -170,7 +170,7 @@ def exit_loss(
 
     def loss(x):
         targets, mask = batch["targets"], batch["loss_mask"]
-        normed = model.final_norm(x)
+        normed = model.normed(x)
         return head_cross_entropy(normed, model.head_matrix, targets, mask, logits_mib)
 
     total, count = loss(outputs[-1])

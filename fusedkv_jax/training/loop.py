@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -12,6 +13,7 @@ from flax import nnx
 
 from fusedkv_jax import costs, data, processes
 from fusedkv_jax.data import sources, tokenizers
+from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import make_mesh, process_rows, put_batch
 from fusedkv_jax.training.checkpoints import Checkpoints
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
@@ -72,6 +74,7 @@ def train(
     *,
     profile_steps: tuple[int, int] | None = None,
     wandb_project: str | None = None,
+    initial: Callable[[], Decoder] | None = None,
 ) -> TrainResult:
     """Train until `config.train.steps`, or until SIGTERM, SIGINT or SIGHUP.
 
@@ -90,6 +93,7 @@ def train(
       profile_steps: first and last step whose trace (of process 0) is written to
         `workdir/profile`, for TensorBoard or Perfetto.
       wandb_project: project of Weights & Biases that gets the metrics too.
+      initial: gives the model to start from, of `config.model`; not called where a run goes on.
 
     Raises:
       ValueError: `profile_steps` is no range of steps, the vocabulary is too small for the
@@ -123,6 +127,7 @@ def train(
     ):
         processes.on_first(lambda: keep_tokenizer(name, workdir))
         run = _Run(config, workdir, program, checkpoints, interrupts, profile, wandb_project)
+        run.initial = initial
         return run.finish()
 
 
@@ -140,6 +145,7 @@ class _Run:
         wandb_project: str | None,
     ):
         self.goodput = Goodput("start")
+        self.initial: Callable[[], Decoder] | None = None
         self.profile = profile
         self.wandb_project = wandb_project
         self.config = config
@@ -196,7 +202,12 @@ class _Run:
     def _start(self) -> tuple[TrainState, int]:
         check_memory("the state of the model and its optimizer", _nbytes(self.program.state))
         restored = self.checkpoints.restore(self.program.state, self.data, self.config)
-        return (self.program.create(), 0) if restored is None else restored
+        if restored is not None:
+            return restored
+        params = None
+        if self.initial is not None:
+            params = nnx.state(processes.together(self.initial), nnx.Param)
+        return self.program.create(params), 0
 
     def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
         model, devices = self.config.model, state.step.devices()

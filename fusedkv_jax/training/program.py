@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -39,11 +40,23 @@ class TrainProgram:
         self.graphdef, _ = abstract_model(config.model)
         self.optimizer = make_optimizer(config.optimizer, train.steps)
 
-    def create(self) -> TrainState:
-        """The initial state."""
+    def create(self, params: nnx.State | None = None) -> TrainState:
+        """The initial state.
+
+        Args:
+          params: initial parameters, of `config.model`; drawn by default.
+        """
         config = self.config
         seed, offload = config.train.seed, config.optimizer.offload
-        return create_state(config.model, self.optimizer, seed, self.mesh, offload)
+        state = create_state(config.model, self.optimizer, seed, self.mesh, offload)
+        if params is None:
+            return state
+        placed = jax.tree.map(
+            lambda given, drawn: jax.device_put(given.astype(drawn.dtype), drawn.sharding),
+            params,
+            state.params,
+        )
+        return dataclasses.replace(state, params=placed)
 
     @functools.cached_property
     def state(self) -> TrainState:

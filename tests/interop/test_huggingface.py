@@ -74,18 +74,62 @@ CASES = {
     "deepseek2-yarn": ("DeepseekV2", LATENT | dict(q_lora_rank=16, rope_parameters=MSCALE)),
 }
 
+# Families with options of their own; windows are shorter than the prompt and the text.
+WINDOW = dict(sliding_window=5)
+SCALES = dict(
+    embedding_multiplier=3.0,
+    logits_scaling=2.0,
+    residual_multiplier=0.4,
+    attention_multiplier=0.2,
+)
+GEMMA = GQA | dict(head_dim=8)
+FOUR = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+CASES |= {
+    "llama-biases": ("Llama", GQA | dict(attention_bias=True, mlp_bias=True)),
+    "mistral-window": ("Mistral", GQA | WINDOW),
+    "qwen2": ("Qwen2", GQA | WINDOW | dict(use_sliding_window=True, max_window_layers=1)),
+    "smollm3": ("SmolLM3", GQA | dict(no_rope_layers=[1, 0, 1], pad_token_id=0)),
+    "granite": ("Granite", GQA | SCALES),
+    "olmo2": ("Olmo2", GQA),
+    "phi3": ("Phi3", GQA | WINDOW | dict(pad_token_id=0)),
+    "gemma": ("Gemma", GEMMA),
+    "gemma2": (
+        "Gemma2",
+        GEMMA
+        | WINDOW
+        | dict(num_hidden_layers=4, layer_types=FOUR, query_pre_attn_scalar=20)
+        | dict(attn_logit_softcapping=1.5, final_logit_softcapping=3.0),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        GEMMA | WINDOW | dict(num_hidden_layers=4, layer_types=FOUR, query_pre_attn_scalar=20),
+    ),
+    "gpt-neox": (
+        "GPTNeoX",
+        COMMON | dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+    ),
+    "gpt-neox-in-turn": (
+        "GPTNeoX",
+        COMMON | dict(use_parallel_residual=False, hidden_act="gelu_new"),
+    ),
+}
+
 
 def oracle(name, seed=0):
     """A transformers model with weights large enough for every part to matter."""
     family, arguments = CASES[name]
     config = getattr(transformers, f"{family}Config")(**arguments)
+    # By default Gemma 2 is computed without soft caps.
+    config._attn_implementation = "eager"
+    family = family.removesuffix("Text")
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                parameter.copy_(1 + 0.3 * draw)
+                norm = "norm" in path and "bias" not in path and "Gemma" not in family
+                parameter.copy_(norm + 0.3 * draw)
             else:
                 fan_in = 1 if "embed" in path else parameter.shape[-1]
                 parameter.copy_(draw * fan_in**-0.5)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 import fusedkv_jax as fkv
-from fusedkv_jax.config import ConfigError
+from fusedkv_jax.config import BlockConfig, ConfigError
 from fusedkv_jax.interop import config_from_huggingface, config_to_huggingface
 from fusedkv_jax.model.rotary import magnitude
 from tests.model.numpy_model import small_config
@@ -83,9 +83,14 @@ def test_latent_geometry():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model_type="gpt2"), "model_type='gpt2'; choose llama, qwen3"),
-        (dict(attention_bias=True), "attention_bias=True"),
-        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(model_type="gpt2"), "model_type='gpt2'; choose llama, mistral"),
+        (LATENT | dict(attention_bias=True), "block.qkv_bias=True; MLA has no such option"),
+        (dict(hidden_act="relu"), "hidden_act='relu'"),
+        (dict(model_type="gemma", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (dict(model_type="gemma2", layer_types=["full_attention"]), "1 layer_types for 3 layers"),
+        (dict(model_type="qwen2", layer_types=["linear_attention"] * 3), "linear_attention"),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000"),
+        (dict(num_hidden_layers="3"), "num_hidden_layers='3'"),
         (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
         (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type='dynamic'"),
@@ -103,11 +108,68 @@ def test_what_we_cannot_compute_is_refused(changes, message):
 def test_export_refuses_what_transformers_cannot_say():
     with pytest.raises(ConfigError, match="layer 2 is not an ordinary one"):
         config_to_huggingface(small_config("fusedkv", num_layers=4))
-    with pytest.raises(ConfigError, match="layer 0 is not an ordinary one"):
-        config_to_huggingface(small_config("0s8_1_2", num_layers=3))
+    for changes in (
+        dict(block=BlockConfig(parallel=True)),
+        dict(rope=fkv.RopeConfig(fraction=0.5)),
+        dict(nope_layers=(1,)),  # with norms of queries and keys
+        dict(logit_scale=0.5),
+    ):
+        with pytest.raises(ConfigError, match="no architecture with these options"):
+            config_to_huggingface(small_config("mha", **changes))
     mla = fkv.MLAConfig(kv_lora_rank=8, nope_dim=4, rope_dim=4, v_dim=4)
     with pytest.raises(ConfigError, match="mla is set"):
         config_to_huggingface(small_config("mha", mla=mla))
+
+
+FAMILIES = {
+    "Llama": dict(block=BlockConfig(qkv_bias=True, output_bias=True, mlp_bias=True)),
+    "Mistral": dict(layout="0s4_1s4_2s4_3s4_4s4_5s4"),
+    "Qwen2": dict(block=BlockConfig(qkv_bias=True), layout="0_1_2_3s4_4s4_5s4"),
+    "Qwen3": dict(qk_norm=True, layout="0s4_1_2s4_3_4_5"),
+    "SmolLM3": dict(nope_layers=(1, 5)),
+    "Granite": dict(
+        block=BlockConfig(residual_scale=0.3, attention_scale=0.1), embedding_scale=4.0
+    ),
+    "Olmo2": dict(qk_norm=True, block=BlockConfig(norm_placement="post", qk_norm_over="all")),
+    "Gemma": dict(
+        block=BlockConfig(norm="rms_plus_one", activation="gelu_tanh"), embedding_scale=32**0.5
+    ),
+    "Gemma2": dict(
+        embedding_scale=32**0.5,
+        logit_softcap=3.0,
+        layout="0s4_1_2s4_3_4s4_5",
+        block=BlockConfig(
+            norm="rms_plus_one",
+            norm_placement="both",
+            activation="gelu_tanh",
+            attention_softcap=2.0,
+            attention_scale=20**-0.5,
+        ),
+    ),
+    "Gemma3": dict(
+        embedding_scale=32**0.5,
+        qk_norm=True,
+        layout="0s4_1_2s4_3_4s4_5",
+        window_rope=fkv.RopeConfig(theta=7.0),
+        block=BlockConfig(
+            norm="rms_plus_one",
+            norm_placement="both",
+            activation="gelu_tanh",
+            attention_scale=20**-0.5,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_is_found_and_read_back(name):
+    changes = {"qk_norm": False, "layout": "mha"} | FAMILIES[name]
+    config = small_config(changes.pop("layout"), **changes)
+    fields = json.loads(json.dumps(config_to_huggingface(config)))
+    assert fields["architectures"] == [f"{name}ForCausalLM"]
+    again = config_from_huggingface(fields)
+    assert again.layer_ropes == config.layer_ropes
+    assert dataclasses.replace(again, layout=config.layout) == config
 
 
 def test_configurations_survive_export():

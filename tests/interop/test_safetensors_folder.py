@@ -58,6 +58,24 @@ def test_symbolic_links_are_refused(folder):
     assert_refused(folder, f"{shard.name} is a symbolic link")
 
 
+def test_links_of_the_hubs_cache_are_followed(folder):
+    """MODEL/snapshots/REVISION holds links into MODEL/blobs, and no others are followed."""
+    cache = folder.parent / "models--org--name"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert load_huggingface(snapshot).config == CONFIG
+    shard = min(snapshot.glob("*.safetensors"))
+    target = shard.resolve()
+    shard.unlink()
+    (folder.parent / "outside").write_bytes(target.read_bytes())
+    shard.symlink_to("../../../outside")
+    assert_refused(snapshot, f"{shard.name} is a symbolic link")
+
+
 def test_broken_indexes_are_named(folder, index):
     path, content = index
     shard = min(content["weight_map"].values())

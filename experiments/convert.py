@@ -1,0 +1,159 @@
+"""Convert models: python -m experiments.convert --model=FOLDER|FILE.gguf --output=DIR --check.
+
+A Hugging Face folder or a GGUF file becomes a work directory of ours, of any layout; a training run
+(--workdir) becomes a Hugging Face folder. --format says which of the two to write, where it is
+not the other one: a GGUF file may become a folder.
+
+--check reads what was written and compares both sides: the logits of a text and what each writes
+greedily after it, also those of transformers where it is installed and can load a side.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import fusedkv_jax as fkv
+from experiments import cli, models
+from fusedkv_jax import costs, interop
+from fusedkv_jax.data import tokenizers
+from fusedkv_jax.training import save_model
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the cache of 3072 bytes is full again."
+NEW_TOKENS = 30
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    models.define_flags()
+    flags.DEFINE_string("output", None, "Where to write; a new or empty folder.")
+    flags.DEFINE_enum(
+        "format",
+        None,
+        ["workdir", "huggingface"],
+        "What to write; default workdir for --model, huggingface for --workdir.",
+    )
+    flags.DEFINE_string("layout", None, "Layout of the model; default the original's.")
+    flags.DEFINE_bool("check", False, "Compare what was written with the original.")
+    flags.DEFINE_string("text", TEXT, "Text of --check.")
+    cli.only_with("layout", model=True)
+    cli.only_with("text", check=True)
+
+
+def main() -> int:
+    output = pathlib.Path(cli.require("output")).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output={output} exists and is not an empty folder; choose another")
+    kind = flags.FLAGS.format or ("workdir" if flags.FLAGS.model else "huggingface")
+    loaded = models.load(layout=flags.FLAGS.layout)
+    tokenizer = loaded.config.data.tokenizer
+    if kind == "huggingface":
+        own = None if tokenizer == "byte" else tokenizer
+        interop.save_huggingface(loaded.model, output, tokenizer=own)
+    else:
+        if tokenizer != "byte":
+            interop.copy_tokenizer(tokenizer, output / "tokenizer")
+            loaded = models.with_tokenizer(loaded, str((output / "tokenizer").resolve()))
+        save_model(loaded.model, loaded.config, output)
+    count = costs.parameter_count(loaded.model.config)
+    print(f"{loaded.where} -> {output}: {count:,} parameters, {_layout(loaded.model)}")
+    report: dict[str, Any] = {"output": str(output), "format": kind, "parameters": count}
+    same = True
+    if flags.FLAGS.check:
+        rows = _check(loaded, output, kind)
+        _print_table(rows)
+        report["check"] = rows
+        same = all(row["same text"] for row in rows[1:])
+    print(json.dumps(report))
+    return 0 if same else 1
+
+
+def _layout(model: fkv.Decoder) -> str:
+    layout = model.config.kv_layout
+    return f"layout {layout.spec}" if layout.spec else f"{layout.num_layers} layers"
+
+
+def _check(loaded: models.Loaded, output: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+    """A row for each side: how far its logits are from the first's, and whether its text is."""
+    tokenizer = tokenizers.load(loaded.config.data.tokenizer)
+    ids = tokenizer.encode(flags.FLAGS.text)[: loaded.model.config.max_length - NEW_TOKENS]
+    if not ids:
+        raise ValueError("--text has no tokens; give more of it")
+    if kind == "workdir":
+        written = models.load_run(str(output)).model
+    else:
+        written = models.load_pretrained(str(output), tokenizer="byte").model
+    sides: dict[str, Callable[[], tuple[np.ndarray, list[int]]]] = {
+        "original": lambda: _ours(loaded.model, ids),
+        "written": lambda: _ours(written, ids),
+    }
+    for name, path in (("original", loaded.where), ("written", str(output))):
+        reader = _transformers(path)
+        if reader is not None:
+            sides[f"{name}, transformers"] = lambda reader=reader: _theirs(reader, ids)
+    found = {name: side() for name, side in sides.items()}
+    logits, text = found["original"]
+    return [
+        {
+            "side": name,
+            "largest logit difference": float(np.abs(other - logits).max()),
+            "same text": bool(written == text),
+        }
+        for name, (other, written) in found.items()
+    ]
+
+
+def _ours(model: fkv.Decoder, ids: list[int]) -> tuple[np.ndarray, list[int]]:
+    params = fkv.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    (completion,) = fkv.generate(model, [ids], params)
+    logits = np.asarray(model(jnp.asarray([ids], jnp.int32))[0])
+    return logits, list(completion.outputs[0].token_ids)
+
+
+def _transformers(path: str) -> Any:
+    """The model as transformers reads it; None without transformers, or if it cannot."""
+    place = pathlib.Path(path).expanduser()
+    try:
+        import transformers
+    except ImportError:
+        return None
+    folder, options = (place.parent, {"gguf_file": place.name}) if place.is_file() else (place, {})
+    if place.is_dir() and not (place / "config.json").is_file():
+        return None
+    try:
+        # trust_remote_code is off: a folder's own code is never run.
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).float().eval()
+    except (ValueError, KeyError, ImportError):
+        return None
+
+
+def _theirs(model: Any, ids: list[int]) -> tuple[np.ndarray, list[int]]:
+    import torch
+
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        logits = model(tokens).logits[0].numpy()
+        written = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+        )
+    return logits, written[0, len(ids) :].tolist()
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'side':<24}  {'largest logit difference':>24}  {'same text':>9}")
+    for row in rows:
+        same = "yes" if row["same text"] else "NO"
+        print(f"{row['side']:<24}  {row['largest logit difference']:>24.2e}  {same:>9}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,208 @@
+"""What the families of transformers' models switch on, as options of a `ModelConfig`.
+
+Everything that is common to them is in `huggingface_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusedkv_jax.config import ConfigError
+
+Fields = Mapping[str, Any]
+Options = dict[str, Any]
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        block: options of its `BlockConfig`.
+        model: options of its `ModelConfig`.
+        windows: the attention window of each layer, None for full; by default all are full.
+        defaults: what transformers assumes where config.json is silent.
+    """
+
+    block: Callable[[Fields], Options] = lambda fields: {}
+    model: Callable[[Fields], Options] = lambda fields: {}
+    windows: Callable[[Fields], list[int | None]] = lambda fields: _full(fields)
+    defaults: Fields = field(default_factory=dict)
+
+
+def biases(fields: Fields) -> Options:
+    """`attention_bias` and `mlp_bias`, which most families have."""
+    attention, mlp = (bool(fields.get(name)) for name in ("attention_bias", "mlp_bias"))
+    return {"qkv_bias": attention, "output_bias": attention, "mlp_bias": mlp}
+
+
+def activation(fields: Fields) -> str:
+    """The activation of the feed-forward, by our name."""
+    name = fields.get("hidden_activation") or fields.get("hidden_act") or "silu"
+    if name not in _ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act={name!r}; choose {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _full(fields: Fields) -> list[int | None]:
+    for kind in fields.get("layer_types") or ():
+        if kind != "full_attention":
+            raise ConfigError(f"config.json: layer_types with {kind!r} is not supported")
+    return [None] * fields["num_hidden_layers"]
+
+
+def _all_windowed(fields: Fields) -> list[int | None]:
+    return [fields.get("sliding_window")] * fields["num_hidden_layers"]
+
+
+def _pattern(fields: Fields) -> list[int | None]:
+    """By `layer_types`, or every n-th layer is full."""
+    layers, every = fields["num_hidden_layers"], fields.get("sliding_window_pattern") or 1
+    kinds = fields.get("layer_types") or [
+        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
+    ]
+    windows = {"full_attention": None, "sliding_attention": fields.get("sliding_window")}
+    for kind in kinds:
+        if kind not in windows:
+            raise ConfigError(f"config.json: layer_types with {kind!r} is not supported")
+    if len(kinds) != layers:
+        raise ConfigError(f"config.json: {len(kinds)} layer_types for {layers} layers")
+    return [windows[kind] for kind in kinds]
+
+
+def _windows_if_used(fields: Fields) -> list[int | None]:
+    """Qwen's: the upper layers are windowed, and only with `use_sliding_window`."""
+    if not fields.get("use_sliding_window"):
+        return _full(fields)
+    if fields.get("layer_types"):
+        return _pattern(fields)
+    first, window = fields.get("max_window_layers") or 0, fields.get("sliding_window")
+    return [window if i >= first else None for i in range(fields["num_hidden_layers"])]
+
+
+def _gemma_block(fields: Fields) -> Options:
+    act = activation(fields)
+    return biases(fields) | {
+        "norm": "rms_plus_one",
+        # Gemma's first release says "gelu" and means its approximation.
+        "activation": "gelu_tanh" if act == "gelu" else act,
+    }
+
+
+def _gemma2_block(fields: Fields) -> Options:
+    return _gemma_block(fields) | {
+        "norm_placement": "both",
+        "attention_scale": float(fields.get("query_pre_attn_scalar") or 256) ** -0.5,
+        "attention_softcap": fields.get("attn_logit_softcapping"),
+    }
+
+
+def _gemma_model(fields: Fields) -> Options:
+    if fields.get("use_bidirectional_attention"):
+        raise ConfigError("config.json: use_bidirectional_attention is not supported")
+    return {
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "logit_softcap": fields.get("final_logit_softcapping"),
+    }
+
+
+def _without_rope(fields: Fields) -> Options:
+    layers, every = fields["num_hidden_layers"], fields.get("no_rope_layer_interval") or 4
+    uses = fields.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(layers)]
+    return {"nope_layers": tuple(i for i in range(layers) if not uses[i])}
+
+
+def _granite_block(fields: Fields) -> Options:
+    return biases(fields) | {
+        "attention_scale": fields.get("attention_multiplier", 1.0),
+        "residual_scale": fields.get("residual_multiplier", 1.0),
+    }
+
+
+def _granite_model(fields: Fields) -> Options:
+    return {
+        "embedding_scale": fields.get("embedding_multiplier", 1.0),
+        "logit_scale": 1.0 / fields.get("logits_scaling", 1.0),
+    }
+
+
+def _neox_block(fields: Fields) -> Options:
+    biased = fields.get("attention_bias", True)
+    return {
+        "norm": "layer",
+        "gated": False,
+        "parallel": bool(fields.get("use_parallel_residual", True)),
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "mlp_bias": True,
+        "activation": activation({"hidden_act": "gelu"} | dict(fields)),
+    }
+
+
+_TIED: Fields = {"tie_word_embeddings": True}
+_GEMMA: Fields = {**_TIED, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(block=biases),
+    "mistral": Family(windows=_all_windowed, defaults={"sliding_window": 4096}),
+    "qwen2": Family(
+        block=lambda fields: {"qkv_bias": True},
+        windows=_windows_if_used,
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        block=lambda fields: biases(fields),
+        model=lambda fields: {"qk_norm": True},
+        windows=_windows_if_used,
+        defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "smollm3": Family(
+        block=biases,
+        model=_without_rope,
+        windows=_windows_if_used,
+        defaults={**_TIED, "rope_theta": 2_000_000.0},
+    ),
+    "granite": Family(block=_granite_block, model=_granite_model),
+    "olmo2": Family(
+        block=lambda fields: biases(fields) | {"norm_placement": "post", "qk_norm_over": "all"},
+        model=lambda fields: {"qk_norm": True},
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    "phi3": Family(windows=_all_windowed, defaults={"rms_norm_eps": 1e-5}),
+    "gemma": Family(block=_gemma_block, model=_gemma_model, defaults=_GEMMA),
+    "gemma2": Family(
+        block=_gemma2_block,
+        model=_gemma_model,
+        windows=_pattern,
+        defaults={
+            **_GEMMA,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": Family(
+        block=_gemma2_block,
+        model=lambda fields: _gemma_model(fields) | {"qk_norm": True},
+        windows=_pattern,
+        defaults={**_GEMMA, "sliding_window": 4096, "sliding_window_pattern": 6},
+    ),
+    "gpt_neox": Family(
+        block=_neox_block,
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+    ),
+    "deepseek_v2": Family(block=biases),
+    "deepseek_v3": Family(block=biases),
+}

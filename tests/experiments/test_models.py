@@ -1,0 +1,106 @@
+"""--model, --init_from and convert: a tiny model with a tokenizer goes through every program."""
+
+import json
+
+import pytest
+import tokenizers
+from flax import nnx
+
+import fusedkv_jax as fkv
+from fusedkv_jax.interop import load_huggingface, save_huggingface
+from fusedkv_jax.training import load_model
+from tests.experiments import commands
+
+WORDS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .\n"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder whose tokenizer knows single letters."""
+    root = tmp_path_factory.mktemp("model")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=".")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    words.decoder = tokenizers.decoders.Fuse()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.save(str(root / "tokenizer.json"))
+    (root / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    config = fkv.ModelConfig(
+        vocab_size=len(WORDS),
+        num_layers=2,
+        d_model=16,
+        num_heads=2,
+        d_ff=16,
+        qk_norm=False,
+        max_length=64,
+        tie_embeddings=True,
+    )
+    save_huggingface(fkv.Decoder(config, rngs=nnx.Rngs(0)), root / "m", tokenizer=root)
+    (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 20)
+    return root / "m"
+
+
+def test_programs_take_a_folder(folder, tmp_path):
+    model, text = f"--model={folder}", f"--source={folder.parent / 'text.txt'}"
+    generate = [model, "--prompt=the fox", "--temperature=0", "--max_tokens=4", "--format=json"]
+    (written, missing, both, none) = commands.run(
+        "generate",
+        generate,
+        ["--model=/nowhere", "--prompt=a"],
+        [model, "--workdir=x", "--prompt=a"],
+        ["--prompt=a"],
+    )
+    assert written[0] == 0, written
+    assert len(json.loads(written[1])["outputs"][0]["token_ids"]) == 4
+    for code, _, error in (missing, both, none):
+        assert code == 2 and len(error.splitlines()) == 1
+    (evaluated, silent) = commands.run("evaluate", [model, text, "--max_batches=1"], [model])
+    assert evaluated[0] == 0, evaluated
+    assert json.loads(evaluated[1].splitlines()[-1])["loss"] > 0
+    assert silent[0] == 2 and "--source is missing" in silent[2]
+
+
+def test_a_folder_becomes_a_run_and_a_folder_again(folder, tmp_path):
+    run, again = str(tmp_path / "run"), str(tmp_path / "again")
+    (there,) = commands.run("convert", [f"--model={folder}", f"--output={run}", "--check"])
+    assert there[0] == 0, there
+    report = json.loads(there[1].splitlines()[-1])
+    assert [row["same text"] for row in report["check"]][:2] == [True, True]
+    assert report["check"][1]["largest logit difference"] == 0
+    (back, full) = commands.run(
+        "convert",
+        [f"--workdir={run}", f"--output={again}"],
+        [f"--model={folder}", f"--output={run}"],
+    )
+    assert back[0] == 0, back
+    assert full[0] == 2 and "not an empty folder" in full[2]
+    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_training_starts_from_a_folder(folder, tmp_path):
+    arguments = [
+        "--config=demo",
+        f"--init_from={folder}",
+        f"--config.data.source={folder.parent / 'text.txt'}",
+        "--config.data.seq_len=32",
+        "--config.data.batch_size=2",
+        "--config.data.holdout_fraction=0.0",
+        "--config.train.eval_batches=0",
+        "--config.train.steps=1",
+        "--config.optimizer.learning_rate=1e-30",
+    ]
+    (started, wrong) = commands.run(
+        "train",
+        [*arguments, f"--workdir={tmp_path / 'run'}", "--config.model.layout=cla"],
+        [*arguments, f"--workdir={tmp_path / 'other'}", "--config.model.num_heads=4"],
+    )
+    assert started[0] == 0, started
+    assert wrong[0] == 2 and "--config.model.num_heads=4 does not fit" in wrong[2]
+    model, config, _ = load_model(tmp_path / "run")
+    expected = load_huggingface(folder, layout="cla")
+    assert config.model == expected.config
+    pair = (nnx.to_flat_state(nnx.state(each)) for each in (model, expected))
+    for ours, theirs in zip(*pair, strict=True):
+        assert abs(ours[1][...] - theirs[1][...]).max() < 1e-6, ours[0]

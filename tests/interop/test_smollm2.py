@@ -1,0 +1,55 @@
+"""A real model, SmolLM2-135M-Instruct in 4 bits: the same predictions and text as transformers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fusedkv_jax as fkv
+from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data.chat import load_template
+from fusedkv_jax.interop import load_gguf, save_gguf_tokenizer
+from tests.interop import smollm2
+
+pytestmark = pytest.mark.slow
+MESSAGES = [{"role": "user", "content": "Name three rivers of Europe, and 12345 bytes.\n  Thanks"}]
+TEXT = "  The cache of 3072 bytes isn't large:\n\n\tdéjà vu, 日本語 🙂 don't DON'T  end"
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def original():
+    transformers = pytest.importorskip("transformers")
+    path = smollm2.path()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model.float().eval(), tokenizer
+
+
+def test_the_same_tokens_loss_and_text_as_transformers(original, tmp_path):
+    torch = pytest.importorskip("torch")
+    theirs, their_tokenizer = original
+    path = smollm2.path()
+    save_gguf_tokenizer(path, tmp_path)
+    tokenizer = tokenizers.load(str(tmp_path))
+    for text in (TEXT, "def f(x):\n    return x ** 2", "1234567890 12 3"):
+        assert tokenizer.encode(text) == their_tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    prompt = load_template(tmp_path).render(MESSAGES)
+    assert prompt == their_tokenizer.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer.encode(prompt, allow_special=True)
+    assert ids == their_tokenizer.encode(prompt, add_special_tokens=False)
+
+    model = load_gguf(path)
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        expected = theirs(tokens).logits[0].numpy()
+        written = theirs.generate(tokens, do_sample=False, max_new_tokens=NEW_TOKENS)
+    logits = np.asarray(model(jnp.asarray([ids]))[0])
+    # 4-bit weights give logits of up to 30; both sum in float32, in another order.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
+    params = fkv.SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    (completion,) = fkv.generate(model, [ids], params, tokenizer=tokenizer)
+    found = list(completion.outputs[0].token_ids)
+    assert found == written[0, len(ids) :].tolist()[: len(found)] and len(found) > 5
