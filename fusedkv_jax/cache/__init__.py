@@ -6,6 +6,7 @@ from fusedkv_jax.cache.kivi import KiviStore
 from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, sequence_plan, split_plan
 from fusedkv_jax.cache.sequence import SequenceStore
 from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
+from fusedkv_jax.cache.stacked import StackedStore, unstacked
 from fusedkv_jax.cache.storage import (
     EIGHT_BITS,
     FLOATS,
@@ -35,6 +36,7 @@ __all__ = [
     "RingStore",
     "Rows",
     "SequenceStore",
+    "StackedStore",
     "Store",
     "cache_plan",
     "cache_shardings",
@@ -48,6 +50,7 @@ __all__ = [
     "storage_of",
     "storage_type",
     "take_tokens",
+    "unstacked",
     "write",
     "write_ring",
 ]

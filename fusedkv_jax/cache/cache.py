@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from fusedkv_jax.cache import kivi
+from fusedkv_jax.cache import kivi, stacked
 from fusedkv_jax.cache.plan import CachePlan, Group, StreamName, cache_plan
 from fusedkv_jax.cache.storage import empty, storage_type
-from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
+from fusedkv_jax.cache.stores import LinearStore, RingStore, Store
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
 
@@ -82,12 +82,12 @@ class KVCache:
 
     @property
     def keys(self) -> tuple[Any, ...]:
-        """Storage [P, B, S, K, H] of each group's keys."""
+        """Storage [P, B, S, K, H] of each group's keys; [P, B, S, K * H] in a `StackedStore`."""
         return tuple(store.keys for store in self.stores)
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """Storage [P, B, S, K, H'] of each group's values."""
+        """Storage [P, B, S, K, H'] of each group's values, likewise."""
         return tuple(store.values for store in self.stores)
 
     @property
@@ -129,10 +129,10 @@ class KVCache:
             )
         for store in self.stores:
             for kind in KINDS:
-                found = storage_of(store, kind).shape[-2:]
-                if tuple(found) != config.stream_shapes[kind]:
+                found = store.token_shape(kind)
+                if found != config.stream_shapes[kind]:
                     raise ValueError(
-                        f"cache holds {kind}s of (heads, channels) {tuple(found)}, but the model's"
+                        f"cache holds {kind}s of (heads, channels) {found}, but the model's"
                         f" are {config.stream_shapes[kind]}; {remedy}"
                     )
         if self.lengths.shape[0] != batch_size:
@@ -191,4 +191,7 @@ def _store(config: ModelConfig, group: Group, rows: int, max_length: int, dtype:
             return kivi.KiviStore(*codes, *exact)
         dtype = config.dtype
     keys, values = (empty(shape(kind, length), dtype) for kind in KINDS)
-    return RingStore(keys, values) if ring else LinearStore(keys, values)
+    if ring:
+        return RingStore(keys, values)
+    store = LinearStore(keys, values)
+    return stacked.StackedStore.of(store) if stacked.suits(config, dtype) else store

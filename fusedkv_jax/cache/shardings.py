@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from fusedkv_jax.sharding import active_mesh, spec
 
 _STREAMS = (None, "batch", None, "kv_heads", None)  # of [P, B, S, K, H], codes and scales included
+_TOGETHER = (None, "batch", None, "kv_heads")  # of [P, B, S, K * H]
 
 
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
@@ -31,7 +32,7 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     Returns:
         The same tree with a `NamedSharding` in place of every array.
     """
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf, mesh)), cache)
+    return _map(lambda leaf, heads: NamedSharding(mesh, _spec(leaf, mesh, heads)), cache)
 
 
 def constrain_cache(cache: Any) -> Any:
@@ -40,10 +41,20 @@ def constrain_cache(cache: Any) -> Any:
     if mesh is None:
         return cache
     fix = jax.lax.with_sharding_constraint
-    return jax.tree.map(lambda leaf: fix(leaf, _spec(leaf, mesh)), cache)
+    return _map(lambda leaf, heads: fix(leaf, _spec(leaf, mesh, heads)), cache)
 
 
-def local_rows(write: Callable[..., Any]) -> Callable[..., Any]:
+def _map(place: Callable[[Any, int | None], Any], cache: Any) -> Any:
+    """`place(array, heads)` for all arrays; heads where they share an array's last axis."""
+
+    def of_store(node):
+        heads = getattr(node, "heads", None)
+        return jax.tree.map(lambda leaf: place(leaf, heads), node)
+
+    return jax.tree.map(of_store, cache, is_leaf=lambda node: hasattr(node, "heads"))
+
+
+def local_rows(write: Callable[..., Any], heads: int | None = None) -> Callable[..., Any]:
     """A write into storage of which every device does its own rows and heads.
 
     To XLA's partitioner a scatter into indexed rows needs all new tokens on every device.
@@ -51,13 +62,14 @@ def local_rows(write: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         write: takes storage [P, B, S, ...], a slot, new tokens [B, T, ...] and their start and
             count [B]; returns the storage.
+        heads: how many share the storage's last axis; None if they have one of their own.
     """
 
     def run(array, slot, new, start, count):
         mesh = active_mesh()
         if mesh is None:
             return write(array, slot, new, start, count)
-        storage = _spec(array, mesh)
+        storage = _spec(array, mesh, heads)
         rows, tokens = P(storage[1]), P(storage[1], None, *storage[3:])
         specs = (storage, P(), tokens, rows, rows)
         local = jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=storage, check_vma=False)
@@ -66,8 +78,10 @@ def local_rows(write: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _spec(leaf: Any, mesh: Any) -> P:
+def _spec(leaf: Any, mesh: Any, heads: int | None = None) -> P:
     rank = len(leaf.shape)
+    if heads is not None:
+        return spec(_TOGETHER, (*leaf.shape[:3], heads), mesh)
     if rank == len(_STREAMS):
         axes = _STREAMS
     elif rank == 1:  # what belongs to a row alone

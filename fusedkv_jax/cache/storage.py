@@ -82,7 +82,12 @@ def take_tokens(storage: Any, index: Int[Array, "*P B K C"]) -> Any:
 
 
 def write(
-    storage: Any, slot: Slot, new: Any, start: Int[Array, "B"], count: Int[Array, "B"]
+    storage: Any,
+    slot: Slot,
+    new: Any,
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+    heads: int | None = None,
 ) -> Any:
     """Put each row's first `count` new tokens at places `start`, ... of one stream.
 
@@ -94,12 +99,13 @@ def write(
         new: encoded tokens; groups of tokens that share a scale must be whole.
         start: place of the first new token in each row.
         count: number of tokens in each row.
+        heads: how many share the last axis; None if they have one of their own.
     """
     length = storage.shape[2]
 
     def put(array, part):
         group = length // array.shape[2]
-        return local_rows(_write)(array, slot, part, start // group, count // group)
+        return local_rows(_write, heads)(array, slot, part, start // group, count // group)
 
     return jax.tree.map(put, storage, new)
 

@@ -90,6 +90,10 @@ class Store:
         """Rows that so many tokens are too many for, bool [B]."""
         return lengths > (_ENDLESS if self.capacity is None else self.capacity)
 
+    def token_shape(self, kind: Kind) -> tuple[int, int]:
+        """Heads and channels of a token's stream."""
+        return tuple(storage_of(self, kind).shape[-2:])  # type: ignore[return-value]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import KiviStore, KVCache
+from fusedkv_jax.cache import KiviStore, KVCache, unstacked
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 
@@ -79,7 +79,7 @@ class Compressor(abc.ABC):
             raise CompressionError(f"chunk={chunk}; use at least 1, or None")
         graph, params = nnx.split(model)
         count = jnp.asarray(count, jnp.int32)
-        return _prefill(graph, self, params, tokens, count, cache, chunk)
+        return _prefill(graph, self, params, tokens, count, unstacked(cache), chunk)
 
     @abc.abstractmethod
     def run(

@@ -13,7 +13,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Call, Group, KVCache, LinearStore, Piece, Reading, Rows
+from fusedkv_jax.cache import (
+    Call,
+    Group,
+    KVCache,
+    LinearStore,
+    Piece,
+    Reading,
+    Rows,
+    unstacked,
+)
 from fusedkv_jax.compression.compressor import (
     CompressionError,
     Compressor,
@@ -192,7 +201,7 @@ def _calibrated(graph, params, compressor, tokens) -> Int[Array, "P K c"]:
     layout = model.config.kv_layout
     batch, length = tokens.shape
     count = jnp.full(batch, length, jnp.int32)
-    cache = KVCache.create(model.config, batch_size=batch, max_length=length)
+    cache = unstacked(KVCache.create(model.config, batch_size=batch, max_length=length))
     watch = functools.partial(compressor.importance, lengths=count)
     _, _, found = model.observe(tokens, count, cache, watch, rows=length)
     mean = [x.mean(0, keepdims=True) for x in found]

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from fusedkv_jax import costs
-from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache import KVCache, unstacked
 from fusedkv_jax.compression.compressor import CompressionError
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Mixing, Stream
 from fusedkv_jax.model import Decoder, fold_fusion
@@ -261,7 +261,7 @@ def _grams(
 ) -> dict[StreamName, np.ndarray]:
     """Inner products of each stream's sources over a text, [J, J, *size of a weight]."""
     rows, length = tokens.shape
-    cache = KVCache.create(model.config, batch_size=rows, max_length=length)
+    cache = unstacked(KVCache.create(model.config, batch_size=rows, max_length=length))
 
     @jax.jit
     def fill(params, tokens, cache):

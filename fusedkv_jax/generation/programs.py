@@ -154,7 +154,9 @@ class GenerationPrograms:
         sizes: Any = {"batch_size": batch_size, "max_length": length}
         dtype = self.settings.cache_dtype
         create = functools.partial(KVCache.create, self.model.config, **sizes, dtype=dtype)
-        shapes, mesh = jax.eval_shape(create), self.placement.mesh
+        mesh = self.placement.mesh
+        with self.placement.active():  # the storage suits the device that is compiled for
+            shapes = jax.eval_shape(create)
         return _placed(shapes, mesh and cache_shardings(shapes, mesh))
 
     def _rows(self, tree: Any) -> Any:

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fusedkv_jax.cache import Call, KiviStore, KVCache, LinearStore, RingStore
+from fusedkv_jax.cache import Call, KiviStore, KVCache, LinearStore, RingStore, StackedStore
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers
 from fusedkv_jax.model.streams import Bank, StreamPlan, Streams
 
 # What a rejected draft leaves behind in these is never read, or can be undone.
-_REWINDABLE = (LinearStore, RingStore, KiviStore)
+_REWINDABLE = (LinearStore, StackedStore, RingStore, KiviStore)
 
 
 class Draft(NamedTuple):

@@ -19,7 +19,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Call, KVCache, LinearStore, select, storage_of
+from fusedkv_jax.cache import (
+    Call,
+    KVCache,
+    LinearStore,
+    StackedStore,
+    select,
+    storage_of,
+    unstacked,
+)
 from fusedkv_jax.cache.storage import Slot
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Kind
@@ -77,7 +85,10 @@ def extend_in_parts(
         axis_names={AXIS, *RULES["batch"]},
         check_vma=False,
     )
-    x, stores = lower(params, tokens, count, cache.stores)
+    together = [isinstance(store, StackedStore) for store in cache.stores]
+    x, stores = lower(params, tokens, count, unstacked(cache).stores)
+    pairs = zip(stores, together, strict=True)
+    stores = tuple(StackedStore.of(store) if stack else store for store, stack in pairs)
     cache = dataclasses.replace(cache, stores=stores)
     config = model.config
     streams = Streams.of_cache(config, cache, Call(cache.lengths, count, 1))
@@ -96,7 +107,8 @@ def check_parts(config: ModelConfig, cache: KVCache) -> None:
             " ones; prefill without parts"
         )
     for store in cache.stores:
-        if type(store) is not LinearStore or store.dropped is not None:
+        plain = type(store) is LinearStore and store.dropped is None
+        if not plain and type(store) is not StackedStore:
             raise ValueError(
                 f"prefill in parts does not serve a {type(store).__name__}, which does not keep"
                 " all tokens as they came (windows, int4, compressors); prefill without parts"

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from fusedkv_jax.sharding import RULES, spec
+from pallas_kernels import Stacked, stacked
 
-Sources = tuple[Any, ...]  # [B, S, K, H] arrays or `pallas_kernels.Quantized`
+Sources = tuple[Any, ...]  # [B, S, K, H] arrays, or `Quantized` or `Stacked` of pallas_kernels
 
 
 def attention(
@@ -46,8 +47,17 @@ def attention(
     queries = "sequence" if "q_positions" in arrays else tokens
     heads, kv_heads = _head_axes(q.shape[2], keys[0].shape[2], mesh.shape["tensor"])
 
+    if heads is not None and kv_heads is None:
+        keys, values = stacked.read(keys), stacked.read(values)  # each device cuts out its head
+
     def part(x, *axes):
         return spec([axis if set(RULES[axis]) <= free else None for axis in axes], x.shape, mesh)
+
+    def source(x):
+        if isinstance(x, Stacked):
+            axes = (None, "batch", None, kv_heads)
+            return jax.tree.map(lambda array: part(array, *axes[: array.ndim]), x)
+        return part(x, "batch", tokens, kv_heads, None)
 
     q_spec = part(q, "batch", queries, heads, None)
     sources, weights = (keys, values), (key_weights, value_weights)
@@ -55,7 +65,7 @@ def attention(
     names = {name: [sequences.get(axis, axis) for axis in _AXES[name]] for name in arrays}
     in_specs = (
         q_spec,
-        jax.tree.map(lambda x: part(x, "batch", tokens, kv_heads, None), sources),
+        jax.tree.map(source, sources, is_leaf=lambda x: isinstance(x, Stacked)),
         jax.tree.map(lambda x: part(x, None, kv_heads, None), weights),
         {name: part(x, *names[name]) for name, x in arrays.items()},
     )

@@ -35,7 +35,7 @@ from fusedkv_jax.cache import (
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Run, exported, runs
 from fusedkv_jax.model.mixing import mix
-from pallas_kernels.quantized import Quantized
+from pallas_kernels import Quantized, Stacked
 
 Slot = int | np.integer | Array
 StreamName = tuple[Kind, int]
@@ -373,6 +373,7 @@ def _cast(piece: Piece, dtype: Any) -> Piece:
     """Arrays in the type of the queries; codes stay as they are."""
 
     def cast(sources: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x if isinstance(x, Quantized) else x.astype(dtype) for x in sources)
+        stored = (Quantized, Stacked)
+        return tuple(x if isinstance(x, stored) else x.astype(dtype) for x in sources)
 
     return piece._replace(keys=cast(piece.keys), values=cast(piece.values))

@@ -144,11 +144,13 @@ def _traffic(module: Module, instruction: Instruction, computation: Computation)
         return 2 * inputs[_UPDATES[opcode]].nbytes * (not inputs[0].on_chip)
     if opcode == "fusion":
         inner = module.computations[instruction.called() or ""]
-        return _fusion_traffic(instruction, inner, inputs)
+        return _fusion_traffic(module, instruction, inner, inputs)
     return sum(outputs) + sum(s.nbytes for s in inputs if not s.on_chip)
 
 
-def _fusion_traffic(fusion: Instruction, inner: Computation, inputs: list[Shape]) -> float:
+def _fusion_traffic(
+    module: Module, fusion: Instruction, inner: Computation, inputs: list[Shape]
+) -> float:
     arguments, results = _under_way(fusion, inner)
     total = 0.0
     for instruction in inner.values():
@@ -156,7 +158,7 @@ def _fusion_traffic(fusion: Instruction, inner: Computation, inputs: list[Shape]
             continue
         number = int(instruction.text.split(")")[0])
         if number < len(inputs) and not inputs[number].on_chip and number not in arguments:
-            total += _read(inner, instruction)
+            total += _read(module, inner, instruction)
     root = next(x for x in inner.values() if x.is_root)
     written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for number, (value, shape) in enumerate(zip(written, fusion.shapes, strict=False)):
@@ -173,7 +175,7 @@ def _under_way(fusion: Instruction, inner: Computation) -> tuple[set[int], set[i
     return {int(argument) for _, argument in pairs}, {int(result) for result, _ in pairs}
 
 
-def _read(inner: Computation, value: Instruction) -> float:
+def _read(module: Module, inner: Computation, value: Instruction) -> float:
     """What a fusion reads of an argument."""
     total, size = 0.0, sum(s.nbytes for s in value.shapes)
     for user in inner.values():
@@ -182,10 +184,26 @@ def _read(inner: Computation, value: Instruction) -> float:
         if user.opcode in ("dynamic-slice", "slice", "gather"):
             total += user.shapes[0].nbytes
         elif _is_same(user):
-            total += _read(inner, user)
+            total += _read(module, inner, user)
+        elif user.opcode == "fusion":  # a fusion within one: slices of stacked weights, say
+            called = module.computations[user.called() or ""]
+            for number, name in enumerate(user.operands):
+                if name == value.name:
+                    inside = _parameter(called, number)
+                    total += _read(module, called, inside)
+                    if _origin(called, next(x for x in called.values() if x.is_root)) is inside:
+                        total += _read(module, inner, user)  # it only hands the value on
         elif user.opcode not in _UPDATES or user.operands[0] != value.name:
             return size
     return min(total, size)
+
+
+def _parameter(computation: Computation, number: int) -> Instruction:
+    return next(
+        x
+        for x in computation.values()
+        if x.opcode == "parameter" and int(x.text.split(")")[0]) == number
+    )
 
 
 def _is_same(value: Instruction) -> bool:
@@ -197,10 +215,16 @@ def _is_same(value: Instruction) -> bool:
     )
 
 
-def _changed(inner: Computation, value: Instruction) -> float:
-    """What a fusion writes of a result."""
+def _origin(inner: Computation, value: Instruction) -> Instruction:
+    """What a value was before it got another form."""
     while _is_same(value):
         value = inner[value.operands[0]]
+    return value
+
+
+def _changed(inner: Computation, value: Instruction) -> float:
+    """What a fusion writes of a result."""
+    value = _origin(inner, value)
     if value.opcode in _UPDATES:
         return inner[value.operands[_UPDATES[value.opcode]]].shapes[0].nbytes
     return sum(s.nbytes for s in value.shapes)

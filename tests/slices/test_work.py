@@ -69,6 +69,28 @@ def test_memory_is_read_in_slices_and_never_for_what_is_on_the_chip():
     assert work.hbm_bytes(Module(text)) == 8 * 4 + 4 + 8 * 4  # a row, its number, the result
 
 
+def test_a_fusion_within_a_fusion_reads_slices_too():
+    fusions = (
+        "%handed (u: f32[10,8]) -> f32[10,8] {\n  %u = f32[10,8]{1,0} parameter(0)\n"
+        "  ROOT %b = f32[10,8]{1,0} bitcast(%u)\n}\n"
+        "%slices (j: s32[], t: f32[10,8]) -> f32[1,8] {\n  %j = s32[] parameter(0)\n"
+        "  %t = f32[10,8]{1,0} parameter(1)\n"
+        "  ROOT %r = f32[1,8]{1,0} dynamic-slice(%t, %j, %j), dynamic_slice_sizes={1,8}\n}\n"
+        "%doubled (w: f32[10,8], i: s32[]) -> f32[1,8] {\n"
+        "  %w = f32[10,8]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+        "  %same = f32[10,8]{1,0} fusion(%w), kind=kLoop, calls=%handed\n"
+        "  %row = f32[1,8]{1,0} fusion(%i, %same), kind=kLoop, calls=%slices\n"
+        "  ROOT %d = f32[1,8]{1,0} add(%row, %row)\n}\n"
+    )
+    text = entry(
+        "%w.1 = f32[10,8]{1,0} parameter(0)",
+        "%i.1 = s32[] parameter(1)",
+        "ROOT %y = f32[1,8]{1,0} fusion(%w.1, %i.1), kind=kOutput, calls=%doubled",
+        computations=fusions,
+    )
+    assert work.hbm_bytes(Module(text)) == 8 * 4 + 4 + 8 * 4
+
+
 def test_a_gather_that_runs_beside_a_product_is_not_its_memory_traffic():
     fusion = (
         "%beside (p: f32[4], whole: f32[64], x: f32[8]) -> (f32[8], f32[4], f32[64], f32[64]) {\n"

@@ -1,6 +1,7 @@
 """A decode loop of the real model with the TPU kernels, compiled for a chip."""
 
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,15 @@ def test_decode_loop_of_sixteen_layers_updates_its_cache_in_place():
     """The real model, compiled for v5e: every byte of the cache is aliased, nothing is rebuilt."""
     rows, length, steps = 8, 4096, 64
     config = fkv.ModelConfig(
-        vocab_size=512, num_layers=16, d_model=1024, num_heads=8, num_kv_heads=8, head_dim=128,
-        d_ff=512, layout="fusedkv", dtype="bfloat16", attention="tpu",
+        vocab_size=512, num_layers=16, d_model=1024, num_heads=8, num_kv_heads=8, head_dim=80,
+        d_ff=512, layout="fusedkv", dtype="bfloat16",
+        param_dtype="bfloat16", attention="tpu",
     )  # fmt: skip
     graph, state = nnx.split(nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0))))
-    cache = jax.eval_shape(
-        lambda: fkv.KVCache.create(config, batch_size=rows, max_length=length, dtype="bfloat16")
-    )
+    with tpu.compiling_for("v5e"):
+        cache = jax.eval_shape(
+            lambda: fkv.KVCache.create(config, batch_size=rows, max_length=length)
+        )
 
     def loop(state, tokens, cache):
         model = nnx.merge(graph, state)
@@ -40,11 +43,11 @@ def test_decode_loop_of_sixteen_layers_updates_its_cache_in_place():
         return jax.lax.fori_loop(0, steps, step, (tokens, cache))
 
     program = tpu.compile_for("v5e", loop, state, calls.integers(rows), cache, donate=(2,))
-    memory, text = program.memory_analysis(), program.as_text()
+    memory: Any = program.memory_analysis()
+    text = program.as_text() or ""
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert 0 <= memory.alias_size_in_bytes - stored < 4096  # small arrays are padded
     assert text.count('custom_call_target="tpu_custom_call"') >= 2  # storing and rebuilt layers
-    # Copies out of the stacked cache: four sources once a step, two streams of the layer at work.
-    # Rebuilt keys and values of the eight upper layers would be sixteen more.
-    stream = rows * length * 8 * 128 * 2
-    assert memory.temp_size_in_bytes < 6.5 * stream
+    # Nothing is copied out of the stacked cache, nor rebuilt, though no head fills the lanes.
+    stream = rows * length * 8 * 80 * 2
+    assert memory.peak_memory_in_bytes - memory.argument_size_in_bytes < 0.5 * stream

@@ -1,0 +1,100 @@
+"""A store whose kernel reads it in place: all heads of a token together, [P, B, S, K * H].
+
+On TPUs an array whose last axis is a head of 64, 80 or 96 channels is laid out with another axis in
+the lanes and turned round for every kernel, and a stream cut out of [P, B, S, K, H] is a copy. Here
+attention gets the whole array and a slot (`pallas_kernels.Stacked`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fusedkv_jax.cache.calls import Call, Piece, Rows
+from fusedkv_jax.cache.storage import FLOATS, Slot, write
+from fusedkv_jax.cache.stores import LinearStore, Store, storage_of
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import KINDS, Kind
+from pallas_kernels import Stacked, choice
+
+LANES = 128  # of a TPU's vector unit: tokens fill whole ones
+FEW = 16  # tokens of a call up to which streams are read in place
+
+
+def suits(config: ModelConfig, dtype: str) -> bool:
+    """Whether the device that is compiled for has a kernel which reads such a store in place."""
+    widths = [heads * channels for heads, channels in config.stream_shapes.values()]
+    return (
+        choice.device()[0] == "tpu"
+        and config.attention in ("auto", "tpu")
+        and config.mla is None
+        and dtype in FLOATS
+        and not any(width % LANES for width in widths)
+    )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["heads"]
+)
+@dataclass(frozen=True)
+class StackedStore(Store):
+    """Tokens in order: position p sits in place p.
+
+    Attributes:
+        keys: storage [P, B, S, K * H].
+        values: storage [P, B, S, K * H'].
+        heads: K.
+    """
+
+    keys: Any
+    values: Any
+    heads: int
+
+    @classmethod
+    def of(cls, store: LinearStore) -> StackedStore:
+        """An uncompressed store with each token's heads together."""
+        keys, values = (x.reshape(*x.shape[:3], -1) for x in (store.keys, store.values))
+        return cls(keys, values, store.keys.shape[3])
+
+    def apart(self) -> LinearStore:
+        """The same tokens with the heads on an axis of their own."""
+        return LinearStore(*(self._apart(storage_of(self, kind)) for kind in KINDS))
+
+    def _apart(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def write(
+        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call
+    ) -> StackedStore:
+        storage = storage_of(self, kind)
+        new = new.reshape(*new.shape[:2], -1).astype(storage.dtype)
+        return self._with(kind, write(storage, slot, new, call.first, call.count, self.heads))
+
+    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+        storage = storage_of(self, kind)
+        slot = jnp.asarray(slot, jnp.int32)
+        source = Stacked(storage, slot, storage.shape[3] // self.heads)
+        # Many queries turn a stream round anyway: cut it out once for all layers that read it.
+        return source if call.length <= FEW else source.read()
+
+    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+        return (Piece(keys, values, rows.mask() | {"kv_lengths": call.first + call.count}),)
+
+    def token_shape(self, kind: Kind) -> tuple[int, int]:
+        return (self.heads, storage_of(self, kind).shape[3] // self.heads)
+
+    @property
+    def capacity(self) -> int | None:
+        return self.keys.shape[2]
+
+
+def unstacked(cache: Any) -> Any:
+    """A `KVCache` with the heads of all streams apart, as compressors take it."""
+    stores = tuple(s.apart() if isinstance(s, StackedStore) else s for s in cache.stores)
+    return dataclasses.replace(cache, stores=stores)
