@@ -51,8 +51,8 @@ def define_flags() -> None:
 
 
 def main() -> int:
+    config, initial = _start()
     workdir, profile_steps = cli.require("workdir"), _steps(flags.FLAGS.profile_steps)
-    config, initial = _start(workdir)
     processes.initialize(
         flags.FLAGS.coordinator,
         flags.FLAGS.num_processes,
@@ -72,12 +72,13 @@ def main() -> int:
     return INTERRUPTED_EXIT_CODE if result.interrupted else 0
 
 
-def _start(workdir: str) -> tuple[ExperimentConfig, Callable[[], Decoder] | None]:
+def _start() -> tuple[ExperimentConfig, Callable[[], Decoder] | None]:
     """The experiment, and what gives the model that it starts from, if not from drawn weights."""
     source = flags.FLAGS.init_from
     if source is None:
         return cli.load_config(), None
-    start = models.Start(source, pathlib.Path(workdir).expanduser() / "init_from")
+    workdir = pathlib.Path(cli.require("workdir")).expanduser()
+    start = models.Start(source, workdir / "init_from")
     config = start.settle(cli.load_config(start.change))
     return config, lambda: start.load(config.model)
 

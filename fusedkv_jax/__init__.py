@@ -2,9 +2,9 @@
 
 from importlib import metadata
 
-from fusedkv_jax import compression, costs, layouts, presets
+from fusedkv_jax import compression, costs, interop, layouts, presets
 from fusedkv_jax.cache import KVCache
-from fusedkv_jax.config import MLAConfig, ModelConfig, RopeConfig
+from fusedkv_jax.config import BlockConfig, MLAConfig, ModelConfig, RopeConfig
 from fusedkv_jax.generation import (
     BeamSearchParams,
     Completion,
@@ -24,6 +24,7 @@ __version__ = metadata.version("fusedkv_jax")
 
 __all__ = [
     "BeamSearchParams",
+    "BlockConfig",
     "Completion",
     "Decoder",
     "KVCache",
@@ -40,6 +41,7 @@ __all__ = [
     "decode_step",
     "fold_fusion",
     "generate",
+    "interop",
     "layouts",
     "prefill",
     "presets",

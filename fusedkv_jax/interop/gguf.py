@@ -68,7 +68,7 @@ def load_gguf(
         # llama.cpp stores the rotary pairs of this architecture as channels (2c, 2c + 1).
         interleaved = file.metadata["general.architecture"] == "llama"
         return load_huggingface(
-            _Renamed(file), config, layout=layout, rope_interleave=interleaved, seed=seed
+            _Renamed(file), layout, config=config, rope_interleave=interleaved, seed=seed
         )
 
 

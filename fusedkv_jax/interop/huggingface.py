@@ -49,9 +49,9 @@ class TensorError(ValueError):
 
 def load_huggingface(
     source: str | os.PathLike[str] | Mapping[str, Any],
-    config: ModelConfig | None = None,
-    *,
     layout: KVLayout | str | None = None,
+    *,
+    config: ModelConfig | None = None,
     rope_interleave: bool | None = None,
     seed: int = 0,
 ) -> Decoder:
@@ -66,8 +66,8 @@ def load_huggingface(
     Args:
         source: folder with config.json and model.safetensors (or shards with their index), or the
             tensors by name.
-        config: the configuration; by default that of the folder's config.json.
         layout: layout of the decoder; by default that of `config`, or `mha`.
+        config: the configuration; by default that of the folder's config.json.
         rope_interleave: rotary pairs are stored as channels (2c, 2c + 1), and are reordered; by
             default as config.json says, without one for MLA only.
         seed: of the stream weights' initial values.

@@ -116,12 +116,12 @@ def test_a_model_is_that_of_its_tensors(good):
     model = load_gguf(good)
     config = model.config
     assert (config.norm_eps, config.rope.theta, config.tie_embeddings) == (1e-5, 100.0, True)
-    expected = load_huggingface(huggingface_names(tensors()), config, rope_interleave=True)
+    expected = load_huggingface(huggingface_names(tensors()), config=config, rope_interleave=True)
     tokens = jnp.arange(12)[None]
     logits = np.asarray(model(tokens))
     assert logits.std() > 0.5
     np.testing.assert_array_equal(logits, expected(tokens))
-    halves = load_huggingface(huggingface_names(tensors()), config)
+    halves = load_huggingface(huggingface_names(tensors()), config=config)
     assert np.abs(np.asarray(halves(tokens)) - logits).max() > 0.1
     assert load_gguf(good, "cla", dtype="bfloat16").config.param_dtype == "bfloat16"
 

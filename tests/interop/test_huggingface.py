@@ -271,13 +271,15 @@ def test_interleaved_pairs_are_moved_to_halves(tmp_path):
         tensors[f"{prefix}.{name}.weight"] = weight[:, place].reshape(-1, 32)
     for name in ("q_norm", "k_norm"):
         tensors[f"{prefix}.{name}.weight"] = tensors[f"{prefix}.{name}.weight"][place]
-    assert_equal_parameters(load_huggingface(tensors, model.config, rope_interleave=True), model)
+    assert_equal_parameters(
+        load_huggingface(tensors, config=model.config, rope_interleave=True), model
+    )
 
 
 def test_another_layout_takes_the_parts_it_has_a_place_for(tmp_path):
     model = drawn_decoder(num_layers=4)
     tensors = numpy_tensors(model, tmp_path)
-    fused = load_huggingface(tensors, model.config, layout="fusedkv", seed=3)
+    fused = load_huggingface(tensors, config=model.config, layout="fusedkv", seed=3)
     fresh = fkv.Decoder(model.config.replace(layout="fusedkv"), rngs=nnx.Rngs(3))
     for ours, new in zip(fused.mixing.weights, fresh.mixing.weights, strict=True):
         np.testing.assert_allclose(ours[...], new[...], rtol=1e-6)
@@ -289,7 +291,7 @@ def test_another_layout_takes_the_parts_it_has_a_place_for(tmp_path):
         )
     assert fused.runs[1][0].attention.k_proj is None
     # YOCO's norm of the shared cache begins as the layer's input norm.
-    yoco = load_huggingface(tensors, model.config, layout="yoco:own_norm=true")
+    yoco = load_huggingface(tensors, config=model.config, layout="yoco:own_norm=true")
     np.testing.assert_array_equal(
         yoco.runs[1][0].kv_norm.scale[0], tensors["model.layers.2.input_layernorm.weight"]
     )
@@ -300,16 +302,18 @@ def test_wrong_tensors_are_named(tmp_path):
     good, config = numpy_tensors(model, tmp_path), model.config
     name = "model.layers.1.self_attn.k_proj.weight"
     with pytest.raises(TensorError, match=f"missing tensors: {name};"):
-        load_huggingface({k: v for k, v in good.items() if k != name}, config)
+        load_huggingface({k: v for k, v in good.items() if k != name}, config=config)
     with pytest.raises(TensorError, match=r"unknown tensors: model.layers.0.self_attn.q_proj.bias"):
-        load_huggingface(good | {"model.layers.0.self_attn.q_proj.bias": np.zeros(32)}, config)
+        load_huggingface(
+            good | {"model.layers.0.self_attn.q_proj.bias": np.zeros(32)}, config=config
+        )
     with pytest.raises(TensorError, match=rf"{name} has shape \(32, 16\).* \(16, 32\)"):
-        load_huggingface(good | {name: good[name].T}, config)
+        load_huggingface(good | {name: good[name].T}, config=config)
     with pytest.raises(TensorError, match=f"{name} is int8"):
-        load_huggingface(good | {name: good[name].astype(np.int8)}, config)
+        load_huggingface(good | {name: good[name].astype(np.int8)}, config=config)
     with pytest.raises(ValueError, match="config is None"):
         load_huggingface(good)
     # A tied checkpoint may hold the copy; old ones hold frequencies.
     tied = {"lm_head.weight": good["model.embed_tokens.weight"]}
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    load_huggingface(good | tied | extra, config.replace(tie_embeddings=True))
+    load_huggingface(good | tied | extra, config=config.replace(tie_embeddings=True))

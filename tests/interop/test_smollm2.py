@@ -7,7 +7,7 @@ import pytest
 import fusedkv_jax as fkv
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import load_template
-from fusedkv_jax.interop import load_gguf, save_gguf_tokenizer
+from fusedkv_jax.interop import load_gguf, save_gguf_tokenizer, save_huggingface
 from tests.interop import smollm2
 
 pytestmark = pytest.mark.slow
@@ -16,19 +16,12 @@ TEXT = "  The cache of 3072 bytes isn't large:\n\n\tdéjà vu, 日本語 🙂 do
 NEW_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def original():
+def test_the_same_tokens_loss_and_text_as_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = smollm2.path()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return model.float().eval(), tokenizer
-
-
-def test_the_same_tokens_loss_and_text_as_transformers(original, tmp_path):
-    torch = pytest.importorskip("torch")
-    theirs, their_tokenizer = original
-    path = smollm2.path()
+    # transformers reads a file's tokenizer by itself, its weights only with one more package.
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     save_gguf_tokenizer(path, tmp_path)
     tokenizer = tokenizers.load(str(tmp_path))
     for text in (TEXT, "def f(x):\n    return x ** 2", "1234567890 12 3"):
@@ -42,6 +35,8 @@ def test_the_same_tokens_loss_and_text_as_transformers(original, tmp_path):
     assert ids == their_tokenizer.encode(prompt, add_special_tokens=False)
 
     model = load_gguf(path)
+    save_huggingface(model, tmp_path / "exported", tokenizer=tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     tokens = torch.tensor([ids])
     with torch.no_grad():
         expected = theirs(tokens).logits[0].numpy()
