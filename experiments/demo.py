@@ -28,6 +28,7 @@ PROMPT = "import os\n\n\nclass Reader:\n    def __init__(self, path):\n"
 SAMPLING = fkv.SamplingParams(
     temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=0, max_tokens=240
 )
+LOSS_CURVES_FILE, FUSION_WEIGHTS_FILE = "loss_curves.png", "fusion_weights.png"
 RESULTS_FILE = "results.json"
 
 # Rows of the table: heading, key in the results, unit it is divided by, decimals.
@@ -104,8 +105,8 @@ def compare(
         "ratios": {row[1]: figures[name][row[1]] / figures[BASELINE][row[1]] for row in _ROWS},
     }
     histories = {key: run.history for key, run in finished.items()}
-    pictures.draw_loss_curves(histories, workdir / "loss_curves.png")
-    pictures.draw_fusion_weights(models[name], workdir / "fusion_weights.png")
+    pictures.draw_loss_curves(histories, workdir / LOSS_CURVES_FILE)
+    pictures.draw_fusion_weights(models[name], workdir / FUSION_WEIGHTS_FILE)
     (workdir / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
@@ -154,9 +155,11 @@ def main() -> int:
     names = [field.name for field in dataclasses.fields(Timing)]
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
     timing = Timing(**values)
-    workdir = pathlib.Path(cli.require("workdir"))
+    workdir, config = pathlib.Path(cli.require("workdir")), cli.load_config()
+    for name in (LOSS_CURVES_FILE, FUSION_WEIGHTS_FILE, RESULTS_FILE):
+        cli.check_output(workdir / name)
     try:
-        results = compare(cli.load_config(), workdir, timing)
+        results = compare(config, workdir, timing)
     except runs.Interrupted as stop:
         print(stop, file=sys.stderr)
         return INTERRUPTED_EXIT_CODE

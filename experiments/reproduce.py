@@ -213,12 +213,11 @@ def define_flags() -> None:
 def main() -> int:
     if flags.FLAGS.study is not None:
         return command.main()
-    command.refuse_flags()
     names, seeds = read_names(flags.FLAGS.layouts), read_seeds(flags.FLAGS.seeds)
     _check_overrides(flags.FLAGS.override)
     config, workdir = cli.load_config(), pathlib.Path(flags.FLAGS.workdir or "runs/claim_small")
     output = pathlib.Path(flags.FLAGS.output or workdir / "table")
-    output.parent.mkdir(parents=True, exist_ok=True)  # before the long work, not after it
+    files = {end: cli.check_output(f"{output}.{end}") for end in ("md", "json")}
     try:
         results = reproduce(config, workdir, names, seeds)
     except runs.Interrupted as stop:
@@ -226,9 +225,9 @@ def main() -> int:
         return INTERRUPTED_EXIT_CODE
     results["command"] = shlex.join(["python", "-m", "experiments.reproduce", *sys.argv[1:]])
     text = markdown(results)
-    output.with_name(output.name + ".md").write_text(text, encoding="utf-8")
+    files["md"].write_text(text, encoding="utf-8")
     data = json.dumps(results, indent=1) + "\n"
-    output.with_name(output.name + ".json").write_text(data, encoding="utf-8")
+    files["json"].write_text(data, encoding="utf-8")
     print(text)
     print(json.dumps(results))
     return 0

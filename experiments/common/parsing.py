@@ -9,6 +9,8 @@ from absl import flags
 
 # Flag -> other flag -> what its value must be for the first one to have an effect.
 _RULES: dict[str, dict[str, Any]] = {}
+# Flags that are written otherwise.
+_WRITTEN = {"override": "config.FIELD", "mesh": "mesh.AXIS"}
 
 
 def only_with(names: str, **conditions: Any) -> None:
@@ -105,18 +107,20 @@ def _check_effects() -> None:
     for name, conditions in _RULES.items():
         if name not in flags.FLAGS or not flags.FLAGS[name].present:
             continue
+        written = _WRITTEN.get(name, name)
         for other, wanted in conditions.items():
             value = flags.FLAGS[other].value
             if wanted is True and not value:
                 raise ValueError(
-                    f"--{name} has no effect without --{other}; add --{other} or leave --{name} out"
+                    f"--{written} has no effect without --{other}; "
+                    f"add --{other} or leave --{written} out"
                 )
             if wanted is False and value:
-                raise ValueError(f"--{name} has no effect with --{other}; leave one of them out")
+                raise ValueError(f"--{written} has no effect with --{other}; leave one of them out")
             if not isinstance(wanted, bool) and value not in _as_tuple(wanted):
                 needed = " or ".join(f"--{other}={choice}" for choice in _as_tuple(wanted))
                 raise ValueError(
-                    f"--{name} has no effect with --{other}={value}; it needs {needed}"
+                    f"--{written} has no effect with --{other}={value}; it needs {needed}"
                 )
 
 

@@ -23,12 +23,12 @@ from experiments.study.worker import Worker, check
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE
 
 STUDIES = ("scaling",)
-_OWN = ("data", "sizes", "check", "report")
-_FOREIGN = ("config", "override", "seeds")
 
 
 def define_flags() -> None:
-    """Define the flags that only a study has."""
+    """Define the flags that only a study has, and say which ones it has no use for."""
+    cli.only_with("data sizes check report", study=True)
+    cli.only_with("config override seeds", study=False)
     flags.DEFINE_string("study", None, f"The study to work on: {', '.join(STUDIES)}.")
     flags.DEFINE_string(
         "data", None, "With --study: the folder of its text, train.*, valid.* and NAME.valid.*."
@@ -42,18 +42,8 @@ def define_flags() -> None:
     )
 
 
-def refuse_flags() -> None:
-    """Refuse the flags of a study where there is none.
-
-    Raises:
-      ValueError: one was given.
-    """
-    _refuse(_OWN, "belongs to a study; add --study")
-
-
 def main() -> int:
     """Do what the flags say; returns the exit code."""
-    _refuse(_FOREIGN, f"has no use with --study; experiments/study/{flags.FLAGS.study}.py has all")
     study = load(flags.FLAGS.study)
     workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{study.name}")
     output = pathlib.Path(flags.FLAGS.output or workdir / "results")
@@ -67,6 +57,7 @@ def main() -> int:
         _known("sizes", flags.FLAGS.sizes, study.sizes),
         _known("layouts", flags.FLAGS.layouts, study.rows),
     )
+    cli.check_output(output, folder=True)
     try:
         if flags.FLAGS.check is not None:
             return _check(worker, flags.FLAGS.check)
@@ -121,10 +112,3 @@ def _known(flag: str, names: list[str], known: Iterable[str]) -> list[str] | Non
             hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"
             raise ValueError(f"--{flag}={name} is unknown; {hint}")
     return names or None
-
-
-def _refuse(names: Iterable[str], why: str) -> None:
-    for name in names:
-        if flags.FLAGS[name].present:
-            written = "config.FIELD" if name == "override" else name
-            raise ValueError(f"--{written} {why}")

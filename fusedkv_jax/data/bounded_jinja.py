@@ -5,8 +5,8 @@ The sandbox keeps a template from the outside, and lets it count to infinity ins
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -14,10 +14,13 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 
+from fusedkv_jax.data import template_sizes
+from fusedkv_jax.data.template_sizes import MAX_LENGTH, TooLong
+
 MAX_ROUNDS = 500_000  # of all loops of one rendering; a call counts as several
 CALL_ROUNDS = 10
-MAX_LENGTH = 10_000_000  # of any text or list on the way, and of the result
-MAX_EXPONENT = 1_000
+CHARACTERS_OF_A_ROUND = 1_000  # that a filter or a method reads or writes
+MAX_BITS = 10_000  # of a whole number on the way
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -25,18 +28,28 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self) -> None:
+    def __init__(self, filters: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        """Jinja's filters, and others in addition to them or in their place."""
         # Set as templates on the Hugging Face hub expect it.
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols],
+            finalize=_fitting,
+        )
         self._rounds = 0
+        every = self.filters | dict(filters or {})
+        self.filters = {name: self._bounded(name, each) for name, each in every.items()}
         self.filters["counted"] = self._counted
         self.filters["fitting"] = _fitting
+        del self.globals["lipsum"]
 
     def render(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
         """The text of a template.
 
         Raises:
-            jinja2.TemplateError: its loops and calls do not end, or its text is too long.
+            jinja2.TemplateError: its loops and calls do not end.
+            TooLong: a text or a number on the way, or the result, is too long.
         """
         self._rounds = 0
         pieces, length = [], 0
@@ -44,7 +57,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             pieces.append(piece)
             length += len(piece)
             if length > MAX_LENGTH:
-                raise jinja2.TemplateRuntimeError(f"its text is longer than {MAX_LENGTH:,}")
+                raise TooLong(f"its text is longer than {MAX_LENGTH:,}")
         return "".join(pieces)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -65,28 +78,76 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._count(1 + len(found))
         return found
 
+    def _count_size(self, size: int) -> None:
+        if size > MAX_LENGTH:
+            raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
+        self._count(size // CHARACTERS_OF_A_ROUND)
+
+    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose result is known to fit before it is computed."""
+        skipped = int(hasattr(function, "jinja_pass_arg"))  # the environment or the context
+        size_of = template_sizes.FILTERS.get(name, _size)
+
+        @functools.wraps(function)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            context, rest = args[:skipped], list(args[skipped:])
+            if rest and isinstance(rest[0], Iterator):
+                rest[0] = self._counted(rest[0])
+            self._count_size(size_of(*rest, **kwargs))
+            return function(*context, *rest, **kwargs)
+
+        return bounded
+
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._count(CALL_ROUNDS)
+        owner = getattr(called, "__self__", None)
+        if isinstance(owner, (str, bytes, int)):
+            args = tuple(self._counted(a) if isinstance(a, Iterator) else a for a in args)
+            size_of = template_sizes.METHODS.get(called.__name__, _size)
+            self._count_size(size_of(owner, *args, **kwargs))
         return super().call(context, called, *args, **kwargs)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            self._count_size(template_sizes.brace_format(value.__self__, [args, kwargs]))
+            return wrapped(*args, **kwargs)
+
+        return bounded
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            if isinstance(right, int) and abs(right) > MAX_EXPONENT:
-                raise jinja2.TemplateRuntimeError(f"exponent {right} is too large")
+        if isinstance(left, int) and isinstance(right, int):
+            _check_bits(operator, left, right)
         elif operator == "%":
-            if isinstance(left, str) and re.search(r"%[^a-zA-Z]*(\d{5}|\*)", left):
-                raise jinja2.TemplateRuntimeError("a field of a format is too wide")
+            if isinstance(left, str):
+                self._count_size(template_sizes.percent_format(left, right))
         elif operator == "*":
-            sized = [hasattr(x, "__len__") for x in (left, right)]
-            sizes = [len(x) if has else x for x, has in zip((left, right), sized, strict=True)]
-            if any(sized) and sizes[0] * sizes[1] > MAX_LENGTH:
-                raise jinja2.TemplateRuntimeError(f"a product is longer than {MAX_LENGTH:,}")
-        else:
-            _fitting(left)
+            for text, times in ((left, right), (right, left)):
+                if isinstance(times, int) and _size(text) * times > MAX_LENGTH:
+                    raise TooLong(f"a product is longer than {MAX_LENGTH:,}")
+        elif operator == "+":
+            self._count_size(_size(left) + _size(right))
         return super().call_binop(context, operator, left, right)
 
 
+def _check_bits(operator: str, left: int, right: int) -> None:
+    """Whole numbers grow without end by powers and products."""
+    if operator == "**" and left.bit_length() * abs(right) > MAX_BITS:
+        raise TooLong(f"the exponent {right} is too large")
+    if operator == "*" and left.bit_length() + right.bit_length() > MAX_BITS:
+        raise TooLong("a product of numbers is too large")
+
+
+def _size(value: Any = None, *_: Any, **__: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 1
+
+
 def _fitting(value: Any) -> Any:
-    if hasattr(value, "__len__") and len(value) > MAX_LENGTH:
-        raise jinja2.TemplateRuntimeError(f"a text is longer than {MAX_LENGTH:,}")
+    if isinstance(value, (list, tuple, dict)):
+        template_sizes.length(value)
+    elif hasattr(value, "__len__") and len(value) > MAX_LENGTH:
+        raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
     return value

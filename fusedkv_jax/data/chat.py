@@ -71,8 +71,7 @@ class ChatTemplate:
 
         from fusedkv_jax.data.bounded_jinja import BoundedEnvironment
 
-        environment = BoundedEnvironment()
-        environment.filters["tojson"] = _to_json
+        environment = BoundedEnvironment({"tojson": _to_json})
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:

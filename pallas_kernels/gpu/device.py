@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-_INSTALL = 'pip install "fusedkv_jax[gpu]"'
+_INSTALL = "pip install '.[gpu]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -101,9 +101,61 @@ def test_files_that_are_not_utf8(tmp_path):
         ("{{ '%999999999d' % 1 }}", "too wide"),
         ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "its text is longer"),
         ("{{ (" + "(" * 3000, "nested too deeply"),
+        ("{{ '%s' | format('x' * 9999) }}" * 2000, "its text is longer"),
+        ("{{ '%99999d' | format(1) }}", "too wide"),
+        ("{{ '%*d' % (10**9, 1) }}", "too wide"),
+        ("{{ ('%s' * 99999) % ('x' * 99999) }}", "a text is longer"),
+        ("{{ '{:999999999d}'.format(1) }}", "too wide"),
+        ("{{ '{:{}d}'.format(1, 10**9) }}", "too wide"),
+        ("{{ '{:999999999d}'.format_map({}) }}", "too wide"),
+        ("{{ ('{0}' * 99999).format('x' * 99999) }}", "a text is longer"),
+        ("{{ 'x' | center(10**9) }}", "a text is longer"),
+        ("{{ 'x' | center(width=10**9) }}", "a text is longer"),
+        ("{{ ['x'] | map('center', 10**9) | join }}", "a text is longer"),
+        ("{{ 'x'.ljust(10**9) }}", "a text is longer"),
+        ("{{ 'x'.zfill(10**9) }}", "a text is longer"),
+        ("{{ '\t'.expandtabs(tabsize=10**9) }}", "a text is longer"),
+        ("{{ ('x' * 99999).replace('x', 'y' * 99999) }}", "a text is longer"),
+        ("{{ ('x' * 99999) | replace('', 'y' * 99999) }}", "a text is longer"),
+        ("{{ ('y' * 99999).join('x' * 99999) }}", "a text is longer"),
+        ("{{ range(99999) | join('y' * 99999) }}", "a text is longer"),
+        ("{{ 'x\n' | indent(width=10**9, first=true) }}", "a text is longer"),
+        ("{{ ('x ' * 9999) | wordwrap(1, wrapstring='y' * 99999) }}", "a text is longer"),
+        ("{{ [1] | batch(10**9, 'x') | list }}", "a text is longer"),
+        ("{{ [1] | slice(10**9) | list }}", "a text is longer"),
+        ("{{ [1] | tojson(indent=10**9) }}", "indent 1000000000 is too large"),
+        ("{{ 1 | round(10**9, 'ceil') }}", "precision 1000000000 is too large"),
+        ("{{ (1).to_bytes(10**9, 'big') }}", "not for templates"),
+        ("{{ 'x'.translate({120: 'y' * 9999}) }}", "not for templates"),
+        ("{{ lipsum(n=10**9) }}", "'lipsum' is undefined"),
+        ("{{ [[1]] | sum(start=[]) }}", "a sum of lists"),
+        ("{{ 10 ** 999 ** 999 }}", "exponent 999 is too large"),
+        ("{% set x = 9 %}" + "{% set x = x * x %}" * 40, "a product of numbers"),
+        ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 40 + "{{ x }}", "a text is longer"),
+        ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 40 + "{{ x | tojson }}", "a text is"),
+        (
+            "{% set x = 'x' * 999999 %}{% for a in range(999) %}{{ (x|upper)[0] }}{% endfor %}",
+            "rounds",
+        ),
     ],
 )
 def test_templates_that_would_not_end_or_fit_are_refused(source, message):
     with pytest.raises(ChatError, match=message) as refused:
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
     assert "\n" not in str(refused.value)
+
+
+def test_bounded_filters_and_methods_still_work():
+    source = (
+        "{{ 'x' | center(5) }}|{{ '%-4s%05.1f%%' | format('a', 2) }}|{{ '%(n)s' % {'n': 1} }}|"
+        "{{ '{:>4}{a!r}'.format(1, a='b') }}|{{ 'a\nb' | indent(2) }}|{{ ['a', 'b'] | join('-') }}|"
+        "{{ [1, 2, 3] | batch(2, 0) | list }}|{{ {'a': [1]} | tojson(indent=2) }}|"
+        "{{ 'aXa'.replace('X', '') }}|{{ 2.345 | round(1) }}|"
+        "{{ [1, 2] | map('string') | join(',') }}|"
+        "{{ ' a ' | trim | upper }}|{{ nothing | default('d') }}|{{ [3, 1] | sort | first }}|"
+        "{{ [{'v': 1}, {'v': 2}] | sum(attribute='v') }}|{{ 2 ** 10 * 3 }}"
+    )
+    assert ChatTemplate(source).render([{"role": "user", "content": "x"}]) == (
+        "  x  |a   002.0%|1|   1'b'|a\n  b|a-b|[[1, 2], [3, 0]]|{\n  \"a\": [\n    1\n  ]\n}|"
+        "aa|2.3|1,2|A|d|1|3|3072"
+    )

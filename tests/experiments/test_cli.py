@@ -53,6 +53,11 @@ REFUSED = [
     ("train --config=demo --config.train.steps=1 --config.train.steps=2", "is given twice"),
     ("train --config=(((", "is unknown"),
     ("train --config=~no_such_person/x.py --workdir=x", "no such home directory"),
+    (f"train --config=demo --workdir={__file__}", "is a file; name a directory"),
+    (f"demo --workdir={__file__}", "is a file; name a folder"),
+    (f"reproduce --output={__file__}/table", "is a file; name a folder"),
+    (f"prepare_data --input={__file__} --output_dir={__file__}/x", "Not a directory"),
+    (f"prepare_data --input={__file__} --output_dir={__file__}", "is a file; name a folder"),
 ]
 
 

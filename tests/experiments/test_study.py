@@ -325,9 +325,9 @@ def test_mistakes(tmp_path):
             (["--study=scalin"], "--study=scalin is unknown; did you mean scaling?"),
             ([study], "--data is missing"),
             ([study, f"--data={folder}"], "must hold one file train.*; there is none"),
-            ([study, "--seeds=1"], "--seeds has no use with --study"),
-            ([study, "--config.train.steps=1"], "--config.FIELD has no use with --study"),
+            ([study, "--seeds=1"], "--seeds has no effect with --study"),
+            ([study, "--config.train.steps=1"], "--config.FIELD has no effect with --study"),
             ([study, "--report", f"--output={folder}"], "holds no records of --study=scaling"),
-            (["--sizes=0.1m"], "--sizes belongs to a study; add --study"),
+            (["--sizes=0.1m"], "--sizes has no effect without --study; add --study"),
         ],
     )

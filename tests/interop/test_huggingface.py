@@ -20,7 +20,7 @@ try:
 except ImportError:
     torch = transformers = None
 needs_oracle = pytest.mark.skipif(
-    transformers is None, reason="needs torch and transformers: pip install fusedkv_jax[reference]"
+    transformers is None, reason="needs torch and transformers: pip install '.[reference]'"
 )
 
 TOLERANCE = 1e-4

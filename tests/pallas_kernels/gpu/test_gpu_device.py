@@ -33,7 +33,7 @@ def test_missing_packages_are_named(monkeypatch, absent):
     found = str(error.value)
     assert ("jax-triton" in found) == ("jax_triton" in absent)
     assert ("triton" in found.replace("jax-triton", "")) == ("triton" in absent)
-    assert 'pip install "fusedkv_jax[gpu]"' in found and "\n" not in found
+    assert "pip install '.[gpu]'" in found and "\n" not in found
 
 
 def old_gpu(capability):
