@@ -16,7 +16,7 @@ from fusedkv_jax import compression, data
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.evaluation import at_length, total
 from fusedkv_jax.training import evaluate, load_model, make_eval_step
-from fusedkv_jax.training.progress import Progress
+from fusedkv_jax.training.monitoring.progress import Progress
 
 SUITES = ("perplexity", "length", "longcontext")
 

@@ -20,8 +20,8 @@ from fusedkv_jax.training import (
     ExperimentConfig,
     checkpoint_directory,
     committed_steps,
-    manifest,
 )
+from fusedkv_jax.training.checkpointing import manifest
 
 FLAGS = flags.FLAGS
 

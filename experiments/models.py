@@ -28,8 +28,8 @@ from fusedkv_jax.training import (
     checkpoint_directory,
     committed_steps,
     load_model,
-    manifest,
 )
+from fusedkv_jax.training.checkpointing import manifest
 
 # What training may change of a model that it starts from.
 _CHANGEABLE = (

@@ -24,7 +24,7 @@ from experiments import cli
 from fusedkv_jax.data import corpus, shards, sources, tokenizers
 from fusedkv_jax.data.config import check_holdout_fraction
 from fusedkv_jax.data.encoding import document_tokens
-from fusedkv_jax.training.progress import Progress
+from fusedkv_jax.training.monitoring.progress import Progress
 
 _SECONDS_PER_LINE = 10.0
 _KB = 1000

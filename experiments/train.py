@@ -18,7 +18,7 @@ from experiments import cli, models
 from fusedkv_jax import processes
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig, train
-from fusedkv_jax.training.metrics import finite_or_none
+from fusedkv_jax.training.monitoring.metrics import finite_or_none
 
 
 def define_flags() -> None:

@@ -18,8 +18,9 @@ from experiments.benchmarks.turns import take_turns
 from fusedkv_jax import data
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, make_mesh, put_batch
-from fusedkv_jax.training import Checkpoints, TrainProgram, head_cross_entropy, manifest
-from fusedkv_jax.training.checkpoints import checkpoint_directory
+from fusedkv_jax.training import Checkpoints, TrainProgram, head_cross_entropy
+from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing.checkpoints import checkpoint_directory
 from fusedkv_jax.training.loss import sum_cross_entropy
 from fusedkv_jax.training.step import BATCH_KEYS
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 
-from fusedkv_jax.training.metrics import device_peak_flops
+from fusedkv_jax.training.monitoring.metrics import device_peak_flops
 
 _GIB = 2**30
 _FLAT = tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split())

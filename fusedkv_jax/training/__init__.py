@@ -1,21 +1,22 @@
 """Training: configuration, train step, loop, checkpoints and metrics."""
 
-from fusedkv_jax.training.checkpoints import (
+from fusedkv_jax.training.checkpointing.checkpoints import (
     Checkpoints,
     checkpoint_directory,
     load_model,
     save_model,
 )
+from fusedkv_jax.training.checkpointing.directory import committed_steps
+from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError
+from fusedkv_jax.training.checkpointing.manifest import CheckpointError, DamagedCheckpointError
 from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
 from fusedkv_jax.training.divergence import DivergedError
 from fusedkv_jax.training.early_exit import EarlyExitConfig
 from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
 from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
-from fusedkv_jax.training.lock import WorkdirLockedError
 from fusedkv_jax.training.loop import TrainResult, train
 from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
-from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError
-from fusedkv_jax.training.metrics import bits_per_byte
+from fusedkv_jax.training.monitoring.metrics import bits_per_byte
 from fusedkv_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -24,7 +25,6 @@ from fusedkv_jax.training.optimizer import (
 from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
 from fusedkv_jax.training.step import make_train_step
-from fusedkv_jax.training.store import committed_steps
 
 __all__ = [
     "INTERRUPTED_EXIT_CODE",

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from fusedkv_jax.sharding import automatic, process_rows, put_batch
 from fusedkv_jax.training.loss import LOGITS_MIB, Batch, batch_loss
-from fusedkv_jax.training.metrics import bits_per_byte
+from fusedkv_jax.training.monitoring.metrics import bits_per_byte
 from fusedkv_jax.training.step import BATCH_KEYS, split_rows
 
 

@@ -15,16 +15,17 @@ from fusedkv_jax import costs, data, processes
 from fusedkv_jax.data import sources, tokenizers
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import make_mesh, process_rows, put_batch
-from fusedkv_jax.training.checkpoints import Checkpoints
+from fusedkv_jax.training.checkpointing.checkpoints import Checkpoints
+from fusedkv_jax.training.checkpointing.lock import lock_workdir
+from fusedkv_jax.training.checkpointing.manifest import CheckpointError
+from fusedkv_jax.training.checkpointing.tokenizer_files import keep_tokenizer, kept_tokenizer
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
 from fusedkv_jax.training.divergence import DivergenceCheck
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
-from fusedkv_jax.training.goodput import PRODUCTIVE, Goodput
 from fusedkv_jax.training.interrupts import Alarm, Interrupts
-from fusedkv_jax.training.lock import lock_workdir
-from fusedkv_jax.training.manifest import CheckpointError
 from fusedkv_jax.training.memory import check_memory, step_bytes
-from fusedkv_jax.training.metrics import (
+from fusedkv_jax.training.monitoring.goodput import PRODUCTIVE, Goodput
+from fusedkv_jax.training.monitoring.metrics import (
     JsonLinesWriter,
     LineWriter,
     MetricWriter,
@@ -35,12 +36,11 @@ from fusedkv_jax.training.metrics import (
     device_peak_flops,
     last_step,
 )
-from fusedkv_jax.training.profiling import ProfileWindow
+from fusedkv_jax.training.monitoring.profiling import ProfileWindow
+from fusedkv_jax.training.monitoring.progress import Progress
 from fusedkv_jax.training.program import TrainProgram
-from fusedkv_jax.training.progress import Progress
 from fusedkv_jax.training.state import TrainState
 from fusedkv_jax.training.step import BATCH_KEYS, Batch
-from fusedkv_jax.training.tokenizer_files import keep_tokenizer, kept_tokenizer
 
 LOGGED = ("grad_norm", "learning_rate", "skipped")  # of the last step; the loss is a mean
 METRICS_FILE = "metrics.jsonl"

@@ -27,7 +27,7 @@ from fusedkv_jax.training import (
     manifest,
     train,
 )
-from fusedkv_jax.training.lock import lock_workdir
+from fusedkv_jax.training.checkpointing.lock import lock_workdir
 
 CONFIG = """
 import json, pathlib

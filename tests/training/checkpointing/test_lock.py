@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from fusedkv_jax.training.lock import WorkdirLockedError, lock_workdir
+from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError, lock_workdir
 
 HOLDER = """
 import pathlib, sys, time
-from fusedkv_jax.training.lock import lock_workdir
+from fusedkv_jax.training.checkpointing.lock import lock_workdir
 with lock_workdir(pathlib.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)

@@ -10,8 +10,8 @@ import re
 import shutil
 import uuid
 
-from fusedkv_jax.training import manifest
-from fusedkv_jax.training.manifest import CheckpointError
+from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing.manifest import CheckpointError
 
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _MARK = "fusedkv_jax"
@@ -22,27 +22,27 @@ _UNFINISHED = re.compile(
 )
 
 
-class Store:
-    """`directory/STEP` for each committed step; everything else there is unfinished or set aside.
+class CheckpointDirectory:
+    """`path/STEP` for each committed step; everything else there is unfinished or set aside.
 
     Args:
-      directory: absolute path; made when the first step is saved.
+      path: absolute; made when the first step is saved.
       keep: number of newest steps kept.
       keep_best: number of further steps kept, those with the lowest `best_metric`.
       best_metric: a name in the manifests' metrics.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int, keep_best: int, best_metric: str):
-        self.directory = directory
+    def __init__(self, path: pathlib.Path, keep: int, keep_best: int, best_metric: str):
+        self.path = path
         self._keep, self._keep_best, self._best_metric = keep, keep_best, best_metric
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first."""
-        return committed_steps(self.directory)
+        return committed_steps(self.path)
 
     def clean(self) -> None:
         """Remove what interrupted saves and removals have left."""
-        for path in self.directory.glob("*"):
+        for path in self.path.glob("*"):
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
             elif _REMOVED.fullmatch(path.name):
@@ -51,12 +51,12 @@ class Store:
     def unfinished(self, step: int) -> pathlib.Path:
         """A new path to write a step to before it is committed."""
         self.discard(step)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return self.directory / _marked(step, "unfinished")
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path / _marked(step, "unfinished")
 
     def discard(self, step: int) -> None:
         """Remove what was written of a step that will not be committed."""
-        for path in self.directory.glob("*"):
+        for path in self.path.glob("*"):
             match = _UNFINISHED.fullmatch(path.name)
             if match and int(match["step"]) == step:
                 shutil.rmtree(path, ignore_errors=True)
@@ -67,27 +67,27 @@ class Store:
         Raises:
           FileExistsError: there is something of that name already; it stays.
         """
-        place = self.directory / str(step)
+        place = self.path / str(step)
         if os.path.lexists(place):
             raise FileExistsError(f"{place} is there already; move it away")
         os.rename(unfinished, place)
-        _sync(self.directory)
+        _sync(self.path)
         self._prune()
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Keep a damaged step for inspection, out of the way."""
-        number, aside = 1, self.directory / f"{step}.damaged"
+        number, aside = 1, self.path / f"{step}.damaged"
         while os.path.lexists(aside):
             number += 1
-            aside = self.directory / f"{step}.damaged-{number}"
-        os.rename(self.directory / str(step), aside)
+            aside = self.path / f"{step}.damaged-{number}"
+        os.rename(self.path / str(step), aside)
         return aside
 
     def _prune(self) -> None:
         values = {}
         for step in self.steps():
             try:
-                saved = manifest.read(self.directory / str(step))
+                saved = manifest.read(self.path / str(step))
             except CheckpointError:
                 continue  # not ours, or damaged: restoring will say so
             if saved.step == step:
@@ -99,8 +99,8 @@ class Store:
             wanted |= set(ranked[: self._keep_best])
         for step in values.keys() - wanted:
             # Renamed first: a reader sees a whole checkpoint or none.
-            gone = self.directory / _marked(step, "removed")
-            os.rename(self.directory / str(step), gone)
+            gone = self.path / _marked(step, "removed")
+            os.rename(self.path / str(step), gone)
             _remove(gone)
 
 

@@ -17,14 +17,18 @@ from orbax.checkpoint import v1 as ocp
 from fusedkv_jax import processes
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import serving_shardings
-from fusedkv_jax.training import manifest
-from fusedkv_jax.training.compatibility import check_config, check_tree
+from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing.compatibility import check_config, check_tree
+from fusedkv_jax.training.checkpointing.directory import CheckpointDirectory, committed_steps
+from fusedkv_jax.training.checkpointing.manifest import (
+    CheckpointError,
+    DamagedCheckpointError,
+    Manifest,
+)
+from fusedkv_jax.training.checkpointing.tokenizer_files import kept_tokenizer
+from fusedkv_jax.training.checkpointing.trees import plain, unplain, with_sharding
 from fusedkv_jax.training.config import ExperimentConfig
-from fusedkv_jax.training.manifest import CheckpointError, DamagedCheckpointError, Manifest
 from fusedkv_jax.training.state import TrainState, abstract_model
-from fusedkv_jax.training.store import Store, committed_steps
-from fusedkv_jax.training.tokenizer_files import kept_tokenizer
-from fusedkv_jax.training.trees import plain, unplain, with_sharding
 
 BEST_METRIC = "eval/loss"
 _absl = logging.getLogger("absl")
@@ -61,8 +65,10 @@ class Checkpoints:
         keep_best: int = 0,
         report: Callable[[str], Any] = print,
     ):
-        self._store = Store(checkpoint_directory(workdir), keep, keep_best, BEST_METRIC)
-        processes.on_first(self._store.clean)
+        self._directory = CheckpointDirectory(
+            checkpoint_directory(workdir), keep, keep_best, BEST_METRIC
+        )
+        processes.on_first(self._directory.clean)
         self._report = report
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -70,7 +76,7 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
-        return processes.on_first(lambda: max(self._store.steps(), default=None))
+        return processes.on_first(lambda: max(self._directory.steps(), default=None))
 
     def save(
         self,
@@ -102,7 +108,7 @@ class Checkpoints:
         }
         path = writing = failure = None
         try:
-            path = pathlib.Path(processes.on_first(lambda: str(self._store.unfinished(step))))
+            path = pathlib.Path(processes.on_first(lambda: str(self._directory.unfinished(step))))
             writing = ocp.save_checkpointables_async(str(path), items)
         except Exception as error:  # of any kind: a run outlives its checkpoints
             if path is not None and jax.process_count() > 1:
@@ -127,7 +133,7 @@ class Checkpoints:
                     raise failure
                 files.update(shared)
             manifest.write(path, **description, files=files)
-            self._store.commit(description["step"], path)
+            self._directory.commit(description["step"], path)
 
         try:
             processes.decide((failure, files), commit, _CHANNEL)
@@ -136,7 +142,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         if processes.is_first():
-            self._store.discard(step)  # the disk may be full
+            self._directory.discard(step)  # the disk may be full
         self._tell(
             f"warning: step {step} could not be saved and training goes on: {_reason(error)}"
         )
@@ -166,19 +172,19 @@ class Checkpoints:
           ValueError: the source's documents have changed.
         """
         damaged = []
-        for step in reversed(processes.on_first(self._store.steps)):
-            path = self._store.directory / str(step)
+        for step in reversed(processes.on_first(self._directory.steps)):
+            path = self._directory.path / str(step)
             try:
                 saved = processes.together(lambda: manifest.verify(path, share=True))  # noqa: B023
             except DamagedCheckpointError as damage:
-                aside = processes.on_first(lambda: self._store.set_aside(step).name)  # noqa: B023
+                aside = processes.on_first(lambda: self._directory.set_aside(step).name)  # noqa: B023
                 self._tell(f"warning: {damage}; set aside as {aside}")
                 damaged.append(str(damage))
                 continue
             return self._load(path, saved, abstract, data, config), step
         if damaged:
             raise CheckpointError(
-                f"{damaged[0]}, and no other checkpoint in {self._store.directory} is intact; "
+                f"{damaged[0]}, and no other checkpoint in {self._directory.path} is intact; "
                 "restore the directory from a copy, or use another --workdir to start again"
             )
         return None
@@ -260,12 +266,12 @@ def save_model(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path |
     directory = checkpoint_directory(workdir)
     if directory.exists():
         raise CheckpointError(f"{workdir} has checkpoints; use another directory")
-    store = Store(directory, 1, 0, BEST_METRIC)
-    path = store.unfinished(0)
+    saved = CheckpointDirectory(directory, 1, 0, BEST_METRIC)
+    path = saved.unfinished(0)
     ocp.save_checkpointables(str(path), {"params": plain(nnx.state(model, nnx.Param))})
     files = manifest.hash_files(path)
     manifest.write(path, step=0, config=config.to_dict(), metrics={}, data={}, files=files)
-    store.commit(0, path)
+    saved.commit(0, path)
 
 
 def load_model(

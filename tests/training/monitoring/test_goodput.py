@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusedkv_jax.training.goodput import Goodput
+from fusedkv_jax.training.monitoring.goodput import Goodput
 
 
 def test_shares_of_a_scripted_run():

@@ -8,8 +8,9 @@ import types
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from fusedkv_jax.training import bits_per_byte, metrics
-from fusedkv_jax.training.metrics import (
+from fusedkv_jax.training import bits_per_byte
+from fusedkv_jax.training.monitoring import metrics
+from fusedkv_jax.training.monitoring.metrics import (
     JsonLinesWriter,
     LineWriter,
     MultiWriter,

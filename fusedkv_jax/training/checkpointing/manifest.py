@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from fusedkv_jax.training.metrics import finite_or_none
+from fusedkv_jax.training.monitoring.metrics import finite_or_none
 
 FILE = "manifest.json"
 FORMAT = 4

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from fusedkv_jax.training.progress import Progress
+from fusedkv_jax.training.monitoring.progress import Progress
 
 
 def test_a_reader_that_has_gone_stops_the_lines_and_not_the_work(monkeypatch):

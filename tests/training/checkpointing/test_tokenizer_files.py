@@ -8,7 +8,7 @@ import pytest
 import tokenizers as hf
 
 from fusedkv_jax.data import chat, tokenizers
-from fusedkv_jax.training.tokenizer_files import (
+from fusedkv_jax.training.checkpointing.tokenizer_files import (
     TokenizerChangedError,
     keep_tokenizer,
     kept_tokenizer,

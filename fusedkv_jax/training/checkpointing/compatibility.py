@@ -7,9 +7,9 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from fusedkv_jax.data import sources
+from fusedkv_jax.training.checkpointing.manifest import CheckpointError
+from fusedkv_jax.training.checkpointing.trees import describe
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
-from fusedkv_jax.training.manifest import CheckpointError
-from fusedkv_jax.training.trees import describe
 
 # Settings that change how the model is computed but neither its parameters nor its function.
 MODEL_RUNTIME_FIELDS = ("attention", "max_length", "remat", "scan_layers")
