@@ -9,7 +9,7 @@ import inspect
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -33,8 +33,7 @@ class Compression(Protocol):
         chunked: it can run prompts in chunks, which `max_num_batched_tokens` asks for.
     """
 
-    @property
-    def chunked(self) -> bool: ...
+    chunked: ClassVar[bool]
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError where a model cannot use it."""

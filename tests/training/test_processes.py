@@ -24,9 +24,9 @@ from fusedkv_jax.training import (
     abstract_state,
     committed_steps,
     make_optimizer,
-    manifest,
     train,
 )
+from fusedkv_jax.training.checkpointing import manifest
 from fusedkv_jax.training.checkpointing.lock import lock_workdir
 
 CONFIG = """

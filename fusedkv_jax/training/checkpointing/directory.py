@@ -49,8 +49,8 @@ class CheckpointDirectory:
                 _remove(path)
 
     def unfinished(self, step: int) -> pathlib.Path:
-        """A new path to write a step to before it is committed."""
-        self.discard(step)
+        """A new path to write a step to before it is committed; no other may be under way."""
+        self.clean()  # of a save that failed too: its threads may have outlived `discard`
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / _marked(step, "unfinished")
 

@@ -18,8 +18,8 @@ from fusedkv_jax.training import (
     abstract_state,
     load_model,
     make_optimizer,
-    manifest,
 )
+from fusedkv_jax.training.checkpointing import manifest
 
 
 def _abstract(config):

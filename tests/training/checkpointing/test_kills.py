@@ -22,9 +22,9 @@ from fusedkv_jax.training import (
     abstract_state,
     committed_steps,
     make_optimizer,
-    manifest,
     train,
 )
+from fusedkv_jax.training.checkpointing import manifest
 
 KILLS = int(os.environ.get("FUSEDKV_KILLS", "2"))
 STEPS, INTERVAL = 400, 5

@@ -16,8 +16,8 @@ from fusedkv_jax.training import (
     abstract_state,
     load_model,
     make_optimizer,
-    manifest,
 )
+from fusedkv_jax.training.checkpointing import manifest
 
 FAULTS = ("flip", "zero", "truncate", "grow", "delete", "swap", "add")
 
