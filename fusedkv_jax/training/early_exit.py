@@ -170,8 +170,8 @@ def exit_loss(
 
     def loss(x):
         targets, mask = batch["targets"], batch["loss_mask"]
-        normed = model.normed(x)
-        return head_cross_entropy(normed, model.head_matrix, targets, mask, logits_mib)
+        normed, cap = model.normed(x), model.config.logit_softcap
+        return head_cross_entropy(normed, model.head_matrix, targets, mask, logits_mib, cap)
 
     total, count = loss(outputs[-1])
     if not early:

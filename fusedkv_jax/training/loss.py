@@ -58,7 +58,8 @@ def batch_loss(
     model = nnx.merge(graphdef, params)
     x = model.hidden(batch["tokens"], batch["segment_ids"], batch["positions"])
     targets, mask = batch["targets"], batch["loss_mask"]
-    return head_cross_entropy(x, model.head_matrix, targets, mask, logits_mib)
+    cap = model.config.logit_softcap
+    return head_cross_entropy(x, model.head_matrix, targets, mask, logits_mib, cap)
 
 
 def head_cross_entropy(
@@ -67,6 +68,7 @@ def head_cross_entropy(
     targets: Int[Array, "B T"],
     mask: Array,
     logits_mib: float = LOGITS_MIB,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`sum_cross_entropy` of `x @ head`, whose logits [B, T, V] are never whole.
 
@@ -80,6 +82,7 @@ def head_cross_entropy(
       head: output matrix; it is cast to the type of `x`, its gradient has its own type.
       targets, mask: as for `sum_cross_entropy`.
       logits_mib: MiB of float32 logits that a device holds at a time.
+      softcap: logits y become softcap * tanh(y / softcap) before the softmax.
 
     Returns:
       (sum of the losses, number of targets counted), both float32.
@@ -88,13 +91,13 @@ def head_cross_entropy(
     mesh = active_mesh()
     limit = max(1, int(logits_mib * 2**20) // 4)
     if mesh is None:
-        total = _local(x, head, targets, counted, _Split((), None, 1, limit))[0]
+        total = _local(x, head, targets, counted, _Split((), None, 1, limit, softcap))[0]
         return total, counted.sum(dtype=jnp.float32)
     rows = spec(("batch", "sequence"), targets.shape, mesh)
     matrix = spec(("width", "vocabulary"), head.shape, mesh)
     split = [name for part in (*rows, matrix[1]) for name in _names(part)]
     repeats = math.prod(mesh.shape[name] for name in AXES if name not in split)
-    plan = _Split(_names(matrix[0]), matrix[1], repeats, limit)
+    plan = _Split(_names(matrix[0]), matrix[1], repeats, limit, softcap)
     run = jax.shard_map(
         functools.partial(_local, plan=plan),
         mesh=mesh,
@@ -113,12 +116,14 @@ class _Split(NamedTuple):
       vocabulary: mesh axis that splits its columns, or None.
       repeats: devices that compute the same; each contributes that fraction.
       limit: logits at a time.
+      softcap: of the logits, or None.
     """
 
     gathered: tuple[str, ...]
     vocabulary: str | None
     repeats: int
     limit: int
+    softcap: float | None = None
 
 
 def _names(part: Any) -> tuple[str, ...]:
@@ -198,6 +203,10 @@ def _chunks(arrays, vocabulary: int, plan: _Split):
 def _chunk_loss(x, weight, targets, counted, plan: _Split):
     """Summed loss of some tokens [n, D], and its derivative by their logits [n, V]."""
     logits = _dot(x, weight, 1, 0)  # V of this device
+    slope = None
+    if plan.softcap is not None:
+        bent = jnp.tanh(logits / plan.softcap)
+        logits, slope = plan.softcap * bent, 1 - bent**2
     place = targets
     over_vocabulary = lambda value, combine: value  # noqa: E731
     if plan.vocabulary is not None:
@@ -211,6 +220,8 @@ def _chunk_loss(x, weight, targets, counted, plan: _Split):
     # where, not a product: an infinite loss at a padding place must not become NaN.
     loss = jnp.where(counted, jnp.log(total) + top - chosen, 0.0).sum()
     derivative = jnp.where(counted[:, None], exponentials / total[:, None] - hit, 0.0)
+    if slope is not None:
+        derivative = derivative * slope
     return loss, derivative.astype(x.dtype)
 
 

@@ -1,14 +1,18 @@
 """The chunked loss against the plain one, on one device and on meshes."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from fusedkv_jax import Decoder, presets
 from fusedkv_jax.sharding import MeshConfig, make_mesh
-from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
+from fusedkv_jax.training.early_exit import exit_loss
+from fusedkv_jax.training.loss import batch_loss, head_cross_entropy, sum_cross_entropy
 
 B, T, D, V = 8, 16, 8, 64
 MESHES = {
@@ -28,28 +32,53 @@ def _inputs(vocabulary=V, rows=B):
     return tuple(map(jnp.asarray, (x, head, targets, mask)))
 
 
-def _plain(x, head, targets, mask):
-    return sum_cross_entropy(jnp.einsum("btd,dv->btv", x, head), targets, mask)
+def _plain(x, head, targets, mask, cap=None):
+    logits = jnp.einsum("btd,dv->btv", x, head)
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    return sum_cross_entropy(logits, targets, mask)
 
 
-def _chunked(mib):
+def _chunked(mib, cap=None):
     # The bound is in MiB; the tests need one of a few logits.
     def loss(*inputs):
-        return head_cross_entropy(*inputs, logits_mib=mib)
+        return head_cross_entropy(*inputs, logits_mib=mib, softcap=cap)
 
     return loss
 
 
-def _compare(loss, inputs):
+def _compare(loss, inputs, cap=None):
     x, head, targets, mask = inputs
+    plain = functools.partial(_plain, cap=cap)
     for argument in (0, 1):
-        wanted = jax.value_and_grad(_plain, argument, has_aux=True)(x, head, targets, mask)
+        wanted = jax.value_and_grad(plain, argument, has_aux=True)(x, head, targets, mask)
         found = jax.jit(jax.value_and_grad(loss, argument, has_aux=True))(x, head, targets, mask)
         np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=1e-6)
         assert float(found[0][1]) == float(mask.sum())
         np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
     total, _ = jax.jit(loss)(*inputs)  # without gradients it is another program
-    np.testing.assert_allclose(total, _plain(*inputs)[0], rtol=1e-6)
+    np.testing.assert_allclose(total, plain(*inputs)[0], rtol=1e-6)
+
+
+def test_capped_logits():
+    _compare(_chunked(7 * V * 4 / 2**20, cap=2.0), _inputs(), cap=2.0)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_loss_of_a_model_is_that_of_its_logits(early):
+    changes = {"logit_softcap": 1.5, "logit_scale": 3.0, "num_layers": 2, "max_length": T}
+    config = presets.get("demo", layout="mha", vocab_size=V, d_model=24, d_ff=32, **changes)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    _, _, targets, mask = _inputs()
+    tokens = jnp.where(mask != 0, targets, 0)
+    batch = {"tokens": tokens, "targets": targets, "loss_mask": mask}
+    batch |= {"segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(T) + 0 * tokens}
+    wanted = sum_cross_entropy(model(tokens), targets, mask)[0]
+    if early:
+        found = exit_loss(model, batch, jnp.array([0.0, 1.0]))[0]
+    else:
+        found = batch_loss(*nnx.split(model), batch)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [1e9, 1, 40 * V, 7 * V])

@@ -60,6 +60,11 @@ def check_config(path: pathlib.Path, saved: dict[str, Any], config: ExperimentCo
 def _difference(part: str, saved: dict[str, Any], config: ExperimentConfig) -> str | None:
     """The first setting of "model" or "data" that differs and matters."""
     runtime = MODEL_RUNTIME_FIELDS if part == "model" else DATA_RUNTIME_FIELDS
+    try:
+        # A setting that is newer than the checkpoint had its default then.
+        saved = json.loads(json.dumps(ExperimentConfig.from_dict(saved).to_dict()))
+    except ValueError:
+        pass  # a setting that is no more: the comparison names it
     old, new = (
         {name: value for name, value in values[part].items() if name not in runtime}
         for values in (saved, json.loads(json.dumps(config.to_dict())))

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, and refusals that name what differs."""
 
 import dataclasses
+import json
 import resource
 import shutil
 
@@ -20,6 +21,7 @@ from fusedkv_jax.training import (
     make_optimizer,
 )
 from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing.compatibility import check_config
 
 
 def _abstract(config):
@@ -275,3 +277,15 @@ def test_load_model_says_what_is_missing(tmp_path, saved):
         load_model(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="step=8 is not in .*, which has 7"):
         load_model(saved[0], step=8)
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default(toy, tmp_path):
+    saved = json.loads(json.dumps(toy.to_dict()))
+    del saved["model"]["logit_softcap"]
+    check_config(tmp_path, saved, toy)
+    capped = dataclasses.replace(toy, model=dataclasses.replace(toy.model, logit_softcap=30.0))
+    with pytest.raises(CheckpointError, match=r"model\.logit_softcap: None -> 30\.0"):
+        check_config(tmp_path, saved, capped)
+    saved["model"]["of_old"] = 1
+    with pytest.raises(CheckpointError, match="of_old"):
+        check_config(tmp_path, saved, toy)
