@@ -25,7 +25,7 @@ from experiments.overrides import apply_overrides
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from fusedkv_jax.sharding import MeshConfig
+    from fusedkv_jax.mesh import MeshConfig
     from fusedkv_jax.training import ExperimentConfig
 
 _CONFIG_FOLDER = pathlib.Path(__file__).parent / "configs"
@@ -149,7 +149,7 @@ def read_mesh() -> "MeshConfig | None":
     Raises:
       ValueError: an unknown axis or a bad size.
     """
-    from fusedkv_jax.sharding import MeshConfig
+    from fusedkv_jax.mesh import MeshConfig
 
     if not flags.FLAGS.mesh:
         return None
@@ -242,7 +242,7 @@ def _settable() -> dict[str, Any]:
         default = flags.FLAGS["config"].default
         found["config"] = _named_config(default) if default else ExperimentConfig
     if "mesh" in flags.FLAGS:
-        from fusedkv_jax.sharding import MeshConfig
+        from fusedkv_jax.mesh import MeshConfig
 
         found["mesh"] = MeshConfig
     return found

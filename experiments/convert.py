@@ -19,9 +19,8 @@ from absl import flags
 
 import fusedkv_jax as fkv
 from experiments import cli, models
-from fusedkv_jax import costs, interop
+from fusedkv_jax import costs, interop, training
 from fusedkv_jax.data import tokenizers
-from fusedkv_jax.training import save_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the cache of 3072 bytes is full again."
 NEW_TOKENS = 30
@@ -58,7 +57,7 @@ def main() -> int:
         if tokenizer != "byte":
             interop.copy_tokenizer(tokenizer, output / "tokenizer")
             loaded = models.with_tokenizer(loaded, str((output / "tokenizer").resolve()))
-        save_model(loaded.model, loaded.config, output)
+        training.save_model(loaded.model, loaded.config, output)
     count = costs.parameter_count(loaded.model.config)
     print(f"{loaded.where} -> {output}: {count:,} parameters, {_layout(loaded.model)}")
     report: dict[str, Any] = {"output": str(output), "format": kind, "parameters": count}

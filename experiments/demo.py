@@ -18,10 +18,10 @@ from absl import flags
 
 import fusedkv_jax as fkv
 from experiments import cli, generate, latency, pictures, runs
-from fusedkv_jax import costs
+from fusedkv_jax import costs, training
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.encoding import encode_prompt
-from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig, load_model
+from fusedkv_jax.training import ExperimentConfig
 
 BASELINE = "mha"
 PROMPT = "import os\n\n\nclass Reader:\n    def __init__(self, path):\n"
@@ -77,7 +77,7 @@ def compare(
         key: runs.complete(_with_layout(config, key, layout), workdir / _file_name(key))
         for key, layout in ((BASELINE, BASELINE), (name, config.model.layout))
     }
-    models = {key: load_model(run.workdir)[0] for key, run in finished.items()}
+    models = {key: training.load_model(run.workdir)[0] for key, run in finished.items()}
     tokenizer = tokenizers.load(config.data.tokenizer)
     prompt = np.resize(encode_prompt(tokenizer, PROMPT), timing.prompt_length).astype(np.int32)
     speeds = latency.measure(models, prompt, new_tokens=timing.new_tokens, repeats=timing.repeats)
@@ -162,7 +162,7 @@ def main() -> int:
         results = compare(config, workdir, timing)
     except runs.Interrupted as stop:
         print(stop, file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+        return training.INTERRUPTED_EXIT_CODE
     for layout, figures in results["layouts"].items():
         print(f"\n--- what {layout} writes after a prompt of five lines ---")
         print(PROMPT + figures["sample"])

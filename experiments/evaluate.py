@@ -12,10 +12,9 @@ from absl import flags
 from flax import nnx
 
 from experiments import cli, longcontext, longcontext_methods, longcontext_report, models
-from fusedkv_jax import compression, data
+from fusedkv_jax import compression, data, training
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.evaluation import at_length, total
-from fusedkv_jax.training import evaluate, load_model, make_eval_step
 from fusedkv_jax.training.monitoring.progress import Progress
 
 SUITES = ("perplexity", "length", "longcontext")
@@ -77,9 +76,9 @@ def perplexity() -> dict[str, Any]:
     config = models.with_text(loaded).config
     batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
     graphdef, params = nnx.split(loaded.model, nnx.Param)
-    eval_step = make_eval_step(graphdef, config.train.grad_accumulation)
+    eval_step = training.make_eval_step(graphdef, config.train.grad_accumulation)
     with Progress(len(batches), label="evaluating", unit="batch") as progress:
-        result = evaluate(eval_step, params, _counted(batches, progress))
+        result = training.evaluate(eval_step, params, _counted(batches, progress))
     report = {
         "name": config.name,
         "workdir": loaded.where,
@@ -121,7 +120,7 @@ def long_context() -> dict[str, Any]:
     names = [name for name in workdirs.split(",") if name]
     output = flags.FLAGS.output and cli.check_output(flags.FLAGS.output, folder=True)
     chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)
-    size = flags.FLAGS.length or load_model(names[0])[1].data.seq_len
+    size = flags.FLAGS.length or training.load_model(names[0])[1].data.seq_len
     methods = (
         longcontext_methods.methods(flags.FLAGS.compression, flags.FLAGS.cache_dtype)
         if chosen

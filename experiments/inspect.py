@@ -13,15 +13,7 @@ import time
 from absl import flags
 
 from experiments import cli
-from fusedkv_jax import costs
-from fusedkv_jax.training import (
-    CheckpointError,
-    DamagedCheckpointError,
-    ExperimentConfig,
-    checkpoint_directory,
-    committed_steps,
-)
-from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax import costs, training
 
 FLAGS = flags.FLAGS
 
@@ -39,8 +31,10 @@ def describe(path: pathlib.Path) -> str:
     Raises:
       CheckpointError: the manifest is missing or damaged.
     """
+    from fusedkv_jax.training.checkpointing import manifest
+
     found = manifest.read(path)
-    config = ExperimentConfig.from_dict(found.config)
+    config = training.ExperimentConfig.from_dict(found.config)
     model = config.model
     sizes: collections.Counter[str] = collections.Counter()
     for name, (size, _) in found.files.items():
@@ -61,6 +55,8 @@ def describe(path: pathlib.Path) -> str:
 
 
 def main() -> int:
+    from fusedkv_jax.training.checkpointing import manifest
+
     target = cli.require("workdir")
     path = pathlib.Path(target).expanduser()
     if not path.is_dir():
@@ -69,16 +65,24 @@ def main() -> int:
         paths = [path]
     else:
         directory = next(
-            d for d in (checkpoint_directory(path), path) if committed_steps(d) or d == path
+            d
+            for d in (training.checkpoint_directory(path), path)
+            if training.committed_steps(d) or d == path
         )
-        steps = committed_steps(directory)
+        steps = training.committed_steps(directory)
         if not steps:
-            runs = [str(d.parent) for d in sorted(path.glob("*/checkpoints")) if committed_steps(d)]
+            runs = [
+                str(d.parent)
+                for d in sorted(path.glob("*/checkpoints"))
+                if training.committed_steps(d)
+            ]
             hint = f"; there are runs in {', '.join(runs)}" if runs else ""
-            raise CheckpointError(f"there is no checkpoint in {target}{hint}")
+            raise training.CheckpointError(f"there is no checkpoint in {target}{hint}")
         if FLAGS.step is not None and FLAGS.step not in steps:
             known = ", ".join(map(str, steps))
-            raise CheckpointError(f"--step={FLAGS.step} is not in {target}, which has {known}")
+            raise training.CheckpointError(
+                f"--step={FLAGS.step} is not in {target}, which has {known}"
+            )
         chosen = steps if FLAGS.step is None else [FLAGS.step]
         paths = [directory / str(step) for step in chosen]
     return max([_show(path) for path in paths])
@@ -90,12 +94,14 @@ def _number(value: float | None) -> str:
 
 def _show(path: pathlib.Path) -> int:
     """Print one checkpoint; 1 if it is damaged."""
+    from fusedkv_jax.training.checkpointing import manifest
+
     try:
         print(describe(path))
         start = time.perf_counter()
         found = manifest.verify(path)
         seconds = time.perf_counter() - start
-    except DamagedCheckpointError as damage:
+    except training.DamagedCheckpointError as damage:
         print(f"  DAMAGED   {damage}")
         return 1
     rate = found.nbytes / seconds / 1e9

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import runs
 from experiments.longcontext_methods import refusal
-from fusedkv_jax import data
+from fusedkv_jax import data, training
 from fusedkv_jax.data import recall_tasks, tokenizers
 from fusedkv_jax.data.recall import RecallSequences
 from fusedkv_jax.data.recall_forms import TextForm, TokenForm
@@ -31,7 +31,7 @@ from fusedkv_jax.evaluation import (
 )
 from fusedkv_jax.evaluation.longcontext import Question
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.training import ExperimentConfig, load_model
+from fusedkv_jax.training import ExperimentConfig
 
 TEXT = "text"
 CONTINUATION = 64  # at most: half of a short text
@@ -141,14 +141,14 @@ def run(
       ValueError: such a method, and what `cases` and `load_model` raise.
     """
     if strict:  # before anything runs
-        configs = [load_model(workdir)[1].model for workdir in workdirs]
+        configs = [training.load_model(workdir)[1].model for workdir in workdirs]
         for method in methods:
             reasons = [refusal(method, config) for config in configs]
             if all(reasons):
                 raise ValueError(f"compression={method.name} serves no model: {reasons[0]}")
     rows, models = [], {}
     for workdir in workdirs:
-        model, config, step = load_model(workdir)
+        model, config, step = training.load_model(workdir)
         tasks = settings.tasks or default_tasks(config)
         name = config.model.kv_layout.spec or config.name
         name = name if name not in models else f"{name} ({workdir})"

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 Points = tuple[tuple[float, float], ...]
 _MARKERS = "osD^v<>PX*"
@@ -58,6 +57,8 @@ def _line(cells: Sequence[str]) -> str:
 def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
     """Write a picture of quality against cache bytes, a panel for each model."""
     models = list(results["models"])
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6 * len(models), 5), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     rows = [row for row in results["rows"] if not row["refused"]]

@@ -10,26 +10,20 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
-from flax import nnx
-from jax.sharding import Mesh
 
+import fusedkv_jax as fkv
 from experiments import cli
-from fusedkv_jax import interop
+from fusedkv_jax import interop, training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.layouts import KVLayout
-from fusedkv_jax.model import Decoder
-from fusedkv_jax.sharding import serving_shardings
-from fusedkv_jax.training import (
-    ExperimentConfig,
-    checkpoint_directory,
-    committed_steps,
-    load_model,
-)
-from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training import ExperimentConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 # What training may change of a model that it starts from.
 _CHANGEABLE = (
@@ -57,7 +51,7 @@ class Loaded:
       where: the work directory, folder or file.
     """
 
-    model: Decoder
+    model: fkv.Decoder
     config: ExperimentConfig
     step: int | None
     where: str
@@ -112,7 +106,7 @@ def load(mesh: Mesh | None = None, source: str | None = None, layout: str | None
 
 def load_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> Loaded:
     """The model of a work directory; raises as `fusedkv_jax.training.load_model`."""
-    return Loaded(*load_model(workdir, step, mesh), workdir)
+    return Loaded(*training.load_model(workdir, step, mesh), workdir)
 
 
 def with_tokenizer(loaded: Loaded, tokenizer: str) -> Loaded:
@@ -215,7 +209,7 @@ class Start:
         layout = interop.with_layout(self.config, config.model.kv_layout).kv_layout
         return dataclasses.replace(config, model=config.model.replace(layout=layout))
 
-    def load(self, config: ModelConfig) -> Decoder:
+    def load(self, config: ModelConfig) -> fkv.Decoder:
         """The model, under the layout that is trained; raises as loading does."""
         if is_run(self.path):
             return load_run(self.path).model
@@ -224,13 +218,15 @@ class Start:
 
 def is_run(path: str) -> bool:
     """Whether it is the work directory of a training run."""
-    return checkpoint_directory(path).is_dir()
+    return training.checkpoint_directory(path).is_dir()
 
 
 def run_config(path: str) -> ExperimentConfig:
     """The configuration of a training run, without reading weights."""
-    directory = checkpoint_directory(path)
-    steps = committed_steps(directory)
+    from fusedkv_jax.training.checkpointing import manifest
+
+    directory = training.checkpoint_directory(path)
+    steps = training.committed_steps(directory)
     if not steps:
         raise ValueError(f"there is no checkpoint in {path}; train there first")
     return ExperimentConfig.from_dict(manifest.read(directory / str(steps[-1])).config)
@@ -252,6 +248,11 @@ def _own_tokenizer(place: pathlib.Path, folder: pathlib.Path | None) -> str:
     return str(folder)
 
 
-def _placed(model: Decoder, mesh: Mesh) -> Decoder:
+def _placed(model: fkv.Decoder, mesh: Mesh) -> fkv.Decoder:
+    import jax
+    from flax import nnx
+
+    from fusedkv_jax.sharding import serving_shardings
+
     graphdef, params = nnx.split(model, nnx.Param)
     return nnx.merge(graphdef, jax.device_put(params, serving_shardings(params, mesh)))

@@ -4,15 +4,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
+import fusedkv_jax as fkv
 from fusedkv_jax.layouts import KINDS
-from fusedkv_jax.model import Decoder
 
 History = Sequence[Mapping[str, float]]
 
 
-def fusion_weights(model: Decoder) -> tuple[list[int], list[str], dict[str, np.ndarray]]:
+def fusion_weights(model: "fkv.Decoder") -> tuple[list[int], list[str], dict[str, np.ndarray]]:
     """Every layer's learned stream weights, averaged over heads and channels.
 
     Returns:
@@ -42,7 +41,7 @@ def fusion_weights(model: Decoder) -> tuple[list[int], list[str], dict[str, np.n
     return layers, names, figures
 
 
-def draw_fusion_weights(model: Decoder, path: pathlib.Path) -> bool:
+def draw_fusion_weights(model: "fkv.Decoder", path: pathlib.Path) -> bool:
     """Write a heat map of `fusion_weights`; returns False, and writes nothing, without weights."""
     layers, columns, figures = fusion_weights(model)
     if not layers:
@@ -52,6 +51,8 @@ def draw_fusion_weights(model: Decoder, path: pathlib.Path) -> bool:
         ("magnitude", "mean |weight|", "viridis", 0.0),
         ("mean", "mean weight", "RdBu", -limit),
     )
+    from matplotlib.figure import Figure
+
     figure = Figure(
         figsize=(3 + 1.3 * len(columns), 1.8 + 0.45 * len(layers)), layout="constrained"
     )
@@ -85,6 +86,8 @@ def draw_loss_curves(histories: Mapping[str, History], path: pathlib.Path) -> No
 
     The axis is cut at the top, where the first steps are all alike.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     every = []

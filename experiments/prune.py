@@ -19,20 +19,10 @@ from absl import flags
 from flax import nnx
 
 from experiments import cli, latency, longcontext
-from fusedkv_jax import data
+from fusedkv_jax import data, training
 from fusedkv_jax.compression import PruningStep, prune_sources
 from fusedkv_jax.model import Decoder, fold_fusion
-from fusedkv_jax.training import (
-    Checkpoints,
-    ExperimentConfig,
-    checkpoint_directory,
-    committed_steps,
-    create_state,
-    evaluate,
-    load_model,
-    make_eval_step,
-    make_optimizer,
-)
+from fusedkv_jax.training import ExperimentConfig
 
 NEW_TOKENS = 33
 
@@ -58,7 +48,7 @@ def define_flags() -> None:
 
 def main() -> None:
     workdir = cli.require("workdir")
-    model, config, step = load_model(workdir)
+    model, config, step = training.load_model(workdir)
     output = cli.check_output(flags.FLAGS.output or f"{workdir}/pruned", folder=True)
     folders = {budget: output / f"budget_{budget:g}" for budget in sorted(flags.FLAGS.budget)}
     for folder in folders.values():
@@ -89,14 +79,16 @@ def main() -> None:
 def save(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path) -> None:
     """Leave a model as the checkpoint of a run that begins with it, at step 0."""
     config = dataclasses.replace(config, model=model.config)
-    state = create_state(
-        config.model, make_optimizer(config.optimizer, config.train.steps), config.train.seed
+    state = training.create_state(
+        config.model,
+        training.make_optimizer(config.optimizer, config.train.steps),
+        config.train.seed,
     )
     params = nnx.state(model, nnx.Param)
     state = dataclasses.replace(state, params=params)
-    with Checkpoints(workdir, keep=1) as checkpoints:
+    with training.Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(0, state, data.make_train_iterator(config.data), config)
-    if committed_steps(checkpoint_directory(workdir)) != [0]:
+    if training.committed_steps(training.checkpoint_directory(workdir)) != [0]:
         raise OSError(f"{workdir}: the pruned model could not be saved")
 
 
@@ -118,7 +110,7 @@ def _rows(
     for name, model in models.items():
         graphdef, params = nnx.split(model, nnx.Param)
         batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
-        result = evaluate(make_eval_step(graphdef), params, batches)
+        result = training.evaluate(training.make_eval_step(graphdef), params, batches)
         rows.append(
             {
                 "model": name,

@@ -16,14 +16,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
 from experiments import cli, runs
 from experiments.configs import claim_small
 from experiments.study import command
-from fusedkv_jax import costs
-from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig
+from fusedkv_jax import costs, training
+from fusedkv_jax.training import ExperimentConfig
 
 
 def run_config(config: ExperimentConfig, name: str, seed: int) -> ExperimentConfig:
@@ -56,6 +55,8 @@ def reproduce(
       ValueError: a row does not fit the model, and what `runs.complete` raises.
       runs.Interrupted: a signal ended a run.
     """
+    import jax
+
     plan = {(name, seed): run_config(config, name, seed) for seed in seeds for name in names}
     losses: dict[str, dict[int, float]] = {name: {} for name in names}
     for number, ((name, seed), run) in enumerate(plan.items(), 1):
@@ -222,7 +223,7 @@ def main() -> int:
         results = reproduce(config, workdir, names, seeds)
     except runs.Interrupted as stop:
         print(stop, file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+        return training.INTERRUPTED_EXIT_CODE
     results["command"] = shlex.join(["python", "-m", "experiments.reproduce", *sys.argv[1:]])
     text = markdown(results)
     files["md"].write_text(text, encoding="utf-8")

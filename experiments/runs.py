@@ -9,11 +9,9 @@ import platform
 import time
 from typing import Any
 
-import jax
-
-from fusedkv_jax.training import ExperimentConfig, train
+from fusedkv_jax import training
+from fusedkv_jax.training import ExperimentConfig
 from fusedkv_jax.training.config import first_difference
-from fusedkv_jax.training.loop import METRICS_FILE
 
 RUN_FILE = "run.json"
 # What may change between two calls of one run: neither the model nor its data depend on these.
@@ -89,7 +87,7 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> Run:
         workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir, config, seconds, None)
     start = time.perf_counter()
-    trained = train(config, workdir)
+    trained = training.train(config, workdir)
     seconds += time.perf_counter() - start
     if trained.interrupted:
         _write(workdir, config, seconds, None)
@@ -112,6 +110,8 @@ def seconds(workdir: pathlib.Path) -> float:
 
 def environment() -> dict[str, Any]:
     """Device and versions, for result files."""
+    import jax
+
     devices = jax.devices()
     return {
         "device": devices[0].device_kind,
@@ -136,6 +136,8 @@ def _processor() -> str:
 
 
 def _history(workdir: pathlib.Path) -> list[dict[str, float]]:
+    from fusedkv_jax.training.loop import METRICS_FILE
+
     lines = (workdir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

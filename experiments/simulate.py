@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from matplotlib.figure import Figure
 
 from experiments import cli
 from fusedkv_jax import presets
@@ -159,6 +158,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Goodput, TTFT and TPOT against the load, a line for each layout and policy."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = (
         ("goodput (requests/s)", lambda row: row["goodput"]),

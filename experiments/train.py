@@ -14,11 +14,9 @@ from collections.abc import Callable
 
 from absl import flags
 
+import fusedkv_jax as fkv
 from experiments import cli, models
-from fusedkv_jax import processes
-from fusedkv_jax.model import Decoder
-from fusedkv_jax.training import INTERRUPTED_EXIT_CODE, ExperimentConfig, train
-from fusedkv_jax.training.monitoring.metrics import finite_or_none
+from fusedkv_jax import processes, training
 
 
 def define_flags() -> None:
@@ -51,6 +49,8 @@ def define_flags() -> None:
 
 
 def main() -> int:
+    from fusedkv_jax.training.monitoring.metrics import finite_or_none
+
     config, initial = _start()
     workdir, profile_steps = cli.require("workdir"), _steps(flags.FLAGS.profile_steps)
     processes.initialize(
@@ -59,7 +59,7 @@ def main() -> int:
         flags.FLAGS.process_id,
         connect_seconds=flags.FLAGS.connect_seconds,
     )
-    result = train(
+    result = training.train(
         config,
         workdir,
         profile_steps=profile_steps,
@@ -69,10 +69,10 @@ def main() -> int:
     if processes.is_first():
         summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
         print(json.dumps(summary | finite_or_none(result.metrics)))
-    return INTERRUPTED_EXIT_CODE if result.interrupted else 0
+    return training.INTERRUPTED_EXIT_CODE if result.interrupted else 0
 
 
-def _start() -> tuple[ExperimentConfig, Callable[[], Decoder] | None]:
+def _start() -> "tuple[training.ExperimentConfig, Callable[[], fkv.Decoder] | None]":
     """The experiment, and what gives the model that it starts from, if not from drawn weights."""
     source = flags.FLAGS.init_from
     if source is None:

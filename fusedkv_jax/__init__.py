@@ -1,24 +1,10 @@
 """Decoder language models whose upper layers rebuild their KV cache from lower layers' caches."""
 
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-from fusedkv_jax import compression, costs, interop, layouts, presets
-from fusedkv_jax.cache import KVCache
-from fusedkv_jax.config import BlockConfig, MLAConfig, ModelConfig, RopeConfig
-from fusedkv_jax.generation import (
-    BeamSearchParams,
-    Completion,
-    SamplingParams,
-    SelfSpeculation,
-    beam_search,
-    chat,
-    decode_step,
-    generate,
-    prefill,
-    stream,
-    warm_up,
-)
-from fusedkv_jax.model import Decoder, fold_fusion
+import pallas_kernels.xla_flags  # noqa: F401 (before anything computes)
+from fusedkv_jax.lazy import lazy_names
 
 __version__ = metadata.version("fusedkv_jax")
 
@@ -48,3 +34,45 @@ __all__ = [
     "stream",
     "warm_up",
 ]
+
+if TYPE_CHECKING:
+    from fusedkv_jax import compression, costs, interop, layouts, presets
+    from fusedkv_jax.cache import KVCache
+    from fusedkv_jax.config import BlockConfig, MLAConfig, ModelConfig, RopeConfig
+    from fusedkv_jax.generation import (
+        BeamSearchParams,
+        Completion,
+        SamplingParams,
+        SelfSpeculation,
+        beam_search,
+        chat,
+        decode_step,
+        generate,
+        prefill,
+        stream,
+        warm_up,
+    )
+    from fusedkv_jax.model import Decoder, fold_fusion
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "cache": ["KVCache"],
+            "config": ["BlockConfig", "MLAConfig", "ModelConfig", "RopeConfig"],
+            "generation": [
+                "BeamSearchParams",
+                "Completion",
+                "SamplingParams",
+                "SelfSpeculation",
+                "beam_search",
+                "chat",
+                "decode_step",
+                "generate",
+                "prefill",
+                "stream",
+                "warm_up",
+            ],
+            "model": ["Decoder", "fold_fusion"],
+        },
+    )

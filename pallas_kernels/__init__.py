@@ -1,11 +1,9 @@
 """The attention operation of decoders that read one, or a mix of several, key-value caches."""
 
-import pallas_kernels.xla_flags  # noqa: F401, I001 (before anything computes)
-from pallas_kernels.api import attention, implementations
-from pallas_kernels.combine import combine
-from pallas_kernels.paged import Pages, paged_attention
-from pallas_kernels.quantized import Quantized, quantize
-from pallas_kernels.stacked import Stacked
+import importlib
+from typing import TYPE_CHECKING
+
+import pallas_kernels.xla_flags  # noqa: F401 (before anything computes)
 
 __all__ = [
     "Pages",
@@ -17,3 +15,29 @@ __all__ = [
     "paged_attention",
     "quantize",
 ]
+
+if TYPE_CHECKING:
+    from pallas_kernels.api import attention, implementations
+    from pallas_kernels.combining import combine
+    from pallas_kernels.paged import Pages, paged_attention
+    from pallas_kernels.quantized import Quantized, quantize
+    from pallas_kernels.stacked import Stacked
+else:
+    # At the first use: whoever only reads a configuration does not wait for JAX.
+    _MODULES = {
+        "Pages": "paged",
+        "Quantized": "quantized",
+        "Stacked": "stacked",
+        "attention": "api",
+        "combine": "combining",
+        "implementations": "api",
+        "paged_attention": "paged",
+        "quantize": "quantized",
+    }
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module 'pallas_kernels' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"pallas_kernels.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value

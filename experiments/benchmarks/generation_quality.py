@@ -3,8 +3,8 @@
 from experiments import runs
 from experiments.benchmarks.report import Measurement, Target
 from experiments.longcontext import heldout_texts
+from fusedkv_jax import training
 from fusedkv_jax.evaluation import at_length, total
-from fusedkv_jax.training import load_model
 
 # Largest increase of the perplexity, as a share of it.
 BOUNDS = {"int8": 0.005, "float8_e4m3fn": 0.03, "int4": 0.03}
@@ -12,7 +12,7 @@ BOUNDS = {"int8": 0.005, "float8_e4m3fn": 0.03, "int4": 0.03}
 
 def measure_storage(run: runs.Run, *, texts: int) -> Measurement:
     """Perplexity of held-out text that is read through a cache of each storage type."""
-    model, config, _ = load_model(run.workdir)
+    model, config, _ = training.load_model(run.workdir)
     # As long as can be: int4 leaves the newest 128 tokens exact.
     length = model.config.max_length
     documents = heldout_texts(config, length + 1, texts)

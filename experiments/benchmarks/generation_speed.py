@@ -13,6 +13,7 @@ from experiments import runs
 from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
 from experiments.longcontext import heldout_texts
+from fusedkv_jax import training
 from fusedkv_jax.compression import Compressor
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import EngineSettings, SamplingParams, generate
@@ -23,7 +24,6 @@ from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.generation.requests import Request
 from fusedkv_jax.generation.speculation import SelfSpeculation
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.training import load_model
 
 DRAFTS = (2, 4, 6)
 
@@ -72,7 +72,7 @@ def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Mea
 
 def measure_speculation(run: runs.Run, *, prompt: int, new_tokens: int, rounds: int) -> Measurement:
     """Greedy tokens per second, one request at a time, plain and with several ways to draft."""
-    model, config, _ = load_model(run.workdir)
+    model, config, _ = training.load_model(run.workdir)
     prompts = heldout_texts(config, prompt, 4).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     ways: dict[str, SelfSpeculation | None] = {"plain": None}

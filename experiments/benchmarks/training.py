@@ -15,12 +15,11 @@ import numpy as np
 from experiments.benchmarks.generation import toy_config
 from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
-from fusedkv_jax import data
+from fusedkv_jax import data, training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, make_mesh, put_batch
-from fusedkv_jax.training import Checkpoints, TrainProgram, head_cross_entropy
+from fusedkv_jax.training import TrainProgram, head_cross_entropy
 from fusedkv_jax.training.checkpointing import manifest
-from fusedkv_jax.training.checkpointing.checkpoints import checkpoint_directory
 from fusedkv_jax.training.loss import sum_cross_entropy
 from fusedkv_jax.training.step import BATCH_KEYS
 
@@ -64,7 +63,7 @@ def measure_saving(rounds: int, model: dict[str, Any], interval: int) -> Measure
         batch = put_batch({name: next(batches)[name] for name in BATCH_KEYS}, mesh)
         with (
             jax.set_mesh(mesh),
-            Checkpoints(folder, keep=1, report=_refuse) as checkpoints,
+            training.Checkpoints(folder, keep=1, report=_refuse) as checkpoints,
         ):
             step, state = program.lower().compile(), program.create()
             numbers = itertools.count(1)
@@ -107,10 +106,13 @@ def measure_verification(rounds: int, size: float) -> Measurement:
         model = ModelConfig.from_dict(config.model.to_dict() | geometry | heads)
         program = TrainProgram(_with_batches(config, model, quick=True), mesh)
         iterator = data.make_train_iterator(program.config.data)
-        with jax.set_mesh(mesh), Checkpoints(folder, keep=1, report=_refuse) as checkpoints:
+        with (
+            jax.set_mesh(mesh),
+            training.Checkpoints(folder, keep=1, report=_refuse) as checkpoints,
+        ):
             checkpoints.save(1, program.create(), iterator, program.config)
             checkpoints.wait()
-            path = checkpoint_directory(folder) / "1"
+            path = training.checkpoint_directory(folder) / "1"
             nbytes = manifest.read(path).nbytes
 
             def restore() -> None:

@@ -18,7 +18,7 @@ Command:   python -m experiments.train --config=paper_332m --workdir=DIR \\
 
 from fusedkv_jax import presets
 from fusedkv_jax.data import DataConfig
-from fusedkv_jax.sharding import MeshConfig
+from fusedkv_jax.mesh import MeshConfig
 from fusedkv_jax.training import ExperimentConfig, OptimizerConfig, TrainConfig
 
 BATCH_SIZE = 512

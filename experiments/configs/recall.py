@@ -16,7 +16,7 @@ Command:   python -m experiments.train --config=recall --workdir=runs/recall_fus
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.training import ExperimentConfig, OptimizerConfig, TrainConfig
-from fusedkv_jax.training.early_exit import EarlyExitConfig
+from fusedkv_jax.training.early_exit_config import EarlyExitConfig
 
 D_MODEL = 64
 

@@ -12,15 +12,17 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments import cli, runs
-from experiments.study import corpus, records, report
 from experiments.study.grid import Study
-from experiments.study.statistics import Estimate, lines
-from experiments.study.worker import Worker, check
-from fusedkv_jax.training import INTERRUPTED_EXIT_CODE
+from fusedkv_jax import training
+
+if TYPE_CHECKING:
+    from experiments.study.statistics import Estimate
+    from experiments.study.worker import Worker
 
 STUDIES = ("scaling",)
 
@@ -44,6 +46,9 @@ def define_flags() -> None:
 
 def main() -> int:
     """Do what the flags say; returns the exit code."""
+    from experiments.study import corpus
+    from experiments.study.worker import Worker
+
     study = load(flags.FLAGS.study)
     workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{study.name}")
     output = pathlib.Path(flags.FLAGS.output or workdir / "results")
@@ -64,7 +69,7 @@ def main() -> int:
         worker.work()
     except runs.Interrupted as stop:
         print(stop, file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+        return training.INTERRUPTED_EXIT_CODE
     return _report(study, output)
 
 
@@ -78,13 +83,18 @@ def load(name: str) -> Study:
     return importlib.import_module(f"experiments.study.{name}").get_study()
 
 
-def _check(worker: Worker, name: str) -> int:
+def _check(worker: "Worker", name: str) -> int:
+    from experiments.study.worker import check
+
     difference = check(worker, name)
     print(difference or f"{name}: the recorded losses, to the last bit")
     return 1 if difference else 0
 
 
 def _report(study: Study, output: pathlib.Path) -> int:
+    from experiments.study import records, report
+    from experiments.study.statistics import lines
+
     print(report.write(study, output / "records", output))
     results = lines(study, records.read_all(output / "records", study))
     rows = [
@@ -100,7 +110,7 @@ def _report(study: Study, output: pathlib.Path) -> int:
     return 0
 
 
-def _plain(estimate: Estimate) -> dict[str, float | int | None]:
+def _plain(estimate: "Estimate") -> dict[str, float | int | None]:
     return {"mean": estimate.mean, "runs": estimate.count, "half_width": estimate.half_width}
 
 

@@ -3,8 +3,6 @@
 import pathlib
 from collections.abc import Callable, Sequence
 
-from matplotlib.figure import Figure
-
 from experiments.study.grid import Study
 from experiments.study.statistics import Line
 
@@ -17,6 +15,8 @@ _COSTS: dict[str, Callable[[Line], float]] = {
 
 def draw_losses(study: Study, results: Sequence[Line], path: pathlib.Path) -> None:
     """Held-out loss against each cost, a line for each row; bars are confidence intervals."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     panels = figure.subplots(1, len(_COSTS), sharey=True)
     for axes, (label, cost) in zip(panels, _COSTS.items(), strict=True):
@@ -46,6 +46,8 @@ def draw_differences(study: Study, results: Sequence[Line], path: pathlib.Path) 
     """Paired differences with their intervals: a panel for each row compared with."""
     versus = (study.reference, study.equal_cache)
     count = max(len(results), 1)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 1.2 + 0.3 * count), layout="constrained")
     panels = figure.subplots(1, len(versus), sharey=True)
     order = list(reversed(results))

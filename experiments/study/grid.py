@@ -10,7 +10,7 @@ from typing import Any
 from fusedkv_jax import costs
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
-from fusedkv_jax.sharding import MeshConfig
+from fusedkv_jax.mesh import MeshConfig
 from fusedkv_jax.training import ExperimentConfig, OptimizerConfig, TrainConfig
 
 

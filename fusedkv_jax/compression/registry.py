@@ -6,22 +6,17 @@ import dataclasses
 import difflib
 from typing import Any
 
-from fusedkv_jax.compression.compressor import CompressionError, Compressor
-from fusedkv_jax.compression.double_sparsity import DoubleSparsity
-from fusedkv_jax.compression.h2o import H2O
-from fusedkv_jax.compression.minicache import MiniCache
-from fusedkv_jax.compression.pyramidinfer import PyramidInfer
-from fusedkv_jax.compression.snapkv import PyramidKV, SnapKV
-from fusedkv_jax.compression.streaming import StreamingLLM
+from fusedkv_jax import compression
 
-_REGISTRY: dict[str, type[Compressor]] = {
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "pyramidinfer": PyramidInfer,
-    "minicache": MiniCache,
-    "double_sparsity": DoubleSparsity,
-    "streaming_llm": StreamingLLM,
-    "h2o": H2O,
+# Classes by name, so that the names cost no import of them.
+_REGISTRY = {
+    "snapkv": "SnapKV",
+    "pyramidkv": "PyramidKV",
+    "pyramidinfer": "PyramidInfer",
+    "minicache": "MiniCache",
+    "double_sparsity": "DoubleSparsity",
+    "streaming_llm": "StreamingLLM",
+    "h2o": "H2O",
 }
 
 
@@ -30,25 +25,31 @@ def names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
-def parse(spec: str) -> Compressor:
+def parse(spec: str) -> compression.Compressor:
     """Build a compressor from text: a name, or `name:field=value,field=value`.
 
     Raises:
         CompressionError: an unknown name or field (the nearest are suggested), or a bad value.
     """
     name, _, text = spec.partition(":")
-    found = _REGISTRY.get(name)
-    if found is None:
-        raise CompressionError(f"unknown compressor {name!r}{_nearest(name, list(_REGISTRY))}")
+    if name not in _REGISTRY:
+        raise compression.CompressionError(
+            f"unknown compressor {name!r}{_nearest(name, list(_REGISTRY))}"
+        )
+    found: type[compression.Compressor] = getattr(compression, _REGISTRY[name])
     # What calibration finds is no text.
     known = [f.name for f in dataclasses.fields(found) if f.name != "channels"]
     options = {}
     for part in filter(None, text.split(",")):
         field, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise CompressionError(f"compressor {spec!r}: write fields as name:field=value")
+            raise compression.CompressionError(
+                f"compressor {spec!r}: write fields as name:field=value"
+            )
         if field not in known:
-            raise CompressionError(f"compressor {name!r} has no {field!r}{_nearest(field, known)}")
+            raise compression.CompressionError(
+                f"compressor {name!r} has no {field!r}{_nearest(field, known)}"
+            )
         options[field] = _value(value)
     return found(**options)
 

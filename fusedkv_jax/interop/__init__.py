@@ -1,18 +1,8 @@
 """Exchange with other libraries' checkpoints."""
 
-from fusedkv_jax.interop.companions import copy_tokenizer
-from fusedkv_jax.interop.export_config import config_to_huggingface
-from fusedkv_jax.interop.gguf import gguf_config, load_gguf
-from fusedkv_jax.interop.gguf_file import GgufError
-from fusedkv_jax.interop.gguf_tokenizer import save_gguf_tokenizer
-from fusedkv_jax.interop.huggingface import (
-    TensorError,
-    folder_config,
-    load_huggingface,
-    save_huggingface,
-)
-from fusedkv_jax.interop.huggingface_config import config_from_huggingface, with_layout
-from fusedkv_jax.interop.safetensors_folder import FolderError
+from typing import TYPE_CHECKING
+
+from fusedkv_jax.lazy import lazy_names
 
 __all__ = [
     "FolderError",
@@ -29,3 +19,33 @@ __all__ = [
     "save_huggingface",
     "with_layout",
 ]
+
+if TYPE_CHECKING:
+    from fusedkv_jax.interop.companions import copy_tokenizer
+    from fusedkv_jax.interop.export_config import config_to_huggingface
+    from fusedkv_jax.interop.gguf import gguf_config, load_gguf
+    from fusedkv_jax.interop.gguf_file import GgufError
+    from fusedkv_jax.interop.gguf_tokenizer import save_gguf_tokenizer
+    from fusedkv_jax.interop.huggingface import (
+        TensorError,
+        folder_config,
+        load_huggingface,
+        save_huggingface,
+    )
+    from fusedkv_jax.interop.huggingface_config import config_from_huggingface, with_layout
+    from fusedkv_jax.interop.safetensors_folder import FolderError
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "companions": ["copy_tokenizer"],
+            "export_config": ["config_to_huggingface"],
+            "gguf": ["gguf_config", "load_gguf"],
+            "gguf_file": ["GgufError"],
+            "gguf_tokenizer": ["save_gguf_tokenizer"],
+            "huggingface": ["TensorError", "folder_config", "load_huggingface", "save_huggingface"],
+            "huggingface_config": ["config_from_huggingface", "with_layout"],
+            "safetensors_folder": ["FolderError"],
+        },
+    )

@@ -19,7 +19,7 @@ from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate
 from fusedkv_jax.model.sharded_attention import attention
-from pallas_kernels.combine import combine
+from pallas_kernels.combining import combine
 
 StreamWeights = Float[Array, "J K H"] | None
 

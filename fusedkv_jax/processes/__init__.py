@@ -4,8 +4,9 @@ A program of one process needs nothing from here: `initialize` does nothing, and
 plain calls.
 """
 
-from fusedkv_jax.processes.cluster import CONNECT_SECONDS, ProcessesError, initialize
-from fusedkv_jax.processes.decisions import check_same, decide, is_first, on_first, together
+from typing import TYPE_CHECKING
+
+from fusedkv_jax.lazy import lazy_names
 
 __all__ = [
     "CONNECT_SECONDS",
@@ -17,3 +18,18 @@ __all__ = [
     "on_first",
     "together",
 ]
+
+CONNECT_SECONDS = 300
+
+if TYPE_CHECKING:
+    from fusedkv_jax.processes.cluster import ProcessesError, initialize
+    from fusedkv_jax.processes.decisions import check_same, decide, is_first, on_first, together
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "cluster": ["ProcessesError", "initialize"],
+            "decisions": ["check_same", "decide", "is_first", "on_first", "together"],
+        },
+    )

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 from jax._src import cloud_tpu_init, distributed  # private: no public name tells or gives these
 
+from fusedkv_jax.processes import CONNECT_SECONDS
+
 # A process that is killed or stopped, or loses its network, is missed after so many seconds, and
 # all others end; a process that ends alone waits so long for the others before it does.
 HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 20
-CONNECT_SECONDS = 300
 USER_ERROR_EXIT_CODE = 2
 
 

@@ -1,30 +1,8 @@
 """Training: configuration, train step, loop, checkpoints and metrics."""
 
-from fusedkv_jax.training.checkpointing.checkpoints import (
-    Checkpoints,
-    checkpoint_directory,
-    load_model,
-    save_model,
-)
-from fusedkv_jax.training.checkpointing.directory import committed_steps
-from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError
-from fusedkv_jax.training.checkpointing.manifest import CheckpointError, DamagedCheckpointError
-from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
-from fusedkv_jax.training.divergence import DivergedError
-from fusedkv_jax.training.early_exit import EarlyExitConfig
-from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
-from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
-from fusedkv_jax.training.loop import TrainResult, train
-from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
-from fusedkv_jax.training.monitoring.metrics import bits_per_byte
-from fusedkv_jax.training.optimizer import (
-    OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-)
-from fusedkv_jax.training.program import TrainProgram
-from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-from fusedkv_jax.training.step import make_train_step
+from typing import TYPE_CHECKING
+
+from fusedkv_jax.lazy import lazy_names
 
 __all__ = [
     "INTERRUPTED_EXIT_CODE",
@@ -58,3 +36,56 @@ __all__ = [
     "sum_cross_entropy",
     "train",
 ]
+
+if TYPE_CHECKING:
+    from fusedkv_jax.training.checkpointing.checkpoints import (
+        Checkpoints,
+        checkpoint_directory,
+        load_model,
+        save_model,
+    )
+    from fusedkv_jax.training.checkpointing.directory import committed_steps
+    from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError
+    from fusedkv_jax.training.checkpointing.manifest import CheckpointError, DamagedCheckpointError
+    from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
+    from fusedkv_jax.training.divergence import DivergedError
+    from fusedkv_jax.training.early_exit_config import EarlyExitConfig
+    from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
+    from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
+    from fusedkv_jax.training.loop import TrainResult, train
+    from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
+    from fusedkv_jax.training.monitoring.metrics import bits_per_byte
+    from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
+    from fusedkv_jax.training.optimizer_config import OptimizerConfig
+    from fusedkv_jax.training.program import TrainProgram
+    from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
+    from fusedkv_jax.training.step import make_train_step
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "checkpointing.checkpoints": [
+                "Checkpoints",
+                "checkpoint_directory",
+                "load_model",
+                "save_model",
+            ],
+            "checkpointing.directory": ["committed_steps"],
+            "checkpointing.lock": ["WorkdirLockedError"],
+            "checkpointing.manifest": ["CheckpointError", "DamagedCheckpointError"],
+            "config": ["ExperimentConfig", "TrainConfig"],
+            "divergence": ["DivergedError"],
+            "early_exit_config": ["EarlyExitConfig"],
+            "evaluation": ["EvalResult", "evaluate", "make_eval_step"],
+            "interrupts": ["INTERRUPTED_EXIT_CODE"],
+            "loop": ["TrainResult", "train"],
+            "loss": ["head_cross_entropy", "sum_cross_entropy"],
+            "monitoring.metrics": ["bits_per_byte"],
+            "optimizer": ["learning_rate_schedule", "make_optimizer"],
+            "optimizer_config": ["OptimizerConfig"],
+            "program": ["TrainProgram"],
+            "state": ["TrainState", "abstract_model", "abstract_state", "create_state"],
+            "step": ["make_train_step"],
+        },
+    )

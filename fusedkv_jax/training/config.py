@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
-from fusedkv_jax.sharding import MeshConfig
-from fusedkv_jax.training.early_exit import EarlyExitConfig
-from fusedkv_jax.training.loss import LOGITS_MIB
-from fusedkv_jax.training.optimizer import OptimizerConfig
+from fusedkv_jax.mesh import MeshConfig
+from fusedkv_jax.training.early_exit_config import EarlyExitConfig
+from fusedkv_jax.training.optimizer_config import OptimizerConfig
 
+LOGITS_MIB = 512  # of float32 logits at a time
 GradientType = Literal["float32", "bfloat16"]
 
 

@@ -12,12 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.sharding import AXES, active_mesh, spec
+from fusedkv_jax.training.config import LOGITS_MIB as LOGITS_MIB
 
 Batch = dict[str, Any]  # of [B, T] arrays: NumPy from the data pipeline, or traced
 Loss = Callable[[nnx.GraphDef, nnx.State, Batch], Any]  # gives (sum of the losses, count)
 Objective = Callable[[jax.Array, Batch], tuple[Batch, Loss]]  # from the step's number
-
-LOGITS_MIB = 512
 
 
 def sum_cross_entropy(

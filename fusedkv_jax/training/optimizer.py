@@ -1,7 +1,5 @@
 """The optimizer of the paper: AdamW with warm-up, cosine decay, clipping and a decay mask."""
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,56 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fusedkv_jax.model import weight_decay_mask
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, with the settings of the FusedKV paper (arXiv 2512.03870) as defaults.
-
-    Attributes:
-      learning_rate: the peak, reached at the end of the warm-up.
-      warmup_steps: updates of linear warm-up; a run shorter than twice this warms up for half
-        of its steps, so that short trials need no second setting.
-      final_fraction: the last update's learning rate, as a fraction of the peak.
-      beta1, beta2, eps: Adam's moments and denominator.
-      weight_decay: decoupled decay of matrices and embeddings (not of norms, biases and fusion
-        weights).
-      clip_norm: gradients with a larger global norm are scaled down to this norm.
-      skip_spikes: a step whose loss or gradient norm is above the mean of the last 128 by more
-        standard deviations than this changes nothing; 0 turns the rule off, 6 is usual.
-      offload: keep the optimizer's state in the host's memory; each step brings it to the
-        device for the update.
-    """
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 2000
-    final_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    skip_spikes: float = 0.0
-    offload: bool = False
-
-    def __post_init__(self):
-        for name in ("learning_rate", "eps", "clip_norm"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"optimizer.{name}={value} must be a positive number")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(
-                f"optimizer.final_fraction={self.final_fraction} must be between 0 and 1"
-            )
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
-        if not (self.skip_spikes >= 0 and math.isfinite(self.skip_spikes)):
-            raise ValueError(f"optimizer.skip_spikes={self.skip_spikes} must be 0 or more")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0 or more")
+from fusedkv_jax.training.optimizer_config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

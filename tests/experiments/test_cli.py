@@ -84,6 +84,68 @@ def test_help_and_version_of_every_program():
             assert "--config.train.steps=integer" in out and "batches of the whole run" in out
 
 
+# What is loaded by `import fusedkv_jax`, and by each program's --help.
+_LOADED = """
+import io, json, os, runpy, sys
+
+def loaded(call):
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        sys.stdout = io.StringIO()
+        try:
+            call()
+        except SystemExit:
+            pass
+        os.write(writer, " ".join({name.partition(".")[0] for name in sys.modules}).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        return file.read().split()
+
+def show_help(program):
+    sys.argv = [program, "--help"]
+    runpy.run_module(f"experiments.{program}", run_name="__main__", alter_sys=True)
+
+found = {"library": loaded(lambda: __import__("fusedkv_jax"))}
+for program in sys.argv[1:]:
+    found[program] = loaded(lambda: show_help(program))
+print(json.dumps(found))
+"""
+# Seconds to import, each.
+_HEAVY = {
+    "grain",
+    "matplotlib",
+    "orbax",
+    "pyarrow",
+    "scipy",
+    "tensorboardX",
+    "torch",
+    "transformers",
+}
+_COMPUTING = {"flax", "jax", "jaxlib", "optax", "tokenizers"}
+# Their flags come from what computes.
+_WAITING_FOR_JAX = {
+    "benchmark",
+    "compile_for_tpu",
+    "convert",
+    "demo",
+    "evaluate",
+    "generate",
+    "prune",
+    "simulate",
+    "tpu_slices",
+}
+
+
+def test_importing_and_help_load_little():
+    command = [sys.executable, "-c", _LOADED, *PROGRAMS]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    for name, modules in json.loads(done.stdout).items():
+        assert name == "library" or "absl" in modules
+        unwanted = _HEAVY if name in _WAITING_FOR_JAX else _HEAVY | _COMPUTING
+        assert not unwanted & set(modules), name
+
+
 def test_every_field_of_the_configuration_has_a_type_and_a_meaning():
     fields = {field.path: field for field in helptext.describe_fields(ExperimentConfig)}
     assert [f.path for f in fields.values() if not (f.kind and f.meaning and f.default)] == []

@@ -92,7 +92,7 @@ def test_pictures(shown):
 
 def test_again_shows_the_results_without_training(shown, comparison_config, monkeypatch):
     workdir, results = shown
-    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(runs.training, "train", lambda *_: pytest.fail("trained again"))
     again = demo.compare(comparison_config, workdir, TIMING)
     measured = ("first_token_seconds", "output_token_seconds")
     for layout, figures in results["layouts"].items():
@@ -184,6 +184,6 @@ def test_mistakes(tmp_path):
             ([workdir, "--config.model.layout=mha"], "model.layout=mha is what the demo compares"),
             ([workdir, "--config.train.eval_batches=0"], "train.eval_batches=0"),
             ([workdir, "--repeats=0"], "repeats=0; use 1 or more"),
-            ([f"--workdir={tmp_path}/file"], "file/mha"),
+            ([f"--workdir={tmp_path}/file"], "file' is a file; name a folder"),
         ],
     )

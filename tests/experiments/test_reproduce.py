@@ -85,7 +85,7 @@ def test_finished_runs_are_skipped_and_rows_can_be_added(done, config, monkeypat
         trained.append(config.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs.training, "train", train)
     assert reproduce.reproduce(config, workdir, NAMES, SEEDS) == results
     assert capsys.readouterr().out.count("(finished before)") == 6
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,7 @@ import pytest
 import fusedkv_jax as fkv
 from fusedkv_jax.cache import Call, LinearStore, Rows, split_plan, take_tokens
 from pallas_kernels import attention
-from pallas_kernels.combine import combine
+from pallas_kernels.combining import combine
 
 B, T, K, N, H = 2, 236, 2, 4, 16
 LENGTHS = np.array([236, 203], np.int32)
