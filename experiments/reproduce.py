@@ -169,6 +169,12 @@ def read_seeds(texts: Sequence[str]) -> list[int]:
     return _without_repeats("seeds", [int(text) for text in texts])
 
 
+def places(workdir: str | None, output: str | None) -> tuple[pathlib.Path, pathlib.Path]:
+    """Where the runs and the table go; by default the table beside the runs, over no other one."""
+    folder = pathlib.Path(workdir or "runs/claim_small")
+    return folder, pathlib.Path(output or folder / "table")
+
+
 def _without_repeats(flag: str, values: Sequence[Any]) -> list[Any]:
     for value in values:
         if list(values).count(value) > 1:
@@ -216,8 +222,7 @@ def main() -> int:
         return command.main()
     names, seeds = read_names(flags.FLAGS.layouts), read_seeds(flags.FLAGS.seeds)
     _check_overrides(flags.FLAGS.override)
-    config, workdir = cli.load_config(), pathlib.Path(flags.FLAGS.workdir or "runs/claim_small")
-    output = pathlib.Path(flags.FLAGS.output or workdir / "table")
+    config, (workdir, output) = cli.load_config(), places(flags.FLAGS.workdir, flags.FLAGS.output)
     files = {end: cli.check_output(f"{output}.{end}") for end in ("md", "json")}
     try:
         results = reproduce(config, workdir, names, seeds)

@@ -6,7 +6,7 @@ Paper:     arXiv 2512.03870 compares these layouts from 332M parameters and 200B
 Data:      the .py files of the running Python's standard library, as in the demo.
 Hardware:  two CPU cores; about 25 minutes for all rows with three seeds.
 Number:    in experiments/results/claim_small.md, with the machine and the command.
-Command:   python -m experiments.reproduce
+Command:   python -m experiments.reproduce, which leaves its table in runs/claim_small,
            and python -m experiments.train --config=claim_small --workdir=DIR for a single run.
 """
 

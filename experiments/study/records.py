@@ -1,5 +1,6 @@
 """One JSON file for each finished run: what it was, where and when it ran, and what came out."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import jax
 from experiments import runs
 from experiments.study.grid import Cell, Study, non_embedding
 from fusedkv_jax import costs
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.training import OptimizerConfig
 from fusedkv_jax.training.config import first_difference
 
 VERSION = 1
@@ -122,16 +125,23 @@ def _read(path: pathlib.Path, study: Study) -> Record:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         cell = cell_of(record)
-        expected = settings(study, cell)
+        expected, made = settings(study, cell), _with_defaults(record["settings"])
         if (record["version"], record["study"]) != (VERSION, study.name):
             raise KeyError
         loss_of(record)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is no record of --study={study.name}; move it away") from None
-    different = first_difference(record["settings"], expected)
+    different = first_difference(made, expected)
     if different:
         raise ValueError(f"{path} was made with another setting, {different}; move it away")
     return record
+
+
+def _with_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the fields that configurations have got since, at their defaults."""
+    model = ModelConfig.from_dict(found["model"]).to_dict()
+    optimizer = dataclasses.asdict(OptimizerConfig(**found["optimizer"]))
+    return {**found, "model": plain(model), "optimizer": optimizer}
 
 
 def cell_of(record: Mapping[str, Any]) -> Cell:

@@ -20,7 +20,7 @@ from fusedkv_jax.sharding import MeshConfig, make_mesh
 from fusedkv_jax.training import DivergedError, evaluate, load_model, make_eval_step
 from fusedkv_jax.training.config import first_difference
 
-SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_LOOKS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Worker:
             if not cells:
                 return
             if not any(self._try(cell) for cell in cells):
-                time.sleep(SECONDS_BETWEEN_LOOKS)  # others have all of them; more may follow
+                # More may follow from them, and their workers may die.
+                print(f"waiting for other workers' {cells[0].name}", flush=True)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _open_cells(self) -> list[Cell]:
         done = records.losses(records.read_all(self.output, self.study))
@@ -74,7 +76,10 @@ class Worker:
             record = self.run(cell, self.workdir / "runs" / cell.name)
             path = records.write(self.output, record)
             loss = records.loss_of(record)
-            print(f"{cell.name}: {loss:.4f} nats per token, {record['seconds']:.0f} s, {path}")
+            print(
+                f"{cell.name}: {loss:.4f} nats per token, {record['seconds']:.0f} s, {path}",
+                flush=True,
+            )
             shutil.rmtree(self.workdir / "runs" / cell.name)
         return True
 

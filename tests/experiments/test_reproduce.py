@@ -144,6 +144,14 @@ def test_command_writes_the_table(done, config, comparison_text, tmp_path):
     ]
 
 
+def test_results_go_beside_the_runs_unless_told_otherwise():
+    assert [str(path) for path in reproduce.places(None, None)] == [
+        "runs/claim_small",
+        "runs/claim_small/table",
+    ]
+    assert [str(path) for path in reproduce.places("a", "b/c")] == ["a", "b/c"]
+
+
 def test_one_seed_has_no_spread(done, config, capsys):
     workdir, _ = done
     results = reproduce.reproduce(config, workdir, ["mha"], [3])

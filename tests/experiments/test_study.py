@@ -176,6 +176,13 @@ def test_records_of_other_settings_are_refused(done, study, tmp_path):
         records.read_all(tmp_path, study)
 
 
+def test_records_stay_valid_when_configurations_get_new_fields(done, study, tmp_path):
+    older = json.loads(json.dumps(done[1]))
+    del older["settings"]["model"]["norm_eps"], older["settings"]["optimizer"]["offload"]
+    records.write(tmp_path, older)
+    assert records.read_all(tmp_path, study) == [older]
+
+
 def test_check_finds_the_recorded_loss_or_says_what_differs(done, tmp_path):
     own, record = done
     name = records.cell_of(record).name
