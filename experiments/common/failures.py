@@ -14,6 +14,9 @@ from typing import NoReturn
 
 from absl import flags
 
+from experiments import overrides
+from experiments.common import parsing, wording
+
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -100,10 +103,18 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, flags.Error):
         return str(error)
     if isinstance(error, (ValueError, NotImplementedError, OverflowError)) and _is_ours(error):
-        return str(error)
+        return _in_flags(str(error))
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return "a path begins with ~ and there is no such home directory; write the path out"
     return next((text for number in _DISK if (text := _disk_text(number, str(error)))), None)
+
+
+def _in_flags(message: str) -> str:
+    from fusedkv_jax.training.config import ExperimentConfig
+
+    own = parsing.own_flags()
+    fields = overrides.field_names(ExperimentConfig) if "config" in own else []
+    return wording.in_flags(message, own, fields)
 
 
 def did_you_mean(path: str | os.PathLike[str]) -> str:

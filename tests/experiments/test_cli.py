@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from experiments.common import failures, helptext
+from experiments.common import failures, helptext, wording
 from fusedkv_jax.training import ExperimentConfig
 from tests.experiments.commands import PROGRAMS, run_several
 
@@ -37,8 +37,16 @@ REFUSED = [
     ("benchmark --suite=training --torch_compile", "it needs --suite=cpu or"),
     ("compile_for_tpu --topology=v5e:4x4 --trials=2", "without --search"),
     ("compile_for_tpu --topology=v5e:4x4 --config=demo --layout=mha", "without --preset"),
-    ("describe --num_layers=1000000", "num_layers=1000000; use at most 10,000"),
-    ("train --config=demo --workdir=x --config.model.num_layers=1000000", "use at most 10,000"),
+    ("describe --num_layers=1000000", "error: --num_layers=1000000; use at most 10,000"),
+    (
+        "train --config=demo --workdir=x --config.model.num_layers=1000000",
+        "--config.model.num_layers=1000000; use at most 10,000",
+    ),
+    ("train --config=demo --workdir=x --config.train.steps=0", "error: --config.train.steps=0 "),
+    ("train --config=demo --config.optimizer.eps=-1", "error: --config.optimizer.eps=-1"),
+    ("train --config=demo --config.mesh.fsdp=0", "error: --config.mesh.fsdp=0 must"),
+    ("prepare_data --input=x --output_dir=y --num_shards=0", "error: --num_shards must be from"),
+    ("demo --workdir=x --repeats=0", "error: --repeats=0; use 1 or more"),
     ("train --config=demo --workdir=x --config.data.batch_size=1000000000", "lower one of them"),
     ("costs --lenght=3", "did you mean --length?"),
     ("costs --pdb", "unknown flag --pdb"),
@@ -82,6 +90,23 @@ def test_help_and_version_of_every_program():
         assert "repeat this option" not in out and "\n      \n" not in out, program
         if "--config=text" in out:
             assert "--config.train.steps=integer" in out and "batches of the whole run" in out
+
+
+def test_messages_name_flags_only_where_they_mean_them():
+    own, fields = (
+        ("layout", "length"),
+        ("model.layout", "model.num_heads", "mesh.data", "a.x", "b.x"),
+    )
+    for message in (
+        "no such file 'runs/layout=mha'; did you mean 'layout=mha'?",
+        "snapkv:length=3 is too small",
+        "--layout=x is unknown",
+        "mesh data=2 x fsdp=2",
+        "x=3 is in two parts",
+    ):
+        assert wording.in_flags(message, own, fields) == message
+    text = wording.in_flags("num_heads=3 with layout=mha and model.layout=x", own, fields)
+    assert text == "--config.model.num_heads=3 with --layout=mha and --config.model.layout=x"
 
 
 # What is loaded by `import fusedkv_jax`, and by each program's --help.

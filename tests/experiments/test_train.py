@@ -84,7 +84,10 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy, tmp_path):
         ([config, workdir, "--config.steps=3"], "did you mean --config.train.steps"),
         ([config, workdir, "--config.train.steps=many"], "train.steps=many is not of type int"),
         ([config, workdir, "--config.train.steps"], "write --config.train.steps=VALUE"),
-        ([config, workdir, "--config.train.steps=-1"], "train.steps=-1 must be a whole number from 1"),
+        (
+            [config, workdir, "--config.train.steps=-1"],
+            "train.steps=-1 must be a whole number from 1",
+        ),
         ([config, workdir, "--config.model.layout=fusedkw"], "fusedkv"),
         ([config, workdir, "--config.model.num_heads=3"], "num_heads=3"),
         ([config, workdir, "--config.data.source=/no/such/text"], "/no/such/text"),
