@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,12 @@ from fusedkv_jax.model.mixing import chains, direct_weights
 from fusedkv_jax.model.parameters import FusionWeight
 
 Layer = tuple[Any, Any]  # structure and parameters of one block
+Forms = MutableMapping[
+    Decoder, tuple[list[Array], Decoder]
+]  # parameters, and what was made of them
+
+_folded: Forms = weakref.WeakKeyDictionary()
+_unrolled: Forms = weakref.WeakKeyDictionary()
 
 
 def layers_of(model: Decoder) -> list[Layer]:
@@ -106,12 +112,17 @@ def fold_fusion(model: Decoder) -> Decoder:
 
     The recursion of the iterative parameterization, the convex mix and the scale are evaluated
     once. All other parameters are shared with `model`; a model whose weights are direct already is
-    returned as it is.
+    returned as it is. The result lives as long as the model, unless its parameters change.
     """
     layout = model.config.kv_layout
     mixings = [stream.mixing for _, stream, _ in chains(layout)]
     if all(mixing.parameterization == "direct" and mixing.scale == 1 for mixing in mixings):
         return model
+    return _remembered(_folded, _fold, model)
+
+
+def _fold(model: Decoder) -> Decoder:
+    layout = model.config.kv_layout
     folded = tuple(
         LayerKV(_direct(layer.key), _direct(layer.value), layer.window, layer.kv_norm)
         for layer in layout.layers
@@ -143,8 +154,6 @@ def unroll_layers(model: Decoder) -> Decoder:
 
 LEAST_BYTES = 2**21  # of a layer: smaller ones stay in the processor's cache, copied or not
 
-_unrolled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
 
 def for_decoding(model: Decoder) -> Decoder:
     """The form of a model that decodes fastest on the default device.
@@ -156,11 +165,17 @@ def for_decoding(model: Decoder) -> Decoder:
     size = sum(leaf.nbytes for leaf in leaves) / model.config.num_layers
     if jax.default_backend() != "cpu" or size < LEAST_BYTES:
         return model
-    known, unrolled = _unrolled.get(model, ([], model))
+    return _remembered(_unrolled, unroll_layers, model)
+
+
+def _remembered(forms: Forms, make: Callable[[Decoder], Decoder], model: Decoder) -> Decoder:
+    """Another form of a model, made anew only when its parameters have changed."""
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    known, form = forms.get(model, ([], model))
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):
-        unrolled = unroll_layers(model)
-        _unrolled[model] = (leaves, unrolled)
-    return unrolled
+        form = make(model)
+        forms[model] = (leaves, form)
+    return form
 
 
 def _stacked(layers: list[Layer]) -> Any:

@@ -125,6 +125,19 @@ def test_folding_regroups_layers_that_become_equal():
     np.testing.assert_allclose(folded(tokens), model(tokens), rtol=0, atol=1e-6)
 
 
+def test_folding_is_done_once_for_each_set_of_parameters():
+    spec = "fusedkv:parameterization=iterative"
+    model = fkv.Decoder(small_config(spec, num_layers=4), rngs=nnx.Rngs(0))
+    folded = fold_fusion(model)
+    assert fold_fusion(model) is folded
+    (weights, *_) = model.mixing.weights
+    weights[...] = 2 * weights[...]
+    again = fold_fusion(model)
+    assert again is not folded
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    np.testing.assert_allclose(again(tokens), model(tokens), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
