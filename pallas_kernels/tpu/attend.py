@@ -125,7 +125,7 @@ def gradients(how, blocks, interpret, residuals, cotangents):
     dq, dkey, dvalue = tile_backward.backward(
         how, rule, blocks, arrays, kernel_order(q, sources), where, interpret
     )
-    dkey = jnp.multiply(dkey, how.scale / how.query_factor)
+    dkey = dkey * (how.scale / how.query_factor)
     present = None
     if mask.ragged:  # an absent source may hold NaN
         present = (where.k_positions < steps_lib.FAR)[:, : keys.shape[1], None, None]

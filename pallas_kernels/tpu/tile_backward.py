@@ -176,7 +176,9 @@ def _call(how, mask, blocks, arrays, sources, where, interpret):
     )(codes, inputs)
 
 
-def backward(how, mask, blocks, arrays, sources, where, interpret):
+def backward(
+    how, mask, blocks, arrays, sources, where, interpret
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients from stacked queries, cotangents and statistics.
 
     Args:
@@ -192,7 +194,7 @@ def backward(how, mask, blocks, arrays, sources, where, interpret):
     count, rows, size = q.shape[2:]
     held = rows * size * (4 + 2 * q.dtype.itemsize)
     chunk = max(1, how.chip.vmem // 4 // held)
-    dqs, dkey, dvalue = [], 0.0, 0.0
+    dqs, dkeys, dvalues = [], [], []
     for start in range(0, count, chunk):
         part = {name: x[:, :, start : start + chunk] for name, x in arrays.items()}
         cut = slice(start * blocks.queries, (start + chunk) * blocks.queries)
@@ -200,5 +202,7 @@ def backward(how, mask, blocks, arrays, sources, where, interpret):
             how, mask, blocks, part, sources, steps_lib.queries(where, cut), interpret
         )
         dqs.append(dq)
-        dkey, dvalue = dkey + dk, dvalue + dv
+        dkeys.append(dk)
+        dvalues.append(dv)
+    dkey, dvalue = functools.reduce(jnp.add, dkeys), functools.reduce(jnp.add, dvalues)
     return jnp.concatenate(dqs, axis=2), dkey, dvalue
