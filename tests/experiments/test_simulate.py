@@ -1,5 +1,69 @@
 """The simulator from the command line, on a small trace of its own."""
 
+import json
+
+import pytest
+
+from tests.experiments.commands import check_mistakes, run
+
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2023-11-16 18:15:{second:02d}.5,{200 + 40 * second},{10 + second}\n" for second in range(50)
 )
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE)
+    return path
+
+
+def test_a_table_a_document_and_a_picture(trace, tmp_path):
+    common = [f"--trace={trace}", "--preset=332m", "--layout=mha", "--layout=fusedkv"]
+    lines = [
+        [*common, "--load=0.5", "--load=0.9", f"--output_dir={tmp_path / 'one'}"],
+        [*common, "--load=0.9", "--policy=fcfs", "--policy=mlfq", f"--output_dir={tmp_path}/two"],
+    ]
+    results = run("simulate", *lines)
+    documents = []
+    for (code, out, _), name in zip(results, ("one", "two"), strict=True):
+        assert code == 0
+        documents.append(json.loads(out.splitlines()[-1]))
+        folder = tmp_path / name
+        assert json.loads((folder / "simulation.json").read_text()) == documents[-1]
+        assert (folder / "simulation.md").read_text().strip() in out
+        assert (folder / "simulation.png").stat().st_size > 10_000
+    rows = documents[0]["rows"]
+    assert [(row["layout"], row["load"]) for row in rows] == [
+        ("mha", 0.5),
+        ("mha", 0.9),
+        ("fusedkv", 0.5),
+        ("fusedkv", 0.9),
+    ]
+    assert all(row["requests"] == 50 for row in rows)
+    pages = documents[0]["pages"]
+    assert pages["fusedkv"] > 1.95 * pages["mha"]
+    assert rows[2]["ttft"][0] < rows[0]["ttft"][0], "half of the prefill"
+    again = documents[1]["rows"][0]  # the same cell gives the same figures
+    assert again == rows[1]
+
+
+def test_mistakes(trace, tmp_path):
+    given = f"--trace={trace}"
+    (tmp_path / "notes.txt").write_text("hello\n")
+    check_mistakes(
+        "simulate",
+        [
+            ([], "--trace"),
+            ([f"--trace={tmp_path / 'none'}"], "none"),
+            ([f"--trace={tmp_path / 'notes.txt'}"], "is not a trace"),
+            ([given, "--policy=fifo"], "fifo"),
+            ([given, "--layout=fusedkw"], "fusedkw"),
+            ([given, "--layout=lckv"], "cyclic"),
+            ([given, "--device=v5e:3x3"], "v5e:3x3"),
+            ([given, "--preset=13b"], "13b"),
+            ([given, "--load=0"], "--load=0"),
+            ([given, "--page_size=0"], "page_size"),
+            ([given, "--max_num_seqs=300", "--max_num_batched_tokens=100"], "300"),
+        ],
+    )
