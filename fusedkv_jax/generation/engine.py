@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.buckets import Buckets
 from fusedkv_jax.generation.parts import part_ends
@@ -49,8 +47,7 @@ class Engine:
                 " parts, such as mesh=make_mesh(MeshConfig(context=4))"
             )
         part_ends(workers, workers, parts)  # refuses what is no cut
-        empty = functools.partial(self.programs.empty_cache, workers, self.config.max_length)
-        check_parts(self.config, jax.eval_shape(empty))
+        check_parts(self.config, self.programs.cache_shapes(workers, self.config.max_length))
 
     @functools.cached_property
     def programs(self) -> GenerationPrograms:

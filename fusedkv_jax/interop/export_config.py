@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,8 @@ def _says(fields: dict[str, Any], config: ModelConfig) -> bool:
         found = config_from_huggingface(fields)
     except ConfigError:
         return False
+    if _turn_alike(found.rope, config.rope):
+        found = dataclasses.replace(found, rope=config.rope)
     same = {name: getattr(config, name) for name in _RUNTIME}
     windows = ([layer.window for layer in each.kv_layout.layers] for each in (found, config))
     # A family that tells no two ropes apart gives none for windows.
@@ -136,6 +139,12 @@ def _says(fields: dict[str, Any], config: ModelConfig) -> bool:
     return len({tuple(each) for each in windows}) == 1 and (
         dataclasses.replace(found, **same) == config
     )
+
+
+def _turn_alike(found: RopeConfig, rope: RopeConfig) -> bool:
+    """Whether two ropes differ in nothing but how their attention factor is written."""
+    written = dataclasses.replace(found, mscale=rope.mscale, mscale_all_dim=rope.mscale_all_dim)
+    return written == rope and math.isclose(magnitude(found), magnitude(rope), rel_tol=1e-12)
 
 
 def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
