@@ -190,7 +190,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         for inner in getattr(error, "exceptions", ()):  # of an exception group
             yield from _chain(inner)
-        error = error.__cause__ or error.__context__
+        # What was raised `from None` says it all itself.
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _is_ours(error: BaseException) -> bool:

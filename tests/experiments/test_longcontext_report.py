@@ -1,5 +1,7 @@
 """The long-context picture: no curve is hidden under another, and every point has a name."""
 
+from matplotlib.figure import Figure
+
 from experiments import longcontext_report
 
 ROWS = [
@@ -24,9 +26,7 @@ def results():
 
 def test_every_method_is_named_once_and_equal_curves_share_a_line(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(
-        longcontext_report.Figure, "savefig", lambda self, *_, **__: kept.append(self)
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: kept.append(self))
     longcontext_report.draw(results(), tmp_path / "picture.png")
     ((axes,),) = [figure.axes for figure in kept]
     labels = [line.get_label() for line in axes.lines]
