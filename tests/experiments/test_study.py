@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import pathlib
 import random
 import shutil
-import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,24 +123,23 @@ def test_rows_wait_for_the_rate_then_complete_one_after_the_other(study):
     ]
 
 
-def _hold(path, ready):
-    with claim(path) as mine:
-        ready.put(mine)
-        signal.pause()
+_HOLD = """
+import pathlib, signal, sys
+from experiments.study.claims import claim
+with claim(pathlib.Path(sys.argv[1])) as mine:
+    print(mine, flush=True)
+    signal.pause()
+"""
 
 
 def test_a_claim_excludes_others_and_dies_with_its_process(tmp_path):
     path = tmp_path / "claims" / "cell"
-    context = multiprocessing.get_context("fork")
-    ready = context.Queue()
-    other = context.Process(target=_hold, args=(path, ready))
-    other.start()
-    assert ready.get(timeout=60)
-    with claim(path) as mine:
-        assert not mine
-    assert other.pid is not None
-    os.kill(other.pid, signal.SIGKILL)
-    other.join()
+    command_line = [sys.executable, "-c", _HOLD, str(path)]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        with claim(path) as mine:
+            assert not mine
+        other.kill()
     with claim(path) as mine:
         assert mine
 
