@@ -61,9 +61,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("cache_dtype", "bfloat16", "Storage type of the cache.")
     flags.DEFINE_integer("num_requests", None, "Use the first so many requests.", 1)
-    flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
+    flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1, 65536)
     flags.DEFINE_float(
-        "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0
+        "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0, 1000.0
     )
     flags.DEFINE_integer("max_num_seqs", 256, "Requests in a step.", 1)
     flags.DEFINE_integer("max_num_batched_tokens", 2048, "Tokens in a step.", 1)
@@ -100,8 +100,8 @@ def main() -> None:
         for layout in FLAGS.layout
     }
     for load in FLAGS.load:
-        if not 0 < load < math.inf:
-            raise ValueError(f"--load={load}; use a number above 0")
+        if not 1e-3 <= load <= 1e3:
+            raise ValueError(f"--load={load}; use 0.001 to 1000")
     folder = cli.check_output(FLAGS.output_dir, folder=True)
     first = models[FLAGS.layout[0]]
     capacity = _run(place, first, FLAGS.policy[0], arrivals, math.inf).request_rate

@@ -126,7 +126,10 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     path, document = cli.check_output(FLAGS.results), cli.check_output(FLAGS.document)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"--results={path} is not JSON: {error}") from None
     compute(results, path)
     before, _, rest = document.read_text().partition(_MARKS[0])
     after = rest.partition(_MARKS[1])[2]

@@ -80,7 +80,7 @@ def attention(
     """
     keys, values = checks.sources("keys", keys), checks.sources("values", values)
     checks.fit(q, keys, values)
-    checks.scores(window, softcap)
+    checks.scores(window, softcap, scale)
     if (q_segment_ids is None) != (kv_segment_ids is None):
         missing = "q_segment_ids" if q_segment_ids is None else "kv_segment_ids"
         raise ValueError(f"{missing} is None; give segment ids for queries and keys, or neither")

@@ -1,6 +1,7 @@
 """What callers may pass: each check names the argument, what it is and what it must be."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -97,10 +98,14 @@ def integers(name, array, shape) -> Any:
     return array.astype(jnp.int32)
 
 
-def scores(window, softcap):
+def scores(window, softcap, scale=None):
     """The numbers that shape the scores."""
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None for no window")
+    if window is not None and window != int(window):
+        raise ValueError(f"window is {window}; it must be a whole number, or None for no window")
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be a finite number")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
 

@@ -52,6 +52,18 @@ class Pages:
         dtype: Any = jnp.bfloat16,
     ) -> "Pages":
         """Empty pages of a float dtype, or of an 8-bit one with scales."""
+        sizes = {
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "num_kv_heads": num_kv_heads,
+            "num_keys": num_keys,
+            "num_values": num_values,
+            "key_size": key_size,
+            "value_size": value_size,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"{name} is {size}; it must be a whole number of at least 1")
         width = num_keys * key_size + num_values * value_size
         lead = (num_pages, num_kv_heads, page_size)
         scales = None

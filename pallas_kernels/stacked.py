@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized import Quantized
@@ -52,7 +53,7 @@ class Stacked:
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the arrays do not fit each other."""
-        if self.data.ndim != 4 or self.data.shape[3] % self.head_size:
+        if self.data.ndim != 4 or self.head_size < 1 or self.data.shape[3] % self.head_size:
             raise ValueError(
                 f"{name}.data has shape {self.data.shape}; it must be [P, B, S, K * H] with "
                 f"H = {self.head_size}"
@@ -62,6 +63,11 @@ class Stacked:
             raise ValueError(
                 f"{name}.scale has shape {self.scale.shape}; it must be [P, B, S, K] = {expected}"
             )
+
+        if isinstance(self.slot, int) and not 0 <= self.slot < self.data.shape[0]:
+            raise ValueError(f"{name}.slot is {self.slot}; data has {self.data.shape[0]} slots")
+        if self.scale is None and not jnp.issubdtype(self.data.dtype, jnp.floating):
+            raise ValueError(f"{name}.scale is None; codes of {self.data.dtype} need one")
 
     def _cut(self, array):
         return jax.lax.dynamic_index_in_dim(array, self.slot, keepdims=False)

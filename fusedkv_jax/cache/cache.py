@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -71,8 +72,10 @@ class KVCache:
             ValueError: a size below 1, an unknown dtype, or one that the model cannot have.
         """
         for name, size in (("batch_size", batch_size), ("max_length", max_length)):
-            if size < 1:
-                raise ValueError(f"{name}={size}; use at least 1")
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"{name}={size!r}; use a whole number of at least 1")
+        if not isinstance(config, ModelConfig):
+            raise ValueError(f"config is a {type(config).__name__}; use model.config")
         chosen = storage_type(config.dtype if dtype is None else dtype)
         if chosen == "int4":
             check_int4(config)

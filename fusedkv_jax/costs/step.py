@@ -83,8 +83,9 @@ class StepCosts:
         layout = config.kv_layout
         if layout.is_cyclic:
             raise ValueError(
-                f"layout={config.layout!r} is cyclic: what it computes depends on where a prompt"
-                " is cut, so no step of chunks can be told; use a layout that reads downwards"
+                f"layout {layout.spec or 'of the model'!r} is cyclic: what it computes depends"
+                " on where a prompt is cut, so no step of chunks can be told; use a layout that"
+                " reads downwards"
             )
         cache_dtype = dtype if cache_dtype is None else cache_dtype
         size = jnp.dtype(dtype).itemsize

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fusedkv_jax.interop.safetensors_folder import checked_path
+from fusedkv_jax.interop.safetensors_folder import FolderError, checked_path
 
 _TOKENIZER = "tokenizer.json"
 _BESIDE = (
@@ -29,9 +29,11 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str
     """
     place = Path(source).expanduser()
     place, name = (place, _TOKENIZER) if place.is_dir() else (place.parent, place.name)
-    target = Path(folder)
+    if not (place / name).exists():
+        raise FolderError(f"{place} has no {name}; name the model's tokenizer, or 'byte'")
+    found, target = checked_path(place, name), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(checked_path(place, name), target / _TOKENIZER)
+    shutil.copyfile(found, target / _TOKENIZER)
     for beside in _BESIDE:
         if (place / beside).is_file():
             shutil.copyfile(checked_path(place, beside), target / beside)

@@ -70,7 +70,8 @@ class GgufFile(Mapping[str, np.ndarray]):
         self.path = Path(path).expanduser()
         self._gguf = _package()
         if not self.path.is_file():
-            raise GgufError(f"{self.path} does not exist; name a .gguf file")
+            problem = "is not a regular file" if self.path.exists() else "does not exist"
+            raise GgufError(f"{self.path} {problem}; name a .gguf file")
         with self.path.open("rb") as file:
             self._size = os.fstat(file.fileno()).st_size
             if self._size < 24:

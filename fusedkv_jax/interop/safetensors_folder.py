@@ -37,6 +37,8 @@ def checked_path(folder: Path, name: str) -> Path:
             f"{path} is a symbolic link that leads out of the folder; refused; copy the files, for"
             " example with `hf download --local-dir`"
         )
+    if path.exists() and not path.is_file():
+        raise FolderError(f"{path} is not a regular file; is {folder} a complete model folder?")
     if not path.is_file():
         raise FolderError(f"{path} does not exist; is {folder} a complete model folder?")
     return path

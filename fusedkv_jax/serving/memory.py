@@ -63,6 +63,8 @@ class PagedMemory:
         prefix_caching: bool = True,
         reserve: float = 0.01,
     ):
+        if not 0 <= reserve < 1:
+            raise ValueError(f"reserve={reserve}; use 0 to below 1")
         self.pool = PagePool(num_pages, page_size)
         self.tree = PrefixTree(page_size)
         self.host = HostTier(host_pages, page_size, self._lost_copy) if host_pages else None

@@ -20,8 +20,8 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int):
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}; use at least 1")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}; use a whole number of at least 1")
         self.num_pages, self.page_size = num_pages, page_size
         self.free = num_pages
         self._holders = [0] * num_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -84,6 +85,26 @@ class Request:
     _bytes: bytes = b""
 
     def __post_init__(self) -> None:
+        prompt = np.asarray(self.prompt)
+        if prompt.ndim != 1 or prompt.size and prompt.dtype.kind not in "iu":
+            raise ValueError(
+                f"request {self.name!r}: prompt is {prompt.dtype} of shape {prompt.shape}; use "
+                "token ids [T]"
+            )
+        if type(self.max_tokens) is not int:
+            raise ValueError(
+                f"request {self.name!r}: max_tokens={self.max_tokens!r}; use a whole number"
+            )
+        times = {"arrival": self.arrival, "priority": self.priority}
+        times |= {f"tool_calls[{i}].seconds": c.seconds for i, c in enumerate(self.tool_calls)}
+        for name, value in times.items():
+            if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+                raise ValueError(f"request {self.name!r}: {name}={value!r}; use a number")
+        places = [call.after for call in self.tool_calls]
+        if any(call.seconds < 0 or call.after < 0 for call in self.tool_calls):
+            raise ValueError(f"request {self.name!r}: tool_calls have a value below 0")
+        if places != sorted(places):
+            raise ValueError(f"request {self.name!r}: tool_calls are not in order of `after`")
         if len(self.prompt) < 1:
             raise ValueError(f"request {self.name!r} has an empty prompt; give it at least a token")
         if self.max_tokens < 1:

@@ -45,8 +45,17 @@ class Scheduler:
         look_ahead: int = 16,
         seconds_per_page: float = 1e-4,
     ):
-        if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs={max_num_seqs}; use at least 1")
+        for name, value, kind in (("memory", memory, PagedMemory), ("policy", policy, Policy)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}={value!r}; use a {kind.__name__}")
+        counts = {"max_num_seqs": (max_num_seqs, 1), "look_ahead": (look_ahead, 0)}
+        if max_model_len is not None:
+            counts["max_model_len"] = (max_model_len, 1)
+        for name, (value, least) in counts.items():
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r}; use a whole number of at least {least}")
+        if not 0 <= seconds_per_page < math.inf:
+            raise ValueError(f"seconds_per_page={seconds_per_page}; use 0 or more")
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={max_num_batched_tokens} is below"
@@ -82,6 +91,8 @@ class Scheduler:
                 f"request {request.name!r} can come to {request.total} tokens, the cache holds"
                 f" {self.memory.pool.num_pages} pages of {size}; shorten it or enlarge the cache"
             )
+        if request.state is not State.WAITING or any(each is request for each in self.waiting):
+            raise ValueError(f"request {request.name!r} was added before; make a new one")
         self.view.now = now
         self._queue(request)
 

@@ -192,7 +192,8 @@ def test_empty_splits(source):
         make_eval_batches(config(source, holdout_fraction=0.0))
     assert str(error.value) == (
         f"{source}: none of 300 documents is held out; set a larger holdout_fraction or more "
-        "documents, or evaluate on a source of its own with holdout_fraction=1.0"
+        "documents, or train with train.eval_batches=0; or evaluate on a source of its own with "
+        "holdout_fraction=1.0"
     )
     with pytest.raises(EmptySplitError) as error:
         make_train_iterator(config(source, holdout_fraction=1.0))

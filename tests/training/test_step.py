@@ -1,6 +1,7 @@
 """The loss, gradient accumulation and the guard against non-finite values."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,8 @@ def test_loss_is_the_mean_over_tokens_not_over_rows(toy, toy_params):
 
 class _RootModel(nnx.Module):
     """Finite loss everywhere, infinite gradient at zero: logits are square roots."""
+
+    config = types.SimpleNamespace(logit_softcap=None)
 
     def __init__(self):
         self.weight = nnx.Param(jnp.zeros((258,)))

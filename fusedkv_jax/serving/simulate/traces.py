@@ -8,6 +8,7 @@ import datetime
 import io
 import json
 import lzma
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -16,6 +17,8 @@ import numpy as np
 from fusedkv_jax.serving.request import Request
 
 _BLOCK = 512  # tokens of a block of Mooncake's hash_ids
+# No model has a longer context; a prompt of a line is made in memory.
+_MOST_TOKENS = 10_000_000
 _COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
 
@@ -46,27 +49,32 @@ def read_trace(path: str | pathlib.Path) -> list[Arrival]:
         ValueError: it is neither, or a line is broken; the message names the line.
     """
     path = pathlib.Path(path)
+    if not path.is_file() and path.exists():
+        raise ValueError(f"{path} is not a regular file; name a file")
     opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as stream:
-        assert isinstance(stream, io.TextIOBase)
-        try:
-            first = stream.readline()
-        except (lzma.LZMAError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a trace: {error}") from None
-        if first.strip().split(",") == _COLUMNS:
-            arrivals = list(_parsed(path, csv.reader(stream), _azure))
-        elif first.lstrip().startswith("{"):
-            arrivals = list(_parsed(path, _chain(first, stream), _mooncake, start=1))
-        else:
-            raise ValueError(
-                f"{path} is not a trace; it begins neither with {','.join(_COLUMNS)} nor with a"
-                " JSON object of timestamp, input_length, output_length and hash_ids"
-            )
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="") as stream:
+            assert isinstance(stream, io.TextIOBase)
+            arrivals = _arrivals(path, stream)
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a trace, or is damaged: {error}") from None
     if not arrivals:
         raise ValueError(f"{path} has no requests")
     start = min(arrival.seconds for arrival in arrivals)
     moved = (dataclasses.replace(a, seconds=a.seconds - start) for a in arrivals)
     return sorted(moved, key=lambda arrival: arrival.seconds)
+
+
+def _arrivals(path: pathlib.Path, stream: io.TextIOBase) -> list[Arrival]:
+    first = stream.readline()
+    if first.strip().split(",") == _COLUMNS:
+        return list(_parsed(path, csv.reader(stream), _azure))
+    if first.lstrip().startswith("{"):
+        return list(_parsed(path, _chain(first, stream), _mooncake, start=1))
+    raise ValueError(
+        f"{path} is not a trace; it begins neither with {','.join(_COLUMNS)} nor with a"
+        " JSON object of timestamp, input_length, output_length and hash_ids"
+    )
 
 
 def requests(arrivals: Sequence[Arrival], rate: float | None = None) -> Iterator[Request]:
@@ -76,8 +84,13 @@ def requests(arrivals: Sequence[Arrival], rate: float | None = None) -> Iterator
         arrivals: in order of time.
         rate: requests a second: times are scaled so that the last one arrives at N / rate;
             infinity lets all arrive at once. None keeps the recorded times.
+
+    Raises:
+        ValueError: a rate that is not above 0.
     """
-    last = arrivals[-1].seconds
+    if rate is not None and not rate > 0:
+        raise ValueError(f"rate={rate}; use a number above 0, or None")
+    last = arrivals[-1].seconds if arrivals else 0.0
     scale = 1.0 if rate is None else len(arrivals) / rate / last if last else 0.0
     unique = 1 + max((block for a in arrivals for block in a.blocks), default=-1)
     for number, arrival in enumerate(arrivals):
@@ -99,11 +112,17 @@ def _azure(fields: list[str]) -> Arrival:
 
 def _mooncake(line: str) -> Arrival:
     fields = json.loads(line)
-    blocks = tuple(int(block) for block in fields["hash_ids"])
-    length = int(fields["input_length"])
+    time, length, answer, blocks = (
+        fields[name] for name in ("timestamp", "input_length", "output_length", "hash_ids")
+    )
+    for number in (length, answer, *blocks):
+        if type(number) is not int:
+            raise ValueError(f"{number!r} is not a whole number")
+    if type(time) not in (int, float) or not math.isfinite(time):
+        raise ValueError(f"timestamp {time!r} is not a number")
     if len(blocks) != -(-length // _BLOCK):
         raise ValueError(f"{len(blocks)} hash_ids for {length} tokens")
-    return Arrival(float(fields["timestamp"]) / 1000, length, int(fields["output_length"]), blocks)
+    return Arrival(time / 1000, length, answer, tuple(blocks))
 
 
 def _parsed(path, lines: Iterable, parse, start: int = 2) -> Iterator[Arrival]:
@@ -112,8 +131,12 @@ def _parsed(path, lines: Iterable, parse, start: int = 2) -> Iterator[Arrival]:
             continue
         try:
             arrival = parse(line)
+            for tokens in (arrival.input_length, arrival.output_length):
+                if not 0 <= tokens <= _MOST_TOKENS:
+                    raise ValueError(f"{tokens} tokens; use 0 to {_MOST_TOKENS:,}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error!r}") from None
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}, line {number}: {what}") from None
         if arrival.input_length < 1 or arrival.output_length < 1:
             continue  # Azure's trace has requests without output
         yield arrival

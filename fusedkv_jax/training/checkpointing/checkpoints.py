@@ -238,10 +238,12 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The cause in a line; Orbax hides the system's among paths and counts."""
+    """The cause in a line; Orbax hides the system's among paths and counts, or hands it on."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

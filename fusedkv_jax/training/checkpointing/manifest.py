@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -109,6 +110,8 @@ def read(directory: pathlib.Path) -> Manifest:
       DamagedCheckpointError: it is not what was written.
     """
     try:
+        if not stat.S_ISREG((directory / FILE).stat().st_mode):
+            raise OSError("not a regular file")  # a pipe would be waited for
         content = (directory / FILE).read_bytes()
     except OSError as error:
         found = "has no" if isinstance(error, FileNotFoundError) else "has an unreadable"

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, and refusals that name what differs."""
 
 import dataclasses
+import gc
 import json
 import resource
 import shutil
@@ -138,6 +139,8 @@ def test_a_save_that_fails_halfway_leaves_nothing(toy, toy_state, tmp_path, monk
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+# Orbax leaves coroutines of the failed save behind; they complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_takes_no_more_is_one_line(toy, toy_state, tmp_path, caplog, capfd):
     iterator, lines = data.make_train_iterator(toy.data), []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -150,8 +153,12 @@ def test_a_disk_that_takes_no_more_is_one_line(toy, toy_state, tmp_path, caplog,
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         checkpoints.save(2, toy_state, iterator, toy)
     assert lines == ["warning: step 1 could not be saved and training goes on: File too large"]
+    # Threads of Orbax may have written on after the failure; the next run clears that away.
+    with Checkpoints(tmp_path, keep=1, report=lines.append):
+        pass
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert not caplog.records and "Traceback" not in capfd.readouterr().err
+    gc.collect()  # here, not in another test
 
 
 def test_what_an_interrupted_save_or_removal_left_is_removed(saved):
