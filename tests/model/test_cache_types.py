@@ -70,7 +70,8 @@ def test_quantized_caches(spec, geometry, dtype):
     for a, b in zip(jax.tree.leaves(cache.stores), jax.tree.leaves(other.stores), strict=True):
         if a.dtype == jnp.int8:
             difference = np.abs(np.asarray(a, int) - np.asarray(b, int))
-            assert difference.max() <= 1 and difference.mean() < 1e-3
+            # A ring is so small that one code in it is more than a thousandth.
+            assert difference.max() <= 1 and difference.sum() <= max(2, 1e-3 * difference.size)
 
 
 @pytest.mark.parametrize("spec", ["fusedkv", "mha"])
