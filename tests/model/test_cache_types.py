@@ -70,8 +70,8 @@ def test_quantized_caches(spec, geometry, dtype):
     for a, b in zip(jax.tree.leaves(cache.stores), jax.tree.leaves(other.stores), strict=True):
         if a.dtype == jnp.int8:
             difference = np.abs(np.asarray(a, int) - np.asarray(b, int))
-            # A ring is so small that one code in it is more than a thousandth.
-            assert difference.max() <= 1 and difference.sum() <= max(2, 1e-3 * difference.size)
+            # Noise of 1e-5 moves the codes that lie so near to the border between two of 255.
+            assert difference.max() <= 1 and difference.mean() < 3e-3
 
 
 @pytest.mark.parametrize("spec", ["fusedkv", "mha"])
