@@ -28,10 +28,10 @@ def test_quick_run():
     assert [row["decoding"] for row in rows[:2]] == ["plain", "1 layers draft 2"]
     assert len(rows) == 9 and all(row["same tokens"] for row in rows)
 
-    # 8 of 32 tokens are kept, and 4 are added (a round of warm-up and one that counts);
-    # a compressed cache also knows how many it has dropped.
+    # 8 of 32 tokens are kept, and 5 are added (the one that prefill samples, a round of warm-up
+    # and one that counts); a compressed cache also knows how many it has dropped.
     sizes = {row["cache"]: row["MB"] for row in found["long_cache"]["rows"]}
-    assert sizes["snapkv"] / sizes["whole cache"] == pytest.approx((8 + 4) / (32 + 4), rel=1e-2)
+    assert sizes["snapkv"] / sizes["whole cache"] == pytest.approx((8 + 5) / (32 + 5), rel=1e-2)
     assert sizes["double_sparsity"] > sizes["whole cache"]
 
     exact, *others = found["storage"]["rows"]

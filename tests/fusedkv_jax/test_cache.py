@@ -50,7 +50,7 @@ def test_storage_type():
 
 @pytest.mark.parametrize("name", ["batch_size", "max_length"])
 def test_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name}=0; use at least 1"):
+    with pytest.raises(ValueError, match=f"{name}=0; use a whole number of at least 1"):
         fkv.KVCache.create(config("mha"), **{"batch_size": 1, "max_length": 1, name: 0})
 
 

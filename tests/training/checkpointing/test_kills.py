@@ -53,7 +53,7 @@ def _kill(process: subprocess.Popen, directory: pathlib.Path, during_save: bool,
         if line.startswith("compiled"):
             break
     time.sleep(rng.uniform(0, 0.5))
-    while during_save and process.poll() is None and not any(directory.glob("*.unfinished")):
+    while during_save and process.poll() is None and not any(directory.glob("*.unfinished*")):
         pass
     process.send_signal(signal.SIGKILL)
     process.communicate()
