@@ -1,0 +1,103 @@
+"""What the wheel holds, and the console command `fusedkv` run from it, without the checkout."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGES = ("fusedkv_jax", "pallas_kernels", "experiments")
+LEFT_OUT = ("experiments/results/", "experiments/colab/")
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy: setuptools leaves folders behind, and packs what lies there."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    build = [sys.executable, "-c", BUILD, str(output)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=300)
+    (path,) = output.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A function that runs Python where only the unpacked wheel has our packages."""
+    place, elsewhere = tmp_path_factory.mktemp("installed"), tmp_path_factory.mktemp("elsewhere")
+    zipfile.ZipFile(wheel).extractall(place)
+    # Somebody else's package of the same name, found first.
+    (elsewhere / "experiments").mkdir()
+    (elsewhere / "experiments" / "__init__.py").write_text("raise SystemExit('not ours')")
+    path = os.pathsep.join((str(elsewhere), str(place)))
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=elsewhere,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_the_wheel_holds_what_is_imported_and_run(wheel):
+    expected = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
+    }
+    expected = {name for name in expected if not name.startswith(LEFT_OUT)}
+    archive = zipfile.ZipFile(wheel)
+    found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert found == expected
+    (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "fusedkv = fusedkv_jax.__main__:main" in archive.read(points).decode()
+
+
+def test_the_command_lists_its_programs_without_importing_them(installed):
+    code = (
+        "import sys; sys.argv = ['fusedkv', '--help']; from fusedkv_jax import __main__ as command;"
+        "code = command.main(); assert not {'jax', 'numpy', 'absl'} & set(sys.modules);"
+        "print(command.__file__); sys.exit(code)"
+    )
+    result = installed("-c", code)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not result.stdout.splitlines()[-1].startswith(str(ROOT))
+    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", result.stdout, re.MULTILINE))
+    assert {"train", "generate", "evaluate", "convert", "describe"} <= set(listed)
+    assert listed["train"] == "Train a model"
+    assert not any("python -m" in summary for summary in listed.values())
+
+
+def test_the_command_runs_a_program_as_python_does(installed):
+    arguments = ("--layout=fusedkv", "--num_layers=4")
+    result = installed("-m", "fusedkv_jax", "describe", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    module = [sys.executable, "-m", "experiments.describe", *arguments]
+    expected = subprocess.run(module, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.stdout == expected.stdout
+    assert "K 0 & 1" in result.stdout
+
+
+def test_a_mistake_is_one_line(installed):
+    result = installed("-m", "fusedkv_jax", "trian")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "fusedkv: error: no program 'trian'; did you mean train?\n"
+    result = installed("-m", "fusedkv_jax", "describe", "--laiout=cla")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: unknown flag --laiout")
