@@ -5,7 +5,6 @@ import difflib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import pathlib
 import re
 import sys
@@ -19,6 +18,7 @@ from experiments.common import failures, helptext, parsing
 from experiments.common.compilation import keep_compiled_programs
 from experiments.common.failures import check_readable as check_readable
 from experiments.common.failures import interrupt_answered as interrupt_answered
+from experiments.common.outputs import check_output as check_output
 from experiments.common.parsing import only_with as only_with
 from experiments.overrides import apply_overrides
 
@@ -111,7 +111,9 @@ def _run_config(name: str, call: Callable[[], Any]) -> Any:
     """What a file of the user returns; a mistake in it is one line that names its place."""
     try:
         return call()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also sys.exit(), which would end as if all were well
         if isinstance(error, SyntaxError) and error.filename:
             where, text = f"{error.filename}:{error.lineno}", error.msg
         else:
@@ -178,33 +180,6 @@ def require(name: str) -> str:
     if not value:
         raise ValueError(f"--{name} is missing; {flags.FLAGS[name].help}")
     return value
-
-
-def check_output(path: str | os.PathLike[str], *, folder: bool = False) -> pathlib.Path:
-    """The path of an output, once it is known that it can be written: before the work, not after.
-
-    Args:
-      path: a file, or a folder; what is missing of the folders above it is created.
-      folder: whether it is one.
-
-    Raises:
-      ValueError: a file is where a folder should be, or the other way round.
-      OSError: it cannot be written.
-    """
-    path = pathlib.Path(path).expanduser()
-    above = path if folder else path.parent
-    if above.exists() and not above.is_dir():
-        raise ValueError(f"{str(above)!r} is a file; name a folder")
-    above.mkdir(parents=True, exist_ok=True)
-    if not folder and path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; name a file")
-    existed = path.exists()
-    probe = path / f".write-test-{os.getpid()}" if folder else path
-    with open(probe, "ab"):
-        pass
-    if folder or not existed:
-        probe.unlink()
-    return path
 
 
 def _load_module(name: str):

@@ -19,6 +19,7 @@ from absl import flags
 
 import fusedkv_jax as fkv
 from experiments import cli, models
+from experiments.common import outputs
 from fusedkv_jax import costs, interop, training
 from fusedkv_jax.data import tokenizers
 
@@ -45,19 +46,12 @@ def define_flags() -> None:
 
 def main() -> int:
     output = pathlib.Path(cli.require("output")).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output={output} exists and is not an empty folder; choose another")
+    # A run may hold what was made of it; a folder of others stays as it is.
+    outputs.check_new_folder("--output", output, [flags.FLAGS.model] if flags.FLAGS.model else [])
     kind = flags.FLAGS.format or ("workdir" if flags.FLAGS.model else "huggingface")
     loaded = models.load(layout=flags.FLAGS.layout)
-    tokenizer = loaded.config.data.tokenizer
-    if kind == "huggingface":
-        own = None if tokenizer == "byte" else tokenizer
-        interop.save_huggingface(loaded.model, output, tokenizer=own)
-    else:
-        if tokenizer != "byte":
-            interop.copy_tokenizer(tokenizer, output / "tokenizer")
-            loaded = models.with_tokenizer(loaded, str((output / "tokenizer").resolve()))
-        training.save_model(loaded.model, loaded.config, output)
+    with outputs.complete_folder("--output", output) as folder:
+        loaded = _write(loaded, kind, folder, output)
     count = costs.parameter_count(loaded.model.config)
     print(f"{loaded.where} -> {output}: {count:,} parameters, {_layout(loaded.model)}")
     report: dict[str, Any] = {"output": str(output), "format": kind, "parameters": count}
@@ -69,6 +63,22 @@ def main() -> int:
         same = all(row["same text"] for row in rows[1:])
     print(json.dumps(report))
     return 0 if same else 1
+
+
+def _write(
+    loaded: models.Loaded, kind: str, folder: pathlib.Path, output: pathlib.Path
+) -> models.Loaded:
+    """Write into `folder`, which will be `output`; returns the model with its tokenizer there."""
+    tokenizer = loaded.config.data.tokenizer
+    if kind == "huggingface":
+        own = None if tokenizer == "byte" else tokenizer
+        interop.save_huggingface(loaded.model, folder, tokenizer=own)
+        return loaded
+    if tokenizer != "byte":
+        interop.copy_tokenizer(tokenizer, folder / "tokenizer")
+        loaded = models.with_tokenizer(loaded, str((output / "tokenizer").resolve()))
+    training.save_model(loaded.model, loaded.config, folder)
+    return loaded
 
 
 def _layout(model: fkv.Decoder) -> str:

@@ -31,6 +31,7 @@ SAMPLING = fkv.SamplingParams(
 LOSS_CURVES_FILE, FUSION_WEIGHTS_FILE = "loss_curves.png", "fusion_weights.png"
 RESULTS_FILE = "results.json"
 
+_MOST = 1_000_000  # of any figure of `Timing`
 # Rows of the table: heading, key in the results, unit it is divided by, decimals.
 _ROWS = (
     ("validation loss (bits per byte)", "bits_per_byte", 1, 4),
@@ -54,6 +55,8 @@ class Timing:
         for name, least in (("prompt_length", 1), ("new_tokens", 2), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; use {least} or more")
+            if getattr(self, name) > _MOST:  # known now, not after the training
+                raise ValueError(f"{name}={getattr(self, name)}; use {_MOST:,} or less")
 
 
 def compare(

@@ -57,9 +57,10 @@ def main() -> None:
         return
     overrides = {} if layers is None else {"num_layers": layers}
     config = presets.get(FLAGS.preset, layout=FLAGS.layout, **overrides)
+    figures = costs.summary(config, FLAGS.length, FLAGS.dtype)
     print(layouts.draw(config.kv_layout))
     print(f"\n{FLAGS.preset}, {FLAGS.length:,} tokens, {FLAGS.dtype} cache, one sequence")
-    for name, value in costs.summary(config, FLAGS.length, FLAGS.dtype).items():
+    for name, value in figures.items():
         decimals = 3 if name == "cache_ratio" else 0
         print(f"  {name:<22} {value:,.{decimals}f}")
     print("parameters")

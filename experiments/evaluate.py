@@ -118,6 +118,8 @@ def long_context() -> dict[str, Any]:
         raise ValueError("--suite=longcontext reads training runs only; name one with --workdir")
     workdirs = cli.require("workdir")
     names = [name for name in workdirs.split(",") if name]
+    if not names:
+        raise ValueError(f"--workdir={workdirs} names no run")
     output = flags.FLAGS.output and cli.check_output(flags.FLAGS.output, folder=True)
     chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)
     size = flags.FLAGS.length or training.load_model(names[0])[1].data.seq_len

@@ -191,9 +191,12 @@ def sampling_params() -> fkv.SamplingParams:
     for entry in values["logit_bias"] or ():
         token, _, number = entry.partition(":")
         try:
-            bias[int(token)] = float(number)
+            key, value = int(token), float(number)
         except ValueError:
             raise ValueError(f"--logit_bias={entry!r}; write ID:BIAS, such as 42:-5") from None
+        if key in bias:
+            raise ValueError(f"--logit_bias names token {key} twice; name it once")
+        bias[key] = value
     return fkv.SamplingParams(**{**values, "logit_bias": bias})
 
 

@@ -59,6 +59,8 @@ def main() -> int:
 
     target = cli.require("workdir")
     path = pathlib.Path(target).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--workdir={target} is not a directory; name one of a training run")
     if not path.is_dir():
         raise FileNotFoundError(2, "No such directory", target)
     if (path / manifest.FILE).exists():

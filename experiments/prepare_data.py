@@ -11,16 +11,15 @@ import dataclasses
 import itertools
 import pathlib
 import shlex
-import shutil
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
+from experiments.common import outputs
 from fusedkv_jax.data import corpus, shards, sources, tokenizers
 from fusedkv_jax.data.config import check_holdout_fraction
 from fusedkv_jax.data.encoding import document_tokens
@@ -70,7 +69,7 @@ def prepare(settings: Preparation) -> dict[str, Any]:
         nothing is written then.
     """
     output = pathlib.Path(settings.output_dir).expanduser().absolute()
-    _check_free(output)
+    outputs.check_new_folder("output_dir", output, [*settings.input, *settings.heldout])
     files, heldout = (
         sources.list_files(names) if names else [] for names in (settings.input, settings.heldout)
     )
@@ -78,23 +77,8 @@ def prepare(settings: Preparation) -> dict[str, Any]:
         if sources.is_shard(file):
             raise ValueError(f"{file}: is a shard of tokens already; --input takes text")
     tokenizer = tokenizers.load(settings.tokenizer)
-    work = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    work.mkdir(parents=True)
-    try:
-        metadata = _write(settings, files, heldout, tokenizer, work)
-        _check_free(output)
-        work.rename(output)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return metadata
-
-
-def _check_free(output: pathlib.Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output_dir {output} is not empty; name a new folder or remove it")
+    with outputs.complete_folder("output_dir", output) as work:
+        return _write(settings, files, heldout, tokenizer, work)
 
 
 def _write(

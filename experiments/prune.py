@@ -50,6 +50,8 @@ def main() -> None:
     workdir = cli.require("workdir")
     model, config, step = training.load_model(workdir)
     output = cli.check_output(flags.FLAGS.output or f"{workdir}/pruned", folder=True)
+    if len(set(flags.FLAGS.budget)) < len(flags.FLAGS.budget):
+        raise ValueError("--budget is given twice with one value; give it once")
     folders = {budget: output / f"budget_{budget:g}" for budget in sorted(flags.FLAGS.budget)}
     for folder in folders.values():
         if folder.exists():

@@ -29,6 +29,7 @@ _DISK = {
     errno.ENOSPC: "free some space, or name another place",
     errno.EDQUOT: "free some space, or name another place",
     errno.EFBIG: "name a place without such a limit",
+    errno.EIO: "the file or the disk cannot be read or written; name another",
     errno.EROFS: "name a place that can be written",
 }
 # Flags that decide how much memory a program takes, and in which direction they help.

@@ -9,6 +9,8 @@ from absl import flags
 
 # Flag -> other flag -> what its value must be for the first one to have an effect.
 _RULES: dict[str, dict[str, Any]] = {}
+# Texts to go on from, and the system message that replaces a template's own.
+_MAY_BE_EMPTY = ("prompt", "system")
 # Flags that are written otherwise.
 _WRITTEN = {"override": "config.FIELD", "mesh": "mesh.AXIS"}
 
@@ -53,7 +55,7 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
 
     Raises:
       flags.Error: an unknown flag (ours that are near are named), or a value of the wrong type.
-      ValueError: a flag given twice, without effect, or with a value that is not a number.
+      ValueError: a flag given twice, without effect, empty, or with what is not a number.
     """
     values = flags.FlagValues()
     for name, flag in own_flags().items():
@@ -70,12 +72,27 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
     except flags.UnrecognizedFlagError as error:
         hint = _nearest(error.flagname, values)
         raise ValueError(f"unknown flag --{error.flagname}; {hint}") from None
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_plain(str(error))) from None
     flags.FLAGS.mark_as_parsed()
     if not (values["help"].value or values["version"].value):
         for name in values:
             _check(name, values[name])
         _check_effects()
     return rest, values
+
+
+def _plain(message: str) -> str:
+    """What absl says about a value, without Python's own words."""
+    head, _, reason = message.partition(": ")
+    for words, meaning in (
+        ("Non-boolean", "write true or false"),
+        ("invalid literal for int", "use a whole number"),
+        ("could not convert string to float", "use a number"),
+    ):
+        if words in reason:
+            return f"{head}: {meaning}"
+    return message
 
 
 def _nearest(name: str, values: flags.FlagValues) -> str:
@@ -93,6 +110,9 @@ def _check(name: str, flag: flags.Flag) -> None:
     if flag.present > 1 and not many:
         raise ValueError(f"--{name} is given {flag.present} times; give it once")
     given = flag.value if many else [flag.value]
+    empty = flag.value in ([], "") or isinstance(flag.value, list) and "" in flag.value
+    if flag.present and empty and name not in _MAY_BE_EMPTY:
+        raise ValueError(f"--{name}= is empty; give it a value, or leave it out")
     for value in given or ():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name}={value} is not a finite number")

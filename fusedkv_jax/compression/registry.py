@@ -31,6 +31,10 @@ def parse(spec: str) -> compression.Compressor:
     Raises:
         CompressionError: an unknown name or field (the nearest are suggested), or a bad value.
     """
+    if not isinstance(spec, str):
+        raise compression.CompressionError(
+            f"compressor={spec!r}; use text such as snapkv:budget=64"
+        )
     name, _, text = spec.partition(":")
     if name not in _REGISTRY:
         raise compression.CompressionError(
@@ -50,6 +54,8 @@ def parse(spec: str) -> compression.Compressor:
             raise compression.CompressionError(
                 f"compressor {name!r} has no {field!r}{_nearest(field, known)}"
             )
+        if field in options:
+            raise compression.CompressionError(f"compressor {spec!r} sets {field} twice; keep one")
         options[field] = _value(value)
     return found(**options)
 

@@ -93,6 +93,8 @@ def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
     Raises:
         ChatError: it has none.
     """
+    if tokenizer == "byte":
+        raise ChatError("the byte tokenizer has no chat template; pass one")
     path = pathlib.Path(tokenizer).expanduser()
     folder = path if path.is_dir() else path.parent
     entries = _read_config(folder / "tokenizer_config.json")

@@ -53,7 +53,9 @@ def prefill(
             parts that cannot be. The cache stays as it was. Inside `jax.jit` values are not known:
             such rows then have NaN logits from there on, as `cache.overflowed` tells.
     """
-    cache.check_present()
+    _check_call(tokens, 2, cache)
+    lengths = jnp.asarray(lengths)
+    _check_integers("lengths", lengths)
     capacity = cache.capacity
     if capacity is not None and tokens.shape[1] > capacity:
         raise ValueError(
@@ -89,10 +91,29 @@ def decode_step(
     Raises:
         ValueError: a cache that was donated before, or is of another layout or batch size.
     """
-    cache.check_present()
+    _check_call(tokens, 1, cache)
     graph, state = nnx.split(model)
     one = jnp.ones(tokens.shape[0], jnp.int32)
     return extend(graph, state, tokens[:, None], one, cache)
+
+
+def _check_call(tokens: Any, ndim: int, cache: Any) -> None:
+    """Raises ValueError where the arguments are not what they are called."""
+    if not hasattr(cache, "check_present"):
+        raise ValueError(
+            f"cache is a {type(cache).__name__}; use KVCache.create(model.config, ...)"
+        )
+    cache.check_present()
+    axes = "[B, T]" if ndim == 2 else "[B]"
+    _check_integers("tokens", tokens)
+    if jnp.ndim(tokens) != ndim or 0 in jnp.shape(tokens):
+        raise ValueError(f"tokens has shape {jnp.shape(tokens)}; use ids {axes}, at least one")
+
+
+def _check_integers(name: str, given: Any) -> None:
+    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.integer):
+        what = getattr(given, "dtype", type(given).__name__)
+        raise ValueError(f"{name} is {what}; use an array of int32")
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames="cache")

@@ -51,6 +51,8 @@ def initialize(
       ProcessesError: half of the arguments are missing, one is out of range, or the processes
         disagree on how many they are.
     """
+    if connect_seconds < 1:
+        raise ProcessesError(f"connect_seconds={connect_seconds}; use 1 or more")
     if jax.distributed.is_initialized():
         return
     explicit = _explicit(coordinator, num_processes, process_id, os.environ)

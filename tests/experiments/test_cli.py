@@ -17,6 +17,7 @@ from tests.experiments.commands import PROGRAMS, run_several
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+FOLDER = pathlib.Path(__file__).parent
 # Command lines with a flag that has no effect, or that is no flag, and what is said about it.
 REFUSED = [
     ("evaluate --workdir=x --cache_dtype=int8", "needs --suite=length or --suite=longcontext"),
@@ -66,6 +67,22 @@ REFUSED = [
     (f"reproduce --output={__file__}/table", "is a file; name a folder"),
     (f"prepare_data --input={__file__} --output_dir={__file__}/x", "Not a directory"),
     (f"prepare_data --input={__file__} --output_dir={__file__}", "is a file; name a folder"),
+    (f"prepare_data --input={FOLDER} --output_dir={FOLDER}/new", "new is within the input"),
+    (f"convert --model={FOLDER} --output={FOLDER}/new", "new is within the input"),
+    ("prepare_data --input= --output_dir=x", "--input= is empty"),
+    ("prepare_data --input=x --output_dir=", "--output_dir= is empty"),
+    ("reproduce --layouts=", "--layouts= is empty"),
+    ("convert --model=x --output=y --check --text=", "--text= is empty"),
+    ("train --config=demo --workdir=x --wandb_project=", "--wandb_project= is empty"),
+    ("train --config=demo --workdir=x --connect_seconds=-1", "--connect_seconds=-1; use 1 or"),
+    ("evaluate --workdir=, --suite=longcontext", "--workdir=, names no run"),
+    ("prune --workdir=x --budget=x", "--budget=x: use a number"),
+    ("costs --length=1e3", "--length=1e3: use a whole number"),
+    ("train --config=demo --workdir=x --profile_steps=1:2 --step=1", "unknown flag --step"),
+    ("generate --workdir=x --prompt=a --logit_bias=4:1 --logit_bias=4:2", "token 4 twice"),
+    ("generate --workdir=x --prompt=a --compression=h2o:budget=4,budget=5", "sets budget twice"),
+    ("demo --workdir=x --prompt_length=1000000000", "--prompt_length=1000000000; use 1,000,000"),
+    (f"inspect --workdir={__file__}", "is not a directory"),
 ]
 
 

@@ -74,7 +74,7 @@ def test_a_folder_becomes_a_run_and_a_folder_again(folder, tmp_path):
         [f"--model={folder}", f"--output={run}"],
     )
     assert back[0] == 0, back
-    assert full[0] == 2 and "not an empty folder" in full[2]
+    assert full[0] == 2 and "is not empty; name a new folder" in full[2]
     for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 

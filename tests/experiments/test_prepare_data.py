@@ -161,7 +161,7 @@ def test_a_bad_input_leaves_nothing_behind(source, tmp_path, name, data, message
 def test_no_text(tmp_path):
     (tmp_path / "a.txt").touch()
     with pytest.raises(ValueError, match=r"no text in 1 file\(s\) of "):
-        prepare(Preparation(input=[str(tmp_path)], output_dir=str(tmp_path / "tokens")))
+        prepare(Preparation(input=[str(tmp_path / "a.txt")], output_dir=str(tmp_path / "tokens")))
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -1,0 +1,86 @@
+"""Where programs write: known to be writable before the work, whole or not there after it."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+
+
+def check_output(path: str | os.PathLike[str], *, folder: bool = False) -> pathlib.Path:
+    """The path of an output, once it is known that it can be written: before the work, not after.
+
+    Args:
+      path: a file, or a folder; what is missing of the folders above it is created.
+      folder: whether it is one.
+
+    Raises:
+      ValueError: a file is where a folder should be, or the other way round.
+      OSError: it cannot be written.
+    """
+    if not os.fspath(path):
+        raise ValueError("the name of an output is empty; name a folder or file")
+    path = pathlib.Path(path).expanduser()
+    above = path if folder else path.parent
+    if above.exists() and not above.is_dir():
+        raise ValueError(f"{str(above)!r} is a file; name a folder")
+    if above.is_symlink() and not above.exists():
+        raise ValueError(f"{str(above)!r} is a link to what does not exist; name a folder")
+    above.mkdir(parents=True, exist_ok=True)
+    if not folder and path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file")
+    existed = path.exists()
+    if not folder and path.is_fifo():  # would be waited for
+        raise ValueError(f"{str(path)!r} is a pipe; name a file")
+    probe = path / f".write-test-{os.getpid()}" if folder else path
+    with open(probe, "ab"):
+        pass
+    if folder or not existed:
+        probe.unlink()
+    return path
+
+
+def check_new_folder(name: str, output: pathlib.Path, inputs: Iterable[str] = ()) -> None:
+    """Refuse an output folder that holds something, or lies within what is read.
+
+    Args:
+      name: of the setting, for the message.
+      output: the folder.
+      inputs: what is read; folders among them must stay as they are.
+
+    Raises:
+      ValueError: it is a file, is not empty, or lies within an input.
+    """
+    for each in inputs:
+        source = pathlib.Path(each).expanduser()
+        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"{name} {output} is within the input {each}; name another folder")
+    if output.is_symlink() and not output.exists():
+        raise ValueError(f"{name} {output} is a link to what does not exist; name a folder")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{name} {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{name} {output} is not empty; name a new folder or remove it")
+
+
+@contextlib.contextmanager
+def complete_folder(name: str, output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden folder beside the output, which gets its name when all is written.
+
+    It is removed if anything fails, Ctrl-C included: what is found under the name is complete.
+
+    Args:
+      name: of the setting, for messages.
+      output: the folder, new or empty.
+    """
+    output = output.resolve()
+    work = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        check_new_folder(name, output)
+        work.rename(output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
