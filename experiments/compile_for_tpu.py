@@ -24,7 +24,7 @@ from fusedkv_jax import presets
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import AXES, MeshConfig, make_mesh
 from fusedkv_jax.slices import programs, report, search, text
-from fusedkv_jax.slices.chips import CHIPS, Slice
+from fusedkv_jax.slices.chips import SHAPES, Slice
 from fusedkv_jax.training import ExperimentConfig
 from pallas_kernels.tpu.topology import slice_devices
 
@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Define the flags of this binary."""
     flags.DEFINE_string(
-        "topology", None, "The slice: " + "; ".join(chip.choices for chip in CHIPS.values())
+        "topology", None, "The slice: " + "; ".join(x.choices(name) for name, x in SHAPES.items())
     )
     flags.DEFINE_string(
         "preset", None, f"The paper's run of a model of this size: {', '.join(presets.names())}."

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checks, choice
+from pallas_kernels import checks, choice, phases
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import Quantized, is_quantized
 from pallas_kernels.stacked import Stacked
@@ -105,10 +105,10 @@ def attention(
     }
     arguments = (q, keys, values, *weights, mask)
 
-    few = q.shape[1] * q.shape[2] // keys[0].shape[2] <= choice.FEW and length > q.shape[1]
+    rows = q.shape[1] * q.shape[2] // keys[0].shape[2]
     describe = functools.partial(
         choice.describe,
-        choice.DECODE if few else choice.SEQUENCE,
+        phases.phase(rows, q.shape[1], length),
         max(len(keys), len(values)),
         max(keys[0].shape[3], values[0].shape[3]),
         return_residuals,

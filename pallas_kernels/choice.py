@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import devices, stacked
+from pallas_kernels.phases import DECODE, PAGED, SEQUENCE
 
 # Every module has `attention` and may have `paged_attention`, which get checked arguments, return
 # (out, lse), and raise NotImplementedError for what they do not serve. Imported when first asked
@@ -37,8 +38,8 @@ class Call:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       kind: the device's own name of its kind, such as "TPU v5 lite".
-      phase: "sequence" (training and prefill: many queries), "decode" (few queries against a
-        longer cache) or "paged".
+      phase: one of `phases`: "sequence" (training and prefill: many queries), "decode" (few
+        queries against a longer cache) or "paged".
       sources: the larger number of sources that are mixed; 1 without weights.
       size: the larger head size of keys and values.
       residuals: the lse is asked for.
@@ -76,9 +77,6 @@ def matrix_unit(kind: str) -> int:
     chip = devices.tpu(kind)
     return 128 if chip is None else chip.matrix
 
-
-SEQUENCE, DECODE, PAGED = "sequence", "decode", "paged"
-FEW = 64  # query rows per KV head up to which a call waits for memory: "decode"
 
 # Matching rows are tried from the top; a row whose implementation refuses the call is passed over.
 TABLE = (

@@ -7,6 +7,7 @@ is on NVIDIA GPUs. With one source nothing is mixed.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
 
@@ -22,25 +23,14 @@ def attention(q, keys, values, key_weights, value_weights, mask: Mask, *, scale,
         raise NotImplementedError(f"cuDNN is not used: {reason}")
     out = jax.nn.dot_product_attention(
         q,
-        _mixed(keys, key_weights, q.dtype),
-        _mixed(values, value_weights, q.dtype),
+        linear.mix(keys, key_weights, q.dtype),
+        linear.mix(values, value_weights, q.dtype),
         is_causal=mask.causal,
         scale=scale,
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
     return out, None
-
-
-def _mixed(sources, weights, dtype):
-    """The mix [B, S, K, H], summed in float32 and rounded once."""
-    if weights is None:
-        return sources[0].astype(dtype)
-    total = sum(
-        weight.astype(jnp.float32) * source.astype(jnp.float32)
-        for weight, source in zip(weights, sources, strict=True)
-    )
-    return jnp.asarray(total).astype(dtype)
 
 
 def _refusal(q, keys, values, mask: Mask, softcap) -> str:

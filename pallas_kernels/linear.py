@@ -1,11 +1,65 @@
-"""What is linear around every kernel's gradient: cotangents of the output, and gradients of a mix.
+"""What is linear around every kernel: mixes and their gradients, folded weights, cotangents.
 
-The reference does without: it is the yardstick, and autodiff differentiates it. Triton has its own.
+The reference does without: it is the yardstick, and autodiff differentiates it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+
+from pallas_kernels.quantized import Quantized
+
+
+def mix(sources: Sequence[Any], weights: Any, dtype: Any, present: Any = None) -> Any:
+    """The weighted sum of the sources [B, S, K, H], in float32 and rounded to `dtype` once.
+
+    Args:
+      sources: J arrays or `Quantized`.
+      weights: [J, K, H], or None for one source.
+      dtype: of the result.
+      present: bool [B or 1, S, 1, 1], which keys are present; None for all. Absent keys become
+        zero: their memory may hold NaN, and 0 * NaN would reach every row.
+    """
+    plain = [x.dequantize() if isinstance(x, Quantized) else x for x in sources]
+    total = plain[0]
+    if weights is not None:
+        wide = weights.astype(jnp.float32)
+        total = wide[0] * plain[0].astype(jnp.float32)
+        for weight, source in zip(wide[1:], plain[1:], strict=True):
+            total = total + weight * source.astype(jnp.float32)
+    if present is not None:
+        total = jnp.where(present, total, 0)
+    return total.astype(dtype)
+
+
+def fold_queries(q: Any, weights: Any, factor: float = 1.0) -> Any:
+    """Queries for each source, [B, J, T, N, H] fp32: (sum_j a_j K_j) q = sum_j K_j (a_j q).
+
+    Args:
+      q: [B, T, N, H].
+      weights: a [J, K, H], or None for one source.
+      factor: what the queries are multiplied with besides.
+    """
+    batch, length, num, size = q.shape
+    wide = q.astype(jnp.float32) * factor
+    if weights is None:
+        return wide[:, None]
+    heads = weights.shape[1]
+    grouped = wide.reshape(batch, 1, length, heads, num // heads, size)
+    wide = grouped * weights.astype(jnp.float32)[None, :, None, :, None]
+    return wide.reshape(batch, -1, length, num, size)
+
+
+def fold_outputs(parts: Any, weights: Any) -> Any:
+    """The weighted sum of what each source gave, [B, J, T, N, H] fp32, as [B, T, N, H]."""
+    if weights is None:
+        return parts[:, 0]
+    batch, sources, length, num, size = parts.shape
+    heads = weights.shape[1]
+    grouped = parts.reshape(batch, sources, length, heads, num // heads, size)
+    wide = grouped * weights.astype(jnp.float32)[None, :, None, :, None]
+    return wide.sum(1).reshape(batch, length, num, size)
 
 
 def statistics(out: Any, lse: Any, cotangents: Any, blind_lse: float) -> tuple[Any, Any, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checks, choice
+from pallas_kernels import checks, choice, phases
 from pallas_kernels.quantized import EIGHT_BIT, quantize
 
 
@@ -251,7 +251,7 @@ def paged_attention(
     arguments = (q, pages, table, lengths, *weights)
     describe = functools.partial(
         choice.describe,
-        choice.PAGED,
+        phases.PAGED,
         max(pages.num_keys, pages.num_values),
         max(pages.key_size, pages.value_size),
         return_residuals,

@@ -24,7 +24,7 @@ from fusedkv_jax.layouts import KINDS, Kind
 from pallas_kernels import Stacked, choice
 
 LANES = 128  # of a TPU's vector unit: tokens fill whole ones
-FEW = 16  # tokens of a call up to which streams are read in place
+IN_PLACE_TOKENS = 16  # tokens of a call up to which streams are read in place
 
 
 def suits(config: ModelConfig, dtype: str) -> bool:
@@ -81,7 +81,7 @@ class StackedStore(Store):
         slot = jnp.asarray(slot, jnp.int32)
         source = Stacked(storage, slot, storage.shape[3] // self.heads)
         # Many queries turn a stream round anyway: cut it out once for all layers that read it.
-        return source if call.length <= FEW else source.read()
+        return source if call.length <= IN_PLACE_TOKENS else source.read()
 
     def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
         return (Piece(keys, values, rows.mask() | {"kv_lengths": call.first + call.count}),)

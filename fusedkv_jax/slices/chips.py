@@ -1,4 +1,4 @@
-"""TPU slices by name: what their chips can do, and which shapes there are."""
+"""TPU slices by name: which shapes there are of which chips (`pallas_kernels.devices`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 import math
 import re
 
-from fusedkv_jax.training.monitoring.metrics import device_peak_flops
+from pallas_kernels.devices import CHIPS, Chip
 
-_GIB = 2**30
 _FLAT = tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split())
 _SMALL = tuple("2x2x1 2x2x2 2x2x4 2x4x4".split())
 
@@ -17,91 +16,31 @@ class TopologyError(ValueError):
     """A name of a slice that does not exist."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """A kind of TPU; figures are for one device as JAX counts devices.
-
-    From cloud.google.com/tpu/docs (pages v5e, v6e, v5p, tpu7x): HBM bandwidth, and interconnect
-    bandwidth, which is given for both directions together and halved here. `hbm` is what the
-    compiler lets a program use; it names the figure when a program needs more.
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Which slices there are of a kind of chip.
 
     Attributes:
-      name: as in names of slices.
-      kind: JAX's name of it.
-      per_chip: devices of a chip; the two cores of a tpu7x are a device each.
-      hbm: bytes of memory that a program can use.
-      hbm_bandwidth: bytes a second.
-      ici: bytes a second that a device can send to other chips, over all its links.
-      shapes: those of slices, as text; larger ones have multiples of 4 along all axes.
+      small: shapes, as text; larger ones have multiples of 4 along all axes.
       largest: chips along each axis of the largest slice.
     """
 
-    name: str
-    kind: str
-    per_chip: int = 1
-    hbm: int
-    hbm_bandwidth: float
-    ici: float
-    shapes: tuple[str, ...]
+    small: tuple[str, ...]
     largest: tuple[int, ...]
 
-    @property
-    def peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s."""
-        peak = device_peak_flops(self.kind)
-        assert peak is not None, self.kind
-        return peak
-
-    @property
-    def choices(self) -> str:
-        """The slices that there are, in words."""
-        text = ", ".join(self.shapes)
+    def choices(self, chip: str) -> str:
+        """The slices of this chip, in words."""
+        text = ", ".join(self.small)
         if len(self.largest) == 3:
             text += f" or multiples of 4 up to {'x'.join(map(str, self.largest))}"
-        return f"{self.name}:{text}"
+        return f"{chip}:{text}"
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip(
-            name="v5e",
-            kind="TPU v5 lite",
-            hbm=int(15.75 * _GIB),
-            hbm_bandwidth=819e9,
-            ici=200e9,
-            shapes=_FLAT,
-            largest=(16, 16),
-        ),
-        Chip(
-            name="v6e",
-            kind="TPU v6 lite",
-            hbm=int(31.25 * _GIB),
-            hbm_bandwidth=1640e9,
-            ici=400e9,
-            shapes=_FLAT,
-            largest=(16, 16),
-        ),
-        Chip(
-            name="v5p",
-            kind="TPU v5",
-            hbm=int(95.74 * _GIB),
-            hbm_bandwidth=2765e9,
-            ici=600e9,
-            shapes=_SMALL,
-            largest=(16, 16, 24),
-        ),
-        Chip(
-            name="tpu7x",
-            kind="TPU7x",
-            per_chip=2,
-            hbm=int(94.75 * _GIB),
-            hbm_bandwidth=7380e9 / 2,
-            ici=600e9 / 2,
-            shapes=_SMALL,
-            largest=(16, 24, 24),
-        ),
-    )
+SHAPES = {
+    "v5e": Shapes(_FLAT, (16, 16)),
+    "v6e": Shapes(_FLAT, (16, 16)),
+    "v5p": Shapes(_SMALL, (16, 16, 24)),
+    "tpu7x": Shapes(_SMALL, (16, 24, 24)),
 }
 
 
@@ -127,13 +66,16 @@ class Slice:
         match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
         chip = CHIPS.get(match.group(1)) if match else None
         if match is None or chip is None:
-            known = "; ".join(chip.choices for chip in CHIPS.values())
+            known = "; ".join(shapes.choices(chip) for chip, shapes in SHAPES.items())
             raise TopologyError(f"topology {name!r} is unknown; known are {known}")
+        shapes = SHAPES[chip.name]
         shape = tuple(int(size) for size in match.group(2).split("x"))
-        cube = len(chip.largest) == 3 and len(shape) == 3 and all(n and n % 4 == 0 for n in shape)
-        fits = all(n <= most for n, most in zip(sorted(shape), chip.largest, strict=False))
-        if match.group(2) not in chip.shapes and not (cube and fits):
-            raise TopologyError(f"topology {name!r} does not exist; known are {chip.choices}")
+        cube = len(shapes.largest) == 3 and len(shape) == 3 and all(n and n % 4 == 0 for n in shape)
+        fits = all(n <= most for n, most in zip(sorted(shape), shapes.largest, strict=False))
+        if match.group(2) not in shapes.small and not (cube and fits):
+            raise TopologyError(
+                f"topology {name!r} does not exist; known are {shapes.choices(chip.name)}"
+            )
         return cls(chip, shape)
 
     @property

@@ -116,11 +116,11 @@ def analyze(program: Program, place: Slice, compiled: Any, seconds: float) -> Re
     where = [device.coords for device in program.mesh.devices.flat]
     chip = place.chip
     estimate = roofline.Roofline(
-        flops / chip.peak_flops,
+        flops / chip.flops,
         hbm / chip.hbm_bandwidth,
         roofline.communication_seconds(place, found, where),
         program.model_flops / place.devices,
-        chip.peak_flops,
+        chip.flops,
     )
     other = memory.argument_size_in_bytes - sum(program.parts.values())
     return Report(

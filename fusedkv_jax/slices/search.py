@@ -200,7 +200,7 @@ def _expect(
     waits = model.num_layers * passes * 4 * tokens * model.d_model * (tensor > 1)
     waits += model.num_layers * 4 * 4 * tokens * heads * (mesh["context"] - 1)
     share = config.data.batch_size * config.data.seq_len / place.devices
-    compute = per_token * (1 + repeated / 3) * share / chip.peak_flops
+    compute = per_token * (1 + repeated / 3) * share / chip.flops
     hidden, waiting = (accumulation * size / chip.ici for size in (sent, waits))
     seconds = max(compute, hidden) + _EXPOSED * min(compute, hidden) + waiting
     memory = 4 * total / (split * tensor) * (4 if accumulation == 1 else 5)

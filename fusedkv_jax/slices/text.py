@@ -15,7 +15,7 @@ def describe_slice(place: Slice) -> str:
     devices = "" if chip.per_chip == 1 else f", {place.devices} devices ({chip.per_chip} a chip)"
     return (
         f"{place.name}: {place.chips} chips{devices}; a device has {gib(chip.hbm)} for a program, "
-        f"{chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, HBM {chip.hbm_bandwidth / 1e9:,.0f} "
+        f"{chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, HBM {chip.hbm_bandwidth / 1e9:,.0f} "
         f"GB/s, links {chip.ici / 1e9:,.0f} GB/s"
     )
 

@@ -33,7 +33,6 @@ from fusedkv_jax.training.monitoring.metrics import (
     StepTimer,
     TensorBoardWriter,
     WandbWriter,
-    device_peak_flops,
     last_step,
 )
 from fusedkv_jax.training.monitoring.profiling import ProfileWindow
@@ -41,6 +40,7 @@ from fusedkv_jax.training.monitoring.progress import Progress
 from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.state import TrainState
 from fusedkv_jax.training.step import BATCH_KEYS, Batch
+from pallas_kernels.devices import peak_flops
 
 LOGGED = ("grad_norm", "learning_rate", "skipped")  # of the last step; the loss is a mean
 METRICS_FILE = "metrics.jsonl"
@@ -311,7 +311,7 @@ class _Run:
     def _timer(self, state: TrainState) -> StepTimer:
         settings = self.config.data
         devices = list(state.step.devices())
-        peak = device_peak_flops(devices[0].device_kind)
+        peak = peak_flops(devices[0].device_kind)
         return StepTimer(
             settings.batch_size * settings.seq_len,
             costs.train_flops_per_token(self.config.model, settings.seq_len),

@@ -8,12 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import masks
+from pallas_kernels import linear, masks
 from pallas_kernels.gpu import calls, operands
 from pallas_kernels.gpu.device import Device, current
 from pallas_kernels.gpu.lengths import Paging, lengths
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged import Pages
+from pallas_kernels.phases import DECODE, phase
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -100,7 +101,9 @@ def _run(device, q, keys, values, mask, paging, scale, softcap):
             f"{device.kind} has {device.compute_capability / 10}"
         )
     shape = lengths(q, keys, paging)
-    kernel = calls.decode if calls.is_decode(shape, mask) else calls.forward
+    few = phase(shape.rows, shape.queries, shape.keys) == DECODE
+    # The split kernel has no segments, which only whole sequences have.
+    kernel = calls.decode if few and mask.q_segment_ids is None else calls.forward
     return kernel(device, q, keys, values, mask, paging, scale=scale, softcap=softcap)
 
 
@@ -117,12 +120,7 @@ def _forward(device, scale, softcap, q, sources, mask):
 
 def _backward(device, scale, softcap, residuals, cotangents):
     q, sources, mask, out, lse = residuals
-    dout, dlse = cotangents
-    blind = jnp.isneginf(lse)
-    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
-    delta = delta - jnp.where(blind, 0, dlse)
-    dout = jnp.where(blind[..., None], 0, dout)  # combining splits can make it NaN here
-    lse = jnp.where(blind, jnp.inf, lse)  # exp(anything - inf) = 0
+    dout, lse, delta = linear.statistics(out, lse, cotangents, jnp.inf)  # exp(x - inf) = 0
     keys, values = _sides(q, sources)
     dq, dkey, dvalue = calls.backward(
         device, q, keys, values, mask, lse, dout, delta, scale=scale, softcap=softcap
@@ -131,21 +129,9 @@ def _backward(device, scale, softcap, residuals, cotangents):
     if mask.ragged:
         present = masks.key_positions(mask, dkey.shape[1]) >= 0
         present = jnp.asarray(present)[:, :, None, None]
-    dkeys, dkey_weights = _unmix(dkey, sources[0], sources[2], present)
-    dvalues, dvalue_weights = _unmix(dvalue, sources[1], sources[3], present)
+    dkeys, dkey_weights = linear.unmix(dkey, sources[0], sources[2], present)
+    dvalues, dvalue_weights = linear.unmix(dvalue, sources[1], sources[3], present)
     return dq, (dkeys, dvalues, dkey_weights, dvalue_weights), None
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _unmix(grad, sources, weights, present):
-    """Gradients of the sources and of the weights, from that of their mix, [B, S, K, H]."""
-    if weights is None:
-        return (grad.astype(sources[0].dtype),), None
-    wide = weights.astype(jnp.float32)
-    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(wide, sources, strict=True))
-    if present is not None:  # the memory of an absent key may hold NaN
-        sources = [jnp.where(present, x, 0) for x in sources]
-    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in sources]
-    return dsources, jnp.stack(dweights).astype(weights.dtype)

@@ -10,13 +10,7 @@ from pallas_kernels.gpu.lengths import Lengths, Paging, lengths
 from pallas_kernels.gpu.operands import Sources, pointers
 from pallas_kernels.masks import Mask
 
-DECODE_ROWS = 64  # rows of queries (T * G) up to which a call is bound by reading its keys
 _LOG2E = 1.4426950408889634
-
-
-def is_decode(shape: Lengths, mask: Mask) -> bool:
-    """Few queries, whose time is that of reading the keys; segments are left to `forward`."""
-    return shape.rows <= DECODE_ROWS and mask.q_segment_ids is None
 
 
 def chosen(kernel: str, device: Device, q, keys: Sources, values: Sources, mask: Mask, rows: int):
@@ -41,7 +35,7 @@ def splits(device: Device, programs: int, keys: int, tile: int) -> int:
 
 def decode(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging | None, *,
            scale, softcap, sizes=None, parts=None):  # fmt: skip
-    """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; T * G <= DECODE_ROWS."""
+    """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; few queries."""
     shape = lengths(q, keys, paging)
     batch, rows, heads = shape.batch, shape.rows, shape.kv_heads
     sizes = sizes or chosen("decode", device, q, keys, values, mask, rows)

@@ -16,6 +16,7 @@ import jax
 
 from pallas_kernels import checks
 from pallas_kernels.masks import Mask
+from pallas_kernels.phases import DECODE, phase
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.stacked import Stacked, is_stacked, read
 from pallas_kernels.tpu import (
@@ -75,7 +76,10 @@ def _stacked(how, interpret, q, sources, mask):
 
 
 def _attend(how, blocks, interpret, q, sources, mask):
-    if q.shape[1] * q.shape[2] <= decode_inputs.MAX_ROWS and q.shape[1] <= 8:
+    _, length, heads, _ = q.shape
+    _, num_keys, kv_heads, _ = sources[0][0].shape
+    few = phase(length * heads // kv_heads, length, num_keys) == DECODE
+    if few and length * heads <= decode_inputs.MAX_ROWS:
         widths = [side[0].shape[3] for side in sources[:2]]
         decode_inputs.check_lanes(widths, "heads", interpret)
         try:

@@ -7,10 +7,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import masks
+from pallas_kernels import linear, masks
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import Quantized
-from pallas_kernels.tpu import chips, decode, folded
+from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
@@ -99,7 +99,7 @@ def contiguous(how: How, interpret, q, sources, mask: Mask):
         there = arrays["k_positions"][:, None] < steps_lib.FAR
         arrays["scales"] = jnp.where(there, arrays["scales"], 0.0)  # 0 * NaN is NaN
 
-    queries = folded.queries(q, key_weights, how.query_factor).reshape(
+    queries = linear.fold_queries(q, key_weights, how.query_factor).reshape(
         batch, len(keys), length * num, -1
     )
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, pad), (0, 0))).astype(q.dtype)[:, None]
@@ -117,7 +117,7 @@ def contiguous(how: How, interpret, q, sources, mask: Mask):
     none = jnp.zeros(1, jnp.int32)
     out, lse = decode.run(how, rule, form, queries, flat, none, none, visited, arrays, interpret)
     out = out[:, 0, :, : length * num].reshape(batch, len(values), length, num, -1)
-    out = folded.output(out, value_weights).astype(q.dtype)
+    out = linear.fold_outputs(out, value_weights).astype(q.dtype)
     return out, lse[:, 0, : length * num].reshape(batch, length, num)
 
 

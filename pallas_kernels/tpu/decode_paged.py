@@ -8,8 +8,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import linear
 from pallas_kernels.masks import Mask
-from pallas_kernels.tpu import chips, decode, folded
+from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
@@ -92,7 +93,7 @@ def paged(
     separate = scales is not None
     scores, score_cuts = _terms(keys, record, separate)
     outputs, output_cuts = _terms(values, record, separate)
-    queries = folded.queries(q, key_weights, how.query_factor)  # [B, J, T, N, H]
+    queries = linear.fold_queries(q, key_weights, how.query_factor)  # [B, J, T, N, H]
     queries = _place(queries, keys, scores, separate)
     queries = queries.reshape(batch, len(scores), length, heads, group, -1)
     queries = queries.transpose(0, 3, 1, 4, 2, 5).reshape(
@@ -131,7 +132,7 @@ def paged(
         out[:, min(j, len(outputs) - 1), ..., stop - pages.value_size : stop]
         for j, stop in enumerate(output_cuts)
     ]
-    out = folded.output(jnp.stack(parts, axis=1), value_weights).astype(q.dtype)
+    out = linear.fold_outputs(jnp.stack(parts, axis=1), value_weights).astype(q.dtype)
     lse = unstacked(lse[:, :, : group * length, None])[..., 0].transpose(0, 3, 1, 2)
     return out, lse.reshape(batch, length, num)
 

@@ -16,10 +16,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import masks
+from pallas_kernels import linear, masks
 from pallas_kernels.masks import Mask
 from pallas_kernels.stacked import Stacked
-from pallas_kernels.tpu import chips, decode, folded
+from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
@@ -121,7 +121,7 @@ def stacked(how: How, interpret, q, sources, mask: Mask):
         "scales": _scales(both, k_positions, tokens),
         "own": np.pad(own, ((0, pad), (0, 0))).astype(np.float32),
     }
-    queries = folded.queries(q, key_weights, how.query_factor)  # [B, J, T, N, H]
+    queries = linear.fold_queries(q, key_weights, how.query_factor)  # [B, J, T, N, H]
     queries = queries.reshape(batch, len(keys), length * num, 1, -1).astype(q.dtype)
     queries = jnp.where(own[:, :, None], queries, jnp.zeros_like(queries))
     queries = queries.reshape(batch, 1, len(keys), length * num, -1)
@@ -146,7 +146,7 @@ def stacked(how: How, interpret, q, sources, mask: Mask):
     out, lse = decode.run(how, rule, form, queries, data, slots, none, visited, arrays, interpret)
     out = out[:, 0, :, : length * num].reshape(batch, len(values), length * num, heads, -1)
     out = jnp.where(own[:, :, None], out, 0.0).sum(3)
-    out = folded.output(out.reshape(batch, len(values), length, num, -1), value_weights)
+    out = linear.fold_outputs(out.reshape(batch, len(values), length, num, -1), value_weights)
     return out.astype(q.dtype), lse[:, 0, : length * num].reshape(batch, length, num)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels import linear
 from pallas_kernels.tpu import attend
 
 
@@ -24,7 +25,7 @@ def folded(how: attend.How, both, interpret, q, sources, mask):
     dtype = q.dtype
     folded_values = None
     if _fold(keys, key_weights, how.chip):
-        q = _side_by_side(queries(q, key_weights)).astype(dtype)
+        q = _side_by_side(linear.fold_queries(q, key_weights)).astype(dtype)
         keys, key_weights = _beside(keys), None
     if _fold(values, value_weights, how.chip):
         values, folded_values, value_weights = _beside(values), value_weights, None
@@ -32,35 +33,12 @@ def folded(how: attend.How, both, interpret, q, sources, mask):
     found: Any = attend.tiled(how, both, interpret, q, sources, mask)
     out, lse = found
     if folded_values is not None:
-        out = output(_apart(out, folded_values.shape[0]), folded_values).astype(dtype)
+        out = linear.fold_outputs(_apart(out, folded_values.shape[0]), folded_values).astype(dtype)
     return out, lse
 
 
 def _beside(side):
     return (jnp.concatenate(side, axis=-1),)
-
-
-def queries(q, weights, factor: float = 1.0):
-    """Queries for each source: times its weights and a factor, [B, J, T, N, H] fp32."""
-    batch, length, num, size = q.shape
-    wide = q.astype(jnp.float32) * factor
-    if weights is None:
-        return wide[:, None]
-    heads = weights.shape[1]
-    grouped = wide.reshape(batch, 1, length, heads, num // heads, size)
-    wide = grouped * weights.astype(jnp.float32)[None, :, None, :, None]
-    return wide.reshape(batch, -1, length, num, size)
-
-
-def output(parts, weights):
-    """The weighted sum of what each source gave, [B, J', T, N, H'] fp32, to [B, T, N, H']."""
-    if weights is None:
-        return parts[:, 0]
-    batch, sources, length, num, size = parts.shape
-    heads = weights.shape[1]
-    grouped = parts.reshape(batch, sources, length, heads, num // heads, size)
-    wide = grouped * weights.astype(jnp.float32)[None, :, None, :, None]
-    return wide.sum(1).reshape(batch, length, num, size)
 
 
 def _side_by_side(parts):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.xla import tiles
 from pallas_kernels.xla.tiles import Places, Scores
@@ -91,8 +92,8 @@ class _KeyTiles:
         start = jnp.minimum(index * self.block, self.length - self.block)
         where = tiles.part(self.where, start, self.block)
         present = (where.positions >= 0)[:, :, None, None] if self.mask.ragged else None
-        mix = lambda sources, weights: tiles.fuse(  # noqa: E731
-            sources, weights, present, self.dtype
+        mix = lambda sources, weights: linear.mix(  # noqa: E731
+            sources, weights, self.dtype, present
         ).transpose(0, 2, 1, 3)
         keys, values = self.streams.tile(start, self.block)
         fresh = None

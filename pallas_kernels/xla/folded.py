@@ -7,7 +7,7 @@ nothing is mixed tile by tile.
 
 import jax.numpy as jnp
 
-from pallas_kernels import xla
+from pallas_kernels import linear, xla
 from pallas_kernels.quantized import is_quantized
 
 
@@ -19,16 +19,14 @@ def attention(q, keys, values, key_weights, value_weights, mask, *, scale, softc
     """
     if is_quantized((*keys, *values)):
         raise NotImplementedError("Quantized sources cannot lie side by side; use 'xla'")
-    groups = q.shape[2] // keys[0].shape[2]
+    dtype = q.dtype
     if key_weights is not None:
-        weights = jnp.repeat(key_weights.astype(jnp.float32), groups, axis=1)  # [J, N, H]
-        q = jnp.concatenate([(w * q).astype(q.dtype) for w in weights], axis=-1)
+        q = jnp.moveaxis(linear.fold_queries(q, key_weights), 1, 3)  # [B, T, N, J, H]
+        q = q.reshape(*q.shape[:3], -1).astype(dtype)
     key = jnp.concatenate(keys, axis=-1)
     value = jnp.concatenate(values, axis=-1)
     out, lse = xla.attention(q, (key,), (value,), None, None, mask, scale=scale, softcap=softcap)
     if value_weights is None:
         return out, lse
-    weights = jnp.repeat(value_weights.astype(jnp.float32), groups, axis=1)
-    parts = jnp.split(out, len(values), axis=-1)
-    total = sum(w * part.astype(jnp.float32) for w, part in zip(weights, parts, strict=True))
-    return jnp.asarray(total).astype(q.dtype), lse
+    parts = jnp.stack(jnp.split(out.astype(jnp.float32), len(values), axis=-1), axis=1)
+    return linear.fold_outputs(parts, value_weights).astype(dtype), lse

@@ -3,9 +3,11 @@
 import dataclasses
 
 from pallas_kernels.masks import Mask
+from pallas_kernels.phases import DECODE, phase
 
 SCORE_BYTES = 2**20
-FEW_ROWS = 64  # query rows (T * N) up to which a call is bound by reading its keys
+# "decode" multiplies FLOPs by the number of KV heads, so it bounds the rows of all heads, T * N.
+DECODE_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Blocks:
         step: one [B, N, T, S] computation took 2.1x as long (forward and backward, T = 512).
         """
         batch, length, heads, _ = q_shape
-        if length * heads <= FEW_ROWS and key_shape[1] > 2 * length:
+        if _decodes(q_shape, key_shape):
             keys = key_shape[1] if key_shape[1] <= 2048 else 1024
             return cls(schedule="decode", batch=batch, queries=length, keys=keys)
         return cls.choose_backward(q_shape, key_shape, mask)
@@ -42,7 +44,7 @@ class Blocks:
     def choose_paged(cls, q_shape, key_shape) -> "Blocks":
         """Blocks for keys in pages, of which a tile is gathered at a time."""
         batch, length, heads, _ = q_shape
-        few = length * heads <= FEW_ROWS
+        few = _decodes(q_shape, key_shape)
         schedule = "decode" if few else "blocks"
         queries = length if few else min(length, 128)
         return cls(schedule=schedule, batch=batch, queries=queries, keys=min(key_shape[1], 512))
@@ -74,3 +76,11 @@ class Blocks:
         while batch % chunk:
             chunk -= 1
         return cls(schedule=schedule, batch=chunk, queries=queries, keys=keys)
+
+
+def _decodes(q_shape, key_shape) -> bool:
+    """The call is one of decoding, and few enough rows for its schedule."""
+    _, length, heads, _ = q_shape
+    _, keys, kv_heads, _ = key_shape
+    waits = phase(length * heads // kv_heads, length, keys) == DECODE
+    return waits and length * heads <= DECODE_ROWS

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.xla import tiles
 from pallas_kernels.xla.tiles import Scores
@@ -32,8 +33,8 @@ def _mixed(mask: Mask, sources, where, dtype):
     streams, key_weights, value_weights = sources
     keys, values = streams.tile(0, streams.length)
     present = (where.positions >= 0)[:, :, None, None] if mask.ragged else None
-    key = tiles.fuse(keys, key_weights, present, dtype)
-    value = tiles.fuse(values, value_weights, present, dtype)
+    key = linear.mix(keys, key_weights, dtype, present)
+    value = linear.mix(values, value_weights, dtype, present)
     return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
 
 

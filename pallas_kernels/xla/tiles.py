@@ -5,8 +5,6 @@ outermost: one batched matrix product then serves a whole group and no key is re
 """
 
 import dataclasses
-import functools
-import operator
 from typing import Any
 
 import jax
@@ -14,7 +12,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
-from pallas_kernels.quantized import Quantized
 
 HIDDEN = float(-0.7 * jnp.finfo(jnp.float32).max)  # finite: -inf - -inf would be NaN
 
@@ -78,25 +75,6 @@ def from_rows(x, groups: int):
 def part(where: Places, start, size: int) -> Places:
     """The places of `size` keys from `start`."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), where)
-
-
-def fuse(sources, weights, present, dtype):
-    """The mix of the sources [B, S, K, H], summed in fp32 and rounded once.
-
-    Absent keys become zero: their memory may hold NaN, and 0 * NaN would reach every row.
-    """
-    sources = [x.dequantize() if isinstance(x, Quantized) else x for x in sources]
-    if weights is None:
-        total = sources[0]
-    else:
-        parts = [
-            weight.astype(jnp.float32) * source.astype(jnp.float32)
-            for weight, source in zip(weights, sources, strict=True)
-        ]
-        total = functools.reduce(operator.add, parts)
-    if present is not None:
-        total = jnp.where(present, total, 0)
-    return total.astype(dtype)
 
 
 def product(x, y, contract_x: int, contract_y: int):

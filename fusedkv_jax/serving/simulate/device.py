@@ -9,7 +9,8 @@ import numpy as np
 from fusedkv_jax.costs import StepCosts
 from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.slices.chips import CHIPS, Slice
+from fusedkv_jax.slices.chips import SHAPES, Slice
+from pallas_kernels.devices import GPUS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,27 +99,20 @@ def device(name: str) -> Device:
     Raises:
         ValueError: there is none of that name; the message lists those that there are.
     """
-    if name in _GPUS:
-        return _GPUS[name]
-    if name in CHIPS:
-        name = f"{name}:{CHIPS[name].shapes[0]}"
+    if name in GPUS:
+        gpu = GPUS[name]
+        return Device(name, gpu.flops, gpu.bandwidth, gpu.memory, gpu.host_bandwidth)
+    if name in SHAPES:
+        name = f"{name}:{SHAPES[name].small[0]}"
     try:
         place = Slice.parse(name)
     except ValueError as error:
-        raise ValueError(f"{error}; or a GPU: {', '.join(_GPUS)}") from None
+        raise ValueError(f"{error}; or a GPU: {', '.join(GPUS)}") from None
     chip, number = place.chip, place.devices
     return Device(
         name,
-        flops=number * chip.peak_flops,
+        flops=number * chip.flops,
         bandwidth=number * chip.hbm_bandwidth,
         memory=number * chip.hbm,
         host_bandwidth=number * 16e9,
     )
-
-
-# Peak dense bfloat16 FLOP/s and memory of NVIDIA's data sheets (SXM).
-_GPUS = {
-    "a100": Device("a100", 312e12, 2.039e12, 80e9),
-    "h100": Device("h100", 989e12, 3.35e12, 80e9, host_bandwidth=50e9),
-    "h200": Device("h200", 989e12, 4.8e12, 141e9, host_bandwidth=50e9),
-}

@@ -13,21 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from tensorboard import summary
 
-# Dense bfloat16 peak in FLOP/s of one device as JAX counts devices (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # each of a chip's two cores is a device
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 @runtime_checkable
 class MetricWriter(Protocol):
@@ -225,11 +210,6 @@ class StepTimer:
         if self._flops is not None and self._peak is not None:
             figures["mfu"] = rate * self._flops / self._peak
         return figures
-
-
-def device_peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None for a kind that is not in the table."""
-    return PEAK_FLOPS.get(device_kind)
 
 
 def bits_per_byte(loss_sum: float, num_bytes: int) -> float:
