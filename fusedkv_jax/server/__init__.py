@@ -1,0 +1,10 @@
+"""An OpenAI server over a serving engine (the extra `serve`).
+
+`Server(engine, template).app` is an ASGI application, for any host of such; `run` serves it with
+uvicorn until it is told to end.
+"""
+
+from fusedkv_jax.server.app import Server, Settings
+from fusedkv_jax.server.run import run
+
+__all__ = ["Server", "Settings", "run"]

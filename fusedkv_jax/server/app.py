@@ -1,0 +1,305 @@
+"""The OpenAI API over an engine, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import pathlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from fusedkv_jax.data.chat import ChatTemplate
+from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.server import answers, errors, protocol
+from fusedkv_jax.server.access import Access, read_json
+from fusedkv_jax.server.connection import Disconnected, EventStream, while_connected
+from fusedkv_jax.server.errors import ApiError
+from fusedkv_jax.server.generation import Generation
+from fusedkv_jax.server.health import Health
+from fusedkv_jax.server.metrics import CONTENT_TYPE, Metrics
+from fusedkv_jax.server.prompts import Prompts
+from fusedkv_jax.server.running import Running
+from fusedkv_jax.server.statistics import log_statistics
+
+if TYPE_CHECKING:
+    from fusedkv_jax.server.backend import AsyncEngine
+
+_PAGE = pathlib.Path(__file__).with_name("page.html")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an operator may set.
+
+    Attributes:
+        api_keys: of clients, each a tenant of its own; none lets everybody in.
+        max_body_bytes: of a request.
+        max_choices: outputs of a request, over all its prompts.
+        health_timeout: seconds that the token of /health may take.
+        log_interval: seconds between two lines of statistics; 0 for none.
+    """
+
+    api_keys: Sequence[str] = ()
+    max_body_bytes: int = 8 << 20
+    max_choices: int = 128
+    health_timeout: float = 30.0
+    log_interval: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.api_keys, str) or not all(self.api_keys):
+            raise ValueError(f"api_keys={self.api_keys!r}; use texts of at least one character")
+        for name in ("max_body_bytes", "max_choices", "health_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}; use a number above 0")
+
+
+class Server:
+    """The routes.
+
+    Args:
+        engine: started and stopped with the application.
+        template: of conversations; None for a model without one.
+        settings: limits and keys.
+
+    Attributes:
+        app: the ASGI application.
+        running: what is being answered; `drain` before the end.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, template: ChatTemplate | None, settings: Settings | None = None
+    ):
+        self.engine, self.settings = engine, settings or Settings()
+        self.prompts = Prompts(engine.tokenizer, template)
+        self.metrics, self.running = Metrics(engine), Running(engine)
+        self.health = Health(engine, self.settings.health_timeout)
+        self._created, self._started = int(time.time()), False
+        self.app = Starlette(
+            routes=self._routes(),
+            lifespan=self._lifespan,
+            middleware=[Middleware(Access, keys=self.settings.api_keys)],
+            exception_handlers={
+                ApiError: errors.show_api_error,
+                HTTPException: errors.show_http_error,
+                ClientDisconnect: _show_nobody,
+                Disconnected: _show_nobody,
+                Exception: errors.show_bug,
+            },
+        )
+
+    def _routes(self) -> list[Route]:
+        post = ["POST"]
+        return [
+            Route("/", self._show_page),
+            Route("/health", self._show_health),
+            Route("/ready", self._show_ready),
+            Route("/metrics", self._show_metrics),
+            Route("/version", self._show_version),
+            Route("/v1/models", self._show_models),
+            Route("/v1/models/{name:path}", self._show_model),
+            Route("/v1/completions", self._complete, methods=post),
+            Route("/v1/chat/completions", self._chat, methods=post),
+            Route("/tokenize", self._tokenize, methods=post),
+            Route("/detokenize", self._detokenize, methods=post),
+        ]
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        del app
+        await self.engine.start()
+        self._started = True
+        log = asyncio.create_task(log_statistics(self.engine, self.settings.log_interval))
+        try:
+            yield
+        finally:
+            self._started = self.running.open = False
+            log.cancel()
+            await self.engine.stop()
+            self.prompts.close()
+
+    # What a model answers.
+
+    async def _complete(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.CompletionRequest)
+        params = asked.sampling()
+        prompts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
+        self._check(prompts, params)
+        echo = [await self.prompts.decode(p) for p in prompts] if asked.echo else ()
+        answer = answers.CompletionAnswer(
+            f"cmpl-{uuid.uuid4().hex}",
+            *(self.engine.model_name, int(time.time()), asked.logprobs, self.engine.tokenizer),
+            prompts=echo,
+            n=params.n,
+        )
+        return await self._answer(request, asked, params, prompts, answer)
+
+    async def _chat(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.ChatRequest)
+        params = asked.sampling()
+        prompt = await self.prompts.chat(
+            asked.messages,
+            None if asked.tool_choice == "none" else asked.tools,
+            asked.add_generation_prompt is not False,
+            asked.chat_template_kwargs,
+        )
+        self._check([prompt], params)
+        answer = answers.ChatAnswer(
+            f"chatcmpl-{uuid.uuid4().hex}",
+            *(self.engine.model_name, int(time.time())),
+            (asked.top_logprobs or 0) if asked.logprobs else None,
+            self.engine.tokenizer,
+        )
+        return await self._answer(request, asked, params, [prompt], answer)
+
+    async def _answer(
+        self,
+        request: Request,
+        asked: protocol.CompletionRequest | protocol.ChatRequest,
+        params: SamplingParams,
+        prompts: Sequence[Sequence[int]],
+        answer: answers.Answer,
+    ) -> Response:
+        tenant = request.state.tenant + (f"/{asked.cache_salt}" if asked.cache_salt else "")
+        with contextlib.ExitStack() as stack:
+            generation = stack.enter_context(
+                Generation(
+                    *(self.engine, self.running, self.metrics, prompts, params),
+                    name=uuid.uuid4().hex,
+                    priority=asked.priority or 0,
+                    tenant=tenant,
+                )
+            )
+            if asked.stream:
+                counted = bool(asked.stream_options and asked.stream_options.include_usage)
+                events = _events(generation, answer, counted)
+                return EventStream(events, stack.pop_all().close)
+            await while_connected(request.receive, _gather(generation, answer))
+            return JSONResponse(answer.whole(generation))
+
+    async def _read(self, request: Request, form: Any) -> Any:
+        asked = protocol.decode(await read_json(request, self.settings.max_body_bytes), form)
+        if asked.model not in (None, self.engine.model_name):
+            raise _no_model(asked.model, self.engine.model_name)
+        return asked
+
+    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        choices, most = len(prompts) * params.n, self.settings.max_choices
+        if choices > most:
+            raise ApiError(400, f"{choices} outputs; ask for at most {most} at once", param="n")
+        if not all(prompts):
+            raise ApiError(400, "prompt is empty; give it at least a token", param="prompt")
+
+    # What an operator asks.
+
+    async def _show_page(self, request: Request) -> Response:
+        del request
+        chat = "chat" if self.prompts.template is not None else "completion"
+        page = _PAGE.read_text(encoding="utf-8").replace("{{mode}}", chat)
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        policy += "connect-src 'self'; frame-ancestors 'none'"
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+    async def _show_health(self, request: Request) -> Response:
+        del request
+        if not await self.health.alive():
+            raise ApiError(503, "the engine makes no tokens", code="unhealthy")
+        return JSONResponse({"status": "ok"})
+
+    async def _show_ready(self, request: Request) -> Response:
+        del request
+        if not (self._started and self.running.open):
+            raise ApiError(503, "the server takes no requests now", code="not_ready")
+        return JSONResponse({"status": "ok"})
+
+    async def _show_metrics(self, request: Request) -> Response:
+        del request
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _show_version(self, request: Request) -> Response:
+        del request
+        return JSONResponse({"version": importlib.metadata.version("fusedkv_jax")})
+
+    async def _show_models(self, request: Request) -> Response:
+        del request
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def _show_model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.engine.model_name:
+            raise _no_model(request.path_params["name"], self.engine.model_name)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.engine.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "fusedkv_jax",
+            "max_model_len": self.engine.max_length,
+        }
+
+    async def _tokenize(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.TokenizeRequest)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if asked.messages is None:
+            texts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
+            tokens = texts[0]
+        else:
+            generation_prompt = asked.add_generation_prompt is not False
+            tokens = await self.prompts.chat(
+                asked.messages, asked.tools, generation_prompt, asked.chat_template_kwargs
+            )
+        length = self.engine.max_length
+        return JSONResponse({"count": len(tokens), "max_model_len": length, "tokens": tokens})
+
+    async def _detokenize(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.DetokenizeRequest)
+        return JSONResponse({"prompt": await self.prompts.decode(asked.tokens)})
+
+
+async def _gather(generation: Generation, answer: answers.Answer) -> None:
+    async for grown in generation:
+        answer.add(grown)
+
+
+async def _events(
+    generation: Generation, answer: answers.Answer, counted: bool
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream; an error is one too."""
+    more = {"usage": None} if counted else {}
+    try:
+        async for grown in generation:
+            for chunk in answer.chunks(grown):
+                yield answers.event({**chunk, **more})
+        if counted:
+            yield answers.event(answer.chunk([], usage=answers.usage(generation)))
+    except ApiError as error:
+        yield answers.event(error.document)
+    except Exception:
+        _log.exception("a stream failed")
+        yield answers.event(ApiError(500, "the server failed; its log has the cause").document)
+    yield answers.DONE
+
+
+def _no_model(asked: Any, name: str) -> ApiError:
+    message = f"there is no model {asked!r}; this server has {name!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _show_nobody(request: Request, error: Exception) -> Response:
+    """Handler for clients that have gone: the answer reaches only the log."""
+    del request, error
+    return Response(status_code=499)

@@ -1,0 +1,118 @@
+"""Texts and conversations to tokens, in one thread beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from fusedkv_jax.data.chat import ChatError, ChatTemplate
+from fusedkv_jax.data.chat_encoding import encode_chat
+from fusedkv_jax.generation.requests import Codec
+from fusedkv_jax.server.errors import ApiError
+
+_T = TypeVar("_T")
+_RESERVED = {"messages", "add_generation_prompt", "tools", "tokenizer", "template"}
+
+
+class Prompts:
+    """Makes prompts; a long one does not hold up the streams of others.
+
+    Args:
+        tokenizer: as `fusedkv_jax.generate` takes it.
+        template: of conversations; None for a model that has none.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate | None):
+        self.tokenizer, self.template = tokenizer, template
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "prompts")
+
+    async def texts(
+        self, prompt: str | Sequence[str | int | Sequence[int]], add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Tokens of a text, of several, of token ids, or of several lists of token ids.
+
+        Raises:
+            ApiError: empty, a mixture, or a text that is no Unicode.
+        """
+        several = [prompt] if isinstance(prompt, str) else list(prompt)
+        kinds = {type(item) for item in several}
+        if len(kinds) != 1:
+            what = "is empty" if not several else "mixes texts and tokens"
+            raise ApiError(400, f"prompt {what}; give a text, texts, or token ids", param="prompt")
+        if kinds == {int}:
+            return [several]  # pyright: ignore[reportReturnType]
+        if kinds == {list}:
+            return several  # pyright: ignore[reportReturnType]
+        codec = Codec(self.tokenizer, add_special_tokens=add_special_tokens)
+        return await self._apart(lambda: [codec.encode(str(text)) for text in several], "prompt")
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Tokens of a conversation.
+
+        Raises:
+            ApiError: there is no template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise ApiError(
+                400,
+                "this model has no chat template; use /v1/completions, or serve it with one",
+                code="no_chat_template",
+            )
+        variables = dict(variables or {})
+        if taken := sorted(_RESERVED & variables.keys()):
+            raise ApiError(400, f"{taken[0]} is no variable to set", param="chat_template_kwargs")
+        if tools is not None:
+            variables["tools"] = tools
+        encode = functools.partial(
+            encode_chat,
+            self.tokenizer,
+            self.template,
+            [_plain(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+        return await self._apart(encode, "messages")
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens. Raises ApiError."""
+        decode = functools.partial(self.tokenizer.decode, tokens, skip_special_tokens=False)
+        return await self._apart(decode, "tokens")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _apart(self, work: Callable[[], _T], param: str) -> _T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (ChatError, ValueError) as error:  # UnicodeError is a ValueError
+            reason = "it holds half of a surrogate pair"
+            text = reason if isinstance(error, UnicodeError) else str(error)
+            raise ApiError(400, f"{param}: {text}", param=param) from None
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content, if it comes in parts, is one text."""
+    plain = {"content": None, **message} if message.get("tool_calls") else dict(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            text = part.get("text") if kind == "text" else None
+            if not isinstance(text, str):
+                raise ApiError(400, f"a part of type {kind!r}; use text parts", param="messages")
+            texts.append(text)
+        plain["content"] = "".join(texts)
+    elif content is not None and not isinstance(content, str):
+        raise ApiError(400, "content is no text; give a text or text parts", param="messages")
+    return plain
