@@ -32,7 +32,7 @@ IN_PLACE = ("tpu",)  # take `Stacked` sources; the others get what `read` makes 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
+class CallTraits:
     """What the table looks at.
 
     Attributes:
@@ -54,16 +54,16 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table: on `platform`, in `phases`, if `condition`, use `implementation`."""
+class Preference:
+    """One row of the table: on `platform`, in `phases`, if `condition`, use `implementation`."""
 
     platform: str
     phases: Sequence[str]
     implementation: str
     evidence: str
-    condition: Callable[[Call], bool] = lambda call: True
+    condition: Callable[[CallTraits], bool] = lambda call: True
 
-    def matches(self, call: Call) -> bool:
+    def matches(self, call: CallTraits) -> bool:
         """The row is about this call."""
         return (
             self.platform in ("any", call.platform)
@@ -80,14 +80,14 @@ def matrix_unit(kind: str) -> int:
 
 # Matching rows are tried from the top; a row whose implementation refuses the call is passed over.
 TABLE = (
-    Row(
+    Preference(
         platform="tpu",
         phases=(SEQUENCE, DECODE, PAGED),
         implementation="tpu",
         evidence="Compiler schedule (v5e, v6e), not timed: mixing or folding inside a kernel costs "
         "0 to 20 % more bundles than plain attention; outside it writes K^ and V^ of every layer.",
     ),
-    Row(
+    Preference(
         platform="tpu",
         phases=(SEQUENCE,),
         implementation="folded",
@@ -95,7 +95,7 @@ TABLE = (
         evidence="Compiler schedule, not timed: a contraction of J * H channels costs what one of "
         "H costs as long as the matrix unit is that wide (published autotuning timings agree).",
     ),
-    Row(
+    Preference(
         platform="gpu",
         phases=(SEQUENCE,),
         implementation="cudnn",
@@ -104,14 +104,14 @@ TABLE = (
         "K^ and V^ costs 7 % of cuDNN's causal attention (T = 4096), while Triton kernels reach "
         "0.6 of cuDNN's rate. Where memory, not time, is short, name 'triton'.",
     ),
-    Row(
+    Preference(
         platform="gpu",
         phases=(SEQUENCE, DECODE, PAGED),
         implementation="triton",
         evidence="Data-sheet arithmetic, not timed: decoding waits for memory, and a kernel reads "
         "each source once; many queries: without K^ and V^ in memory, for what cuDNN refuses.",
     ),
-    Row(
+    Preference(
         platform="any",
         phases=(SEQUENCE, DECODE, PAGED),
         implementation="xla",
@@ -139,10 +139,10 @@ def device() -> tuple[str, str]:
     return found.platform, found.device_kind
 
 
-def describe(phase: str, sources: int, size: int, residuals: bool) -> Call:
+def describe(phase: str, sources: int, size: int, residuals: bool) -> CallTraits:
     """A call on the device that is compiled for."""
     platform, kind = device()
-    return Call(
+    return CallTraits(
         platform="gpu" if platform in ("cuda", "rocm") else platform,
         kind=kind,
         phase=phase,
@@ -152,7 +152,7 @@ def describe(phase: str, sources: int, size: int, residuals: bool) -> Call:
     )
 
 
-def candidates(call: Call) -> tuple[str, ...]:
+def candidates(call: CallTraits) -> tuple[str, ...]:
     """Implementations that "auto" tries for a call, in order."""
     return tuple(dict.fromkeys(row.implementation for row in TABLE if row.matches(call)))
 
@@ -175,7 +175,9 @@ def load(name: str, form: str) -> Callable:
     return function
 
 
-def run(implementation: str, form: str, describe: Callable[[], Call], arguments, options) -> Any:
+def run(
+    implementation: str, form: str, describe: Callable[[], CallTraits], arguments, options
+) -> Any:
     """Calls the named implementation, or for "auto" the first of the table that serves the call.
 
     Raises:

@@ -40,7 +40,9 @@ def timed(
     found: dict[str, Callable[[], Measurement]] = {}
     for size in (16,) if quick else (128, 64):
         for length in (32,) if quick else (4096, 16384):
-            shape = kernels_timed.Shape(batch=1, queries=length, keys=length, size=size, **heads)
+            shape = kernels_timed.AttentionShape(
+                batch=1, queries=length, keys=length, size=size, **heads
+            )
             for phase, gradient in (("prefill", False), ("training", True)):
                 found[f"{phase}_{length}_{size}"] = lambda shape=shape, gradient=gradient: (
                     kernels_timed.measure_sequence(
@@ -51,7 +53,9 @@ def timed(
                 shape, compiled=torch_compile, rounds=rounds
             )
         for batch, keys in ((2, 64),) if quick else ((1, 4096), (32, 4096), (1, 32768)):
-            shape = kernels_timed.Shape(batch=batch, queries=1, keys=keys, size=size, **heads)
+            shape = kernels_timed.AttentionShape(
+                batch=batch, queries=1, keys=keys, size=size, **heads
+            )
             found[f"decode_{batch}x{keys}_{size}"] = lambda shape=shape: (
                 kernels_timed.measure_decode(shape, names, quick=quick, rounds=rounds)
             )

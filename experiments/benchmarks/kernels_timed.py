@@ -23,7 +23,7 @@ CONTESTANTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
+class AttentionShape:
     """Sizes of a call: queries and keys are tokens of a row, size is the head size."""
 
     batch: int
@@ -120,7 +120,7 @@ def gradients(function: Callable) -> Callable:
 
 
 def measure_sequence(
-    shape: Shape, names: Sequence[str], *, gradient: bool, quick: bool, rounds: int
+    shape: AttentionShape, names: Sequence[str], *, gradient: bool, quick: bool, rounds: int
 ) -> Measurement:
     """Prefill, or a training step, of plain and rebuilt layers."""
     plain, fused = shape.draw(1), shape.draw(2)
@@ -168,7 +168,9 @@ def _targets(found: dict[str, float], gradient: bool) -> list[Target]:
     return targets
 
 
-def measure_decode(shape: Shape, names: Sequence[str], *, quick: bool, rounds: int) -> Measurement:
+def measure_decode(
+    shape: AttentionShape, names: Sequence[str], *, quick: bool, rounds: int
+) -> Measurement:
     """One token for each row: own against rebuilt, 16 against 8 bits, rows against pages."""
     lengths = jnp.full((shape.batch,), shape.keys, jnp.int32)
     contestants, sizes = {}, {}
@@ -225,7 +227,7 @@ def _attend_pages(q, pages, table, lengths, *weights, implementation):
     )
 
 
-def _paged(shape: Shape, keys, values, page_size: int):
+def _paged(shape: AttentionShape, keys, values, page_size: int):
     """The same tokens in shuffled pages."""
     count = shape.keys // page_size
     pages = Pages.create(

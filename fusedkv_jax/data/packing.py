@@ -53,7 +53,7 @@ class TokenizedDocuments(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Excerpt:
     """Pairs start to stop (exclusive) of one document."""
 
     document: int
@@ -77,20 +77,20 @@ class ConcatPlan:
     def __len__(self) -> int:
         return len(self._full) + self._num_mixed
 
-    def __getitem__(self, index: int) -> list[Piece]:
+    def __getitem__(self, index: int) -> list[Excerpt]:
         """Returns the pieces of sequence `index` in order."""
         if index < len(self._full):
             return [self._full[index]]
         return list(self._mixed(index - len(self._full)))
 
-    def _mixed(self, index: int) -> Iterator[Piece]:
+    def _mixed(self, index: int) -> Iterator[Excerpt]:
         low, high = index * self._seq_len, (index + 1) * self._seq_len
         row = int(np.searchsorted(self._ends, low, side="right"))
         while row < len(self._ends) and low < high:
             document, end = int(self._documents[row]), int(self._ends[row])
             take = min(end, high) - low
             start = int(self._lengths[document]) - (end - low)
-            yield Piece(document, start, start + take)
+            yield Excerpt(document, start, start + take)
             low += take
             row += 1
 
@@ -107,14 +107,14 @@ class BestFitPlan:
     def __len__(self) -> int:
         return len(self._full) + len(self._bins)
 
-    def __getitem__(self, index: int) -> list[Piece]:
+    def __getitem__(self, index: int) -> list[Excerpt]:
         """Returns the pieces of sequence `index` in order."""
         if index < len(self._full):
             return [self._full[index]]
         pieces = []
         for document in self._bins[index - len(self._full)]:
             stop = int(self._lengths[document])
-            pieces.append(Piece(document, stop - int(self._remainders[document]), stop))
+            pieces.append(Excerpt(document, stop - int(self._remainders[document]), stop))
         return pieces
 
 
@@ -189,7 +189,7 @@ class PackedSequences:
             low = here.stop
         return row
 
-    def _target_bytes(self, piece: Piece) -> np.ndarray:
+    def _target_bytes(self, piece: Excerpt) -> np.ndarray:
         num_bytes, length = self._num_bytes[piece.document], self._lengths[piece.document]
         return np.diff(np.arange(piece.start, piece.stop + 1) * num_bytes // length)
 
@@ -216,8 +216,8 @@ class _FullPieces:
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
 
-    def __getitem__(self, index: int) -> Piece:
+    def __getitem__(self, index: int) -> Excerpt:
         document = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[document - 1]) if document else 0
         start = (index - before) * self._seq_len
-        return Piece(document, start, start + self._seq_len)
+        return Excerpt(document, start, start + self._seq_len)

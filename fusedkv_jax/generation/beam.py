@@ -15,7 +15,7 @@ from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.requests import (
     PromptError,
     Request,
-    Tokenizer,
+    TokenizerLike,
     logits_error,
     make_requests,
 )
@@ -36,7 +36,7 @@ def beam_search(
     prompts: Sequence[Any],
     params: BeamSearchParams | None = None,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerLike | None = None,
     **settings: Unpack[Settings],
 ) -> list[Completion]:
     """Continue prompts by beam search.
@@ -117,7 +117,7 @@ def _completion(
     beams: Beams,
     row: int,
     params: BeamSearchParams,
-    tokenizer: Tokenizer | None,
+    tokenizer: TokenizerLike | None,
 ) -> Completion:
     if np.isnan(beams.sums[row]).any():
         raise logits_error(request.number, "on some beam")

@@ -12,7 +12,7 @@ from fusedkv_jax.generation.buckets import SHORTEST_BUCKET
 from fusedkv_jax.generation.engine import Engine, group
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.prefix import prefill_prefix, shared_prefix
-from fusedkv_jax.generation.requests import OnError, Request, Tokenizer, make_requests
+from fusedkv_jax.generation.requests import OnError, Request, TokenizerLike, make_requests
 from fusedkv_jax.generation.results import Completion, Delta, Rates
 from fusedkv_jax.generation.settings import (
     EngineSettings,
@@ -33,7 +33,7 @@ def generate(
     prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerLike | None = None,
     on_error: OnError = "raise",
     progress: Callable[[Rates], None] | None = None,
     **settings: Unpack[Settings],
@@ -99,7 +99,7 @@ def stream(
     prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerLike | None = None,
     stream_interval: int = 4,
     progress: Callable[[Rates], None] | None = None,
     **settings: Unpack[Settings],

@@ -44,7 +44,7 @@ def logits_error(number: int, where: str) -> LogitsError:
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
+class TokenizerLike(Protocol):
     """What `generate` needs of a tokenizer.
 
     Texts begin with its `bos_id`, if it has one. `decode(ids, skip_special_tokens=False)` is called
@@ -67,7 +67,7 @@ class Codec:
         add_special_tokens: texts begin with the tokenizer's BOS token.
     """
 
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerLike | None = None
     eos_id: int | None = None
     add_special_tokens: bool = True
 
@@ -75,7 +75,7 @@ class Codec:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return
-        if not isinstance(tokenizer, Tokenizer):
+        if not isinstance(tokenizer, TokenizerLike):
             raise PromptError(
                 f"tokenizer={tokenizer!r} has no encode, decode and eos_id; pass one, such as"
                 " fusedkv_jax.data.tokenizers.load('byte')"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import linear, masks
 from pallas_kernels.gpu import calls, operands
-from pallas_kernels.gpu.device import Device, current
+from pallas_kernels.gpu.device import GpuTarget, current
 from pallas_kernels.gpu.lengths import Paging, lengths
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged import Pages
@@ -29,7 +29,7 @@ def attention(
     *,
     scale,
     softcap,
-    device: Device | None = None,
+    device: GpuTarget | None = None,
 ):
     """Attention as `pallas_kernels.attention` says; residuals are its arguments, out and lse.
 
@@ -60,7 +60,7 @@ def paged_attention(
     window,
     scale,
     softcap,
-    device: Device | None = None,
+    device: GpuTarget | None = None,
 ):
     """Attention over pages as `pallas_kernels.paged_attention` says; no gradients.
 

@@ -10,7 +10,7 @@ KERNELS = ("decode", "forward", "backward_keys", "backward_queries")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Blocks:
+class BlockSizes:
     """Block sizes of one kernel.
 
     Attributes:
@@ -43,7 +43,7 @@ def choose(
     sources: int,
     rows: int,
     simple: bool,
-) -> Blocks:
+) -> BlockSizes:
     """The first entry of the table that fits the call, else `heuristic`.
 
     Args:
@@ -66,19 +66,19 @@ def choose(
             and rows <= entry.get("max_rows", rows)
             and (simple or not entry.get("simple", False))
         ):
-            return Blocks(**{x: entry[x] for x in ("rows", "keys", "warps", "stages")})
+            return BlockSizes(**{x: entry[x] for x in ("rows", "keys", "warps", "stages")})
     return heuristic(kernel, itemsize=itemsize, size=size, sources=sources, rows=rows)
 
 
-def heuristic(kernel: str, *, itemsize: int, size: int, sources: int, rows: int) -> Blocks:
+def heuristic(kernel: str, *, itemsize: int, size: int, sources: int, rows: int) -> BlockSizes:
     """Small tiles that fit the shared memory of every GPU since compute capability 8.0."""
     wide = itemsize * size * max(1, sources)  # bytes of a token of one side
     keys = 64 if wide <= 512 else 32 if wide <= 1024 else 16
     if kernel == "decode":
         fitting = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return Blocks(rows=fitting, keys=keys, warps=4, stages=2)
+        return BlockSizes(rows=fitting, keys=keys, warps=4, stages=2)
     if itemsize == 4:  # products in three parts need three times the registers
-        return Blocks(rows=32 if size <= 64 else 16, keys=min(keys, 32), warps=4, stages=1)
+        return BlockSizes(rows=32 if size <= 64 else 16, keys=min(keys, 32), warps=4, stages=1)
     if kernel == "forward" and wide <= 512:
-        return Blocks(rows=128, keys=keys, warps=8, stages=2)
-    return Blocks(rows=64, keys=min(keys, 32), warps=8 if kernel == "forward" else 4, stages=1)
+        return BlockSizes(rows=128, keys=keys, warps=8, stages=2)
+    return BlockSizes(rows=64, keys=min(keys, 32), warps=8 if kernel == "forward" else 4, stages=1)

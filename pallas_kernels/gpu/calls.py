@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import masks
 from pallas_kernels.gpu import blocks, bounds
-from pallas_kernels.gpu.device import Device
+from pallas_kernels.gpu.device import GpuTarget
 from pallas_kernels.gpu.lengths import Lengths, Paging, lengths
 from pallas_kernels.gpu.operands import Sources, pointers
 from pallas_kernels.masks import Mask
@@ -13,7 +13,9 @@ from pallas_kernels.masks import Mask
 _LOG2E = 1.4426950408889634
 
 
-def chosen(kernel: str, device: Device, q, keys: Sources, values: Sources, mask: Mask, rows: int):
+def chosen(
+    kernel: str, device: GpuTarget, q, keys: Sources, values: Sources, mask: Mask, rows: int
+):
     """Block sizes for a call; see `blocks.choose`."""
     mixed = keys.weights is not None or values.weights is not None
     return blocks.choose(
@@ -28,7 +30,7 @@ def chosen(kernel: str, device: Device, q, keys: Sources, values: Sources, mask:
     )
 
 
-def splits(device: Device, programs: int, keys: int, tile: int) -> int:
+def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
     """Splits of the keys that give every core two programs, of at least two tiles each."""
     return max(1, min(-(-2 * device.cores // programs), keys // (2 * tile)))
 
@@ -160,7 +162,7 @@ def _outputs(q, shape: Lengths, values: Sources):
     )
 
 
-def _tiles(mask: Mask, shape: Lengths, sizes: blocks.Blocks):
+def _tiles(mask: Mask, shape: Lengths, sizes: blocks.BlockSizes):
     return bounds.tiles(
         mask, shape.queries, shape.keys, shape.groups, sizes.rows, sizes.keys
     )  # fmt: skip

@@ -12,7 +12,7 @@ _INSTALL = "pip install '.[gpu]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Device:
+class GpuTarget:
     """What kernels need to know.
 
     Attributes:
@@ -29,7 +29,7 @@ class Device:
     launch: Callable[..., Any]
 
 
-def current() -> Device:
+def current() -> GpuTarget:
     """The GPU of this machine.
 
     Raises:
@@ -46,7 +46,7 @@ def current() -> Device:
     if not capability.replace(".", "").isdigit():
         raise NotImplementedError(f"needs an NVIDIA GPU; this one is {gpus[0].device_kind}")
     major, minor = capability.split(".")
-    return Device(
+    return GpuTarget(
         kind=gpus[0].device_kind,
         cores=int(gpus[0].core_count),
         compute_capability=int(major) * 10 + int(minor),
@@ -80,7 +80,7 @@ def _jax_triton():
     return jax_triton
 
 
-def launch(name, arguments, out, grid, constants, warps, stages, device: Device):
+def launch(name, arguments, out, grid, constants, warps, stages, device: GpuTarget):
     """Launches a kernel through jax-triton.
 
     jax-triton 0.3 passes Python floats as float64, so every float is among `constants`.

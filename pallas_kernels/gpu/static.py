@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu, quantize
-from pallas_kernels.gpu.device import Device, kernel, missing
+from pallas_kernels.gpu.device import GpuTarget, kernel, missing
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged import Pages
 
@@ -42,7 +42,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
+class Workload:
     """A class of shapes that is reported.
 
     Attributes:
@@ -71,7 +71,7 @@ class Call:
 
 
 CALLS = tuple(
-    Call(name=f"{name} H={size}", size=size, **options)
+    Workload(name=f"{name} H={size}", size=size, **options)
     for size in (64, 128)
     for name, options in {
         "prefill, plain": {"length": 4096, "sources": 0},
@@ -86,7 +86,7 @@ CALLS = tuple(
 )
 
 
-def report(shapes: tuple[Call, ...] = CALLS) -> list[dict[str, Any]]:
+def report(shapes: tuple[Workload, ...] = CALLS) -> list[dict[str, Any]]:
     """A line for every kernel of every call: call, kernel, block sizes, registers, spill (bytes
     stored), shared (bytes), wgmma (instructions of the matrix units of Hopper).
 
@@ -113,7 +113,7 @@ def line(launch: Launch) -> dict[str, Any]:
     }
 
 
-def launches(call: Call) -> list[Launch]:
+def launches(call: Workload) -> list[Launch]:
     """The launches of a call with 32 query heads and 8 KV heads, recorded while tracing."""
     found: list[Launch] = []
 
@@ -122,12 +122,12 @@ def launches(call: Call) -> list[Launch]:
         found.append(Launch(name, tuple(types), constants, warps, stages))
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out)
 
-    device = Device(**_H100, launch=record)
+    device = GpuTarget(**_H100, launch=record)
     jax.eval_shape(functools.partial(trace, call, device))
     return found
 
 
-def trace(call: Call, device: Device):
+def trace(call: Workload, device: GpuTarget):
     """The call itself, to be traced or lowered: nothing of these sizes is ever computed."""
     count = max(1, call.sources)
     q = jnp.zeros((2, call.length, 32, call.size), call.dtype)
@@ -162,11 +162,15 @@ def trace(call: Call, device: Device):
     return pull(out)
 
 
-def entry_calls(entry: dict[str, Any]) -> tuple[Call, ...]:
+def entry_calls(entry: dict[str, Any]) -> tuple[Workload, ...]:
     """Calls that use an entry of the table."""
     storage = {1: "int8", 2: "bfloat16"}[entry["stored"]]
     call = functools.partial(
-        Call, name=entry["kernel"], size=entry["size"], sources=entry["sources"], storage=storage
+        Workload,
+        name=entry["kernel"],
+        size=entry["size"],
+        sources=entry["sources"],
+        storage=storage,
     )
     if entry["kernel"] == "decode":
         return tuple(call(length=entry["max_rows"] // 4, paged=x) for x in (False, True))

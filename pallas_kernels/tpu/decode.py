@@ -39,7 +39,7 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class CacheReader:
     """What differs between the two forms of a cache.
 
     Attributes:
@@ -187,7 +187,7 @@ def _scale(refs, head, term, part):
     return dot(refs["own"][...], refs["scales"][term, :, part], NN)
 
 
-def run(how, rule, form: Form, q, stored, table, ends, visited, arrays, interpret):
+def run(how, rule, form: CacheReader, q, stored, table, ends, visited, arrays, interpret):
     """The kernel.
 
     Args:

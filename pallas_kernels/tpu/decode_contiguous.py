@@ -15,7 +15,7 @@ from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import Form, Term
+from pallas_kernels.tpu.decode import CacheReader, Term
 
 _CHUNK = 2048  # rows that are multiplied at once: bounds the score tile
 
@@ -103,7 +103,7 @@ def contiguous(how: How, interpret, q, sources, mask: Mask):
         batch, len(keys), length * num, -1
     )
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, pad), (0, 0))).astype(q.dtype)[:, None]
-    form = Form(
+    form = CacheReader(
         heads=1,
         rows=block,
         chunk=chunk,

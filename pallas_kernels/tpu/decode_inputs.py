@@ -9,7 +9,7 @@ MAX_ROWS = 256  # query rows of one product; more of them are not a decoding ste
 
 def visited_blocks(rule, q_positions, k_positions, block):
     """bool [B, blocks] of tiles that may hold something visible."""
-    where = steps_lib.Places(q_positions, k_positions, None, None, False)
+    where = steps_lib.BlockedPlaces(q_positions, k_positions, None, None, False)
     visited, _ = steps_lib.tables(rule, where, q_positions.shape[1], block)
     return visited[:, 0]
 

@@ -15,7 +15,7 @@ from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import Form, Term
+from pallas_kernels.tpu.decode import CacheReader, Term
 
 
 def _paged_copy(method, row, block, slot, memory, *, pages, width, size):
@@ -110,7 +110,7 @@ def paged(
         "k_heads": None,
         "scales": scales,
     }
-    form = Form(
+    form = CacheReader(
         heads=heads,
         rows=tokens,
         chunk=tokens,

@@ -24,7 +24,7 @@ from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import Form, Term
+from pallas_kernels.tpu.decode import CacheReader, Term
 
 _TOKENS = 2048  # of a block at most: bounds the score tile
 
@@ -128,7 +128,7 @@ def stacked(how: How, interpret, q, sources, mask: Mask):
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, pad), (0, 0)))
 
     width = lambda side: side[0].data.shape[3]  # noqa: E731
-    form = Form(
+    form = CacheReader(
         heads=1,
         rows=tokens,
         chunk=tokens,

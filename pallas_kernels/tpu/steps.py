@@ -25,7 +25,7 @@ FAR = 2**30  # beyond every position
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class BlockedPlaces:
     """Integers of a call, padded to whole blocks; leading dimension B, or 1 if all rows agree.
 
     Attributes:
@@ -51,7 +51,9 @@ def _pad(x, size, value):
     return xp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
 
 
-def places(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: int) -> Places:
+def places(
+    mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: int
+) -> BlockedPlaces:
     """The integers of `mask` for blocks of these sizes; NumPy where known while tracing."""
     q_positions = masks.query_positions(mask, num_queries, num_keys)
     k_positions = masks.key_positions(mask, num_keys)
@@ -61,7 +63,7 @@ def places(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: i
     if q_segments is not None:
         q_segments = _pad(jnp.where(q_segments < 0, -1, q_segments), block_q, -1)
         k_segments = _pad(jnp.where(k_segments < 0, -2, k_segments), block_k, -2)
-    return Places(
+    return BlockedPlaces(
         _pad(q_positions.astype(np.int32), block_q, -FAR),
         _pad(k_positions, block_k, FAR),
         q_segments,
@@ -70,7 +72,7 @@ def places(mask: Mask, num_queries: int, num_keys: int, block_q: int, block_k: i
     )
 
 
-def queries(where: Places, cut: slice) -> Places:
+def queries(where: BlockedPlaces, cut: slice) -> BlockedPlaces:
     """The places of some of the queries."""
     part = lambda x: None if x is None else x[:, cut]  # noqa: E731
     return dataclasses.replace(
@@ -89,7 +91,7 @@ def visible(mask: Mask, q_positions, k_positions, q_segments, k_segments):
     return seen
 
 
-def tables(mask: Mask, where: Places, block_q: int, block_k: int):
+def tables(mask: Mask, where: BlockedPlaces, block_q: int, block_k: int):
     """(visited, full), bool [R, query blocks, key blocks]: tiles with anything, or nothing hidden.
 
     Decided by the extremes of each block: a visited tile may be empty, a dropped one always is.

@@ -127,7 +127,7 @@ def forward(how, mask, blocks, q, sources, where, interpret):
     Args:
       q: [B, K, query blocks, G * queries, H], times scale (and log2(e) without a soft cap).
       sources: keys and values [B, K, S, H], and weights [K, J, H] fp32 or None, of each.
-      where: `steps.Places` for these blocks.
+      where: `steps.BlockedPlaces` for these blocks.
 
     Returns:
       Output like q, and lse [B, K, query blocks, 1, G * queries] fp32.

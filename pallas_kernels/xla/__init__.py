@@ -10,8 +10,8 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
-from pallas_kernels.xla.plan import Blocks
-from pallas_kernels.xla.streams import PagedStreams, Streams
+from pallas_kernels.xla.plan import BlockPlan
+from pallas_kernels.xla.streams import ArraySources, PagedSources
 from pallas_kernels.xla.tiles import Scores
 
 _FORWARD = {"rows": rows.forward, "blocks": blocks_schedule.forward, "decode": decode.forward}
@@ -27,13 +27,13 @@ def attention(
     keys are computed again.
 
     Args:
-      blocks: `Blocks` of the forward and of the backward pass; by default what they choose.
+      blocks: `BlockPlan` of the forward and of the backward pass; by default what they choose.
     """
     if blocks is None:
         shapes = (q.shape, keys[0].shape, mask)
-        blocks = (Blocks.choose(*shapes), Blocks.choose_backward(*shapes))
+        blocks = (BlockPlan.choose(*shapes), BlockPlan.choose_backward(*shapes))
     how = Scores(scale=scale, softcap=softcap)
-    streams = Streams(keys, values)
+    streams = ArraySources(keys, values)
     quantized = is_quantized((*keys, *values))
     blocks = tuple(x.fit(streams.group, quantized) for x in blocks)
     return _attend(how, blocks, q, (streams, key_weights, value_weights), mask)
@@ -43,10 +43,10 @@ def paged_attention(
     q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap
 ):
     """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
-    streams = PagedStreams(pages, page_table)
+    streams = PagedSources(pages, page_table)
     mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
     shape = (q.shape[0], streams.length, streams.heads, pages.key_size)
-    blocks = Blocks.choose_paged(q.shape, shape).fit(streams.group, pages.scales is not None)
+    blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, pages.scales is not None)
     run = _FORWARD[blocks.schedule]
     places = tiles.places(mask, q.shape[1], streams.length)
     out, lse = run(
@@ -98,7 +98,7 @@ def _backward(how, both_blocks, residuals, cotangents):
     present = (places[1].positions >= 0)[:, :, None, None] if mask.ragged else None
     dkeys, dkey_weights = linear.unmix(dkey, streams.keys, key_weights, present)
     dvalues, dvalue_weights = linear.unmix(dvalue, streams.values, value_weights, present)
-    return dq, (Streams(dkeys, dvalues), dkey_weights, dvalue_weights), None
+    return dq, (ArraySources(dkeys, dvalues), dkey_weights, dvalue_weights), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ DECODE_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Blocks:
+class BlockPlan:
     """What is computed at once.
 
     Attributes:
@@ -27,7 +27,7 @@ class Blocks:
     keys: int
 
     @classmethod
-    def choose(cls, q_shape, key_shape, mask: Mask) -> "Blocks":
+    def choose(cls, q_shape, key_shape, mask: Mask) -> "BlockPlan":
         """Blocks for the forward pass of q [B, T, N, H] and keys [B, S, K, H].
 
         Tiles of about a MiB of scores stay in the cache between the product that writes them
@@ -41,7 +41,7 @@ class Blocks:
         return cls.choose_backward(q_shape, key_shape, mask)
 
     @classmethod
-    def choose_paged(cls, q_shape, key_shape) -> "Blocks":
+    def choose_paged(cls, q_shape, key_shape) -> "BlockPlan":
         """Blocks for keys in pages, of which a tile is gathered at a time."""
         batch, length, heads, _ = q_shape
         few = _decodes(q_shape, key_shape)
@@ -49,7 +49,7 @@ class Blocks:
         queries = length if few else min(length, 128)
         return cls(schedule=schedule, batch=batch, queries=queries, keys=min(key_shape[1], 512))
 
-    def fit(self, group: int, quantized: bool) -> "Blocks":
+    def fit(self, group: int, quantized: bool) -> "BlockPlan":
         """Tiles of whole groups of tokens, which are stored together.
 
         Codes become numbers tile by tile, and these should still be in the cache when they are
@@ -60,7 +60,7 @@ class Blocks:
         return dataclasses.replace(self, keys=max(group, keys // group * group))
 
     @classmethod
-    def choose_backward(cls, q_shape, key_shape, mask: Mask) -> "Blocks":
+    def choose_backward(cls, q_shape, key_shape, mask: Mask) -> "BlockPlan":
         """Blocks for the backward pass, which "decode" does not have."""
         batch, length, heads, _ = q_shape
         num_keys = key_shape[1]

@@ -11,7 +11,7 @@ from pallas_kernels.quantized import Quantized, token_group
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Streams:
+class ArraySources:
     """Tuples of key and value sources, each [B, S, K, H] or `Quantized`."""
 
     keys: Any
@@ -52,7 +52,7 @@ class Streams:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagedStreams:
+class PagedSources:
     """The same of `Pages` and the pages [B, max_pages] of each row, gathered tile by tile."""
 
     pages: Any

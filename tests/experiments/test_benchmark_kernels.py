@@ -9,16 +9,16 @@ import pytest
 
 import pallas_kernels
 from experiments.benchmarks import kernels, kernels_static, kernels_timed, report
-from experiments.benchmarks.kernels_timed import Shape
+from experiments.benchmarks.kernels_timed import AttentionShape
 from pallas_kernels.tpu import static
 
-SHAPE = Shape(batch=1, queries=8, keys=8, heads=4, kv_heads=2, size=8)
+SHAPE = AttentionShape(batch=1, queries=8, keys=8, heads=4, kv_heads=2, size=8)
 
 
 def test_flops_count_the_visible_pairs():
     pairs = sum(s <= t for t in range(8) for s in range(8))
     assert SHAPE.causal_flops == 2 * 2 * 4 * 8 * pairs
-    one = Shape(batch=3, queries=1, keys=8, heads=4, kv_heads=2, size=8)
+    one = AttentionShape(batch=3, queries=1, keys=8, heads=4, kv_heads=2, size=8)
     assert one.causal_flops == 3 * 2 * 2 * 4 * 8 * 8
 
 
@@ -42,7 +42,7 @@ def test_decoding_is_held_against_the_copy_and_refusals_are_told(monkeypatch):
     limits = {"copy bytes/s": 1e9, "product FLOP/s": 1e12}
     monkeypatch.setattr(kernels_timed, "ceilings", lambda quick, rounds: limits)
     names = ("auto", "cudnn")
-    one = Shape(batch=2, queries=1, keys=32, heads=4, kv_heads=2, size=8)
+    one = AttentionShape(batch=2, queries=1, keys=32, heads=4, kv_heads=2, size=8)
     found = kernels_timed.measure_decode(one, names, quick=True, rounds=1)
     rows = {row["contestant"]: row for row in found.rows}
     size = 2 * 2 * 32 * 2 * 8 * 2  # keys and values, bfloat16

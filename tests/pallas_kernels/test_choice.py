@@ -33,7 +33,7 @@ V5E, V6E, H100 = ("tpu", "TPU v5 lite"), ("tpu", "TPU v6 lite"), ("gpu", "NVIDIA
     ],
 )
 def test_the_table(device, phase, size, residuals, expected):
-    call = choice.Call(
+    call = choice.CallTraits(
         platform=device[0], kind=device[1], phase=phase, sources=2, size=size, residuals=residuals
     )
     assert choice.candidates(call) == expected
@@ -65,7 +65,7 @@ def far(monkeypatch):
     module = types.SimpleNamespace(attention=refuse)
     monkeypatch.setitem(sys.modules, "pallas_kernels.far", module)
     monkeypatch.setitem(choice.MODULES, "far", "pallas_kernels.far")
-    row = choice.Row(
+    row = choice.Preference(
         platform="any", phases=("sequence", "decode", "paged"), implementation="far", evidence=""
     )
     monkeypatch.setattr(choice, "TABLE", (row, *choice.TABLE))

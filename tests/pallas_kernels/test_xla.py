@@ -9,7 +9,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import xla
 from pallas_kernels.xla import decode
-from pallas_kernels.xla.plan import Blocks
+from pallas_kernels.xla.plan import BlockPlan
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
@@ -76,6 +76,6 @@ def test_tiles_that_see_nothing_are_not_visited():
 def test_schedules_follow_the_shape(shape, schedule):
     batch, length, num_keys = shape
     mask = xla.Mask(causal=True)
-    choose = functools.partial(Blocks.choose, (batch, length, 8, 64), (batch, num_keys, 4, 64))
+    choose = functools.partial(BlockPlan.choose, (batch, length, 8, 64), (batch, num_keys, 4, 64))
     blocks = choose(mask)
     assert blocks.schedule == schedule and batch % blocks.batch == 0

@@ -3,7 +3,7 @@ the folded form, which calls it."""
 
 from unittest import mock
 
-from pallas_kernels.xla.plan import Blocks
+from pallas_kernels.xla.plan import BlockPlan
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.cases import CORE
 from tests.pallas_kernels.implementation import Implementation
@@ -22,21 +22,21 @@ class _Forced(Implementation):
 
     def attend(self, arguments, options):
         with (
-            mock.patch.object(Blocks, "choose", self.choose),
-            mock.patch.object(Blocks, "choose_backward", self.choose_backward),
+            mock.patch.object(BlockPlan, "choose", self.choose),
+            mock.patch.object(BlockPlan, "choose_backward", self.choose_backward),
         ):
             return super().attend(arguments, options)
 
     def attend_pages(self, *arguments):
         choose = lambda q_shape, key_shape: self.choose(q_shape, key_shape, None)  # noqa: E731
-        with mock.patch.object(Blocks, "choose_paged", choose):
+        with mock.patch.object(BlockPlan, "choose_paged", choose):
             return super().attend_pages(*arguments)
 
 
 class Rows(_Forced):
     @staticmethod
     def choose(q_shape, key_shape, mask):
-        return Blocks(schedule="rows", batch=1, queries=min(8, q_shape[1]), keys=key_shape[1])
+        return BlockPlan(schedule="rows", batch=1, queries=min(8, q_shape[1]), keys=key_shape[1])
 
     choose_backward = choose
 
@@ -45,7 +45,7 @@ class Tiles(_Forced):
     @staticmethod
     def choose(q_shape, key_shape, mask):
         block_q, block_k = min(8, q_shape[1]), min(11, key_shape[1])
-        return Blocks(schedule="blocks", batch=1, queries=block_q, keys=block_k)
+        return BlockPlan(schedule="blocks", batch=1, queries=block_q, keys=block_k)
 
     choose_backward = choose
 
@@ -54,7 +54,7 @@ class Decode(_Forced):
     @staticmethod
     def choose(q_shape, key_shape, mask):
         block_k = min(11, key_shape[1])
-        return Blocks(schedule="decode", batch=q_shape[0], queries=q_shape[1], keys=block_k)
+        return BlockPlan(schedule="decode", batch=q_shape[0], queries=q_shape[1], keys=block_k)
 
     choose_backward = staticmethod(Tiles.choose)
 

@@ -19,7 +19,7 @@ from tests.pallas_kernels.gpu.interpreter import INTERPRETER
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
-SMALL = blocks.Blocks(rows=16, keys=16, warps=4, stages=1)
+SMALL = blocks.BlockSizes(rows=16, keys=16, warps=4, stages=1)
 
 # Of NumPy, about how the interpreter uses it; infinity - infinity in what is then masked.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array", "ignore::RuntimeWarning")

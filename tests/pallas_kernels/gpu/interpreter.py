@@ -94,4 +94,4 @@ def launch(name, arguments, out, grid, constants, warps, stages, _):
     return jax.pure_callback(call, tuple(out), *arrays)
 
 
-INTERPRETER = device.Device(kind="interpreter", cores=4, compute_capability=90, launch=launch)
+INTERPRETER = device.GpuTarget(kind="interpreter", cores=4, compute_capability=90, launch=launch)

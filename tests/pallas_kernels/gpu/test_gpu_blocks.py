@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels.gpu import blocks, calls
-from pallas_kernels.gpu.device import Device
+from pallas_kernels.gpu.device import GpuTarget
 
 CALL = {"itemsize": 2, "stored": 2, "size": 128, "sources": 2, "rows": 4, "simple": True}
 
@@ -36,7 +36,7 @@ def test_the_rule_takes_less_memory_for_more_sources(kernel):
 
 
 def test_splits_fill_the_device_without_tiny_ones():
-    device = Device(kind="NVIDIA H100", cores=132, compute_capability=90, launch=print)
+    device = GpuTarget(kind="NVIDIA H100", cores=132, compute_capability=90, launch=print)
     for programs, keys in ((8, 32768), (64, 4096), (256, 4096), (1024, 512)):
         count = calls.splits(device, programs, keys, 64)
         assert programs * count >= 264

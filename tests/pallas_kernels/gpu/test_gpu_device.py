@@ -37,7 +37,7 @@ def test_missing_packages_are_named(monkeypatch, absent):
 
 
 def old_gpu(capability):
-    return device.Device(
+    return device.GpuTarget(
         kind="an old GPU", cores=80, compute_capability=capability, launch=lambda *_: 1 / 0
     )
 

@@ -14,7 +14,7 @@ from tests.pallas_kernels.gpu.toolchain import H100, needs_toolchain
 
 pytestmark = needs_toolchain
 
-SMALL = functools.partial(static.Call, keys=256, size=16)
+SMALL = functools.partial(static.Workload, keys=256, size=16)
 CALLS = {
     "forward": (SMALL(name="", length=256), 1),
     "backward": (SMALL(name="", length=256, grad=True), 3),

@@ -35,6 +35,6 @@ def test_no_spills_and_within_shared_memory(entry):
 
 
 def test_the_report_names_every_kernel_of_a_call():
-    lines = static.report((static.Call(name="small", length=1, keys=256, size=16),))
+    lines = static.report((static.Workload(name="small", length=1, keys=256, size=16),))
     assert [(x["call"], x["kernel"]) for x in lines] == [("small", "decode"), ("small", "combine")]
     assert all(x["registers"] > 0 and x["shared"] > 0 and x["spill"] == 0 for x in lines)
