@@ -41,6 +41,8 @@ def fold_queries(q: Any, weights: Any, factor: float = 1.0) -> Any:
       weights: a [J, K, H], or None for one source.
       factor: what the queries are multiplied with besides.
     """
+    # The weights meet T queries here, instead of the S keys that a mix would multiply: while
+    # decoding there are many more of these, and each layer would mix all of them again.
     batch, length, num, size = q.shape
     wide = q.astype(jnp.float32) * factor
     if weights is None:
@@ -98,6 +100,7 @@ def unmix(grad: Any, sources: Any, weights: Any, present: Any) -> tuple[Any, Any
     if weights is None:
         return (grad.astype(sources[0].dtype),), None
     wide = weights.astype(jnp.float32)
+    # dX_j = w_j dM: kernels write one gradient, that of the mix, not one for each source.
     dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(wide, sources, strict=True))
     if present is not None:  # the memory of an absent key may hold NaN
         sources = [jnp.where(present, x, 0) for x in sources]

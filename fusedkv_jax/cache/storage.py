@@ -118,6 +118,8 @@ def _write(
     count: Int[Array, "B"],
 ) -> Shaped[Array, "P B S *rest"]:
     length = array.shape[2]
+    # Both ways update a donated array in place. A scatter touches the new places alone; many tokens
+    # are one pass over the stream, without indices.
     if new.shape[1] <= SCATTERED:
         rows, steps = jnp.arange(array.shape[1])[:, None], jnp.arange(new.shape[1])
         beyond = steps >= count[:, None]

@@ -179,6 +179,7 @@ class RingStore(Store):
         if self.deferred(call):
             return self
         storage = storage_of(self, kind)
+        # One token does not wrap around the end of the ring.
         place = call.first % storage.shape[2]
         return self._with(kind, write(storage, slot, encode(new, storage), place, call.count))
 
@@ -189,6 +190,8 @@ class RingStore(Store):
 
     def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
         slots = self.keys.shape[2]
+        # Positions say where in the past each place of the ring is, and which are still empty. Two
+        # pieces instead of one array: putting the new tokens behind the ring would copy all of it.
         if self.deferred(call):
             held = (ring_positions(call.first, slots), call.valid_positions)
         else:
@@ -210,6 +213,7 @@ class RingStore(Store):
             def update(ring, tokens, storage=storage):
                 return write_ring(ring, encode(tokens, storage), call.first, call.count)
 
+            # All streams at once, after the last layer has read: any of them may read any ring.
             store = store._with(kind, jax.vmap(update)(storage, streams))
         return store
 

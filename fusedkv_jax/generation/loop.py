@@ -103,6 +103,7 @@ class DecodeState:
         return cls(tokens, lengths, lengths, limits, stops, finished, seen, counts, cache, logprobs)
 
 
+# Donated arrays become the new state's own, so that a cache is never held twice.
 @functools.partial(jax.jit, donate_argnames=("tokens", "cache", "logprobs"))
 def begin(
     logits: Float[Array, "B V"],
@@ -119,6 +120,8 @@ def begin(
     return advance(state, logits, inputs)
 
 
+# The state is donated, and the loop carries it: each step updates tokens and cache in place. If it
+# were not, XLA would have to copy the whole cache before the first step of every call.
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def decode(
     graph: nnx.GraphDef[Decoder],
@@ -132,12 +135,15 @@ def decode(
 
     def goes_on(carry):
         state, done = carry
+        # On the device: asking the host after each token would make both wait for each other.
         more = True if steps is None else done < steps
         return more & ~jnp.all(state.finished)
 
     def step(carry):
         state, done = carry
         last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
+        # Rows that have ended still run, as shapes are fixed, but with no token: they add nothing
+        # to the cache, and what they compute is dropped.
         running = (~state.finished).astype(jnp.int32)
         logits, cache = model.extend(last, running, state.cache)
         assert logits is not None

@@ -211,6 +211,8 @@ class Walk:
         """
         x, streams = walked.x, walked.streams
         free, learning = streams.passes()
+        # Of the passes that are only steps towards the fixed point nothing is looked at: what a
+        # compressor wants to see is what the last one reads.
         silent = dataclasses.replace(self.options, watch=None, collects=False)
         if free:
             config, graphs, params, weights = self.layers
@@ -224,6 +226,7 @@ class Walk:
                 passed = frozen.through(parts, Walked(start, inside, {}, ())).streams
                 return passed.bank, passed.stores
 
+            # Constants to differentiation: nothing of these passes is kept, whatever their number.
             held = jax.lax.fori_loop(0, free, free_pass, (bank, stores))
             bank, stores = jax.lax.stop_gradient(held)
             all_runs = runs(config.kv_layout)
@@ -245,7 +248,9 @@ class Walk:
         first = run.start + repeats.start * run.period
 
         # What is read from outside the body, and the call, stay out of the loop's state: a scan
-        # under differentiation would keep a copy of them for every layer.
+        # under differentiation would keep a copy of them for every layer. The bank and the stores
+        # have to be in it, as layers write them; each layer updates one slot in place, and the
+        # backward pass needs only the cotangents of what was written, not old banks.
         def body(state, inputs):
             x, bank, stores = state
             inside, seen, outputs = dataclasses.replace(streams, bank=bank, stores=stores), [], []
@@ -260,8 +265,11 @@ class Walk:
         state = walked.x, streams.bank, streams.stores
         seen, outputs = dict(walked.seen), walked.outputs
         stacked = not isinstance(inputs[0].params, tuple)
+        # One body for all repeats: the program, and the time to compile it, stay those of a few
+        # layers at any depth.
         if len(repeats) > 1 and config.scan_layers and stacked:
             part = slice(repeats.start, repeats.stop)
+            # Slicing makes a copy of the parameters, so not where all repeats are wanted.
             whole = len(repeats) == run.repeats
             state, (found, given) = jax.lax.scan(
                 body, state, inputs if whole else _at(inputs, part)
@@ -315,7 +323,9 @@ class Walk:
         """`run_layer`, computed again in the backward pass if so configured."""
         remat, graph = self.layers.config.remat, self.layers.graphs[r][place]
 
-        # The bank stays outside: what is written there is not computed again.
+        # What a layer makes of its own is an argument or a result, as the backward pass keeps the
+        # arguments and computes the rest. The bank stays outside: what is written there is not
+        # computed again.
         def compute(params, weights, x, stores, views, new):
             inside = dataclasses.replace(streams, stores=stores, views=views, new=new)
             given = dataclasses.replace(inputs, params=params, weights=weights)
@@ -323,6 +333,7 @@ class Walk:
             own = {name: inside.new[name] for name in inside.new if name[1] == i}
             return x, inside.stores, own, seen
 
+        # A call that adds to a cache has no backward pass.
         if remat != "none" and streams.transient:
             compute = jax.checkpoint(compute, policy=_REMAT_POLICIES[remat])
         arrays = inputs.params, inputs.weights, x, streams.stores, streams.views, streams.new

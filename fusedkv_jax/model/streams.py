@@ -81,7 +81,8 @@ class StreamPlan:
         bank: Bank = {}
         for kind in KINDS:
             kept = self.banked_layers(kind)
-            # A scan writes all its layers: those that nobody reads share one more slot.
+            # A scan writes all its layers: those that nobody reads share one more slot. So only
+            # what is read takes memory: FusedKV banks those of two layers, whatever its depth.
             spill = any(
                 0 < len(set(run.layers(place)) & set(kept)) < run.repeats
                 for run in runs(self.layout)
@@ -185,6 +186,8 @@ class Streams:
             stream = kv.stream(kind)
             if stream.is_residual:
                 terms = [self.new[kind, j] for j in stream.sources]
+                # Mixed before it is stored: a residual costs nothing when it is read, and those who
+                # read it in turn see what this layer attends to.
                 tokens = mix(weights[kind], [*terms, tokens])
             group = self.plan.groups.places[kind, layer][0]
             store = streams.stores[group].write(kind, slots[kind], tokens, self.call)
@@ -206,7 +209,8 @@ class Streams:
         )
         store = self.stores[self.plan.group_of(layer)]
         pieces = store.pieces(keys, values, q, self.rows(layer, positions), self.call)
-        if store.transient:  # in the type of their gradients
+        # A stream that many layers read stays in float32, the type in which their gradients add up.
+        if store.transient:
             return pieces
         return tuple(_cast(piece, q.dtype) for piece in pieces)
 
@@ -273,6 +277,8 @@ class Streams:
 
     def enter(self, run: Run) -> Streams:
         """With what the layers of a run read from outside their body, read once for all."""
+        # Before the scan, not in it: inside, each layer would slice the cache or dequantize it
+        # again, and differentiation would keep a copy for each of them.
         views, new = {}, {}
         for i in range(run.start, run.start + run.period):
             for kind in KINDS:
@@ -299,6 +305,8 @@ class Streams:
             if kind in slots:
                 array = bank[kind]
                 assert array is not None
+                # In place: the array is in the loop's state, so XLA reuses its memory. A scan's
+                # stacked outputs would hold the streams of all layers instead of those in need.
                 bank[kind] = jax.lax.dynamic_update_index_in_dim(
                     array, tokens.astype(array.dtype), slots[kind], 0
                 )
@@ -315,6 +323,8 @@ class Streams:
             if array is None or old is None or not others.size:
                 bank[kind] = array
             else:
+                # The free passes cut gradients off. Streams from outside the group have not changed
+                # in them, and what reads these has to reach the layers that made them.
                 bank[kind] = array.at[others].set(old[others])
         return dataclasses.replace(passed, bank=bank)
 

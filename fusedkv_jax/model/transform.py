@@ -127,6 +127,8 @@ def _fold(model: Decoder) -> Decoder:
         LayerKV(_direct(layer.key), _direct(layer.value), layer.window, layer.kv_norm)
         for layer in layout.layers
     )
+    # The recursion of a chain is a product over the layers below, evaluated for each token that is
+    # decoded unless it is stored as what it gives.
     weights: dict[tuple[Kind, int], Array] = {}
     for (kind, stream, layers), parameter in zip(chains(layout), model.mixing.weights, strict=True):
         direct = direct_weights(stream, parameter[...])
@@ -170,6 +172,8 @@ def for_decoding(model: Decoder) -> Decoder:
 
 def _remembered(forms: Forms, make: Callable[[Decoder], Decoder], model: Decoder) -> Decoder:
     """Another form of a model, made anew only when its parameters have changed."""
+    # By identity, as arrays do not change and comparing numbers would read the model. The arrays
+    # are kept so that no other can get their identity.
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     known, form = forms.get(model, ([], model))
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):

@@ -66,14 +66,20 @@ def _kernel(codes, refs, dq, dkey, dvalue, key, value, dq_acc, *, how, mask, blo
                 slope, score = 1 - capped * capped, how.softcap * LOG2E * capped
             if masked:
                 score = jnp.where(_seen(refs, mask, part), score, HIDDEN)
+            # Normalized at once: the forward pass has left the log of the denominator, so the
+            # softmax is one exponential, and no row has to be seen whole.
             weight = jnp.exp2(score - lse)
             dvalue[part, :] += dot(weight.astype(dout.dtype), dout, NN)
             dweight = dot(value[part, :], dout, NT)
+            # The softmax's Jacobian, p * (dp - sum p dp): the sum is sum(out * dout), known before
+            # any tile. `delta` has the lse's cotangent taken off: d lse / d score is p as well.
             dscore = weight * (dweight - delta)
             if slope is not None:
                 dscore = dscore * slope
             dscore = dscore.astype(query.dtype)
             dkey[part, :] += dot(dscore, query, NN)
+            # Every key tile adds to it, so it has to stay where it is: in HBM this would be a read
+            # and a write of all queries' gradients for each key tile.
             dq_acc[block] += dot(dscore, key[part, :], TN)
 
     working, masked = step & steps_lib.WORK != 0, step & steps_lib.MASKED != 0

@@ -123,6 +123,7 @@ def forward(how: Scores, mask: Mask, block_q, block_k, q, sources, queries, wher
             key, value, key_place, fresh = cutter.cut(order[i])
             seen = cutter.seen(place, key_place, fresh, groups)
             score = tiles.logits(how, query, key, seen)
+            # The running softmax: sums so far are rescaled to the new maximum.
             higher = jnp.maximum(top, score.max(-1, keepdims=True))
             decay, weight = jnp.exp(top - higher), jnp.exp(score - higher)
             total = total * decay + weight.sum(-1, keepdims=True)
@@ -172,6 +173,8 @@ def backward(
             dq_part, dkey_part, dvalue_part = tiles.gradients(
                 how, at(query), key, value, seen, at(lse)[..., 0], at(dout), at(delta)[..., 0]
             )
+            # Queries are visited by several key tiles: their gradients are in the loop's state, and
+            # one block of it is updated in place.
             dq = lax.dynamic_update_index_in_dim(dq, at(dq) + dq_part, block, 0)
             return dq, dkey + dkey_part, dvalue + dvalue_part
 

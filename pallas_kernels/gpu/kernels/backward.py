@@ -2,6 +2,9 @@
 
 With P = exp(s - lse) and dS = P * (dout.V^T - delta): dK^ = scale * dS^T.q, dV^ = P^T.dout,
 dq = scale * dS.K^. What they owe to each source is left to the caller, in float32.
+
+Scores are computed twice, once for either side, so that no two programs add to one place: with
+atomic additions the gradients would depend on the order in which programs end.
 """
 
 from typing import no_type_check
@@ -105,6 +108,8 @@ def backward_keys(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, lse_p
     clear = clear_high - clear_low
     dkey = tl.zeros((BN, BH), tl.float32)
     dvalue = tl.zeros((BN, BHV), tl.float32)
+    # Blocks that see all of the tile first, in a loop of their own without a mask; then the others,
+    # which lie before and after them.
     dkey, dvalue = key_loop(
         clear_low, clear_high, clear_high, 0, key, value, dkey, dvalue, b, k, T, q_ptr, dout_ptr,
         lse_ptr, delta_ptr, q_at_ptr, q_segment_ptr, k_at, k_segment, K, G, H, HV, BH, BHV,
@@ -177,6 +182,7 @@ def backward_queries(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, ls
                      BN: tl.constexpr):  # fmt: skip
     """dq [B, T, N, H] of a block of rows; grid and bounds as in `forward`."""
     blocks = tl.num_programs(0)
+    # The last rows see most keys under a causal mask: the longest programs begin first.
     i = blocks - 1 - tl.program_id(0)
     bk = tl.program_id(1)
     b, k = bk // K, bk % K
