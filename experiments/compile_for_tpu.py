@@ -1,4 +1,4 @@
-"""Compile the training step, prefill and decoding for a TPU slice that is not there.
+"""Compile the training step, prefill and decoding for a TPU slice, ahead of time.
 
     python -m experiments.compile_for_tpu --topology=v5p:8x8x8 --preset=4b
     python -m experiments.compile_for_tpu --topology=v5e:16x16 --preset=1_5b --layout=mha --search
@@ -21,10 +21,10 @@ from experiments import cli
 from experiments.configs import paper_332m
 from experiments.overrides import apply_overrides
 from fusedkv_jax import presets
+from fusedkv_jax.compile_ahead import programs, report, search, text
+from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import AXES, MeshConfig, make_mesh
-from fusedkv_jax.slices import programs, report, search, text
-from fusedkv_jax.slices.chips import SHAPES, Slice
 from fusedkv_jax.training import ExperimentConfig
 from pallas_kernels.tpu.topology import slice_devices
 

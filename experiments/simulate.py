@@ -1,4 +1,4 @@
-"""Replay a recorded trace against scheduling policies and layouts, on a device that is not there.
+"""Replay a recorded trace against scheduling policies and layouts, on a modeled device.
 
     python -m experiments.simulate --trace=azure_conv_2023.csv.xz --device=v5e \\
         --layout=mha --layout=fusedkv --policy=fcfs --load=0.5 --load=0.9

@@ -1,4 +1,4 @@
-"""Compile the paper's sizes for a list of TPU slices: the table in docs/tpu_slices.md.
+"""Compile the paper's sizes for a list of TPU slices: the table in docs/guides/tpu_slices.md.
 
     python -m experiments.tpu_slices
 
@@ -16,8 +16,8 @@ from absl import flags
 
 from experiments import cli
 from experiments.compile_for_tpu import inference, paper_run
-from fusedkv_jax.slices import report, search, text
-from fusedkv_jax.slices.chips import Slice
+from fusedkv_jax.compile_ahead import report, search, text
+from fusedkv_jax.compile_ahead.chips import Slice
 from pallas_kernels.tpu.topology import TOPOLOGIES, slice_devices
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def define_flags() -> None:
         "results", str(_ROOT / "experiments/results/tpu_slices.json"), "Where results are kept."
     )
     flags.DEFINE_string(
-        "document", str(_ROOT / "docs/tpu_slices.md"), "The page whose table is replaced."
+        "document", str(_ROOT / "docs/guides/tpu_slices.md"), "The page whose table is replaced."
     )
 
 

@@ -5,7 +5,7 @@ Run the same command again to go on after an interruption. Exit codes: 0 the run
 closed terminal: the state was saved, 134 another process of the run died.
 
 Several processes are found in the environment (Slurm, Open MPI, Cloud TPU) or named by
---coordinator, --num_processes and --process_id; docs/clusters.md shows how to start them.
+--coordinator, --num_processes and --process_id; docs/guides/clusters.md shows how to start them.
 """
 
 import json

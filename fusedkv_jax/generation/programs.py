@@ -57,7 +57,7 @@ class GenerationPrograms:
 
     @classmethod
     def abstract(cls, config: ModelConfig, mesh: Mesh | None = None) -> GenerationPrograms:
-        """Those of a model that is not there, on devices that need not be there either.
+        """Those of an abstract model, on devices that may be compile-only.
 
         They are the programs of accelerators: on a CPU `generate` unrolls large layers.
         """

@@ -22,7 +22,7 @@ from fusedkv_jax.training.step import BATCH_KEYS, Step, make_train_step
 class TrainProgram:
     """The state and the step of one run.
 
-    Nothing is computed before `create`. With a mesh of devices that are not there, `lower` and
+    Nothing is computed before `create`. With a mesh of compile-only devices, `lower` and
     `compile()` of its result tell whether the run would fit.
 
     Args:

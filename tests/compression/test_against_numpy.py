@@ -9,8 +9,8 @@ import pytest
 
 import fusedkv_jax as fkv
 from fusedkv_jax.compression import H2O, PyramidKV, SnapKV, StreamingLLM
-from tests.compression.numpy_decoder import Policy, logits
-from tests.model.numpy_model import Row, build, draw, small_config
+from tests.oracles.compressed_decoder import Policy, logits
+from tests.oracles.decoder import Row, build, draw, small_config
 
 PROMPTS, LATER = np.array([14, 9], np.int32), 7
 WIDTH = 14  # columns of the prompt array

@@ -9,7 +9,7 @@ import pytest
 import fusedkv_jax as fkv
 from fusedkv_jax.compression import CompressionError, PyramidInfer
 from fusedkv_jax.compression.budgets import pyramid_lengths
-from tests.model.numpy_model import build, draw, rms_norm, rotated, small_config
+from tests.oracles.decoder import build, draw, rms_norm, rotated, small_config
 
 LENGTHS, LATER = np.array([160, 100], np.int32), 2
 SHARE, INTERVAL = 0.6, 2

@@ -12,7 +12,7 @@ from fusedkv_jax.interop import (
     load_huggingface,
     save_huggingface,
 )
-from tests.model.numpy_model import build, draw, small_config
+from tests.oracles.decoder import build, draw, small_config
 
 try:
     import torch

@@ -10,7 +10,7 @@ import fusedkv_jax as fkv
 from fusedkv_jax.config import BlockConfig, ConfigError
 from fusedkv_jax.interop import config_from_huggingface, config_to_huggingface
 from fusedkv_jax.model.rotary import magnitude
-from tests.model.numpy_model import small_config
+from tests.oracles.decoder import small_config
 
 MINIMAL = dict(
     model_type="llama",

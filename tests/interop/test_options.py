@@ -10,7 +10,7 @@ from fusedkv_jax import costs
 from fusedkv_jax.compression import CompressionError, parse
 from fusedkv_jax.config import BlockConfig, ConfigError
 from fusedkv_jax.interop import with_layout
-from tests.model.numpy_model import small_config
+from tests.oracles.decoder import small_config
 
 EVERYTHING = {
     "neox": dict(

@@ -10,7 +10,7 @@ from flax import nnx
 
 import fusedkv_jax as fkv
 from fusedkv_jax.model.block import Block
-from tests.model.numpy_model import Row, build, draw, logits, small_config
+from tests.oracles.decoder import Row, build, draw, logits, small_config
 
 # One warm-up layer below and one above; layers 1 to 3 read layer 4, the top of those between.
 ROWS = [Row([(j, 1.0)], [(j, 1.0)]) for j in (0, 4, 4, 4, 4, 5)]

@@ -11,7 +11,7 @@ from flax import nnx
 import fusedkv_jax as fkv
 from fusedkv_jax import layouts
 from fusedkv_jax.model import fold_fusion, mixing
-from tests.model.numpy_model import Row, build, draw, logits, small_config
+from tests.oracles.decoder import Row, build, draw, logits, small_config
 
 TOKENS = np.random.default_rng(1).integers(0, 37, (2, 10))
 TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ from flax import nnx
 
 import fusedkv_jax as fkv
 from fusedkv_jax.layouts import runs
-from tests.model.numpy_model import rms_norm, rotated, small_config
+from tests.oracles.decoder import rms_norm, rotated, small_config
 
 MLA = dict(kv_lora_rank=12, nope_dim=6, rope_dim=8, v_dim=5)
 TOKENS = np.random.default_rng(1).integers(0, 37, (2, 8))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.model.numpy_model import Row, build, draw, logits, small_config
+from tests.oracles.decoder import Row, build, draw, logits, small_config
 
 LAYERS, SPLIT, MID = 6, 3, 2
 TOKENS = np.random.default_rng(1).integers(0, 37, (2, 10))

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 
 I32 = functools.partial(np.asarray, dtype=np.int32)
 

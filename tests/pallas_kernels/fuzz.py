@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Pages, quantize
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, poison
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import EIGHT_AND_EIGHT, KIVI, spoil

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Pages, Quantized, quantize
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, draw
 from tests.pallas_kernels.implementation import Implementation
 

@@ -10,7 +10,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import choice
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import close, draw
 
 Q, KV = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import Pages, paged_attention, quantize
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import close
 
 PAGES, SIZE, HEADS, WIDTH, ROWS, PER_ROW = 6, 4, 2, 8, 3, 3

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import xla
 from pallas_kernels.xla_flags import AFFECTED, FLAG, avoid_wrong_sums
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import close, draw
 
 affected = pytest.mark.skipif(

@@ -17,12 +17,12 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("file", "before", "devices"),
     [
         ("README.md", "run it again to resume", 8),
-        ("docs/clusters.md", "# on node0", 2),
-        ("docs/clusters.md", "# on node1", 2),
-        ("docs/clusters.md", "#SBATCH", 4 * 8),
-        ("docs/clusters.md", "kind: JobSet", 4 * 8),
-        ("docs/clusters.md", "--accelerator-type=v5p-128", 64),
-        ("docs/clusters.md", "### Open MPI", 4),
+        ("docs/guides/clusters.md", "# on node0", 2),
+        ("docs/guides/clusters.md", "# on node1", 2),
+        ("docs/guides/clusters.md", "#SBATCH", 4 * 8),
+        ("docs/guides/clusters.md", "kind: JobSet", 4 * 8),
+        ("docs/guides/clusters.md", "--accelerator-type=v5p-128", 64),
+        ("docs/guides/clusters.md", "### Open MPI", 4),
     ],
 )
 def test_batch_divides_over_the_devices(file, before, devices):

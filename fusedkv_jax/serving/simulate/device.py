@@ -1,4 +1,4 @@
-"""How long a step takes on a device that is not there: the roofline of its work."""
+"""How long a step takes of a modeled device: the roofline of its work."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
+from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
 from fusedkv_jax.costs import StepCosts
 from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.slices.chips import SHAPES, Slice
 from pallas_kernels.devices import GPUS
 
 

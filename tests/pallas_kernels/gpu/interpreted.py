@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import gpu
 from pallas_kernels.gpu import blocks
 from pallas_kernels.masks import Mask
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.cases import CASES, close, draw, poison
 from tests.pallas_kernels.gpu.interpreter import INTERPRETER

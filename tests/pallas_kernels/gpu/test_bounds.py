@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.gpu import bounds
 from pallas_kernels.masks import Mask
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import CASES, CORE
 
 NAMES = (*CORE, "full_ragged", "window_decode", "ring_chunk", "segments_unsorted")

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import tpu
 from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import topology
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, draw
 
 HEADS, WEIGHTS = P(None, None, "heads"), P(None, "heads")

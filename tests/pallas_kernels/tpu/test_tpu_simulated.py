@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import Pages, tpu
 from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import decode_inputs
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, draw
 
 

@@ -12,7 +12,7 @@ import pallas_kernels
 from pallas_kernels import Stacked, quantize, tpu
 from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import chips, decode_inputs
-from tests.pallas_kernels import oracle
+from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, draw
 from tests.pallas_kernels.tpu import calls
 from tests.pallas_kernels.tpu.test_tpu_simulated import simulated

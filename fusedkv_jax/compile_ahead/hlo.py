@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Iterator
 
-from fusedkv_jax.slices.instructions import Instruction, Shape, parse_instruction
+from fusedkv_jax.compile_ahead.instructions import Instruction, Shape, parse_instruction
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OPERAND = re.compile(r"%([\w.\-]+)")

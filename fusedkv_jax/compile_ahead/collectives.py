@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fusedkv_jax.slices.hlo import Module, Visit
+from fusedkv_jax.compile_ahead.hlo import Module, Visit
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

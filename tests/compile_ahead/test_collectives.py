@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fusedkv_jax.slices import collectives, work
-from fusedkv_jax.slices.collectives import Collective
-from fusedkv_jax.slices.hlo import Module
-from tests.slices.program import TEXT
+from fusedkv_jax.compile_ahead import collectives, work
+from fusedkv_jax.compile_ahead.collectives import Collective
+from fusedkv_jax.compile_ahead.hlo import Module
+from tests.compile_ahead.program import TEXT
 
 
 def test_by_hand():

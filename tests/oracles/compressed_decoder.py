@@ -1,13 +1,13 @@
 """A decoder in NumPy float64, token by token, whose tokens see what a policy lets them see.
 
-Built on the plain functions of `tests.model.numpy_model`; nothing comes from the library.
+Built on the plain functions of `tests.oracles.decoder`; nothing comes from the library.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.model.numpy_model import rms_norm, rotated
+from tests.oracles.decoder import rms_norm, rotated
 
 
 @dataclass

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from experiments.compile_for_tpu import paper_run
+from fusedkv_jax.compile_ahead import report, search, text
+from fusedkv_jax.compile_ahead.chips import Slice
+from fusedkv_jax.compile_ahead.roofline import Roofline
 from fusedkv_jax.sharding import MeshConfig
-from fusedkv_jax.slices import report, search, text
-from fusedkv_jax.slices.chips import Slice
-from fusedkv_jax.slices.roofline import Roofline
 
 PLACE = Slice.parse("v5e:4x4")
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.compile_for_tpu import paper_run
+from fusedkv_jax.compile_ahead import programs, report, search
+from fusedkv_jax.compile_ahead.chips import Slice
+from fusedkv_jax.compile_ahead.hlo import Module
 from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
-from fusedkv_jax.slices import programs, report, search
-from fusedkv_jax.slices.chips import Slice
-from fusedkv_jax.slices.hlo import Module
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusedkv_jax.slices.chips import Slice
-from fusedkv_jax.slices.report import Report, gib
-from fusedkv_jax.slices.search import Trial
+from fusedkv_jax.compile_ahead.chips import Slice
+from fusedkv_jax.compile_ahead.report import Report, gib
+from fusedkv_jax.compile_ahead.search import Trial
 
 
 def describe_slice(place: Slice) -> str:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fusedkv_jax.slices import hlo
-from fusedkv_jax.slices.instructions import parse_instruction
-from tests.slices.program import TEXT
+from fusedkv_jax.compile_ahead import hlo
+from fusedkv_jax.compile_ahead.instructions import parse_instruction
+from tests.compile_ahead.program import TEXT
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from fusedkv_jax.slices import collectives, roofline, work
-from fusedkv_jax.slices.chips import Slice
-from fusedkv_jax.slices.hlo import Module
-from fusedkv_jax.slices.programs import Program
+from fusedkv_jax.compile_ahead import collectives, roofline, work
+from fusedkv_jax.compile_ahead.chips import Slice
+from fusedkv_jax.compile_ahead.hlo import Module
+from fusedkv_jax.compile_ahead.programs import Program
 
 _NEEDED = re.compile(r"\(([\d.]+)([KMGTP]?)\) exceeds available HBM")
 _USED = re.compile(r"Used ([\d.]+)([KMGTP]?) of [\d.]+[KMGTP]? hbm")

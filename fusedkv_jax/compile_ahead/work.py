@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from fusedkv_jax.slices.collectives import KINDS
-from fusedkv_jax.slices.hlo import Computation, Module
-from fusedkv_jax.slices.instructions import Instruction, Shape
+from fusedkv_jax.compile_ahead.collectives import KINDS
+from fusedkv_jax.compile_ahead.hlo import Computation, Module
+from fusedkv_jax.compile_ahead.instructions import Instruction, Shape
 
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")

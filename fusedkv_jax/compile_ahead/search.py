@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fusedkv_jax import costs
+from fusedkv_jax.compile_ahead import programs, report
+from fusedkv_jax.compile_ahead.chips import Slice
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
-from fusedkv_jax.slices import programs, report
-from fusedkv_jax.slices.chips import Slice
 from fusedkv_jax.training import ExperimentConfig
 
 # How much of the forward pass the backward pass repeats, and bytes that a token keeps in a layer:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from fusedkv_jax.slices.chips import Slice
-from fusedkv_jax.slices.collectives import Collective
+from fusedkv_jax.compile_ahead.chips import Slice
+from fusedkv_jax.compile_ahead.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)

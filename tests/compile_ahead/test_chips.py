@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from fusedkv_jax.slices.chips import CHIPS, Slice, TopologyError
-from fusedkv_jax.slices.collectives import Collective
-from fusedkv_jax.slices.roofline import Roofline, communication_seconds, group_bandwidth
+from fusedkv_jax.compile_ahead.chips import CHIPS, Slice, TopologyError
+from fusedkv_jax.compile_ahead.collectives import Collective
+from fusedkv_jax.compile_ahead.roofline import Roofline, communication_seconds, group_bandwidth
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fusedkv_jax.slices import work
-from fusedkv_jax.slices.hlo import Module
-from tests.slices.program import TEXT
-from tests.slices.test_collectives import entry
+from fusedkv_jax.compile_ahead import work
+from fusedkv_jax.compile_ahead.hlo import Module
+from tests.compile_ahead.program import TEXT
+from tests.compile_ahead.test_collectives import entry
 
 
 def test_products_count_as_often_as_their_loop_turns():

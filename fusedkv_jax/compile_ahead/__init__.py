@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for TPU slices: what each device would hold, compute and send."""

@@ -1,1 +1,0 @@
-"""What a TPU slice that is not there would hold, compute and send: estimates from compiling."""
