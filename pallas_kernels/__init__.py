@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pallas_kernels.xla_flags  # noqa: F401 (before anything computes)
 
 __all__ = [
+    "PagedStream",
     "Pages",
     "Quantized",
     "Stacked",
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from pallas_kernels.api import attention, implementations
     from pallas_kernels.combining import combine
     from pallas_kernels.paged import Pages, paged_attention
+    from pallas_kernels.paged_stream import PagedStream
     from pallas_kernels.quantized import Quantized, quantize
     from pallas_kernels.stacked import Stacked
 else:
     # At the first use: whoever only reads a configuration does not wait for JAX.
     _MODULES = {
+        "PagedStream": "paged_stream",
         "Pages": "paged",
         "Quantized": "quantized",
         "Stacked": "stacked",

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, choice, phases
 from pallas_kernels.masks import Mask
+from pallas_kernels.paged_stream import PagedStream, is_paged
 from pallas_kernels.quantized import Quantized, is_quantized
 from pallas_kernels.stacked import Stacked
 
@@ -19,8 +20,8 @@ def implementations() -> tuple[str, ...]:
 
 def attention(
     q: Float[Array, "B T N H"],
-    keys: Sequence[Float[Array, "B S K H"] | Quantized | Stacked],
-    values: Sequence[Float[Array, "B S K H2"] | Quantized | Stacked],
+    keys: Sequence[Float[Array, "B S K H"] | Quantized | Stacked | PagedStream],
+    values: Sequence[Float[Array, "B S K H2"] | Quantized | Stacked | PagedStream],
     key_weights: Float[Array, "J K H"] | None = None,
     value_weights: Float[Array, "J2 K H2"] | None = None,
     *,
@@ -49,7 +50,7 @@ def attention(
     Args:
       q: queries. Query head n reads KV head n // (N // K).
       keys: J sources of the keys, already rotated; floats, or for decoding `Quantized`, or
-        `Stacked`: streams of a cache that are read where they lie. A source
+        `Stacked` or `PagedStream`: streams of a cache that are read where they lie. A source
         wider than q is rounded to q's type where it is multiplied, and gets its gradient in its
         own type: widen a source that many layers read to float32, and their sum is exact.
       values: J' sources of the values; their head size H' may differ from H.
@@ -76,7 +77,7 @@ def attention(
     Raises:
       ValueError: an argument has a wrong shape or value; the message names it.
       NotImplementedError: the named implementation cannot serve this call or this device, or
-        a call with a `Quantized` source is differentiated.
+        a call with a `Quantized` or paged source is differentiated.
     """
     keys, values = checks.sources("keys", keys), checks.sources("values", values)
     checks.fit(q, keys, values)
@@ -117,7 +118,10 @@ def attention(
     def call(arguments):
         return choice.run(implementation, "attention", describe, arguments, options)
 
-    if is_quantized((*keys, *values)):
+    if is_paged((*keys, *values)):
+        reason = "pages cannot be differentiated; train with keys and values of whole sequences"
+        out, lse = checks.without_gradients(call, reason, arguments)
+    elif is_quantized((*keys, *values)):
         reason = "a Quantized source cannot be differentiated; train with float keys and values"
         out, lse = checks.without_gradients(call, reason, arguments)
     else:

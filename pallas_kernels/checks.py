@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.stacked import Stacked
 
 
 def sources(name, given):
-    """A tuple of float arrays, `Quantized` or `Stacked` of one shape."""
+    """A tuple of float arrays, `Quantized`, `Stacked` or `PagedStream` of one shape."""
     if hasattr(given, "shape") or not len(given):
         raise ValueError(f"{name} must be a non-empty tuple of [B, S, K, H] arrays")
-    stored = (Quantized, Stacked)
+    stored = (Quantized, Stacked, PagedStream)
     given = tuple(x if isinstance(x, stored) else jnp.asarray(x) for x in given)
     for index, source in enumerate(given):
         if source.ndim != 4:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import devices, stacked
+from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.phases import DECODE, PAGED, SEQUENCE
 
 # Every module has `attention` and may have `paged_attention`, which get checked arguments, return
@@ -28,7 +29,8 @@ MODULES: dict[str, str] = {
     "reference": "pallas_kernels.reference",
 }
 
-IN_PLACE = ("tpu",)  # take `Stacked` sources; the others get what `read` makes of them
+# Sources that an implementation reads where they lie; instead of others it gets what `read` makes.
+IN_PLACE = {"tpu": stacked.Stacked, "xla": PagedStream}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,8 @@ def run(
 
 
 def _call(name: str, form: str, arguments, options) -> Any:
-    if form == "attention" and name not in IN_PLACE:
+    if form == "attention":
         q, keys, values, *rest = arguments
-        arguments = (q, stacked.read(keys), stacked.read(values), *rest)
+        kept = IN_PLACE.get(name, ())
+        arguments = (q, stacked.read(keys, kept), stacked.read(values, kept), *rest)
     return load(name, form)(*arguments, **options)

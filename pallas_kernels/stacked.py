@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized
 
 
@@ -81,6 +82,9 @@ def is_stacked(sources: Any) -> bool:
     return any(isinstance(x, Stacked) for x in sources)
 
 
-def read(sources: Any) -> tuple[Any, ...]:
-    """The sources as arrays or `Quantized`."""
-    return tuple(x.read() if isinstance(x, Stacked) else x for x in sources)
+def read(sources: Any, kept: Any = ()) -> tuple[Any, ...]:
+    """The sources as arrays or `Quantized`; those of the types `kept` as they are."""
+    stored = (Stacked, PagedStream)
+    return tuple(
+        x.read() if isinstance(x, stored) and not isinstance(x, kept) else x for x in sources
+    )

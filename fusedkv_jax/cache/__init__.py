@@ -3,6 +3,15 @@
 from fusedkv_jax.cache.cache import KVCache, check_int4
 from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
 from fusedkv_jax.cache.kivi import KiviStore
+from fusedkv_jax.cache.paged import (
+    Lane,
+    PagedCall,
+    PagedStore,
+    check_paged,
+    copy_pages,
+    put_pages,
+    take_pages,
+)
 from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, sequence_plan, split_plan
 from fusedkv_jax.cache.sequence import SequenceStore
 from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
@@ -30,7 +39,10 @@ __all__ = [
     "Group",
     "KVCache",
     "KiviStore",
+    "Lane",
     "LinearStore",
+    "PagedCall",
+    "PagedStore",
     "Piece",
     "Reading",
     "RingStore",
@@ -41,14 +53,18 @@ __all__ = [
     "cache_plan",
     "cache_shardings",
     "check_int4",
+    "check_paged",
     "constrain_cache",
+    "copy_pages",
     "encode",
+    "put_pages",
     "ring_positions",
     "select",
     "sequence_plan",
     "split_plan",
     "storage_of",
     "storage_type",
+    "take_pages",
     "take_tokens",
     "unstacked",
     "write",

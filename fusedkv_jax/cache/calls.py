@@ -36,6 +36,11 @@ class Call:
     segment_ids: Any = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows B and columns T of the arrays of new tokens."""
+        return self.count.shape[0], self.length
+
+    @property
     def positions(self) -> Int[Array, "B T"]:
         """Positions of the new tokens; padding counts on."""
         steps = jnp.arange(self.length, dtype=jnp.int32)
@@ -78,12 +83,15 @@ class Piece(NamedTuple):
         mask: masking arguments of `pallas_kernels.attention`.
         turn: cosines and sines [B, t, h/2] by which queries are rotated further before they read
             this piece; None for not at all.
+        cut: which of the queries read it, a `paged.Cut`; None for all. Pieces with cuts are read by
+            different queries, so they have tokens in common.
     """
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
     mask: dict[str, Any]
     turn: Any = None
+    cut: Any = None
 
 
 class Reading(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -106,15 +107,16 @@ class Attention(nnx.Module):
         found = []
         for piece in pieces:
             queries = q if piece.turn is None else rotate(q, piece.turn)
+            queries = queries if piece.cut is None else piece.cut.take(queries)
             sources = piece.keys, piece.values, weights["key"], weights["value"]
             found.append(attention(queries, *sources, **piece.mask, **options))
-        context, lse = merged(found, with_lse)
+        context, lse = (joined if pieces[0].cut else merged)(found, with_lse)
         return add_bias(project(context, self.o_proj[...], 2), self.o_bias), lse
 
 
 def needs_residuals(pieces: tuple[Piece, ...], with_lse: bool) -> bool:
     """Each piece must give its lse as well: it is wanted, or there are others to merge with."""
-    return with_lse or len(pieces) > 1
+    return with_lse or len(pieces) > 1 and pieces[0].cut is None
 
 
 def merged(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
@@ -122,3 +124,15 @@ def merged(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
     if len(found) > 1:
         return combine(found)
     return found[0] if with_lse else (found[0], None)
+
+
+def joined(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
+    """What attention gave for the queries of each lane, [R, T, ...], side by side, [1, N, ...]."""
+
+    def join(parts: tuple[Array, ...]) -> Array:
+        return jnp.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in parts], axis=1)
+
+    if not with_lse:
+        return join(tuple(found)), None
+    out, lse = (join(parts) for parts in zip(*found, strict=True))
+    return out, lse

@@ -25,6 +25,8 @@ from fusedkv_jax.cache import (
     CachePlan,
     Call,
     KVCache,
+    PagedCall,
+    PagedStore,
     Piece,
     Reading,
     Rows,
@@ -35,7 +37,7 @@ from fusedkv_jax.cache import (
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Run, exported, runs
 from fusedkv_jax.model.mixing import mix
-from pallas_kernels import Quantized, Stacked
+from pallas_kernels import PagedStream, Quantized, Stacked
 
 Slot = int | np.integer | Array
 StreamName = tuple[Kind, int]
@@ -160,8 +162,24 @@ class Streams:
         return cls._start(plan, cache.stores, call)
 
     @classmethod
+    def of_pages(cls, config: ModelConfig, pool: PagedStore, call: PagedCall) -> Streams:
+        """For a call that adds tokens of many requests to a pool of pages.
+
+        Args:
+            config: of the model.
+            pool: holds all its cached streams.
+            call: the tokens.
+        """
+        plan = StreamPlan.of(config, sequence_plan(config.kv_layout), (pool,), call)
+        return cls._start(plan, (pool,), call)
+
+    def narrowed(self, call: Call) -> Streams:
+        """For queries of fewer tokens, which put nothing any more."""
+        return dataclasses.replace(self, call=call)
+
+    @classmethod
     def _start(cls, plan: StreamPlan, stores: tuple[Any, ...], call: Call) -> Streams:
-        bank = plan.empty_bank(call.count.shape[0], call.length)
+        bank = plan.empty_bank(*call.shape)
         return cls(bank, stores, call, {}, {}, {}, plan)
 
     # What a layer does.
@@ -383,7 +401,7 @@ def _cast(piece: Piece, dtype: Any) -> Piece:
     """Arrays in the type of the queries; codes stay as they are."""
 
     def cast(sources: tuple[Any, ...]) -> tuple[Any, ...]:
-        stored = (Quantized, Stacked)
+        stored = (Quantized, Stacked, PagedStream)
         return tuple(x if isinstance(x, stored) else x.astype(dtype) for x in sources)
 
     return piece._replace(keys=cast(piece.keys), values=cast(piece.values))

@@ -7,6 +7,7 @@ import jax
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
+from pallas_kernels.paged_stream import is_paged
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
@@ -29,11 +30,15 @@ def attention(
     Args:
       blocks: `BlockPlan` of the forward and of the backward pass; by default what they choose.
     """
+    streams = ArraySources(keys, values)
+    if is_paged((*keys, *values)):
+        return _paged(
+            q, streams, key_weights, value_weights, mask, Scores(scale=scale, softcap=softcap)
+        )
     if blocks is None:
         shapes = (q.shape, keys[0].shape, mask)
         blocks = (BlockPlan.choose(*shapes), BlockPlan.choose_backward(*shapes))
     how = Scores(scale=scale, softcap=softcap)
-    streams = ArraySources(keys, values)
     quantized = is_quantized((*keys, *values))
     blocks = tuple(x.fit(streams.group, quantized) for x in blocks)
     return _attend(how, blocks, q, (streams, key_weights, value_weights), mask)
@@ -43,16 +48,19 @@ def paged_attention(
     q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap
 ):
     """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
-    streams = PagedSources(pages, page_table)
     mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
-    shape = (q.shape[0], streams.length, streams.heads, pages.key_size)
-    blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, pages.scales is not None)
-    run = _FORWARD[blocks.schedule]
+    how = Scores(scale=scale, softcap=softcap)
+    return _paged(q, PagedSources(pages, page_table), key_weights, value_weights, mask, how)
+
+
+def _paged(q, streams, key_weights, value_weights, mask, how):
+    """The forward pass, which gathers a tile of tokens of all rows at a time."""
+    shape = (q.shape[0], streams.length, streams.heads, q.shape[3])
+    blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, streams.quantized)
     places = tiles.places(mask, q.shape[1], streams.length)
-    out, lse = run(
-        Scores(scale=scale, softcap=softcap), mask, blocks.queries, blocks.keys, q,
-        (streams, key_weights, value_weights), *places,
-    )  # fmt: skip
+    sources = (streams, key_weights, value_weights)
+    run = _FORWARD[blocks.schedule]
+    out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources, *places)
     return out.astype(q.dtype), lse
 
 

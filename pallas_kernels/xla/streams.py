@@ -1,18 +1,20 @@
 """What attention reads, tile by tile: arrays of all tokens, or pages."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 from jax import lax
 
+from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized, token_group
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ArraySources:
-    """Tuples of key and value sources, each [B, S, K, H] or `Quantized`."""
+    """Tuples of key and value sources, each [B, S, K, H], `Quantized` or `PagedStream`."""
 
     keys: Any
     values: Any
@@ -35,15 +37,24 @@ class ArraySources:
     @property
     def group(self) -> int:
         """Tiles start and end at multiples of this."""
-        return token_group((*self.keys, *self.values))
+        sources = (*self.keys, *self.values)
+        return math.lcm(token_group(sources), *(x.page_size for x in sources if _in_pages(x)))
+
+    @property
+    def quantized(self) -> bool:
+        """Codes become numbers tile by tile."""
+        sources = (*self.keys, *self.values)
+        return any(
+            isinstance(x, Quantized) or getattr(x, "scale", None) is not None for x in sources
+        )
 
     def tile(self, start, size: int):
         """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
-        if size == self.length:
-            return self.keys, self.values
 
         def cut(x):
-            if isinstance(x, Quantized):
+            if size == self.length and not _in_pages(x):
+                return x
+            if isinstance(x, Quantized | PagedStream):
                 return x.tokens(start, size)
             return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
@@ -78,6 +89,11 @@ class PagedSources:
         """Tiles start and end at multiples of this."""
         return self.pages.page_size
 
+    @property
+    def quantized(self) -> bool:
+        """Codes become numbers tile by tile."""
+        return self.pages.scales is not None
+
     def tile(self, start, size: int):
         """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
         step = self.pages.page_size
@@ -93,3 +109,7 @@ class PagedSources:
             scales = rows(self.pages.scales)
             streams = [Quantized(x, scales[..., i : i + 1]) for i, x in enumerate(streams)]
         return tuple(streams[: self.pages.num_keys]), tuple(streams[self.pages.num_keys :])
+
+
+def _in_pages(source) -> bool:
+    return isinstance(source, PagedStream)

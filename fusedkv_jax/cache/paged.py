@@ -1,0 +1,245 @@
+"""A store in pages: tokens of many requests in one pool, found by the table of each.
+
+Pages belong to nobody here: who holds which is decided on the host (`fusedkv_jax.serving`), and a
+call brings the tables. Requests share pages by naming the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache.calls import Call, Piece, Rows
+from fusedkv_jax.cache.storage import Slot, empty, encode, storage_type
+from fusedkv_jax.cache.stores import Store, storage_of
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import KINDS, Kind
+from pallas_kernels import PagedStream, Quantized
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["table", "positions"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Lane:
+    """Rows of one width: an attention call of its own among tokens that are projected together.
+
+    Attributes:
+        table: int32 pages of each row, [R, W]; entries that no position reaches may be anything.
+        positions: int32 [R, T], ascending in each row; -1 for padding, at its end.
+    """
+
+    table: Any
+    positions: Any
+
+    @property
+    def lengths(self) -> Int[Array, "R"]:
+        """Tokens up to the last of each row."""
+        return jnp.max(self.positions, axis=1) + 1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["first", "count", "segment_ids", "lanes"],
+    meta_fields=["length"],
+)
+@dataclass(frozen=True)
+class PagedCall(Call):
+    """New tokens of many requests side by side, as one row [1, N]: those of lane after lane.
+
+    Several rows may name the same pages: a long chunk is a few rows, which read what all of them
+    write.
+    """
+
+    lanes: tuple[Lane, ...] = ()
+
+    @classmethod
+    def of(cls, lanes: tuple[Lane, ...]) -> PagedCall:
+        """The call of some lanes."""
+        length = sum(lane.positions.size for lane in lanes)
+        return cls(None, np.full(1, length, np.int32), length, None, lanes)
+
+    @property
+    def positions(self) -> Int[Array, "1 N"]:
+        """Positions of the new tokens; 0 for padding."""
+        return jnp.maximum(self._flat, 0)[None]
+
+    @property
+    def valid_positions(self) -> Int[Array, "1 N"]:
+        return self._flat[None]
+
+    def take(self, index: Int[Array, "S"]) -> PagedCall:
+        """Some of the tokens, each as a row of its own; -1 for none."""
+        tables = jnp.concatenate([lane.table for lane in self.lanes])
+        widths = [lane.positions.shape for lane in self.lanes]
+        rows = np.repeat(np.arange(len(tables)), np.repeat(*np.array(widths).T[::-1]))
+        table = tables[jnp.asarray(rows)[index]]
+        positions = jnp.where(index < 0, -1, self._flat[index])
+        return PagedCall.of((Lane(table, positions[:, None]),))
+
+    def places(self, page_size: int, num_pages: int) -> tuple[Any, Any]:
+        """Page and place in it of each token, [N]; padding has a page that is not there."""
+        pages = []
+        for lane in self.lanes:
+            index = jnp.maximum(lane.positions, 0) // page_size
+            page = jnp.take_along_axis(lane.table, index, axis=1, mode="clip")
+            pages.append(jnp.where(lane.positions < 0, num_pages, page).ravel())
+        return jnp.concatenate(pages), self.positions[0] % page_size
+
+    @property
+    def _flat(self) -> Int[Array, "N"]:
+        return jnp.concatenate([lane.positions.ravel() for lane in self.lanes])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class PagedStore(Store):
+    """All cached streams of a model in pages of one pool; calls are `PagedCall`s.
+
+    Windowed streams are kept whole.
+
+    Attributes:
+        keys: storage [P, pages, page_size, K, H].
+        values: storage [P, pages, page_size, K, H'].
+    """
+
+    keys: Any
+    values: Any
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: DTypeLike | None = None,
+    ) -> PagedStore:
+        """An empty pool.
+
+        Args:
+            config: the model's configuration.
+            num_pages: pages, each of all cached streams.
+            page_size: tokens of a page.
+            dtype: storage type, as `KVCache.create` has them; `int4` is not served.
+
+        Raises:
+            ValueError: a model or a storage type that cannot be paged.
+        """
+        chosen = storage_type(config.dtype if dtype is None else dtype)
+        check_paged(config, chosen)
+        layout = config.kv_layout
+        shapes = (
+            (len(layers), num_pages, page_size, *config.stream_shapes[kind])
+            for kind, layers in zip(KINDS, (layout.cached_keys, layout.cached_values), strict=True)
+        )
+        return cls(*(empty(shape, chosen) for shape in shapes))
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self.keys.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.keys.shape[2]
+
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "1 N K H"], call: Call) -> PagedStore:
+        assert isinstance(call, PagedCall)
+        storage = storage_of(self, kind)
+        pages, places = call.places(self.page_size, self.num_pages)
+
+        def put(pool, tokens):
+            return pool.at[slot, pages, places].set(tokens[0], mode="drop")
+
+        return self._with(kind, jax.tree.map(put, storage, encode(new, storage)))
+
+    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+        # Not the pool: held from before a layer writes, it would have to be copied.
+        return jnp.asarray(slot, jnp.int32)
+
+    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+        assert isinstance(call, PagedCall)
+        pieces, start = [], 0
+        for lane in call.lanes:
+            mask = rows._replace(positions=lane.positions).mask() | {"kv_lengths": lane.lengths}
+            own_keys, own_values = (
+                tuple(_stream(storage, slot, lane.table) for slot in slots)
+                for storage, slots in ((self.keys, keys), (self.values, values))
+            )
+            cut = Cut(start, *lane.positions.shape)
+            pieces.append(Piece(own_keys, own_values, mask, cut=cut))
+            start += lane.positions.size
+        return tuple(pieces)
+
+    @property
+    def capacity(self) -> int | None:
+        return self.num_pages * self.page_size
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Queries of one lane among all: the `rows * columns` ones from `start` on."""
+
+    start: int
+    rows: int
+    columns: int
+
+    def take(self, q: Float[Array, "1 N *rest"]) -> Float[Array, "R T *rest"]:
+        part = q[0, self.start : self.start + self.rows * self.columns]
+        return part.reshape(self.rows, self.columns, *q.shape[2:])
+
+
+def check_paged(config: ModelConfig, dtype: str) -> None:
+    """Raises ValueError where a model's cache cannot lie in pages."""
+    remedy = "generate with fkv.generate, which caches each row in one piece"
+    if config.mla is not None:
+        raise ValueError(f"multi-head latent attention is not served from pages; {remedy}")
+    if config.kv_layout.is_cyclic:
+        raise ValueError(
+            f"layout {config.kv_layout.spec or 'of the model'!r} is cyclic: what it computes"
+            f" depends on where a prompt is cut, so it is not served from pages; {remedy}"
+        )
+    if dtype == "int4":
+        raise ValueError("dtype='int4' keeps recent tokens apart, which pages do not; use int8")
+
+
+def copy_pages(
+    store: PagedStore, sources: Int[Array, "n"], targets: Int[Array, "n"], count: Int[Array, ""]
+) -> PagedStore:
+    """The pool after the first `count` of some copies from page to page, one after the other."""
+
+    def copy(i, pools):
+        return [
+            jax.lax.dynamic_update_slice_in_dim(
+                pool, jax.lax.dynamic_slice_in_dim(pool, sources[i], 1, axis=1), targets[i], axis=1
+            )
+            for pool in pools
+        ]
+
+    leaves, tree = jax.tree.flatten(store)
+    return jax.tree.unflatten(tree, jax.lax.fori_loop(0, count, copy, leaves))
+
+
+def take_pages(store: PagedStore, pages: Int[Array, "n"]) -> PagedStore:
+    """Some pages, as a small pool."""
+    return jax.tree.map(lambda pool: pool[:, pages], store)
+
+
+def put_pages(store: PagedStore, pages: Int[Array, "n"], new: PagedStore) -> PagedStore:
+    """The pool with a small pool's pages at some places; a page that is not there drops them."""
+    return jax.tree.map(lambda pool, part: pool.at[:, pages].set(part, mode="drop"), store, new)
+
+
+def _stream(storage: Any, slot: Any, table: Any) -> PagedStream:
+    if isinstance(storage, Quantized):
+        return PagedStream(storage.data, slot, table, storage.scale)
+    return PagedStream(storage, slot, table)

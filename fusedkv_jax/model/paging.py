@@ -1,0 +1,49 @@
+"""A step over pages: tokens of many requests together, the upper layers for sampled rows alone."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache import PagedCall, PagedStore
+from fusedkv_jax.model.decoder import Decoder
+from fusedkv_jax.model.stack import Queries, run_layers
+from fusedkv_jax.model.streams import Streams
+
+
+def extend_pages(
+    model: Decoder,
+    tokens: Int[Array, "N"],
+    call: PagedCall,
+    pool: PagedStore,
+    sampled: Int[Array, "S"],
+) -> tuple[Float[Array, "S V"] | None, PagedStore]:
+    """Add new tokens of many requests to a pool of pages.
+
+    All tokens pass together through the layers that cache something (`prefill_depth`), and those
+    that are sampled through the layers above. Nothing is checked: whoever schedules the step
+    knows that the pages are there.
+
+    Args:
+        model: the model.
+        tokens: int32 new tokens, lane after lane; any for padding.
+        call: where they are.
+        pool: the pages.
+        sampled: numbers of the tokens whose logits are wanted; -1 for none, whose logits mean
+            nothing. With S = 0 the upper layers do not run.
+
+    Returns:
+        Logits in float32, None for S = 0, and the pool.
+    """
+    config, depth = model.config, model.config.kv_layout.prefill_depth
+    streams = Streams.of_pages(config, pool, call)
+    layers, positions = model.layers(), call.positions
+    queries = Queries(model.rotation(positions), positions)
+    x = model.embed(tokens[None])
+    x, streams, _, _ = run_layers(layers, x, streams, queries, (0, depth))
+    if not sampled.shape[0]:
+        return None, streams.stores[0]
+    above = call.take(sampled)
+    queries = Queries(model.rotation(above.positions), above.positions)
+    x, streams = x[:, sampled], streams.narrowed(above)
+    x, streams, _, _ = run_layers(layers, x, streams, queries, (depth, config.num_layers))
+    return model.logits(model.normed(x))[0], streams.stores[0]

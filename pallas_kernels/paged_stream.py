@@ -1,0 +1,90 @@
+"""A stream of a cache in pages that is read where it lies: the pool of all streams, and a table."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantized import Quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedStream:
+    """One [B, S, K, H] source whose tokens are spread over the pages of a pool.
+
+    Token i of row b sits in place i % page_size of page `table[b, i // page_size]`. Pages that no
+    present token reaches, and their entries in the table, may hold anything.
+
+    Attributes:
+      data: [P, pages, page_size, K, H], float or 8-bit codes.
+      slot: which of the P streams; an int or an int32 scalar, which may be traced.
+      table: int32 [B, W] pages of each row; S = W * page_size.
+      scale: of 8-bit codes, float [P, pages, page_size, K, 1]; else None.
+    """
+
+    # Any, as jax also fills trees with tracers, shapes and placeholders.
+    data: Any
+    slot: Any
+    table: Any
+    scale: Any = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.data.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape [B, S, K, H] of the source."""
+        rows, width = self.table.shape
+        return (rows, width * self.page_size, *self.data.shape[3:])
+
+    @property
+    def ndim(self) -> int:
+        """Number of the source's axes."""
+        return 4
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the numbers or codes."""
+        return self.data.dtype
+
+    def tokens(self, start: Any, size: int) -> Float[Array, "B size K H"] | Quantized:
+        """`size` tokens of each row from `start`, which may be traced; both whole pages."""
+        step = self.page_size
+        pages = lax.dynamic_slice_in_dim(self.table, start // step, size // step, axis=1)
+
+        def gather(pool):  # the slot is an index like the pages: no stream is cut out of the pool
+            found = pool.at[self.slot, pages].get(mode="clip")
+            return found.reshape(pages.shape[0], size, *pool.shape[3:])
+
+        data = gather(self.data)
+        return data if self.scale is None else Quantized(data, gather(self.scale))
+
+    def read(self) -> Float[Array, "B S K H"] | Quantized:
+        """The tokens of all rows, as one array."""
+        return self.tokens(0, self.shape[1])
+
+    def check(self, name: str) -> None:
+        """Raises ValueError, naming the argument, where the arrays do not fit each other."""
+        if self.data.ndim != 5 or self.table.ndim != 2:
+            raise ValueError(
+                f"{name}.data has shape {self.data.shape} and {name}.table {self.table.shape}; "
+                "they must be [P, pages, page_size, K, H] and [B, W]"
+            )
+        expected = (*self.data.shape[:4], 1)
+        if self.scale is not None and self.scale.shape != expected:
+            raise ValueError(f"{name}.scale has shape {self.scale.shape}; it must be {expected}")
+        if self.scale is None and not jnp.issubdtype(self.data.dtype, jnp.floating):
+            raise ValueError(f"{name}.scale is None; codes of {self.data.dtype} need one")
+
+
+jax.tree_util.register_dataclass(PagedStream, ["data", "slot", "table", "scale"], [])
+
+
+def is_paged(sources: Any) -> bool:
+    """Whether any source of a tuple lies in pages."""
+    return any(isinstance(x, PagedStream) for x in sources)

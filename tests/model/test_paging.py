@@ -1,0 +1,94 @@
+"""Steps over pages: what they compute, and that the pool stays where it is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusedkv_jax as fkv
+from fusedkv_jax.cache import Lane, PagedCall, PagedStore, copy_pages
+from fusedkv_jax.model.paging import extend_pages
+from tests.model import small
+
+PAGE = 4
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(graph, params, pool, tokens, lanes, sampled):
+    call = PagedCall.of(lanes)
+    return extend_pages(nnx.merge(graph, params), tokens, call, pool, sampled)
+
+
+def _lane(positions, table):
+    positions = np.asarray(positions, np.int32)
+    return Lane(jnp.asarray(np.tile(table, (len(positions), 1))), jnp.asarray(positions))
+
+
+def _model(spec, **changes):
+    return small.decoder(small.config(spec, num_layers=4, d_model=16, d_ff=16, **changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_chunks_and_decodes_in_scattered_pages_equal_a_contiguous_cache(dtype):
+    """Whatever else the pool holds, NaN included."""
+    model = _model("fusedkv")
+    tokens = small.tokens(1, 24)
+    pool = PagedStore.create(model.config, num_pages=16, page_size=PAGE, dtype=dtype)
+    pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan if x.dtype == jnp.float32 else 77), pool)
+    table = np.random.default_rng(0).permutation(16)[:8].astype(np.int32)
+    graph, params = nnx.split(model)
+
+    chunk = np.full(24, -1)  # a chunk of 20 tokens: three rows of 8
+    chunk[:20] = np.arange(20)
+    given = np.zeros(25, np.int32)  # one row of the decode lane is empty
+    given[1:21] = tokens[0, :20]
+    lanes = (_lane([[-1]], table), _lane(chunk.reshape(3, 8), table))
+    found, pool = _step(graph, params, pool, jnp.asarray(given), lanes, jnp.array([20, -1]))
+    cache = fkv.KVCache.create(model.config, batch_size=1, max_length=32, dtype=dtype)
+    expected, cache = fkv.prefill(model, tokens[:, :20], jnp.array([20]), cache)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for place in range(20, 23):
+        lanes = (_lane([[place]], table),)
+        one = tokens[0, place : place + 1]
+        found, pool = _step(graph, params, pool, one, lanes, jnp.array([0]))
+        expected, cache = fkv.decode_step(model, one, cache)
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["fusedkv", "cla:k=2", "resformer"])
+def test_the_compiled_step_has_no_copy_of_the_pool(spec, fresh_compilation):
+    model = _model(spec)
+    pool = jax.eval_shape(lambda: PagedStore.create(model.config, num_pages=4096, page_size=16))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+    lanes = (_lane([[5], [9]], np.arange(16)), _lane([np.arange(16)], np.arange(16)))
+    arguments = np.zeros(18, np.int32), lanes, np.array([0, 17], np.int32)
+    memory = _step.lower(*nnx.split(model), pool, *arguments).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 8
+
+
+def test_pages_are_copied_one_after_the_other():
+    config = small.config("mha", num_layers=2)
+    store = PagedStore.create(config, num_pages=6, page_size=PAGE)
+    store = jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.arange(6.0)[:, None, None, None], x.shape), store
+    )
+    copied = copy_pages(store, jnp.array([1, 0, 4, 5]), jnp.array([3, 1, 0, 2]), jnp.array(3))
+    assert copied.values[1, :, 0, 0, 0].tolist() == [4, 0, 2, 1, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "changes, dtype, message",
+    [
+        ({"mla": small.MLA}, None, "multi-head latent attention is not served"),
+        ({"layout": "lckv"}, None, "is cyclic"),
+        ({}, "int4", "use int8"),
+    ],
+)
+def test_what_cannot_be_paged_is_refused(changes, dtype, message):
+    config = small.config(**{"spec": "mha", "geometry": "mha"} | changes)
+    with pytest.raises(ValueError, match=message):
+        PagedStore.create(config, num_pages=2, page_size=PAGE, dtype=dtype)
