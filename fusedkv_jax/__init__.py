@@ -13,6 +13,7 @@ __all__ = [
     "BlockConfig",
     "Completion",
     "Decoder",
+    "LLM",
     "KVCache",
     "MLAConfig",
     "ModelConfig",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         warm_up,
     )
     from fusedkv_jax.model import Decoder, fold_fusion
+    from fusedkv_jax.serving import LLM
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -74,5 +76,6 @@ else:
                 "warm_up",
             ],
             "model": ["Decoder", "fold_fusion"],
+            "serving": ["LLM"],
         },
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,21 @@ def append(state: DecodeState, token: Int[Array, "B"], logits: Float[Array, "B V
     )
 
 
-def forbidden(state: DecodeState, inputs: SamplerInputs) -> Int[Array, "B n"]:
+@runtime_checkable
+class History(Protocol):
+    """What has come so far in each row: the fields of `DecodeState` of these names."""
+
+    @property
+    def tokens(self) -> Any: ...
+    @property
+    def prompts(self) -> Any: ...
+    @property
+    def lengths(self) -> Any: ...
+    @property
+    def stops(self) -> Any: ...
+
+
+def forbidden(state: History, inputs: SamplerInputs) -> Int[Array, "B n"]:
     """Tokens that may not come next, padded with -1: stops before `min_tokens`, ends of bad words
     whose other tokens are the output's last ones."""
     output = state.lengths - state.prompts

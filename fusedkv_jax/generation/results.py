@@ -7,7 +7,7 @@ from typing import Literal
 
 from fusedkv_jax.generation.logprobs import Logprob
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "error"]  # the last two: while serving
 PlaceLogprobs = dict[int, Logprob]
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "adjust",
+    "choose",
     "sample",
     "scaled",
     "unless_broken",
@@ -83,18 +84,20 @@ class SamplerInputs:
         cls,
         params: Sequence[SamplingParams],
         bad_words: Sequence[Sequence[Sequence[int]]] = (),
+        least: tuple[int, int, int] = (_FEWEST, _FEWEST, _FEWEST),
     ) -> SamplerInputs:
         """Stack the parameters of a batch.
 
         Args:
             params: those of each row.
             bad_words: the tokens of each row's bad words; none by default.
+            least: room for biases, for bad words and for tokens of a bad word, if no row has more.
         """
 
         def stack(dtype, values):
             return jnp.asarray(np.asarray(list(values), dtype))
 
-        ids, bias = _bias_arrays(params)
+        ids, bias = _bias_arrays(params, least[0])
         return cls(
             temperature=stack(np.float32, (0 if p.is_greedy else p.temperature for p in params)),
             top_k=stack(np.int32, (max(p.top_k, 0) for p in params)),
@@ -109,7 +112,7 @@ class SamplerInputs:
             min_tokens=stack(np.int32, (p.min_tokens for p in params)),
             bias_ids=jnp.asarray(ids),
             bias=jnp.asarray(bias),
-            bad_words=jnp.asarray(_bad_word_array(bad_words or [()] * len(params))),
+            bad_words=jnp.asarray(_bad_word_array(bad_words or [()] * len(params), *least[1:])),
         )
 
     def any(self, condition: Callable[[SamplerInputs], Array]) -> Bool[Array, ""]:
@@ -122,8 +125,8 @@ def bucket(size: int, least: int = _FEWEST) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def _bias_arrays(params: Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarray]:
-    width = bucket(max(len(p.logit_bias) for p in params))
+def _bias_arrays(params: Sequence[SamplingParams], least: int) -> tuple[np.ndarray, np.ndarray]:
+    width = bucket(max(len(p.logit_bias) for p in params), least)
     ids = np.full((len(params), width), -1, np.int32)
     bias = np.zeros((len(params), width), np.float32)
     for row, p in enumerate(params):
@@ -132,9 +135,11 @@ def _bias_arrays(params: Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarr
     return ids, bias
 
 
-def _bad_word_array(words: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    count = bucket(max(len(row) for row in words))
-    width = bucket(max((len(word) for row in words for word in row), default=0))
+def _bad_word_array(
+    words: Sequence[Sequence[Sequence[int]]], fewest: int, shortest: int
+) -> np.ndarray:
+    count = bucket(max(len(row) for row in words), fewest)
+    width = bucket(max((len(word) for row in words for word in row), default=0), shortest)
     array = np.full((len(words), count, width), -1, np.int32)
     for row, own in enumerate(words):
         for place, word in enumerate(own):
@@ -164,7 +169,13 @@ def sample(
     Returns:
         int32 token ids; `NO_TOKEN` in rows with a logit of NaN or +inf, or none that is finite.
     """
-    logits = adjust(logits, inputs, seen, counts, forbidden)
+    return choose(adjust(logits, inputs, seen, counts, forbidden), inputs, positions)
+
+
+def choose(
+    logits: Float[Array, "B V"], inputs: SamplerInputs, positions: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """Each row's next token from what `adjust` gave; arguments and result as for `sample`."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jax.lax.cond(
         inputs.any(lambda of: of.temperature > 0),

@@ -1,27 +1,67 @@
-"""Serving: which requests run together and which pages they hold.
+"""Serving: which requests run together, which pages they hold, and the engine that runs them.
 
 The scheduler, its policies and the memory know nothing of arrays: they plan steps over page
-numbers. `simulate` runs them on a virtual clock.
+numbers. `Engine` runs the plans on a device, `simulate` on a virtual clock.
 """
 
-from fusedkv_jax.serving.memory import Copy, Direction, PagedMemory
-from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.policies import POLICIES
-from fusedkv_jax.serving.policy import Policy, View
-from fusedkv_jax.serving.request import Request, State, ToolCall
-from fusedkv_jax.serving.scheduler import NeverFits, Scheduler
+from typing import TYPE_CHECKING
+
+from fusedkv_jax.lazy import lazy_names
 
 __all__ = [
+    "LLM",
     "POLICIES",
+    "AsyncEngine",
     "Copy",
+    "Delta",
     "Direction",
+    "Engine",
+    "EngineStats",
     "NeverFits",
     "PagedMemory",
     "Policy",
+    "QueueFull",
     "Request",
     "Scheduler",
+    "ServingSettings",
     "State",
     "StepPlan",
+    "StepShapes",
+    "Stream",
     "ToolCall",
     "View",
 ]
+
+if TYPE_CHECKING:
+    from fusedkv_jax.serving.engine import Engine
+    from fusedkv_jax.serving.front import AsyncEngine, QueueFull, Stream
+    from fusedkv_jax.serving.llm import LLM
+    from fusedkv_jax.serving.memory import Copy, Direction, PagedMemory
+    from fusedkv_jax.serving.output import Delta, EngineStats
+    from fusedkv_jax.serving.plan import StepPlan
+    from fusedkv_jax.serving.policies import POLICIES
+    from fusedkv_jax.serving.policy import Policy, View
+    from fusedkv_jax.serving.request import Request, State, ToolCall
+    from fusedkv_jax.serving.scheduler import NeverFits, Scheduler
+    from fusedkv_jax.serving.settings import ServingSettings
+    from fusedkv_jax.serving.shapes import StepShapes
+else:
+    # The simulator needs no model: what runs one is imported at its first use.
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "engine": ["Engine"],
+            "front": ["AsyncEngine", "QueueFull", "Stream"],
+            "llm": ["LLM"],
+            "memory": ["Copy", "Direction", "PagedMemory"],
+            "output": ["Delta", "EngineStats"],
+            "plan": ["StepPlan"],
+            "policies": ["POLICIES"],
+            "policy": ["Policy", "View"],
+            "request": ["Request", "State", "ToolCall"],
+            "scheduler": ["NeverFits", "Scheduler"],
+            "settings": ["ServingSettings"],
+            "shapes": ["StepShapes"],
+        },
+    )

@@ -82,9 +82,14 @@ class PagedMemory:
         """Pages that are free or can be made so."""
         return self.pool.free + len(self._unread)
 
+    @property
+    def largest(self) -> int:
+        """Tokens that a request can come to if it is alone."""
+        return (self.pool.num_pages - self._reserved) * self.page_size
+
     def fits(self, request: Request) -> bool:
         """Whether it could run to its end if it were alone."""
-        return self._pages(request.total) <= self.pool.num_pages - self._reserved
+        return request.total <= self.largest
 
     def matched(self, request: Request) -> int:
         """Tokens that need not be computed if it is admitted now."""
@@ -262,6 +267,15 @@ class PagedMemory:
             for node in reversed(missing):
                 self._unread[node] = None
             limit -= len(missing)
+
+    def forget(self) -> None:
+        """Drop what no request holds from the device, whose contents are lost."""
+        while self._unread:
+            node, _ = self._unread.popitem(last=False)
+            self.pool.release(node.page)
+            node.page = -1
+            if node.host_page < 0:
+                self._remove(node)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

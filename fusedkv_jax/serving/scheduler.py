@@ -217,6 +217,18 @@ class Scheduler:
             self.view.seconds_per_token += 0.1 * (rate - self.view.seconds_per_token)
         return done
 
+    def restart(self, now: float) -> None:
+        """The pages on the device are lost: whoever holds some computes them again."""
+        self.view.now = now
+        for request in list(self.running):
+            self.running.remove(request)
+            self._give_up(request, "recompute")
+            self._queue(request)
+        for _, _, request in self.calling:
+            if request.state is State.PAUSED:
+                self._give_up(request, "recompute")
+        self.memory.forget()
+
     def _queue_order(self) -> Iterable[Request]:
         """Requests in the policy's order; waiting ones are put in order when their turn comes."""
         if self.policy.preemptive:

@@ -1,0 +1,168 @@
+"""How a step's tokens are drawn: the sampler of generation, for rows that come and go."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from fusedkv_jax.generation.logprobs import Logprobs, score
+from fusedkv_jax.generation.loop import forbidden
+from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.sampling import SamplerInputs, adjust, choose
+from fusedkv_jax.serving.request import Request
+
+# Room for the lists that a request may bring: fixed, or a request would compile.
+BIASES, BAD_WORDS, BAD_WORD_TOKENS, STOPS = 128, 32, 8, 16
+
+
+class Draw(NamedTuple):
+    """One token to be drawn.
+
+    Attributes:
+        request: what it goes on from.
+        prompt: its parameters and stops.
+        params: the parameters, with the seed of this output.
+    """
+
+    request: Request
+    prompt: Prompt
+    params: SamplingParams
+
+    @property
+    def special(self) -> bool:
+        """Its logits are changed before anything is drawn."""
+        p = self.params
+        penalties = p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty
+        return bool(penalties or p.logit_bias or p.min_tokens or self.prompt.bad_words)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "tokens", "prompts", "lengths", "stops", "special", "scored"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Draws:
+    """Draws as arrays, padded to M.
+
+    Attributes:
+        inputs: sampling parameters.
+        tokens: int32 prompt and output, [M, L]; zeros unless `special`.
+        prompts: int32 tokens of the prompt, [M].
+        lengths: int32 known tokens, [M]: the position of the token that is drawn.
+        stops: int32 tokens that end a row, padded with -1, [M, n].
+        special: logits of some row are changed.
+        scored: some row wants log-probabilities.
+    """
+
+    inputs: Any
+    tokens: Any
+    prompts: Any
+    lengths: Any
+    stops: Any
+    special: Bool[Array, ""] | np.bool_
+    scored: Bool[Array, ""] | np.bool_
+
+
+def check_lists(prompt: Prompt) -> None:
+    """Raises ValueError where a request brings more than there is room for."""
+    longest = max((len(word) for word in prompt.bad_words), default=0)
+    for name, size, most in (
+        ("logit_bias", len(prompt.params.logit_bias), BIASES),
+        (
+            "bad_words (each as it begins a text and after a space)",
+            len(prompt.bad_words),
+            BAD_WORDS,
+        ),
+        ("a bad word's tokens", longest, BAD_WORD_TOKENS),
+        ("stop_token_ids and the end-of-text token", len(prompt.stops), STOPS),
+    ):
+        if size > most:
+            raise ValueError(f"{name}: {size}; the engine has room for {most}")
+
+
+class DrawArrays:
+    """Makes `Draws`; parameters of rows that stay are not sent again.
+
+    Args:
+        max_model_len: tokens that a request can come to, L.
+    """
+
+    def __init__(self, max_model_len: int):
+        self._length = max_model_len
+        self._known: dict[int, tuple[list[SamplingParams], SamplerInputs, Any]] = {}
+        self._none: dict[int, Any] = {}
+
+    def make(self, draws: Sequence[Draw], size: int) -> Draws:
+        """`draws`, padded to `size`."""
+        inputs, stops = self._inputs(draws, size)
+        lengths, prompts = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        lengths[: len(draws)] = [d.request.length for d in draws]
+        prompts[: len(draws)] = [len(d.request.prompt) for d in draws]
+        special = any(d.special for d in draws)
+        scored = any(d.params.logprobs is not None for d in draws)
+        tokens = self._tokens(draws, size) if special else self._nothing(size)
+        return Draws(inputs, tokens, prompts, lengths, stops, np.bool_(special), np.bool_(scored))
+
+    def _inputs(self, draws: Sequence[Draw], size: int) -> tuple[SamplerInputs, Any]:
+        params = [d.params for d in draws]
+        before, inputs, stops = self._known.get(size, (None, None, None))
+        if before is not None and len(before) == len(params):
+            if all(a is b for a, b in zip(before, params, strict=True)):
+                assert inputs is not None
+                return inputs, stops
+        padding = size - len(draws)
+        greedy = SamplingParams(temperature=0.0, seed=0)
+        words = [*(d.prompt.bad_words for d in draws), *[()] * padding]
+        room = BIASES, BAD_WORDS, BAD_WORD_TOKENS
+        inputs = SamplerInputs.create([*params, *[greedy] * padding], words, room)
+        stops = np.full((size, STOPS), -1, np.int32)
+        for row, draw in enumerate(draws):
+            stops[row, : len(draw.prompt.stops)] = draw.prompt.stops
+        stops = jnp.asarray(stops)
+        self._known[size] = params, inputs, stops
+        return inputs, stops
+
+    def _tokens(self, draws: Sequence[Draw], size: int) -> np.ndarray:
+        tokens = np.zeros((size, self._length), np.int32)
+        for row, draw in enumerate(draws):
+            prompt = len(draw.request.prompt)
+            tokens[row, :prompt] = draw.request.prompt
+            tokens[row, prompt : draw.request.length] = draw.request.outputs
+        return tokens
+
+    def _nothing(self, size: int) -> Any:
+        if size not in self._none:
+            self._none[size] = jnp.asarray(np.zeros((size, self._length), np.int32))
+        return self._none[size]
+
+
+def draw_tokens(
+    logits: Float[Array, "M V"], draws: Draws, k: int
+) -> tuple[Int[Array, "M"], Logprobs]:
+    """Tokens, and log-probabilities of them and of the likeliest k; zeros if nobody wants any."""
+    changed = jax.lax.cond(draws.special, _changed, lambda logits, _: logits, logits, draws)
+    token = choose(changed, draws.inputs, draws.lengths)
+    empty = jax.tree.map(lambda x: x[:, 0], Logprobs.empty(logits.shape[0], 1, k))
+    return token, jax.lax.cond(draws.scored, lambda: score(logits, token, k), lambda: empty)
+
+
+def _changed(logits: Array, draws: Draws) -> Array:
+    """Logits after exclusions, bias and penalties."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    places, beyond = jnp.arange(draws.tokens.shape[1]), logits.shape[1]
+    known = places < draws.lengths[:, None]
+    seen = jnp.zeros(logits.shape, bool)
+    seen = seen.at[rows, jnp.where(known, draws.tokens, beyond)].set(True, mode="drop")
+    output = known & (places >= draws.prompts[:, None])
+    counts = jnp.zeros(logits.shape, jnp.int32)
+    counts = counts.at[rows, jnp.where(output, draws.tokens, beyond)].add(1, mode="drop")
+    return adjust(logits, draws.inputs, seen, counts, forbidden(draws, draws.inputs))

@@ -1,0 +1,239 @@
+"""The engine: requests go in, steps run, tokens come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.requests import Codec
+from fusedkv_jax.generation.settings import check_model
+from fusedkv_jax.model import Decoder
+from fusedkv_jax.serving.job import Job, Output, check_prompt
+from fusedkv_jax.serving.memory import PagedMemory
+from fusedkv_jax.serving.output import Delta, EngineStats
+from fusedkv_jax.serving.plan import StepPlan
+from fusedkv_jax.serving.request import Request
+from fusedkv_jax.serving.runner import Drawn, Runner
+from fusedkv_jax.serving.scheduler import Scheduler
+from fusedkv_jax.serving.settings import ServingSettings
+
+Deltas = list[tuple[str, Delta]]  # with the name of the request that each belongs to
+
+
+class Engine:
+    """Serves requests by steps; for one thread.
+
+    Args:
+        model: the model.
+        tokenizer: encodes prompts and decodes outputs, or None.
+        settings: how it is served; by default as `ServingSettings` has it.
+
+    Raises:
+        ValueError: a model whose cache cannot lie in pages, or settings that do not fit it.
+    """
+
+    def __init__(
+        self, model: Decoder, tokenizer: Any = None, settings: ServingSettings | None = None
+    ):
+        check_model(model)
+        self.settings = settings = settings or ServingSettings()
+        self.tokenizer, self.config = tokenizer, model.config
+        self.codec = Codec(tokenizer, settings.eos_id, settings.add_special_tokens)
+        num_pages = settings.pages(model.config)
+        memory = PagedMemory(
+            num_pages,
+            settings.page_size,
+            host_pages=settings.host_pages,
+            prefix_caching=settings.enable_prefix_caching,
+        )
+        self.max_model_len = settings.model_length(model.config, memory.largest)
+        self.scheduler = Scheduler(
+            memory,
+            settings.make_policy(),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self.runner = Runner(
+            model,
+            settings.make_shapes(),
+            num_pages=num_pages,
+            page_size=settings.page_size,
+            host_pages=settings.host_pages,
+            cache_dtype=settings.cache_dtype,
+            max_model_len=self.max_model_len,
+            max_logprobs=settings.max_logprobs,
+        )
+        self._jobs: dict[str, Job] = {}
+        self._outputs: dict[Request, tuple[Job, Output]] = {}  # that the scheduler knows
+        self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        self._counts |= {"prefix_hits": 0, "prefix_queries": 0}
+
+    def check(self, prompt: str | Sequence[int], params: SamplingParams, name: str) -> Any:
+        """The prompt as `add` takes it; touches nothing, so any thread may ask.
+
+        Raises:
+            ValueError: it can never be served; the message names the limit.
+        """
+        limits = self.max_model_len, self.settings.max_logprobs
+        return check_prompt(self.config, name, prompt, params, self.codec, *limits)
+
+    def add(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        tenant: str = "",
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            prompt: a text (with a tokenizer), or token ids.
+            params: how it is decoded.
+            request_id: what its deltas are called; free again when it has ended.
+            priority: lower is more urgent, for policies that ask.
+            tenant: whose it is; tenants share no cached prefixes.
+
+        Raises:
+            ValueError: it can never be served; the message names the limit.
+        """
+        self.put(self.check(prompt, params, request_id), request_id, priority, tenant)
+
+    def put(self, prompt: Any, request_id: str, priority: int = 0, tenant: str = "") -> None:
+        """Queue what `check` gave."""
+        if request_id in self._jobs:
+            raise ValueError(f"request {request_id!r} runs already; choose another request_id")
+        now = time.monotonic()
+        sizes: dict[str, Any] = {"arrival": now, "priority": priority, "tenant": tenant}
+        job = Job.of(request_id, prompt, self.codec, **sizes)
+        first = job.outputs[0]
+        self.scheduler.add(first.request, now)
+        self._jobs[request_id] = job
+        self._outputs[first.request] = job, first
+
+    def abort(self, request_id: str) -> Deltas:
+        """End a request at once; its pages are free. Nothing happens if it has ended."""
+        job = self._jobs.get(request_id)
+        return [] if job is None else self._end(job, Delta(0, finish_reason="abort"))
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._jobs)
+
+    def step(self) -> Deltas:
+        """Schedule, run, finish: what has come of it. Nothing if nobody waits."""
+        start = time.monotonic()
+        plan = self.scheduler.schedule(start)
+        if not plan.requests:
+            return []
+        draws = [self._outputs[request][1].draw() for request in plan.requests]
+        try:
+            drawn = self.runner.run(plan, draws)
+        except Exception as error:  # whatever it is, others must go on
+            return self._failed(plan, error)
+        return self._finish(plan, drawn, start)
+
+    def warm_up(self) -> int:
+        """Compile the programs of all steps; their number. After it nothing is compiled."""
+        return self.runner.warm_up()
+
+    def stats(self) -> EngineStats:
+        """Figures of now, and since the start."""
+        memory = self.scheduler.memory
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages_used=memory.pool.num_pages - memory.available,
+            pages_total=memory.pool.num_pages,
+            preemptions=self.scheduler.preemptions,
+            lower_rows=self.runner.lower_rows,
+            upper_rows=self.runner.upper_rows,
+            **self._counts,
+        )
+
+    def _finish(self, plan: StepPlan, drawn: Sequence[Drawn | None], start: float) -> Deltas:
+        """Take in what a step has drawn."""
+        deltas: Deltas = []
+        tokens: list[int | None] = [None] * len(drawn)
+        ended, forks = set(), []
+        sampled = 0
+        for place, (request, found) in enumerate(zip(plan.requests, drawn, strict=True)):
+            if found is None:
+                continue
+            job, output = self._outputs[request]
+            members = [(output, found)]
+            if not request.generated:
+                members = self._begin(job, output, found, sampled)
+            sampled += 1
+            alive = []
+            for member, own in members:
+                deltas.append((job.name, job.told(member.take(own))))
+                if not member.tracker.finished:
+                    alive.append((member, own))
+            self._counts["generated_tokens"] += len(members)
+            if alive:
+                # The request that runs goes on as the first that has not ended.
+                (output, found), *others = alive
+                self._become(request, job, output)
+                forks += [(request, job, *other) for other in others]
+            else:
+                ended.add(request)
+            tokens[place] = found.token
+        now = time.monotonic()
+        for request in self.scheduler.finish(plan, tokens, now, now - start, frozenset(ended)):
+            self._forget(request)
+        for request, job, output, found in forks:
+            self._outputs[output.request] = job, output
+            self.scheduler.fork(request, output.request, [found.token], now)
+        self._counts["steps"] += 1
+        return deltas
+
+    def _begin(self, job: Job, first: Output, found: Drawn, row: int) -> list[tuple[Output, Drawn]]:
+        """The first tokens of all outputs of a job, drawn from the same logits."""
+        request, others = first.request, job.outputs[1:]
+        job.cached = request.cached or 0
+        counts = self._counts
+        counts["prompt_tokens"] += len(request.prompt)
+        counts["prefix_queries"] += len(request.prompt)
+        counts["prefix_hits"] += job.cached
+        drawn = self.runner.fork(row, [output.draw() for output in others]) if others else []
+        return [(first, found), *zip(others, drawn, strict=True)]
+
+    def _become(self, request: Request, job: Job, output: Output) -> None:
+        """Let a running request stand for an output of its job."""
+        output.request = request
+        self._outputs[request] = job, output
+
+    def _end(self, job: Job, delta: Delta) -> Deltas:
+        """End all outputs of a job that have not ended, with the same last delta."""
+        now, deltas = time.monotonic(), []
+        for output in job.live:
+            deltas.append(
+                (job.name, job.told(dataclasses.replace(delta, index=output.tracker.index)))
+            )
+            if self._outputs.pop(output.request, None) is not None:
+                self.scheduler.abort(output.request, now)
+        del self._jobs[job.name]
+        return deltas
+
+    def _forget(self, request: Request) -> None:
+        job, _ = self._outputs.pop(request)
+        if not job.live:
+            del self._jobs[job.name]
+
+    def _failed(self, plan: StepPlan, error: Exception) -> Deltas:
+        """End the jobs of a step that raised; if it took the pool along, others begin again."""
+        last = Delta(0, finish_reason="error", error=f"{type(error).__name__}: {error}")
+        deltas: Deltas = []
+        for job in dict.fromkeys(self._outputs[request][0] for request in plan.requests):
+            deltas += self._end(job, last)
+        if self.runner.lost:
+            self.scheduler.restart(time.monotonic())
+            self.runner.reset()
+        return deltas

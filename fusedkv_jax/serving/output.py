@@ -1,0 +1,64 @@
+"""What an engine gives back, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusedkv_jax.generation.results import FinishReason, PlaceLogprobs
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one output has grown by. All deltas of an output, joined, are the output.
+
+    Attributes:
+        index: number of the output among the request's n.
+        token_ids: new tokens.
+        text: new text: whole characters, never a part of a stop text; may be empty, and is so
+            without a tokenizer.
+        logprobs: of the tokens, if asked for.
+        finish_reason: None until the last delta of the output.
+        stop_reason: the stop text, or the id of the stop token unless it is the end-of-text token.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: those of them that were found in the prefix cache.
+        error: what went wrong, with the finish reason `error`.
+    """
+
+    index: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[PlaceLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of an engine; those from `prefix_hits` on count from its start.
+
+    Attributes:
+        running, waiting: requests that hold pages, and that wait.
+        pages_used, pages_total: pages that running requests hold, and all.
+        prefix_hits, prefix_queries: prompt tokens found in the prefix cache, and looked for.
+        steps: steps that have run.
+        prompt_tokens, generated_tokens: of requests that have begun their output.
+        preemptions: how often a request gave up its pages.
+        lower_rows, upper_rows: tokens that passed through the layers that cache something, and
+            through those above.
+    """
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    prefix_hits: int = 0
+    prefix_queries: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    lower_rows: int = 0
+    upper_rows: int = 0

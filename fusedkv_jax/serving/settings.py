@@ -1,0 +1,125 @@
+"""How an engine serves; names and meaning are vLLM's where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from fusedkv_jax.cache import check_paged, storage_type
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs import cache_bytes_per_token
+from fusedkv_jax.generation.settings import check_whole
+from fusedkv_jax.serving.policies import POLICIES
+from fusedkv_jax.serving.policy import Policy
+from fusedkv_jax.serving.shapes import StepShapes
+
+_WITHOUT_DEVICE_MEMORY = 2**30  # bytes of the pool where the device does not tell its memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings:
+    """How a model is served.
+
+    Attributes:
+        max_num_seqs: requests in a step at most.
+        max_num_batched_tokens: tokens in a step at most; longer prompts come in chunks.
+        max_model_len: tokens that a request can come to; by default the model's `max_length`, or
+            what the pool holds if that is less.
+        page_size: tokens of a page.
+        num_pages: pages of the pool; by default as many as fit in the memory below.
+        kv_cache_memory_bytes: bytes of the pool; by default what `gpu_memory_utilization` leaves.
+        gpu_memory_utilization: part of the device's memory that may be used, model included. A
+            device that does not tell its memory (a CPU) gets a pool of 1 GiB.
+        host_pages: pages of a second pool in host memory.
+        cache_dtype: storage type of the pages, by default the model's activation type.
+        enable_prefix_caching: keep the pages of prompts that have ended, and share them.
+        policy: who comes first: a name of `POLICIES`, or a policy.
+        max_logprobs: likeliest tokens that a request may ask for.
+        eos_id: end-of-text token where there is no tokenizer, or instead of its own.
+        add_special_tokens: texts begin with the tokenizer's BOS token.
+        shapes: sizes of a step's arrays; by default chosen for the device.
+
+    Raises:
+        ValueError: a value of the wrong kind or out of bounds.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    page_size: int = 16
+    num_pages: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    host_pages: int = 0
+    cache_dtype: str | None = None
+    enable_prefix_caching: bool = True
+    policy: str | Policy = "fcfs"
+    max_logprobs: int = 20
+    eos_id: int | None = None
+    add_special_tokens: bool = True
+    shapes: StepShapes | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("max_model_len", "num_pages", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        for name in ("host_pages", "max_logprobs"):
+            check_whole(name, getattr(self, name), 0)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization}; use above 0, at most 1"
+            )
+        if isinstance(self.policy, str) and self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r}; use one of {', '.join(sorted(POLICIES))}")
+
+    def make_policy(self) -> Policy:
+        """The policy."""
+        return POLICIES[self.policy]() if isinstance(self.policy, str) else self.policy
+
+    def make_shapes(self) -> StepShapes:
+        """Sizes of a step's arrays."""
+        return self.shapes or StepShapes.choose(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def pages(self, config: ModelConfig) -> int:
+        """Pages of the pool of a model.
+
+        Raises:
+            ValueError: a cache that cannot lie in pages, or no memory for a page.
+        """
+        dtype = storage_type(config.dtype if self.cache_dtype is None else self.cache_dtype)
+        check_paged(config, dtype)
+        if self.num_pages is not None:
+            return self.num_pages
+        page = self.page_size * cache_bytes_per_token(config, dtype)
+        available = self.kv_cache_memory_bytes or self._free_bytes()
+        if available < page:
+            raise ValueError(
+                f"a page takes {page} bytes and {available} are free; raise kv_cache_memory_bytes"
+                " or gpu_memory_utilization"
+            )
+        most = self.max_num_seqs * -(-config.max_length // self.page_size)
+        return min(available // page, 4 * most)  # beyond that, pages would only be remembered
+
+    def model_length(self, config: ModelConfig, largest: int) -> int:
+        """Tokens that a request can come to, in a pool that holds one of `largest`.
+
+        Raises:
+            ValueError: more are asked for than the model or the pool has room for.
+        """
+        most = min(config.max_length, largest)
+        if self.max_model_len is not None and self.max_model_len > most:
+            raise ValueError(
+                f"max_model_len={self.max_model_len}; the model takes {config.max_length} tokens"
+                f" and the pool holds {largest}: lower it, or enlarge num_pages"
+            )
+        return self.max_model_len or most
+
+    def _free_bytes(self) -> int:
+        stats: Any = jax.devices()[0].memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return _WITHOUT_DEVICE_MEMORY
+        return int(self.gpu_memory_utilization * stats["bytes_limit"] - stats["bytes_in_use"])
