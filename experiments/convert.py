@@ -72,13 +72,27 @@ def _write(
     tokenizer = loaded.config.data.tokenizer
     if kind == "huggingface":
         own = None if tokenizer == "byte" else tokenizer
-        interop.save_huggingface(loaded.model, folder, tokenizer=own)
+        interop.save_huggingface(loaded.model, folder, tokenizer=own, facts=_facts(loaded))
         return loaded
     if tokenizer != "byte":
         interop.copy_tokenizer(tokenizer, folder / "tokenizer")
         loaded = models.with_tokenizer(loaded, str((output / "tokenizer").resolve()))
     training.save_model(loaded.model, loaded.config, folder)
     return loaded
+
+
+def _facts(loaded: models.Loaded) -> dict[str, str]:
+    """What the model card says of a training run."""
+    if loaded.step is None:
+        return {"made from": pathlib.Path(loaded.where).name}
+    data = loaded.config.data
+    tokens = loaded.step * data.batch_size * data.seq_len
+    facts = {"data": pathlib.Path(data.source).name, "tokens trained on": f"{tokens:,}"}
+    metrics = pathlib.Path(loaded.where).expanduser() / "metrics.jsonl"
+    rows = map(json.loads, metrics.read_text().splitlines() if metrics.is_file() else ())
+    rows = (row for row in rows if row.get("step") == loaded.step and "eval/loss" in row)
+    losses = [row["eval/loss"] for row in rows]
+    return facts | ({"held-out loss, nats per token": f"{losses[-1]:.4f}"} if losses else {})
 
 
 def _layout(model: fkv.Decoder) -> str:
@@ -134,8 +148,13 @@ def _transformers(path: str) -> Any:
     if place.is_dir() and not (place / "config.json").is_file():
         return None
     try:
-        # trust_remote_code is off: a folder's own code is never run.
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).float().eval()
+        # A folder's own code is never run: what we write is computed by the package's file.
+        if place.is_dir() and interop.is_own_format(place):
+            from fusedkv_jax.interop.pytorch.modeling_fusedkv import FusedKVForCausalLM as Reader
+
+            return Reader.from_pretrained(folder).float().eval()
+        reader = transformers.AutoModelForCausalLM
+        return reader.from_pretrained(folder, trust_remote_code=False, **options).float().eval()
     except (ValueError, KeyError, ImportError):
         return None
 

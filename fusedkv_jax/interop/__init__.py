@@ -13,6 +13,7 @@ __all__ = [
     "copy_tokenizer",
     "folder_config",
     "gguf_config",
+    "is_own_format",
     "load_gguf",
     "load_huggingface",
     "save_gguf_tokenizer",
@@ -22,6 +23,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fusedkv_jax.interop.companions import copy_tokenizer
+    from fusedkv_jax.interop.export import save_huggingface
     from fusedkv_jax.interop.export_config import config_to_huggingface
     from fusedkv_jax.interop.gguf import gguf_config, load_gguf
     from fusedkv_jax.interop.gguf_file import GgufError
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from fusedkv_jax.interop.huggingface import (
         TensorError,
         folder_config,
+        is_own_format,
         load_huggingface,
-        save_huggingface,
     )
     from fusedkv_jax.interop.huggingface_config import config_from_huggingface, with_layout
     from fusedkv_jax.interop.safetensors_folder import FolderError
@@ -40,11 +42,12 @@ else:
         __all__,
         {
             "companions": ["copy_tokenizer"],
+            "export": ["save_huggingface"],
             "export_config": ["config_to_huggingface"],
             "gguf": ["gguf_config", "load_gguf"],
             "gguf_file": ["GgufError"],
             "gguf_tokenizer": ["save_gguf_tokenizer"],
-            "huggingface": ["TensorError", "folder_config", "load_huggingface", "save_huggingface"],
+            "huggingface": ["TensorError", "folder_config", "is_own_format", "load_huggingface"],
             "huggingface_config": ["config_from_huggingface", "with_layout"],
             "safetensors_folder": ["FolderError"],
         },

@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from fusedkv_jax.interop.safetensors_folder import FolderError, checked_path
+from fusedkv_jax.data import tokenizers
+from fusedkv_jax.interop.safetensors_folder import FolderError, checked_path, write_json
 
 _TOKENIZER = "tokenizer.json"
 _BESIDE = (
@@ -37,3 +38,17 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str
     for beside in _BESIDE:
         if (place / beside).is_file():
             shutil.copyfile(checked_path(place, beside), target / beside)
+
+
+def write_generation_config(folder: Path) -> None:
+    """Write generation_config.json, if it is missing: the ids of the tokenizer's special tokens.
+
+    Args:
+        folder: with the tokenizer.
+    """
+    path = folder / "generation_config.json"
+    if path.exists():
+        return
+    tokenizer = tokenizers.load(str(folder))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    write_json(path, {"_from_model_config": False, **ids})

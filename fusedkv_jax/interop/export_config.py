@@ -33,8 +33,8 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
                 f"layer {i} is not an ordinary one; transformers has no architecture for this"
                 " layout, only for mha"
             )
-    # Those families that turn a part of the channels keep several matrices in one tensor.
-    for family in _families(config) if config.rope.fraction == 1 else ():
+    # Only the families of `_partial` turn a part of the channels.
+    for family in (*(_families(config) if config.rope.fraction == 1 else ()), *_partial(config)):
         fields = _common(config) | family
         if _says(fields, config):
             return fields
@@ -121,6 +121,31 @@ def _families(config: ModelConfig) -> Iterator[dict[str, Any]]:
         **gemma,
         **windows,
     )
+
+
+def _partial(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """The same of families that may turn a part of the channels."""
+    block, layers = config.block, config.kv_layout.layers
+    rope = _rope_parameters(config.rope) | {"partial_rotary_factor": config.rope.fraction}
+    yield {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "sliding_window": layers[0].window,
+        "original_max_position_embeddings": config.max_length,
+        "pad_token_id": None,
+        "rope_parameters": rope,
+    }
+    # Queries, keys and values are one matrix, cut by heads; their width is the model's.
+    square = config.num_heads * config.channels == config.d_model
+    if square and config.kv_heads == config.num_heads:
+        yield {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            "use_parallel_residual": block.parallel,
+            "attention_bias": block.qkv_bias,
+            "layer_norm_eps": config.norm_eps,
+            "rope_parameters": rope,
+        }
 
 
 def _says(fields: dict[str, Any], config: ModelConfig) -> bool:

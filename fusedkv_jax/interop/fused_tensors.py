@@ -1,12 +1,12 @@
 """Families that name their tensors in other ways, or keep several matrices in one.
 
 Phi-3 stacks queries, keys and values, and gate and up; GPT-NeoX stacks the three for each head.
-`as_llama` shows them under Llama's names, cut apart.
+`as_llama` shows them under Llama's names, cut apart; `from_llama` puts them together again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from fusedkv_jax.config import ConfigError, ModelConfig
 
 Cut = Callable[[np.ndarray], np.ndarray]
+Join = Callable[[list[np.ndarray]], np.ndarray]
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _NEOX = {
@@ -128,3 +129,52 @@ def _of_heads(name: str, config: ModelConfig, index: int) -> Cut:
         return apart[:, index].reshape(heads * channels, *array.shape[1:])
 
     return cut
+
+
+def from_llama(
+    model_type: Any, config: ModelConfig, names: Iterable[str]
+) -> dict[str, tuple[tuple[str, ...], Join]]:
+    """How a family's tensors are made of those with Llama's names: theirs -> (parts, join)."""
+    if model_type == "phi3":
+        return dict(_joined_phi3(name) for name in names if _leads(name, "q_proj", "gate_proj"))
+    if model_type == "gpt_neox":
+        return dict(_joined_neox(config, name) for name in names if _leads(name, "q_proj"))
+    return {name: ((name,), _alone) for name in names}
+
+
+def _leads(name: str, *first: str) -> bool:
+    """A part that is written for itself, or the first one of several that are joined."""
+    parts = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
+    return not any(f".{other}." in name for lead in first for other in parts[lead])
+
+
+def _alone(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0]
+
+
+def _joined_phi3(name: str) -> tuple[str, tuple[tuple[str, ...], Join]]:
+    joined = {"q_proj": ("qkv_proj", _QKV), "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj"))}
+    for lead, (fused, parts) in joined.items():
+        if f".{lead}." in name:
+            found = tuple(name.replace(lead, part) for part in parts)
+            return name.replace(lead, fused), (found, np.concatenate)
+    return name, ((name,), _alone)
+
+
+def _joined_neox(config: ModelConfig, name: str) -> tuple[str, tuple[tuple[str, ...], Join]]:
+    whole = {ours: theirs for theirs, ours in _NEOX_WHOLE.items()}
+    if name in whole:
+        return whole[name], ((name,), _alone)
+    number, _, rest = name.removeprefix("model.layers.").partition(".")
+    prefix, (part, _, kind) = f"gpt_neox.layers.{number}.", rest.rpartition(".")
+    if part != "self_attn.q_proj":
+        own = {ours: theirs for theirs, ours in _NEOX.items()}
+        return f"{prefix}{own.get(part, part)}.{kind}", ((name,), _alone)
+    heads, channels = config.num_heads, config.channels
+
+    def join(parts: list[np.ndarray]) -> np.ndarray:
+        apart = [array.reshape(heads, channels, *array.shape[1:]) for array in parts]
+        return np.stack(apart, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    found = tuple(name.replace("q_proj", one) for one in _QKV)
+    return f"{prefix}attention.query_key_value.{kind}", (found, join)

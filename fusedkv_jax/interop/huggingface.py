@@ -1,4 +1,4 @@
-"""Import of Hugging Face checkpoints, and export.
+"""Import of Hugging Face checkpoints.
 
 Only config.json and safetensors files are read; nothing is unpickled or executed.
 """
@@ -18,9 +18,8 @@ import numpy as np
 from flax import nnx
 
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.interop import own_format
 from fusedkv_jax.interop import safetensors_folder as folders
-from fusedkv_jax.interop.companions import copy_tokenizer
-from fusedkv_jax.interop.export_config import config_to_huggingface
 from fusedkv_jax.interop.fused_tensors import as_llama
 from fusedkv_jax.interop.huggingface_config import (
     config_from_huggingface,
@@ -28,14 +27,12 @@ from fusedkv_jax.interop.huggingface_config import (
     with_layout,
 )
 from fusedkv_jax.interop.huggingface_names import (
-    WHOLE,
     Entry,
-    layer_entries,
+    places,
     their_shape,
     to_ours,
-    to_theirs,
 )
-from fusedkv_jax.layouts import KVLayout, ordinary, runs
+from fusedkv_jax.layouts import KVLayout, ordinary
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.parameters import FusionWeight
 
@@ -86,13 +83,14 @@ def load_huggingface(
             folder = Path(source)
             fields = folders.read_json(folder, "config.json")
             tensors = stack.enter_context(folders.open_folder(folder))
-        if config is None:
-            config = config_from_huggingface(fields or {})
+        stored = config = _config(fields or {}) if config is None else config
         if layout is not None:
             config = with_layout(config, layout)
         if fields is not None:
             tensors = as_llama(fields.get("model_type"), config, tensors)
         config = _untied_if_different(config, tensors)
+        if own_format.is_own(fields):
+            return _build(config, tensors, 0, seed, stored)
         if rope_interleave is None:
             known = fields is not None
             rope_interleave = has_interleaved_rope(fields) if known else config.mla is not None
@@ -102,57 +100,21 @@ def load_huggingface(
 
 def folder_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The configuration in a folder's config.json; raises as `load_huggingface`."""
-    return config_from_huggingface(folders.read_json(Path(folder), "config.json"))
+    return _config(folders.read_json(Path(folder), "config.json"))
 
 
-def save_huggingface(
-    model: Decoder,
-    path: str | os.PathLike[str],
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write a decoder that has its own keys and values in every layer as a folder of its family.
-
-    config.json is written last: a folder without it is not complete.
-
-    Args:
-        model: the decoder.
-        path: folder to write, new or empty.
-        tokenizer: a tokenizer.json, or its folder, that is copied with what lies beside it.
-        max_shard_bytes: largest weight file.
+def is_own_format(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is in our own format, which `save_huggingface` writes where no family fits.
 
     Raises:
-        ConfigError: transformers has no architecture for the model's configuration.
-        FolderError: the folder is not empty.
+        FolderError: config.json cannot be read.
     """
-    fields = config_to_huggingface(model.config)
-    folder = folders.new_folder(Path(path))
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
-    sizes, places = {}, {}
-    for our_path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = variable[...]
-        for index, name, entry in _places(model.config, our_path):
-            places[name] = (value, index, entry)
-            sizes[name] = value.nbytes // (1 if index is None else value.shape[0])
-
-    def tensor(name: str) -> np.ndarray:
-        value, index, entry = places[name]
-        return to_theirs(entry, np.asarray(value if index is None else value[index]))
-
-    folders.write_tensors(folder, sizes, tensor, max_shard_bytes)
-    folders.write_json(folder / "config.json", fields)
+    return own_format.is_own(folders.read_json(Path(folder), "config.json"))
 
 
-def _places(config: ModelConfig, path: OurPath) -> list[tuple[int | None, str, Entry]]:
-    """(index on the stacked axis or None, their name, table entry) for one of our parameters."""
-    if path[0] != "runs":
-        entry = next(entry for entry in WHOLE if entry.ours == path)
-        return [(None, entry.theirs, entry)]
-    entry = layer_entries(config)[path[3:]]
-    layers = runs(config.kv_layout)[path[1]].layers(path[2])
-    return [(j, f"model.layers.{i}.{entry.theirs}", entry) for j, i in enumerate(layers)]
+def _config(fields: Mapping[str, Any]) -> ModelConfig:
+    read = own_format.read if own_format.is_own(fields) else config_from_huggingface
+    return read(fields)
 
 
 def _abstract(config: ModelConfig) -> tuple[Any, dict[OurPath, nnx.Variable]]:
@@ -160,26 +122,36 @@ def _abstract(config: ModelConfig) -> tuple[Any, dict[OurPath, nnx.Variable]]:
     return graph, dict(nnx.to_flat_state(state))
 
 
-def _build(config: ModelConfig, tensors: Mapping[str, Any], interleaved: int, seed: int) -> Decoder:
+def _build(
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    interleaved: int,
+    seed: int,
+    stored: ModelConfig | None = None,
+) -> Decoder:
+    """The decoder; `stored` is the configuration of tensors in our own format."""
     graph, flat = _abstract(config)
+    weighted = stored is not None and config.kv_layout == stored.kv_layout
     wanted = {
-        path: _places(config, path)
+        path: places(config, path, own=weighted)
         for path, variable in flat.items()
-        if not isinstance(variable, FusionWeight)
+        if weighted or not isinstance(variable, FusionWeight)
     }
-    _check_names(config, tensors, {name for places in wanted.values() for _, name, _ in places})
+    _check_names(
+        config, tensors, {name for parts in wanted.values() for _, name, _ in parts}, stored
+    )
     if len(wanted) < len(flat):
         flat |= _initial_fusion_weights(config, seed)
-    for path, places in wanted.items():
+    for path, parts in wanted.items():
         stacked = flat[path].get_value()
-        shape = stacked.shape if places[0][0] is None else stacked.shape[1:]
+        shape = stacked.shape if parts[0][0] is None else stacked.shape[1:]
         layers = [
             to_ours(entry, _tensor(tensors, name, entry, shape), shape, interleaved).astype(
                 stacked.dtype
             )
-            for _, name, entry in places
+            for _, name, entry in parts
         ]
-        value = layers[0] if places[0][0] is None else np.stack(layers)
+        value = layers[0] if parts[0][0] is None else np.stack(layers)
         flat[path] = flat[path].replace(jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
 
@@ -223,19 +195,20 @@ def _tensor(
     return array
 
 
-def _check_names(config: ModelConfig, names: Iterable[str], wanted: set[str]) -> None:
+def _check_names(
+    config: ModelConfig, names: Iterable[str], wanted: set[str], stored: ModelConfig | None
+) -> None:
     names = set(names)
     missing = sorted(wanted - names)
     if missing:
         raise TensorError(f"missing tensors: {_listing(missing)}; is the configuration right?")
     # Projections that this layout has no place for, a copy of the tied embedding, and the rotary
     # frequencies that old checkpoints hold.
-    plain = with_layout(config, ordinary(config.num_layers))
+    plain = with_layout(config, ordinary(config.num_layers)) if stored is None else stored
     known = {
         name
-        for path, variable in _abstract(plain)[1].items()
-        if not isinstance(variable, FusionWeight)
-        for _, name, _ in _places(plain, path)
+        for path in _abstract(plain)[1]
+        for _, name, _ in places(plain, path, own=stored is not None)
     }
     known |= wanted | ({"lm_head.weight"} if config.tie_embeddings else set())
     unknown = sorted(n for n in names - known if not n.endswith("rotary_emb.inv_freq"))

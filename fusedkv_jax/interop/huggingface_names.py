@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.layouts import runs
+from fusedkv_jax.model.mixing import chains
 
 # Where our axes stand: a vector or table as it is; their vector's [*out]; [in, *out]; [*in, out].
 Axes = Literal["same", "flat", "in_first", "out_last"]
@@ -82,6 +84,8 @@ HEADS = (
     Entry("self_attn.v_proj.bias", ("attention", "v_bias"), "flat"),
     Entry("self_attn.q_norm.weight", ("attention", "q_norm", "scale"), "same", rotary=True),
     Entry("self_attn.k_norm.weight", ("attention", "k_norm", "scale"), "same", rotary=True),
+    Entry("self_attn.q_norm.bias", ("attention", "q_norm", "bias"), "same", rotary=True),
+    Entry("self_attn.k_norm.bias", ("attention", "k_norm", "bias"), "same", rotary=True),
 )
 
 # DeepSeek-V2 and V3, their dense layers.
@@ -100,11 +104,33 @@ _LATENT = (
 )
 
 
-def layer_entries(config: ModelConfig) -> dict[tuple[str, ...], Entry]:
+def places(
+    config: ModelConfig, path: tuple[Any, ...], own: bool = False
+) -> list[tuple[int | None, str, Entry]]:
+    """(index on the stacked axis or None, their name, table entry) for one of our parameters.
+
+    Args:
+        config: of the model.
+        path: of the parameter.
+        own: in our own format (`own_format`), which has more names than the families.
+    """
+    if path[0] == "mixing":
+        kind, _, layers = chains(config.kv_layout)[path[2]]
+        entry = Entry(f"self_attn.{kind}_weights", tuple(map(str, path)), "same")
+    elif path[0] == "runs":
+        entry = layer_entries(config, own)[path[3:]]
+        layers = runs(config.kv_layout)[path[1]].layers(path[2])
+    else:
+        entry = next(entry for entry in WHOLE if entry.ours == path)
+        return [(None, entry.theirs, entry)]
+    return [(j, f"model.layers.{i}.{entry.theirs}", entry) for j, i in enumerate(layers)]
+
+
+def layer_entries(config: ModelConfig, own: bool = False) -> dict[tuple[str, ...], Entry]:
     """The table of one layer's parameters, by our path."""
     norms = dict(_NORMS[config.block.norm_placement])
     # YOCO's norm of its shared cache starts as the norm that those keys and values had.
-    norms["kv_norm"] = norms["attention_norm"]
+    norms["kv_norm"] = "kv_layernorm" if own else norms["attention_norm"]
     entries = [
         Entry(f"{theirs}.{kind}", (ours, part), "same")
         for ours, theirs in norms.items()

@@ -59,7 +59,7 @@ def test_the_wheel_holds_what_is_imported_and_run(wheel):
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".json") or path.name == "py.typed"
+        if path.suffix in (".py", ".json", ".html") or path.name == "py.typed"
     }
     expected = {name for name in expected if not name.startswith(LEFT_OUT)}
     archive = zipfile.ZipFile(wheel)

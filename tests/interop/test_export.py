@@ -1,0 +1,157 @@
+"""Export of every layout: PyTorch computes the same, and what is read again is the same."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fusedkv_jax as fkv
+from fusedkv_jax.config import BlockConfig, MLAConfig, RopeConfig
+from fusedkv_jax.interop import load_huggingface, save_huggingface
+from tests.interop.test_huggingface import COMMON, GQA, assert_equal_parameters, oracle_logits
+from tests.oracles.decoder import small_config
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 12))
+LATENT = MLAConfig(kv_lora_rank=12, nope_dim=8, rope_dim=4, v_dim=6, q_lora_rank=10)
+YARN = RopeConfig(scaling="yarn", factor=4.0, original_length=64, mscale_all_dim=0.7)
+
+# name: (layout, other options). Windows are shorter than the sequence.
+CASES = {
+    "fusedkv": ("fusedkv", {}),
+    "fusedkv-iterative": ("fusedkv:parameterization=iterative,granularity=head", {}),
+    "fusedkv-mla": ("fusedkv:parameterization=normal", dict(mla=LATENT, rope=YARN)),
+    "fusedkv_lite": ("fusedkv_lite", dict(tie_embeddings=True, qk_norm=False)),
+    "dense_fusion": ("dense_fusion", dict(block=BlockConfig(qkv_bias=True, output_bias=True))),
+    "cla": ("cla:k=3", dict(embedding_scale=3.0, logit_scale=0.5, logit_softcap=4.0)),
+    "yoco": ("yoco:window=5", {}),
+    "yoco_pp": ("yoco_pp", dict(rope=dataclasses.replace(YARN, mscale_all_dim=0.0))),
+    "lckv": ("lckv:w=2", {}),
+    "svformer": (
+        "svformer",
+        dict(
+            block=BlockConfig(
+                norm="layer", parallel=True, gated=False, mlp_bias=True, activation="gelu"
+            ),
+            rope=RopeConfig(fraction=0.5),
+        ),
+    ),
+    "resformer": (
+        "resformer",
+        dict(block=BlockConfig(norm_placement="post", qk_norm_over="all", residual_scale=0.4)),
+    ),
+    "window_hybrid": (
+        "window_hybrid:window=5,full_every=2,split=4",
+        dict(
+            block=BlockConfig(
+                norm="rms_plus_one",
+                norm_placement="both",
+                activation="gelu_tanh",
+                attention_scale=0.3,
+                attention_softcap=2.0,
+            ),
+            window_rope=RopeConfig(theta=100.0),
+        ),
+    ),
+}
+
+
+def drawn(config, seed=0):
+    """A decoder whose every array is drawn, large enough for every part to matter."""
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0))))
+
+    def draw(path, variable):
+        shape = variable.get_value()
+        array = rng.normal(size=shape.shape)
+        if path[-1] == "scale":
+            array = 1 + 0.3 * array
+        elif path[-1] == "embedding" or path[0] == "mixing":
+            array *= 0.7
+        else:
+            array *= 0.3 if path[-1].endswith("bias") else config.d_model**-0.5
+        return variable.replace(jnp.asarray(array, shape.dtype))
+
+    flat = [(path, draw(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+@pytest.fixture(scope="module")
+def modeling():
+    """The PyTorch file, from the package."""
+    from fusedkv_jax.interop.pytorch import modeling_fusedkv
+
+    return modeling_fusedkv
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pytorch_computes_every_layout(name, modeling, tmp_path):
+    layout, changes = CASES[name]
+    model = drawn(small_config(layout, **changes))
+    save_huggingface(model, tmp_path / "m")
+    theirs = modeling.FusedKVForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        found = theirs(torch.tensor(TOKENS)).logits.numpy()
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.tensor(TOKENS)], dim=1)
+        mask = torch.ones_like(padded)
+        mask[:, :3] = 0
+        shifted = theirs(padded, attention_mask=mask).logits[:, 3:].numpy()
+    expected = np.asarray(model(jnp.asarray(TOKENS, jnp.int32)))
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(shifted, expected, rtol=0, atol=1e-4)
+
+    again = load_huggingface(tmp_path / "m")
+    assert again.config == model.config
+    assert_equal_parameters(again, model)
+
+
+HALF = dict(rope_parameters=dict(rope_type="default", rope_theta=50.0, partial_rotary_factor=0.5))
+
+
+@pytest.mark.parametrize(
+    "family, arguments",
+    [
+        ("Phi3", GQA | HALF | dict(sliding_window=5, pad_token_id=None)),
+        ("GPTNeoX", COMMON | HALF | dict(layer_norm_eps=1e-3)),
+    ],
+)
+def test_families_that_join_tensors_come_out_as_they_went_in(family, arguments, tmp_path):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**arguments)
+    original = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    original.save_pretrained(tmp_path / "theirs")
+    save_huggingface(load_huggingface(tmp_path / "theirs"), tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(original)
+    old, new = original.state_dict(), again.state_dict()
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    expected = oracle_logits(original, TOKENS)
+    np.testing.assert_allclose(oracle_logits(again, TOKENS), expected, rtol=0, atol=1e-6)
+
+
+def test_another_layout_of_an_export_takes_what_it_has_a_place_for(tmp_path):
+    model = drawn(small_config("fusedkv", num_layers=4))
+    save_huggingface(model, tmp_path / "m", facts={"held-out loss": "1.5 | nats"})
+    lite = load_huggingface(tmp_path / "m", layout="fusedkv_lite")
+    assert lite.config.kv_layout.spec == "fusedkv_lite"
+    np.testing.assert_array_equal(lite.embedding[...], model.embedding[...])
+    queries = [m.runs[1][0].attention.q_proj[...] for m in (lite, model)]
+    np.testing.assert_array_equal(*queries)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert fkv.layouts.draw(model.config.layout) in card and r"1.5 \| nats" in card
+    assert "(50% of 256)" in card  # 4 layers of 2 x 16 channels, 2 bytes each
+
+
+def test_the_folder_s_own_code_is_not_what_is_run(tmp_path):
+    model = drawn(small_config("cla", num_layers=2))
+    save_huggingface(model, tmp_path / "m")
+    (tmp_path / "m" / "modeling_fusedkv.py").write_text("raise SystemExit('it was run')")
+    assert load_huggingface(tmp_path / "m").config == model.config
