@@ -64,16 +64,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         metavar="I",
-        help="with --every: the sample begins at this test, 0 to N - 1",
+        help="with --every and --every_slow: the sample begins at this test",
+    )
+    parser.addoption(
+        "--every_slow",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run all tests, but of those marked slow every Nth, from --first",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    step = config.getoption("--every")
-    if step > 1:
-        first = config.getoption("--first") % step
-        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % step != first])
-        items[:] = items[first::step]
+    every, every_slow = config.getoption("--every"), config.getoption("--every_slow")
+    first = config.getoption("--first")
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    left_out = {item for i, item in enumerate(items) if (i - first) % every}
+    left_out |= {item for i, item in enumerate(slow) if (i - first) % every_slow}
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -1,23 +1,16 @@
 """Prefill, decoding and sampling."""
 
-from fusedkv_jax.generation.beam import beam_search
-from fusedkv_jax.generation.conversation import chat
-from fusedkv_jax.generation.generate import generate, stream, warm_up
-from fusedkv_jax.generation.logprobs import Logprob
-from fusedkv_jax.generation.params import BeamSearchParams, SamplingError, SamplingParams
-from fusedkv_jax.generation.prefill import decode_step, prefill
-from fusedkv_jax.generation.requests import LogitsError, PromptError
-from fusedkv_jax.generation.results import Completion, Delta, Output, Rates
-from fusedkv_jax.generation.settings import EngineSettings
-from fusedkv_jax.generation.speculation import SelfSpeculation
+from typing import TYPE_CHECKING
+
+from fusedkv_jax.lazy import lazy_names
 
 __all__ = [
     "BeamSearchParams",
     "Completion",
     "Delta",
     "EngineSettings",
-    "Logprob",
     "LogitsError",
+    "Logprob",
     "Output",
     "PromptError",
     "Rates",
@@ -32,3 +25,32 @@ __all__ = [
     "stream",
     "warm_up",
 ]
+
+if TYPE_CHECKING:
+    from fusedkv_jax.generation.api import generate, stream, warm_up
+    from fusedkv_jax.generation.beam import beam_search
+    from fusedkv_jax.generation.conversation import chat
+    from fusedkv_jax.generation.logprobs import Logprob
+    from fusedkv_jax.generation.params import BeamSearchParams, SamplingError, SamplingParams
+    from fusedkv_jax.generation.requests import LogitsError, PromptError
+    from fusedkv_jax.generation.results import Completion, Delta, Output, Rates
+    from fusedkv_jax.generation.settings import EngineSettings
+    from fusedkv_jax.generation.speculation import SelfSpeculation
+    from fusedkv_jax.generation.steps import decode_step, prefill
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "api": ["generate", "stream", "warm_up"],
+            "beam": ["beam_search"],
+            "conversation": ["chat"],
+            "logprobs": ["Logprob"],
+            "params": ["BeamSearchParams", "SamplingError", "SamplingParams"],
+            "requests": ["LogitsError", "PromptError"],
+            "results": ["Completion", "Delta", "Output", "Rates"],
+            "settings": ["EngineSettings"],
+            "speculation": ["SelfSpeculation"],
+            "steps": ["decode_step", "prefill"],
+        },
+    )

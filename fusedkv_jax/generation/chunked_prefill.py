@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from fusedkv_jax.generation.logprobs import Logprobs, score
-from fusedkv_jax.generation.prefill import Rows, extend, extend_parts
+from fusedkv_jax.generation.steps import Rows, extend, extend_parts
 from fusedkv_jax.model import Decoder
 
 Split = tuple[nnx.GraphDef[Decoder], Any]  # structure and parameters of a model

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from fusedkv_jax.data.chat import ChatTemplate, Message
 from fusedkv_jax.data.chat_encoding import encode_chat
-from fusedkv_jax.generation.generate import generate
+from fusedkv_jax.generation.api import generate
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import OnError
 from fusedkv_jax.generation.results import Completion

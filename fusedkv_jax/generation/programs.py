@@ -29,9 +29,9 @@ from fusedkv_jax.generation.chunked_prefill import (
 )
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.placement import Placement
-from fusedkv_jax.generation.prefill import extend
 from fusedkv_jax.generation.sampling import SamplerInputs
 from fusedkv_jax.generation.settings import EngineSettings
+from fusedkv_jax.generation.steps import extend
 from fusedkv_jax.model import Decoder, fold_fusion, for_decoding
 from fusedkv_jax.sharding import batch_sharding, serving_shardings, spec
 

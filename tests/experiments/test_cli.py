@@ -277,7 +277,10 @@ def test_a_closed_pipe_is_silent_and_a_full_device_is_one_line():
 
 def test_ctrl_c_once_and_twice():
     printing = "import time\nfailures.exit_with(lambda: (print('ready', flush=True), {}))"
-    with _python(printing.format("time.sleep(60)"), stdout=subprocess.PIPE) as child:
+    # Not one long sleep: a signal that comes just before it begins would not end it.
+    with _python(
+        printing.format("[time.sleep(0.1) for _ in range(600)]"), stdout=subprocess.PIPE
+    ) as child:
         child.stdout.readline()
         child.send_signal(signal.SIGINT)
         assert (child.wait(20), child.stderr.read()) == (130, "interrupted\n")

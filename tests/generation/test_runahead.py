@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 import fusedkv_jax as fkv
 from fusedkv_jax.cache import cache_shardings
 from fusedkv_jax.generation.parts import part_ends
-from fusedkv_jax.generation.prefill import extend_parts
+from fusedkv_jax.generation.steps import extend_parts
 from fusedkv_jax.layouts import KINDS
 from fusedkv_jax.model.block import Block
 from fusedkv_jax.model.runahead import extend_in_parts

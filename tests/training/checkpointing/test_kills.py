@@ -1,6 +1,6 @@
 """Kill -9 at random moments, many of them while a checkpoint is written: nothing is lost.
 
-FUSEDKV_KILLS=10 kills each layout's run ten times instead of twice.
+FUSEDKV_KILLS=10 kills ten times instead of twice, and the runs of two more layouts besides.
 """
 
 import json
@@ -27,7 +27,8 @@ from fusedkv_jax.training import (
 from fusedkv_jax.training.checkpointing import manifest
 
 KILLS = int(os.environ.get("FUSEDKV_KILLS", "2"))
-STEPS, INTERVAL = 400, 5
+LAYOUTS = ["mha", "fusedkv", "fusedkv_lite"] if KILLS > 2 else ["fusedkv"]
+STEPS, INTERVAL = max(200, 60 * KILLS), 5  # far more than are made before a kill
 RUN = """
 import json, sys
 import jax
@@ -70,7 +71,7 @@ def _final(config, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["mha", "fusedkv", "fusedkv_lite"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_runs_end_bit_identical(with_train, tmp_path, layout):
     config = with_train(steps=STEPS, checkpoint_every=INTERVAL, log_every=1)
     config = type(config)(**vars(config) | {"model": config.model.replace(layout=layout)})
