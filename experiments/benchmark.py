@@ -12,8 +12,8 @@ import sys
 
 from absl import flags
 
-from experiments import cli
 from experiments.benchmarks import cpu, generation, kernels, report, training
+from experiments.common import cli
 
 # Measurements of each suite by name, given what the flags say.
 SUITES = {

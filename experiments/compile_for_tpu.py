@@ -11,20 +11,18 @@ are those that a formula expects most of, unless --config.FIELD=VALUE sets one o
 compiles the best few by that formula and reports the fastest.
 """
 
-import dataclasses
 import json
 from typing import Any
 
 from absl import flags
 
-from experiments import cli
-from experiments.configs import paper_332m
-from experiments.overrides import apply_overrides
+from experiments.common import cli
+from experiments.common.overrides import apply_overrides
+from experiments.common.paper import inference, paper_run
 from fusedkv_jax import presets
 from fusedkv_jax.compile_ahead import programs, report, search, text
 from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
-from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.sharding import AXES, MeshConfig, make_mesh
+from fusedkv_jax.sharding import AXES, make_mesh
 from fusedkv_jax.training import ExperimentConfig
 from pallas_kernels.tpu.topology import slice_devices
 
@@ -63,13 +61,6 @@ def define_flags() -> None:
     cli.only_with("trials", search=True)
 
 
-def paper_run(preset: str, layout: str) -> ExperimentConfig:
-    """The recipe of the paper for a preset's size, spread over all devices."""
-    config = paper_332m.get_config(preset)
-    model = presets.get(preset, layout=layout, dtype="bfloat16", remat="full")
-    return dataclasses.replace(config, model=model)
-
-
 def experiment(place: Slice, devices: Any) -> ExperimentConfig:
     """What --preset or --config, and the overrides, ask for."""
     if FLAGS.preset is None:
@@ -79,16 +70,6 @@ def experiment(place: Slice, devices: Any) -> ExperimentConfig:
     config = apply_overrides(paper_run(FLAGS.preset, FLAGS.layout), FLAGS.override)
     chosen = [name for name in FLAGS.override if name.startswith(_SEARCHED)]
     return config if chosen else search.candidates(config, place, devices)[0].apply(config)
-
-
-def inference(
-    name: str, model: ModelConfig, devices: Any, *, tensor: int, rows: int | None, length: int
-) -> programs.Program:
-    """Prefill or decoding with bfloat16 parameters, `tensor` parts of the model."""
-    mesh = make_mesh(MeshConfig(data=-1, tensor=tensor), devices)
-    make = programs.prefill if name == "prefill" else programs.decode
-    model = model.replace(param_dtype="bfloat16")
-    return make(model, mesh, rows or mesh.size, length)
 
 
 def _train(config: ExperimentConfig, place: Slice, devices: Any) -> tuple[report.Report, list[str]]:

@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import cli, models
-from experiments.common import outputs
+from experiments.common import cli, models, outputs
 from fusedkv_jax import costs, interop, training
 from fusedkv_jax.data import tokenizers
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from fusedkv_jax import costs, layouts, presets
 
 FLAGS = flags.FLAGS

@@ -17,8 +17,9 @@ import numpy as np
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import cli, generate, latency, pictures, runs
-from fusedkv_jax import costs, training
+from experiments.benchmarks import latency
+from experiments.common import cli, completions, pictures, runs
+from fusedkv_jax import costs, processes, training
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.encoding import encode_prompt
 from fusedkv_jax.training import ExperimentConfig
@@ -94,7 +95,9 @@ def compare(
             "first_token_seconds": speeds[key].first_token,
             "output_token_seconds": speeds[key].output_token,
             "train_seconds": run.seconds,
-            "sample": generate.continue_texts(models[key], tokenizer, [PROMPT], SAMPLING)[0].text,
+            "sample": completions.continue_texts(models[key], tokenizer, [PROMPT], SAMPLING)[
+                0
+            ].text,
         }
         for key, run in finished.items()
     }
@@ -103,7 +106,7 @@ def compare(
         "steps": config.train.steps,
         "train_tokens": config.train.steps * config.data.batch_size * config.data.seq_len,
         "timing": dataclasses.asdict(timing),
-        "environment": runs.environment(),
+        "environment": processes.environment(),
         "layouts": figures,
         "ratios": {row[1]: figures[name][row[1]] / figures[BASELINE][row[1]] for row in _ROWS},
     }

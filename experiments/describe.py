@@ -9,7 +9,7 @@ import inspect
 
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from fusedkv_jax import costs, layouts, presets
 from fusedkv_jax.layouts import named
 

@@ -11,10 +11,12 @@ from typing import Any
 from absl import flags
 from flax import nnx
 
-from experiments import cli, longcontext, longcontext_methods, longcontext_report, models
+from experiments.common import cli, models
+from experiments.suites import longcontext, longcontext_methods, longcontext_report
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.evaluation import at_length, total
+from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings, heldout_texts
 from fusedkv_jax.training.monitoring.progress import Progress
 
 SUITES = ("perplexity", "length", "longcontext")
@@ -97,7 +99,7 @@ def length() -> dict[str, Any]:
     loaded = models.load(source=flags.FLAGS.source)
     model, config, step = loaded.model, models.with_text(loaded).config, loaded.step
     size = flags.FLAGS.length or config.data.seq_len
-    texts = longcontext.heldout_texts(config, size, flags.FLAGS.examples)
+    texts = heldout_texts(config, size, flags.FLAGS.examples)
     rows = []
     for dtype in flags.FLAGS.cache_dtype or [model.config.dtype]:
         parts = at_length(model, texts, chunk=max(1, size // 8), cache_dtype=dtype)
@@ -128,7 +130,7 @@ def long_context() -> dict[str, Any]:
         if chosen
         else longcontext_methods.defaults(size)
     )
-    settings = longcontext.Settings(
+    settings = LongContextSettings(
         tasks=tuple(flags.FLAGS.tasks),
         length=size,
         examples=flags.FLAGS.examples,

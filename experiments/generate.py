@@ -7,59 +7,24 @@ vLLM's sampling parameters; with --beam_width it is beam search. Rates of prefil
 standard error. Exit code 2 with one line for a mistake in the command.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import chat, cli, models
+from experiments.common import chat, cli, models
+from experiments.common.completions import continue_texts, counted_from_one
 from fusedkv_jax.compression import names, parse
-from fusedkv_jax.data import Tokenizer, tokenizers
+from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import read_text
-from fusedkv_jax.generation import BeamSearchParams, PromptError, Rates, beam_search
+from fusedkv_jax.generation import BeamSearchParams, Rates, beam_search
 from fusedkv_jax.generation.parts import Parts
 
 _SETTINGS = ("batch_size", "cache_dtype", "max_num_batched_tokens", "enable_prefix_caching")
-
-
-def continue_texts(
-    model: fkv.Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    params: fkv.SamplingParams,
-    **settings: Any,
-) -> list[fkv.Completion]:
-    """Completions of texts, as `fusedkv_jax.generate` gives them.
-
-    Raises:
-      ValueError: an empty prompt, or one that leaves no room for output in the model's context.
-    """
-    with counted_from_one(prompts):
-        return fkv.generate(model, list(prompts), params, tokenizer=tokenizer, **settings)
-
-
-@contextlib.contextmanager
-def counted_from_one(prompts: Sequence[str]) -> Iterator[None]:
-    """Errors within it count prompts as the output does.
-
-    Raises:
-      ValueError: an empty prompt.
-    """
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty; give --prompt at least one character")
-    try:
-        yield
-    except PromptError as error:
-        if error.number is None:
-            raise
-        raise ValueError(f"prompt {error.number + 1} {error.reason}") from None
 
 
 def define_flags() -> None:

@@ -12,7 +12,7 @@ import time
 
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from fusedkv_jax import costs, training
 
 FLAGS = flags.FLAGS

@@ -18,9 +18,11 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import cli, latency, longcontext
+from experiments.benchmarks import latency
+from experiments.common import cli
 from fusedkv_jax import data, training
 from fusedkv_jax.compression import PruningStep, prune_sources
+from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
 from fusedkv_jax.model import Decoder, fold_fusion
 from fusedkv_jax.training import ExperimentConfig
 
@@ -56,7 +58,7 @@ def main() -> None:
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder} exists already; remove it, or name another --output")
-    texts = jnp.asarray(longcontext.heldout_texts(config, config.data.seq_len, flags.FLAGS.texts))
+    texts = jnp.asarray(heldout_texts(config, config.data.seq_len, flags.FLAGS.texts))
     options = {"group": flags.FLAGS.group, "refit": flags.FLAGS.refit}
     models: dict[str, Decoder] = {"whole": fold_fusion(model)}
     reads: dict[str, float] = {}

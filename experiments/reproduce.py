@@ -18,10 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runs
+from experiments.common import cli, runs
 from experiments.configs import claim_small
 from experiments.study import command
-from fusedkv_jax import costs, training
+from fusedkv_jax import costs, processes, training
 from fusedkv_jax.training import ExperimentConfig
 
 
@@ -74,7 +74,7 @@ def reproduce(
         "steps": config.train.steps,
         "train_tokens": config.train.steps * config.data.batch_size * config.data.seq_len,
         "seeds": list(seeds),
-        "environment": runs.environment(),
+        "environment": processes.environment(),
         "rows": [_row(config, name, names[0], losses) for name in names],
     }
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from fusedkv_jax import presets
 from fusedkv_jax.costs import StepCosts
 from fusedkv_jax.serving import POLICIES, PagedMemory, Scheduler

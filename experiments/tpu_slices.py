@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import cli
-from experiments.compile_for_tpu import inference, paper_run
+from experiments.common import cli
+from experiments.common.paper import inference, paper_run
 from fusedkv_jax.compile_ahead import report, search, text
 from fusedkv_jax.compile_ahead.chips import Slice
 from pallas_kernels.tpu.topology import TOPOLOGIES, slice_devices

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import cli, models
+from experiments.common import cli, models
 from fusedkv_jax import processes, training
 
 

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from experiments import runs
 from experiments.benchmarks import cpu, generation_quality, generation_speed, programs, speed
 from experiments.benchmarks.report import Measurement
+from experiments.common import runs
 from experiments.configs import demo
 from fusedkv_jax.compression import DoubleSparsity, SnapKV
 from fusedkv_jax.config import ModelConfig
@@ -108,7 +108,7 @@ def measurements(
 
 
 @functools.cache
-def trained(quick: bool) -> runs.Run:
+def trained(quick: bool) -> runs.FinishedRun:
     """The model of `early_exit_config`, trained in `WORKDIR` if it is not there yet."""
     if not quick:
         return runs.complete(early_exit_config(), WORKDIR / "demo_early_exit")

@@ -1,16 +1,16 @@
 """What small storage types of the cache cost in perplexity."""
 
-from experiments import runs
 from experiments.benchmarks.report import Measurement, Target
-from experiments.longcontext import heldout_texts
+from experiments.common import runs
 from fusedkv_jax import training
 from fusedkv_jax.evaluation import at_length, total
+from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
 
 # Largest increase of the perplexity, as a share of it.
 BOUNDS = {"int8": 0.005, "float8_e4m3fn": 0.03, "int4": 0.03}
 
 
-def measure_storage(run: runs.Run, *, texts: int) -> Measurement:
+def measure_storage(run: runs.FinishedRun, *, texts: int) -> Measurement:
     """Perplexity of held-out text that is read through a cache of each storage type."""
     model, config, _ = training.load_model(run.workdir)
     # As long as can be: int4 leaves the newest 128 tokens exact.

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import runs
 from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
-from experiments.longcontext import heldout_texts
+from experiments.common import runs
 from fusedkv_jax import training
 from fusedkv_jax.compression import Compressor
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
 from fusedkv_jax.generation import EngineSettings, SamplingParams, generate
 from fusedkv_jax.generation.batches import Batch
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
@@ -70,7 +70,9 @@ def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Mea
     )
 
 
-def measure_speculation(run: runs.Run, *, prompt: int, new_tokens: int, rounds: int) -> Measurement:
+def measure_speculation(
+    run: runs.FinishedRun, *, prompt: int, new_tokens: int, rounds: int
+) -> Measurement:
     """Greedy tokens per second, one request at a time, plain and with several ways to draft."""
     model, config, _ = training.load_model(run.workdir)
     prompts = heldout_texts(config, prompt, 4).tolist()

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import latency
-from experiments.benchmarks import torch_llama
+from experiments.benchmarks import latency, torch_llama
 from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
 from fusedkv_jax import training

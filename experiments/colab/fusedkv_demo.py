@@ -53,7 +53,7 @@ import jax
 from IPython.display import Image, display
 
 import fusedkv_jax as fkv
-from experiments import generate, pictures, runs
+from experiments.common import completions, pictures, runs
 from fusedkv_jax import costs, training
 from fusedkv_jax.data import DataConfig, tokenizers
 
@@ -153,7 +153,7 @@ tokenizer = tokenizers.load("byte")
 sampling = fkv.SamplingParams(temperature=0.6, top_p=0.95, seed=0, max_tokens=100)
 for layout, model in models.items():
     print(f"--- {layout}")
-    for completion in generate.continue_texts(
+    for completion in completions.continue_texts(
         model, tokenizer, ["import os\n\n\ndef read(path):\n"], sampling
     ):
         print(f"{tokenizer.decode(completion.prompt_token_ids)}{completion.text}")

@@ -14,8 +14,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from experiments import overrides
-from experiments.common import parsing, wording
+from experiments.common import overrides, parsing, wording
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from experiments.common import parsing
-from experiments.overrides import dataclass_of
+from experiments.common.overrides import dataclass_of
 
 # What absl adds to help texts; the form of a flag says it already.
 _ABSL_WORDS = re.compile(r"^<[^>]*>: |;? ?(repeat this option .*|\(a comma separated list\))$")

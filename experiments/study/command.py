@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import cli, runs
+from experiments.common import cli, runs
 from experiments.study.grid import Study
 from fusedkv_jax import training
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers as hf
 
-from experiments.prepare_data import Preparation, prepare
+from experiments.common.preparation import Preparation, prepare
 from experiments.study.claims import claim
 from fusedkv_jax.data import DataConfig, load_corpus, make_eval_batches, sources
 from fusedkv_jax.data.pipeline import fingerprint

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
-from experiments import runs
 from experiments.study.grid import Cell, Study, non_embedding
-from fusedkv_jax import costs
+from fusedkv_jax import costs, processes
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import OptimizerConfig
 from fusedkv_jax.training.config import first_difference
@@ -71,7 +70,7 @@ def settings(study: Study, cell: Cell) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Device, versions, the cores that the process may use, and the commit of the code."""
-    return runs.environment() | {
+    return processes.environment() | {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "devices": len(jax.local_devices()),
         "commit": _commit(),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments import runs
+from experiments.common import runs
 from experiments.study import corpus, plan, records
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Study

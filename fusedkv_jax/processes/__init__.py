@@ -13,6 +13,7 @@ __all__ = [
     "ProcessesError",
     "check_same",
     "decide",
+    "environment",
     "initialize",
     "is_first",
     "on_first",
@@ -24,6 +25,7 @@ CONNECT_SECONDS = 300
 if TYPE_CHECKING:
     from fusedkv_jax.processes.cluster import ProcessesError, initialize
     from fusedkv_jax.processes.decisions import check_same, decide, is_first, on_first, together
+    from fusedkv_jax.processes.machine import environment
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -31,5 +33,6 @@ else:
         {
             "cluster": ["ProcessesError", "initialize"],
             "decisions": ["check_same", "decide", "is_first", "on_first", "together"],
+            "machine": ["environment"],
         },
     )

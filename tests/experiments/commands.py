@@ -11,7 +11,7 @@ PROGRAMS = sorted(path.stem for path in _FOLDER.glob("*.py") if "cli.run(" in pa
 _FORK_EACH = """
 import importlib, json, os, sys, tempfile
 from absl import flags
-from experiments import cli
+from experiments.common import cli
 lines = json.loads(sys.argv[1])
 programs = {name: importlib.import_module(name) for name, _ in lines}
 
@@ -30,7 +30,7 @@ def only_read():
         cli.load_config()
     if "mesh" in flags.FLAGS:
         cli.read_mesh()
-only_read.__module__ = "experiments.cli"
+only_read.__module__ = "experiments.common.cli"
 
 def run(program, arguments):
     sys.argv = [program.__name__, *arguments]

@@ -13,7 +13,8 @@ from flax import nnx
 from matplotlib import image
 
 import fusedkv_jax as fkv
-from experiments import demo, pictures, runs
+from experiments import demo
+from experiments.common import pictures, runs
 from fusedkv_jax import data
 from fusedkv_jax.training import load_model
 from fusedkv_jax.training.interrupts import Interrupts

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.longcontext_methods import defaults, methods, refusal
+from experiments.suites.longcontext_methods import defaults, methods, refusal
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import train
 from tests.experiments.commands import check_mistakes, run

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import chat, generate, runs
+from experiments import generate
+from experiments.common import chat, runs
 from fusedkv_jax import SamplingParams
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.training import load_model

@@ -1,9 +1,9 @@
-"""What `experiments.latency` times are the programs that users run."""
+"""What `experiments.benchmarks.latency` times are the programs that users run."""
 
 import numpy as np
 
 import fusedkv_jax as fkv
-from experiments import latency
+from experiments.benchmarks import latency
 from experiments.benchmarks.programs import counted_compilations
 from tests.model import small
 

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from experiments import longcontext_report
+from experiments.suites import longcontext_report
 
 ROWS = [
     ("whole cache", "whole cache", 1.0, 0.97),

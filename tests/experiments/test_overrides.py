@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from experiments.overrides import apply_overrides
+from experiments.common.overrides import apply_overrides
 from fusedkv_jax import presets
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.training import ExperimentConfig

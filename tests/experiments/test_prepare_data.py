@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+from experiments.common.overrides import apply_overrides
+from experiments.common.preparation import Preparation, advice, prepare
 from experiments.configs import demo
-from experiments.overrides import apply_overrides
-from experiments.prepare_data import Preparation, advice, prepare
 from fusedkv_jax.data import (
     DataConfig,
     EmptySplitError,

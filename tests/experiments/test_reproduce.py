@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import reproduce, runs
+from experiments import reproduce
+from experiments.common import runs
 from experiments.configs import claim_small
 from fusedkv_jax import costs
 from fusedkv_jax.training import load_model

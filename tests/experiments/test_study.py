@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import runs
+from experiments.common import runs
 from experiments.study import command, corpus, plan, records, report, statistics, worker
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Draw, Row, Size

@@ -6,8 +6,8 @@ import re
 import jax
 import pytest
 
+from experiments.common.overrides import apply_overrides
 from experiments.configs import demo
-from experiments.overrides import apply_overrides
 from fusedkv_jax.sharding import AXES, check_batch
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""How long a step takes of a modeled device: the roofline of its work."""
+"""How long a step takes on a modeled device: the roofline of its work."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
 """Runs that a comparison is made of: trained once, resumed if cut off, never mixed up."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import time
 from typing import Any
 
@@ -34,7 +32,7 @@ class Interrupted(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -59,7 +57,7 @@ class Run:
         return _history(self.workdir)
 
 
-def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> Run:
+def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> FinishedRun:
     """Train to the end, go on with a run that was cut off, or return a finished one at once.
 
     `workdir/run.json` holds the whole configuration from the start and the result in the end.
@@ -79,7 +77,7 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> Run:
     if record is not None:
         _check_same(record["config"], config, workdir)
         if record["result"] is not None:
-            return Run(config, workdir, **record["result"], was_finished=True)
+            return FinishedRun(config, workdir, **record["result"], was_finished=True)
     seconds = 0.0 if record is None else record["seconds"]
     if record is None:
         if workdir.exists() and not workdir.is_dir():
@@ -99,40 +97,13 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> Run:
         "bits_per_byte": last["eval/bits_per_byte"],
     }
     _write(workdir, config, seconds, result)
-    return Run(config, workdir, **result, was_finished=False)
+    return FinishedRun(config, workdir, **result, was_finished=False)
 
 
 def seconds(workdir: pathlib.Path) -> float:
     """Time spent so far on the run of a directory; 0 where there is none."""
     record = _read(workdir)
     return 0.0 if record is None else record["seconds"]
-
-
-def environment() -> dict[str, Any]:
-    """Device and versions, for result files."""
-    import jax
-
-    devices = jax.devices()
-    return {
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("fusedkv_jax", "jax", "jaxlib", "flax", "optax")
-        },
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _history(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import cli
+from experiments.common import cli
 from fusedkv_jax import interop, training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig

@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments import cli
+from experiments.common import cli
 from fusedkv_jax.data import Tokenizer, chat
 from fusedkv_jax.data.chat import ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat

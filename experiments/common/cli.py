@@ -19,8 +19,8 @@ from experiments.common.compilation import keep_compiled_programs
 from experiments.common.failures import check_readable as check_readable
 from experiments.common.failures import interrupt_answered as interrupt_answered
 from experiments.common.outputs import check_output as check_output
+from experiments.common.overrides import apply_overrides
 from experiments.common.parsing import only_with as only_with
-from experiments.overrides import apply_overrides
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.mesh import MeshConfig
     from fusedkv_jax.training import ExperimentConfig
 
-_CONFIG_FOLDER = pathlib.Path(__file__).parent / "configs"
+_CONFIG_FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def run(main: Callable[[], int | None], *, keep_programs: bool = True) -> NoReturn:

@@ -1,0 +1,1 @@
+"""Suites of `experiments.evaluate`: what is measured, and its report."""
