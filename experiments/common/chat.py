@@ -8,8 +8,9 @@ from absl import flags
 import fusedkv_jax as fkv
 from experiments.common import cli
 from fusedkv_jax.data import Tokenizer, chat
-from fusedkv_jax.data.chat import ChatTemplate
+from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
+from fusedkv_jax.data.tokenizers import ByteTokenizer
 from fusedkv_jax.generation import Rates, stream
 
 _HELP = "An empty line or the end of the input leaves, /reset begins a new conversation."
@@ -24,6 +25,19 @@ def define_flags() -> None:
     )
 
 
+def load_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate:
+    """The chat template of a file, or else the tokenizer's own.
+
+    Raises:
+      ValueError: the file cannot be read, or the tokenizer has none.
+    """
+    if file is not None:
+        return ChatTemplate(chat.read_text(cli.check_readable(file)), _special(tokenizer))
+    if isinstance(tokenizer, ByteTokenizer):  # its name is no path
+        raise ChatError("the byte tokenizer has no chat template; give --chat_template")
+    return chat.load_template(tokenizer.name)
+
+
 def converse(
     model: fkv.Decoder, tokenizer: Tokenizer, params: fkv.SamplingParams, settings: dict[str, Any]
 ) -> None:
@@ -32,12 +46,7 @@ def converse(
     Raises:
       ValueError: there is no chat template. What is wrong with a single message is printed.
     """
-    if flags.FLAGS.chat_template is not None:
-        template = ChatTemplate(
-            chat.read_text(cli.check_readable(flags.FLAGS.chat_template)), _special(tokenizer)
-        )
-    else:
-        template = chat.load_template(tokenizer.name)
+    template = load_template(tokenizer, flags.FLAGS.chat_template)
     system = flags.FLAGS.system
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)

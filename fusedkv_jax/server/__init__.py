@@ -5,6 +5,6 @@ uvicorn until it is told to end.
 """
 
 from fusedkv_jax.server.app import Server, Settings
-from fusedkv_jax.server.run import run
+from fusedkv_jax.server.run import listen, run
 
-__all__ = ["Server", "Settings", "run"]
+__all__ = ["Server", "Settings", "listen", "run"]

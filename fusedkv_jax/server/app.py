@@ -34,7 +34,7 @@ from fusedkv_jax.server.running import Running
 from fusedkv_jax.server.statistics import log_statistics
 
 if TYPE_CHECKING:
-    from fusedkv_jax.server.backend import AsyncEngine
+    from fusedkv_jax.serving import AsyncEngine
 
 _PAGE = pathlib.Path(__file__).with_name("page.html")
 _log = logging.getLogger(__name__)

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.server.backend import QueueFull
 from fusedkv_jax.server.errors import ApiError, overloaded
+from fusedkv_jax.serving import QueueFull
 
 if TYPE_CHECKING:
-    from fusedkv_jax.server.backend import AsyncEngine, Delta, Stream
     from fusedkv_jax.server.metrics import Metrics, Stopwatch
     from fusedkv_jax.server.running import Running
+    from fusedkv_jax.serving import AsyncEngine, Delta, Stream
 
 
 class Grown(NamedTuple):

@@ -10,10 +10,10 @@ import time
 from typing import TYPE_CHECKING
 
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.server.backend import QueueFull
+from fusedkv_jax.serving import QueueFull
 
 if TYPE_CHECKING:
-    from fusedkv_jax.server.backend import AsyncEngine
+    from fusedkv_jax.serving import AsyncEngine
 
 _PROBE = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
@@ -36,6 +36,8 @@ class Health:
     async def alive(self) -> bool:
         """Whether it makes tokens."""
         async with self._lock:
+            if not self._engine.alive:
+                return False
             if self._working():
                 return True
             with contextlib.suppress(TimeoutError):

@@ -10,7 +10,7 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from fusedkv_jax.server.backend import AsyncEngine
+    from fusedkv_jax.serving import AsyncEngine
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)

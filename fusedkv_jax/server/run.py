@@ -50,37 +50,42 @@ class _Uvicorn(uvicorn.Server):
             self.should_exit = True
 
 
-def run(server: Server, host: str, port: int, shutdown_timeout: float = 30.0) -> None:
-    """Serve. Returns after a signal, when what was asked has been answered.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can reach; port 0 takes a free one.
+
+    Raises:
+        ValueError: the address cannot be listened on.
+    """
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def run(server: Server, sock: socket.socket, shutdown_timeout: float = 30.0) -> None:
+    """Serve. Returns after SIGTERM or SIGINT, when what was asked has been answered.
 
     Args:
         server: to run.
-        host: address to listen on.
-        port: likewise; 0 takes a free one, which the log names.
+        sock: of `listen`.
         shutdown_timeout: seconds that requests have to finish after the signal; the rest are
             aborted, and their clients told so.
 
     Raises:
-        OSError: the address cannot be listened on.
+        RuntimeError: the server did not start; the log has the cause.
     """
     config = uvicorn.Config(
         server.app,
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=5,
     )
-    sock = _listen(host, port)
     _log.info("listening on http://%s:%d", *sock.getsockname()[:2])
     runner = _Uvicorn(config, server, shutdown_timeout)
     asyncio.run(runner.serve(sockets=[sock]))
     if not runner.started:
         raise RuntimeError("the server did not start; its log has the cause")
-
-
-def _listen(host: str, port: int):
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)

@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusedkv_jax.server.backend import AsyncEngine
+    from fusedkv_jax.serving import AsyncEngine
 
 
 class Running:

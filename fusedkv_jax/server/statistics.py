@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusedkv_jax.server.backend import AsyncEngine, EngineStats
+    from fusedkv_jax.serving import AsyncEngine, EngineStats
 
 _log = logging.getLogger(__name__)
 

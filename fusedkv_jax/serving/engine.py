@@ -225,7 +225,7 @@ class Engine:
     def _forget(self, request: Request) -> None:
         job, _ = self._outputs.pop(request)
         if not job.live:
-            del self._jobs[job.name]
+            self._jobs.pop(job.name, None)  # several outputs may end in one step
 
     def _failed(self, plan: StepPlan, error: Exception) -> Deltas:
         """End the jobs of a step that raised; if it took the pool along, others begin again."""

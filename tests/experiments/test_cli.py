@@ -174,6 +174,7 @@ _WAITING_FOR_JAX = {
     "evaluate",
     "generate",
     "prune",
+    "serve",
     "simulate",
     "tpu_slices",
 }

@@ -9,7 +9,7 @@ from fusedkv_jax.data.tokenizers import ByteTokenizer
 from fusedkv_jax.generation import SamplingParams
 from fusedkv_jax.generation.logprobs import Logprob
 from fusedkv_jax.generation.text import Detokenizer, StopTexts
-from fusedkv_jax.server.backend import Delta, EngineStats, QueueFull
+from fusedkv_jax.serving import Delta, EngineStats, QueueFull
 
 TEXT = "Grüße, 世界! 👩‍🚀 says <|hi|> and 日本語も、한국어도. END "
 PAGE = 16
@@ -60,11 +60,12 @@ class _Request:
 
 
 class FakeEngine:
-    """Attributes: `pause` seconds a step takes; `broken` raises in steps; `hung` stops them."""
+    """Attributes: `pause` seconds a step takes; `broken` raises in steps; `hung` stops them;
+    without `alive` the engine is dead."""
 
     def __init__(self, max_num_seqs: int = 8, queue: int = 64, pause: float = 0.0):
         self.model_name, self.tokenizer, self.max_length = "toy", ByteTokenizer(), 4096
-        self.pause, self.hung, self.broken = pause, False, False
+        self.pause, self.hung, self.broken, self.alive = pause, False, False, True
         self._most, self._bound = max_num_seqs, queue
         self._requests: dict[str, _Request] = {}
         self._seen: set[tuple[str, tuple[int, ...]]] = set()

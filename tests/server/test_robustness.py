@@ -195,18 +195,20 @@ def test_health_finds_an_engine_that_hangs():
         assert running.http.get("/health").status_code == 503
         assert running.http.get("/ready").status_code == 200
         assert running.idle()  # the token that did not come is given up
+        running.engine.hung = running.engine.alive = False
+        assert running.http.get("/health").status_code == 503
 
 
 # One process imports, and forks for each server.
 PROGRAM = """
 import logging, os, sys
-from fusedkv_jax.server import Server, run
+from fusedkv_jax.server import Server, listen, run
 from tests.server.fake import FakeEngine
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 for seconds in sys.argv[1:]:
     if not os.fork():
         print(os.getpid(), flush=True)
-        run(Server(FakeEngine(pause=0.002), None), "127.0.0.1", 0, float(seconds))
+        run(Server(FakeEngine(pause=0.002), None), listen("127.0.0.1", 0), float(seconds))
         sys.stdout.flush()
         os._exit(0)
     print("exit", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)

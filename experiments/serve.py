@@ -1,0 +1,122 @@
+"""Serve a model under the OpenAI API: python -m experiments.serve --workdir=DIR.
+
+The newest checkpoint of a training run, or --model=FOLDER|file.gguf. The routes
+are /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /health, /ready,
+/metrics, /version, and / with a page to chat in; names of flags are vLLM's. After SIGTERM it takes
+no new requests and waits for those that run. Needs the extra `serve`. Exit code 2 with one line for
+a mistake in the command.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from typing import Any
+
+from absl import flags
+
+from experiments.common import chat, cli, models
+from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
+from fusedkv_jax.serving import POLICIES, AsyncEngine, Engine, ServingSettings
+
+_log = logging.getLogger("fusedkv_jax.serve")
+_SETTINGS = (
+    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"),
+    *("gpu_memory_utilization", "host_pages", "cache_dtype", "enable_prefix_caching", "policy"),
+)
+_LIBRARIES = ("msgspec", "prometheus_client", "starlette", "uvicorn")
+
+
+def define_flags() -> None:
+    """Define the flags of the model, the engine, and the server."""
+    models.define_flags()
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.")
+    flags.DEFINE_integer("port", 8000, "Port to listen on; 0 takes a free one.", 0, 65535)
+    flags.DEFINE_string("served_model_name", None, "What clients call the model.")
+    flags.DEFINE_multi_string("api_key", [], "Key of a client; may be repeated. Others see it.")
+    flags.DEFINE_string(
+        "api_key_file", None, "Keys, one a line; with FUSEDKV_API_KEY none is on the command line."
+    )
+    flags.DEFINE_string("chat_template", None, "Jinja file; default the tokenizer's own.")
+    flags.DEFINE_integer("max_num_seqs", 64, "Requests in a step.", 1)
+    flags.DEFINE_integer("max_num_batched_tokens", 512, "Tokens in a step.", 1)
+    flags.DEFINE_integer("max_model_len", None, "Tokens of a request; default the model's.", 1)
+    flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
+    flags.DEFINE_integer("num_pages", None, "Pages of the cache; default what memory holds.", 1)
+    flags.DEFINE_float("gpu_memory_utilization", 0.9, "Part of the device's memory to use.")
+    flags.DEFINE_integer("host_pages", 0, "Pages of a second pool in host memory.", 0)
+    flags.DEFINE_string("cache_dtype", None, "Storage type of the cache; default the model's.")
+    flags.DEFINE_bool("enable_prefix_caching", True, "Share pages of prompts that begin alike.")
+    flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "Who comes first.")
+    flags.DEFINE_integer("max_queued", 1024, "Requests that may wait; further ones get a 503.", 1)
+    flags.DEFINE_integer("max_queued_tokens", None, "Tokens of their prompts; default any.", 1)
+    flags.DEFINE_integer("max_body_bytes", 8 << 20, "Bytes of a request.", 1)
+    flags.DEFINE_float("shutdown_timeout", 30.0, "Seconds to finish requests in at the end.", 0.0)
+
+
+def main() -> None:
+    if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{missing[0]} is missing; install fusedkv_jax with its extra 'serve'")
+    from fusedkv_jax.server import Server, Settings, listen, run
+
+    values = flags.FLAGS
+    chosen: dict[str, Any] = {name: values[name].value for name in _SETTINGS}
+    settings = ServingSettings(**chosen)
+    limits = Settings(api_keys=_keys(), max_body_bytes=values.max_body_bytes)
+    sock = listen(values.host, values.port)  # before the model is read
+    loaded = models.load()
+    tokenizer = tokenizers.load(loaded.config.data.tokenizer)
+    template = _template(tokenizer)
+    engine = Engine(loaded.model, tokenizer, settings)
+    _log_to_stderr()
+    _log.info("%s: compiling", loaded.title)
+    _log.info("%d programs are compiled", engine.warm_up())
+    front = AsyncEngine(
+        engine,
+        model_name=values.served_model_name or loaded.config.name,
+        max_queued=values.max_queued,
+        max_queued_tokens=values.max_queued_tokens,
+    )
+    run(Server(front, template, limits), sock, values.shutdown_timeout)
+
+
+def _log_to_stderr() -> None:
+    """Show our own log; libraries' warnings go where they went."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("fusedkv_jax")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _keys() -> list[str]:
+    """Keys of the command line, the file and the environment. Raises ValueError."""
+    keys = list(flags.FLAGS.api_key)
+    if flags.FLAGS.api_key_file is not None:
+        path = cli.check_readable(flags.FLAGS.api_key_file)
+        found = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        if not found:
+            raise ValueError(f"{path}: there is no key in it; write one a line")
+        keys += found
+    if key := os.environ.get("FUSEDKV_API_KEY"):
+        keys.append(key)
+    return keys
+
+
+def _template(tokenizer: tokenizers.Tokenizer) -> ChatTemplate | None:
+    """The chat template; None, and a line that says why, for a model without one."""
+    file = flags.FLAGS.chat_template
+    try:
+        return chat.load_template(tokenizer, file)
+    except ChatError as error:
+        if file is not None:
+            raise
+        print(f"/v1/chat/completions will refuse requests: {error}", file=sys.stderr)
+        return None
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
