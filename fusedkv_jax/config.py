@@ -228,6 +228,8 @@ class ModelConfig:
             _check_mla_layout(self.kv_layout)
             _check_mla_block(self)
         _check_ropes(self)
+        if self.attention != "auto":
+            _check_attention(self.attention)
 
     def _resolve_heads(self) -> None:
         if self.num_kv_heads is None:
@@ -403,6 +405,15 @@ def _check_ropes(config: ModelConfig) -> None:
                 f"layer {i} weights key channels in rotary pairs, and rope.fraction is not 1;"
                 " use weights of scalars or heads"
             )
+
+
+def _check_attention(name: str) -> None:
+    from pallas_kernels import choice  # loads JAX, without which most configurations are made
+
+    try:
+        choice.check_name(name)
+    except ValueError as error:
+        raise ConfigError(f"attention={name!r}: {error}") from None
 
 
 def _check_mla_layout(layout: KVLayout) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedkv_jax.config import ConfigError, MLAConfig, ModelConfig, RopeConfig
 from fusedkv_jax.layouts import KVLayout
+from fusedkv_jax.validation import check_type
 
 
 def _paper(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> dict[str, Any]:
@@ -155,6 +156,7 @@ def get(name: str, layout: str | KVLayout = "fusedkv", **overrides: Any) -> Mode
         ConfigError: unknown preset or field (the nearest are suggested), or a refused value.
         LayoutError: the layout is unknown or does not fit.
     """
+    check_type("name", name, str, ConfigError)
     if name not in _PRESETS:
         near = difflib.get_close_matches(name, list(_PRESETS), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(names())}"

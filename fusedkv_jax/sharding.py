@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from fusedkv_jax.mesh import AXES as AXES
 from fusedkv_jax.mesh import MeshConfig as MeshConfig
 from fusedkv_jax.mesh import MeshError as MeshError
+from fusedkv_jax.validation import check_kind
 
 # Logical axis -> mesh axes. An axis whose size they do not divide stays whole.
 RULES: dict[str | None, tuple[str, ...]] = {
@@ -58,6 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       MeshError: its axes do not multiply to the number of devices, or do not lie along those of a
         TPU slice.
     """
+    check_kind("config", config, MeshConfig, "a MeshConfig", MeshError)
     devices = jax.devices() if devices is None else list(devices)
     if config.devices is not None:
         if config.devices > len(devices):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ def validate(
     *,
     least: Mapping[str, int] | None = None,
     above: Mapping[str, float] | None = None,
+    prefix: str = "",
 ) -> None:
     """Refuse a field whose value is not of its annotated type, not finite, or out of bounds.
 
@@ -34,18 +36,35 @@ def validate(
         error: what is raised; its message names the field, the value and what to use.
         least: smallest value of whole numbers.
         above: what numbers must exceed.
+        prefix: what the message puts before a field's name, such as `train.`.
     """
     bounds = {name: f" of at least {bound}" for name, bound in (least or {}).items()}
     bounds |= {name: f" above {bound}" for name, bound in (above or {}).items()}
     for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
         advice = _advice(hint, value, bounds.get(name, ""))
-        if advice is None and type(value) in (int, float):
+        if advice is None and _is_number(value):
             low = (least or {}).get(name, -math.inf)
             if value < low or value <= (above or {}).get(name, -math.inf):
                 advice = f"use {_describe(hint, bounds[name])}"
         if advice:
-            raise error(f"{name}={value!r}; {advice}")
+            raise error(f"{prefix}{name}={value!r}; {advice}")
+
+
+def check_count(
+    name: str, value: Any, error: type[ValueError] = ValueError, least: int = 1
+) -> None:
+    """Refuse what is not a whole number (NumPy's included) of at least `least`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
+        raise error(f"{name}={value!r}; use a whole number of at least {least}")
+
+
+def check_kind(
+    name: str, value: Any, kind: type, remedy: str, error: type[ValueError] = ValueError
+) -> None:
+    """Refuse what is not an instance of a class; the message says what to pass instead."""
+    if not isinstance(value, kind):
+        raise error(f"{name} is {type(value).__name__}; pass {remedy}")
 
 
 def check_type(name: str, value: Any, hint: Any, error: type[ValueError]) -> None:
@@ -110,10 +129,15 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint is Any:
         return True
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return _is_number(value) and math.isfinite(value)
     if hint in (int, bool, str):
         return type(value) is hint
     return isinstance(value, hint)
+
+
+def _is_number(value: Any) -> bool:
+    """An int or a float, of which NumPy's float64 is one; a bool is neither."""
+    return type(value) is int or isinstance(value, float)
 
 
 def _fit_all(hints: tuple[Any, ...], values: tuple[Any, ...]) -> bool:

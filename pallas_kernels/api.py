@@ -82,6 +82,7 @@ def attention(
     keys, values = checks.sources("keys", keys), checks.sources("values", values)
     checks.fit(q, keys, values)
     checks.scores(window, softcap, scale)
+    checks.flags(causal=causal, return_residuals=return_residuals)
     if (q_segment_ids is None) != (kv_segment_ids is None):
         missing = "q_segment_ids" if q_segment_ids is None else "kv_segment_ids"
         raise ValueError(f"{missing} is None; give segment ids for queries and keys, or neither")
@@ -94,7 +95,7 @@ def attention(
         kv_positions=checks.integers("kv_positions", kv_positions, (batch, length)),
         q_segment_ids=checks.integers("q_segment_ids", q_segment_ids, queries),
         kv_segment_ids=checks.integers("kv_segment_ids", kv_segment_ids, (batch, length)),
-        kv_lengths=checks.integers("kv_lengths", kv_lengths, (batch,)),
+        kv_lengths=checks.lengths(kv_lengths, batch, length),
     )
     weights = (
         checks.weights("key_weights", key_weights, "keys", len(keys), keys[0].shape[2:]),

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized
@@ -14,11 +16,13 @@ from pallas_kernels.stacked import Stacked
 
 def sources(name, given):
     """A tuple of float arrays, `Quantized`, `Stacked` or `PagedStream` of one shape."""
-    if hasattr(given, "shape") or not len(given):
+    if not isinstance(given, tuple | list) or not given:
         raise ValueError(f"{name} must be a non-empty tuple of [B, S, K, H] arrays")
     stored = (Quantized, Stacked, PagedStream)
     given = tuple(x if isinstance(x, stored) else jnp.asarray(x) for x in given)
     for index, source in enumerate(given):
+        if isinstance(source, Quantized | Stacked):
+            source.check_present(f"{name}[{index}]")
         if source.ndim != 4:
             raise ValueError(f"{name}[{index}] has shape {source.shape}; it must be [B, S, K, H]")
         if isinstance(source, stored):
@@ -46,8 +50,23 @@ def fit(q, keys, values):
         )
 
 
+def floats(name, given):
+    """Refuses what is no array of floats."""
+    if not hasattr(given, "ndim") or not jnp.issubdtype(given.dtype, jnp.floating):
+        what = getattr(given, "dtype", type(given).__name__)
+        raise ValueError(f"{name} is {what}; it must be a float array")
+
+
+def flags(**given):
+    """Refuses what is neither True nor False, such as a text."""
+    for name, value in given.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name} is {value!r}; it must be True or False")
+
+
 def queries(q, shape, name):
     """Float queries [B, T, N, H] for keys of B, K, H = `shape` in the argument `name`."""
+    floats("q", q)
     if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q is {q.dtype} of shape {q.shape}; it must be a float [B, T, N, H]")
     batch, heads, size = shape
@@ -99,15 +118,28 @@ def integers(name, array, shape) -> Any:
     return array.astype(jnp.int32)
 
 
+def lengths(array, batch, most) -> Any:
+    """int32 numbers of keys [B], 0 to `most` where they are known, or None."""
+    array = integers("kv_lengths", array, (batch,))
+    if array is None or isinstance(array, Tracer):
+        return array
+    known = np.asarray(array)
+    outside = known[(known < 0) | (known > most)]
+    if outside.size:
+        raise ValueError(f"kv_lengths holds {outside[0]}; it must be from 0 to S = {most}")
+    return array
+
+
 def scores(window, softcap, scale=None):
     """The numbers that shape the scores."""
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None for no window")
-    if window is not None and window != int(window):
-        raise ValueError(f"window is {window}; it must be a whole number, or None for no window")
+    number = isinstance(window, int | float | np.integer) and not isinstance(window, bool)
+    if window is not None and not (number and 1 <= window < math.inf and window == int(window)):
+        raise ValueError(
+            f"window is {window}; it must be a whole number of at least 1, or None for no window"
+        )
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
 
 

@@ -177,6 +177,17 @@ def load(name: str, form: str) -> Callable:
     return function
 
 
+def check_name(implementation: Any) -> None:
+    """Raises ValueError unless it names an implementation, or is "auto"."""
+    known = ("auto", *MODULES)
+    if implementation not in known:
+        near = difflib.get_close_matches(str(implementation), known, n=2, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be one of {', '.join(known)}{hint}"
+        )
+
+
 def run(
     implementation: str, form: str, describe: Callable[[], CallTraits], arguments, options
 ) -> Any:
@@ -187,13 +198,7 @@ def run(
       NotImplementedError: the named implementation refuses the call, or with "auto" all do.
     """
     if implementation != "auto":
-        if implementation not in MODULES:
-            known = ("auto", *MODULES)
-            near = difflib.get_close_matches(str(implementation), known, n=2, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(
-                f"implementation is {implementation!r}; it must be one of {', '.join(known)}{hint}"
-            )
+        check_name(implementation)
         return _call(implementation, form, arguments, options)
     refusals = []
     for name in candidates(describe()):

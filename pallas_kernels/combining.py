@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import checks
+
 Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
 
@@ -26,6 +28,9 @@ def combine(parts: Sequence[Part]) -> Part:
     """
     if not parts:
         raise ValueError("parts is empty; it must be a sequence of (out, lse) pairs")
+    for index, part in enumerate(parts):
+        for name, array in zip(("out", "lse"), part, strict=True):
+            checks.floats(f"parts[{index}], {name},", array)
     outs, lses = zip(*parts, strict=True)
     for index, (out, lse) in enumerate(parts):
         if out.shape != outs[0].shape or lse.shape != outs[0].shape[:3]:

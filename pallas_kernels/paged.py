@@ -62,10 +62,12 @@ class Pages:
             "value_size": value_size,
         }
         for name, size in sizes.items():
-            if not isinstance(size, (int, np.integer)) or size < 1:
+            whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+            if not whole or size < 1:
                 raise ValueError(f"{name} is {size}; it must be a whole number of at least 1")
         width = num_keys * key_size + num_values * value_size
         lead = (num_pages, num_kv_heads, page_size)
+        _check_stored("dtype", dtype)
         scales = None
         if jnp.dtype(dtype).itemsize == 1:
             scales = jnp.zeros((*lead, num_keys + num_values), jnp.float32)
@@ -127,6 +129,7 @@ class Pages:
                 f"keys and values have {len(keys)} and {len(values)} streams; these pages hold "
                 f"{self.num_keys} and {self.num_values}"
             )
+        self._check_streams(keys, values, page_table, positions)
         self._check_write(page_table, positions)
         pages, slots = self._places(page_table, positions)
         # Heads are indexed, not sliced: with a slice between two indices a TPU turns all pages
@@ -152,6 +155,27 @@ class Pages:
         # Beyond the pages a write is dropped, while a negative index would count from the end.
         pages = jnp.where(inside & (pages >= 0), pages, self.num_pages)
         return pages, positions % self.page_size
+
+    def _check_streams(self, keys, values, page_table, positions):
+        """Refuses arrays that are not of the shapes of the pages, the table or each other."""
+        for name, array in (("page_table", page_table), ("positions", positions)):
+            shape, dtype = jnp.shape(array), getattr(array, "dtype", None)
+            if len(shape) != 2 or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+                raise ValueError(f"{name} is {dtype} of shape {shape}; it must be int32 [B, ...]")
+        if page_table.shape[0] != positions.shape[0]:
+            raise ValueError(
+                f"page_table has {page_table.shape[0]} rows; positions have {positions.shape[0]}"
+            )
+        lead = (*positions.shape, self.num_kv_heads)
+        for name, streams, size in (
+            ("keys", keys, self.key_size),
+            ("values", values, self.value_size),
+        ):
+            for i, stream in enumerate(streams):
+                if stream is not None and jnp.shape(stream) != (*lead, size):
+                    raise ValueError(
+                        f"{name}[{i}] has shape {jnp.shape(stream)}; it must be {(*lead, size)}"
+                    )
 
     def _check_write(self, page_table, positions):
         """Refuses tokens without a page, where tokens and table are known."""
@@ -179,18 +203,27 @@ class Pages:
             raise ValueError(
                 f"pages.data has shape {self.data.shape}; it must be [pages, K, page_size, {width}]"
             )
+        _check_stored("pages.data", self.data.dtype)
         eight = str(self.data.dtype) in EIGHT_BIT
-        if not eight and not jnp.issubdtype(self.data.dtype, jnp.floating):
-            raise ValueError(
-                f"pages.data is {self.data.dtype}; it must be a float type or one of "
-                f"{', '.join(EIGHT_BIT)}"
-            )
         if eight != (self.scales is not None):
             need = "needs scales" if eight else "takes no scales"
             raise ValueError(f"pages.scales is {self.scales}; {self.data.dtype} data {need}")
         expected = (*self.data.shape[:3], self.num_keys + self.num_values)
         if self.scales is not None and self.scales.shape != expected:
             raise ValueError(f"pages.scales has shape {self.scales.shape}; it must be {expected}")
+
+
+def _check_stored(name, dtype):
+    """Pages hold floats of 16 bits and more as they are, and numbers of 8 bits with scales."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    wide = found is not None and found.itemsize > 1 and jnp.issubdtype(found, jnp.floating)
+    if not wide and str(found) not in EIGHT_BIT:
+        raise ValueError(
+            f"{name} is {dtype}; it must be a float type or one of {', '.join(EIGHT_BIT)}"
+        )
 
 
 jax.tree_util.register_dataclass(
@@ -235,7 +268,7 @@ def paged_attention(
       NotImplementedError: differentiated, or the implementation cannot serve the call.
     """
     table, lengths = _check(q, pages, page_table, kv_lengths)
-    checks.scores(window, softcap)
+    checks.scores(window, softcap, scale)
     heads = pages.num_kv_heads
     weights = (
         checks.weights("key_weights", key_weights, "keys", pages.num_keys, (heads, pages.key_size)),
@@ -270,6 +303,7 @@ def _check(q, pages, page_table, kv_lengths):
     if not isinstance(pages, Pages):
         raise ValueError(f"pages is a {type(pages).__name__}; it must be a Pages")
     pages.check()
+    checks.floats("q", q)
     checks.queries(q, (q.shape[0], pages.num_kv_heads, pages.key_size), "pages")
     batch, size = q.shape[0], pages.page_size
     if jnp.ndim(page_table) != 2 or page_table.shape[0] != batch:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 EIGHT_BIT = ("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz")
@@ -93,13 +94,22 @@ class Quantized:
         zero = None if self.zero is None else cut(self.zero, group)
         return Quantized(cut(self.data, 1), cut(self.scale, group), zero)
 
+    def check_present(self, name: str) -> None:
+        """Raises ValueError, naming the argument, where codes or scales are no such arrays."""
+        for part in ("data", "scale"):
+            if getattr(getattr(self, part), "ndim", 0) < 3:
+                raise ValueError(f"{name}.{part} is no array [B, S, K, ...]; quantize() makes both")
+
     def check(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the arrays do not fit each other."""
+        self.check_present(name)
         known = (*EIGHT_BIT, "uint8")
         if str(self.data.dtype) not in known:
             raise ValueError(
                 f"{name}.data is {self.data.dtype}; it must be one of {', '.join(known)}"
             )
+        if not jnp.issubdtype(self.scale.dtype, jnp.floating):
+            raise ValueError(f"{name}.scale is {self.scale.dtype}; it must be a float array")
         *batch, length, heads, size = self.shape
         *rest, groups, scale_heads, channels = self.scale.shape
         fits = (rest, scale_heads) == (batch, heads) and groups > 0 and channels > 0
@@ -151,6 +161,11 @@ def quantize(
     Raises:
       ValueError: an unknown dtype, or groups that do not divide the axis.
     """
+    if getattr(x, "ndim", 0) < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = f"{x.dtype} of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__
+        raise ValueError(f"x is {what}; it must be a float [..., S, K, H]")
+    if not jnp.issubdtype(scale_dtype, jnp.floating):
+        raise ValueError(f"scale_dtype is {scale_dtype}; it must be a float type")
     *batch, length, heads, size = x.shape
     channel_group = size if channel_group is None else channel_group
     _check_groups(dtype, x.shape, token_group, channel_group)
@@ -197,7 +212,8 @@ def _check_groups(dtype, shape, token_group, channel_group):
         ("token_group", token_group, "S", length),
         ("channel_group", channel_group, "H", size),
     ):
-        if group < 1 or count % group:
+        whole = isinstance(group, (int, np.integer)) and not isinstance(group, bool)
+        if not whole or group < 1 or count % group:
             raise ValueError(f"{name} is {group}; it must divide {axis} = {count}")
     if dtype == "int4" and size % 2:
         raise ValueError(f"x has H = {size}; int4 packs two channels a byte and needs an even H")

@@ -52,6 +52,11 @@ class Stacked:
         data = self._cut(self.data).reshape(self.shape)
         return data if self.scale is None else Quantized(data, self._cut(self.scale)[..., None])
 
+    def check_present(self, name: str) -> None:
+        """Raises ValueError, naming the argument, where the data is no such array."""
+        if getattr(self.data, "ndim", 0) != 4:
+            raise ValueError(f"{name}.data is no array [P, B, S, K * H]")
+
     def check(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the arrays do not fit each other."""
         if self.data.ndim != 4 or self.head_size < 1 or self.data.shape[3] % self.head_size:

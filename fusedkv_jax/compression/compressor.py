@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fusedkv_jax import validation
 from fusedkv_jax.cache import KiviStore, KVCache, unstacked
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
@@ -158,6 +159,13 @@ def check_count(compressor: Compressor, *names: str, least: int = 1) -> None:
             raise CompressionError(
                 f"{compressor.title}: {name}={value!r}; use a whole number of at least {least}"
             )
+
+
+def check_flags(compressor: Compressor, *names: str) -> None:
+    """Raises CompressionError unless the fields are True or False."""
+    for name in names:
+        title = f"{compressor.title}: {name}"
+        validation.check_type(title, getattr(compressor, name), bool, CompressionError)
 
 
 def check_choice(compressor: Compressor, name: str, choices: tuple[Any, ...]) -> None:

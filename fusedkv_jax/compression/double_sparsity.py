@@ -75,6 +75,10 @@ class DoubleSparsity(Compressor):
         check_count(self, "budget", "group_factor")
         check_count(self, "dense_layers", least=0)
         check_choice(self, "mode", get_args(Mode))
+        if self.channels is not None and np.ndim(self.channels) != 3:
+            raise CompressionError(
+                f"Double Sparsity: channels={self.channels!r}; use what `calibrate` returns"
+            )
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)

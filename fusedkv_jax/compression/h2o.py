@@ -26,7 +26,13 @@ from fusedkv_jax.cache import (
     take_tokens,
 )
 from fusedkv_jax.compression import scoring
-from fusedkv_jax.compression.compressor import CompressionError, Compressor, Prompt, check_count
+from fusedkv_jax.compression.compressor import (
+    CompressionError,
+    Compressor,
+    Prompt,
+    check_count,
+    check_flags,
+)
 from fusedkv_jax.compression.token_sets import (
     merged,
     read_keys,
@@ -65,6 +71,7 @@ class H2O(Compressor):
 
     def __post_init__(self) -> None:
         check_count(self, "budget")
+        check_flags(self, "decode_scores")
         if self.recent is None:
             object.__setattr__(self, "recent", self.budget // 2)
         check_count(self, "recent", least=0)

@@ -24,7 +24,7 @@ from fusedkv_jax.cache import (
     storage_of,
     write,
 )
-from fusedkv_jax.compression.compressor import CompressionError, Compressor, Prompt
+from fusedkv_jax.compression.compressor import CompressionError, Compressor, Prompt, check_flags
 from fusedkv_jax.compression.merging import merge, restore
 from fusedkv_jax.compression.token_sets import merged, storages
 from fusedkv_jax.config import ModelConfig
@@ -68,6 +68,7 @@ class MiniCache(Compressor):
             raise CompressionError(f"MiniCache: share={self.share!r}; use 0 to 1")
         if self.start is not None and (type(self.start) is not int or self.start < 0):
             raise CompressionError(f"MiniCache: start={self.start!r}; use a layer, or None")
+        check_flags(self, "per_head")
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)

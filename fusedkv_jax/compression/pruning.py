@@ -25,8 +25,10 @@ from fusedkv_jax.cache import KVCache, unstacked
 from fusedkv_jax.compression.compressor import CompressionError
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Mixing, Stream
 from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.model.checks import check_integers
 from fusedkv_jax.model.mixing import chains
 from fusedkv_jax.model.transform import relayout
+from fusedkv_jax.validation import check_kind
 
 StreamName = tuple[Kind, int]
 Kept = dict[StreamName, tuple[int, ...]]  # places, among a stream's sources, of those that stay
@@ -106,6 +108,8 @@ def prune_sources(
     Raises:
         CompressionError: a budget below 1, a group below 1, or a layout that fuses nothing.
     """
+    check_kind("model", model, Decoder, "a Decoder", CompressionError)
+    check_integers("calibration", calibration, "B T")
     for name, value in (("budget", budget), ("group", group)):
         if not value >= 1:
             raise CompressionError(f"{name}={value}; use at least 1")

@@ -35,7 +35,7 @@ def parse(spec: str) -> compression.Compressor:
         raise compression.CompressionError(
             f"compressor={spec!r}; use text such as snapkv:budget=64"
         )
-    name, _, text = spec.partition(":")
+    name, colon, text = spec.partition(":")
     if name not in _REGISTRY:
         raise compression.CompressionError(
             f"unknown compressor {name!r}{_nearest(name, list(_REGISTRY))}"
@@ -44,7 +44,7 @@ def parse(spec: str) -> compression.Compressor:
     # What calibration finds is no text.
     known = [f.name for f in dataclasses.fields(found) if f.name != "channels"]
     options = {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if colon else ():
         field, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise compression.CompressionError(

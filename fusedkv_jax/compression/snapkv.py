@@ -40,7 +40,7 @@ class SnapKV(Compressor):
     `kernel` neighbors and averaged over the query heads of a KV head; those last tokens stay.
 
     Attributes:
-        budget: tokens to keep of a prompt.
+        budget: tokens to keep of a prompt; no more than `window` are the last ones.
         window: last tokens, which score the others.
         kernel: neighbors in the pooling, itself included.
         pooling: `max` or `average`.
@@ -130,7 +130,7 @@ class PyramidKV(SnapKV):
         beta: the top layer keeps about a `beta`-th of the mean.
 
     Raises:
-        CompressionError: a field is out of range, or the budget leaves nothing besides the window.
+        CompressionError: a field is out of range.
     """
 
     window: int = 8

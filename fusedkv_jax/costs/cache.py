@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from fusedkv_jax.cache import EIGHT_BITS, check_int4, kivi, storage_type
 from fusedkv_jax.cache.storage import SCALE_TYPE
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.costs.visible import visible_to_last
 from fusedkv_jax.layouts import KINDS, Kind
 
@@ -20,6 +21,7 @@ def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") ->
     Windowed streams are among them, though they stop growing at their window (`cache_bytes`).
     With int4 it is what a token comes to once it is quantized.
     """
+    check(config)
     total = 0
     for kind in KINDS:
         for i in config.kv_layout.cached(kind):
@@ -38,6 +40,7 @@ def cache_bytes(
     A stream keeps `length` tokens, or the last W if all its readers are windowed. With int4 it
     keeps 160 exact tokens beside the quantized ones, or all of them exact if it is no longer.
     """
+    check(config, batch_size=batch_size, length=length)
     layout, total = config.kv_layout, 0
     for kind in KINDS:
         for i in layout.cached(kind):
@@ -62,6 +65,7 @@ def decode_cache_reads(config: ModelConfig, length: int, dtype: DTypeLike = "bfl
         length: tokens in the cache, the decoded one included.
         dtype: of the cache.
     """
+    check(config, length=length)
     layout, total = config.kv_layout, 0
     for i in range(layout.num_layers):
         visible = visible_to_last(layout, i, length)

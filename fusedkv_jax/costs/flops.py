@@ -9,6 +9,7 @@ norms, rotations, softmax, activations and what rematerialization computes twice
 from __future__ import annotations
 
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.costs.parameters import matrices
 from fusedkv_jax.costs.visible import visible_to_all, visible_to_any, visible_to_last
 from fusedkv_jax.layouts import KINDS
@@ -21,6 +22,7 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
     where it costs what a decoded token does. A cyclic layout iterates each of its groups as often
     as its parallel form has passes, or as the prompt has tokens if those are fewer.
     """
+    check(config, length=length)
     layout = config.kv_layout
     iterations = min(sum(layout.passes), length)
     total = _head(config)
@@ -40,6 +42,7 @@ def decode_flops(config: ModelConfig, length: int) -> int:
         config: the model.
         length: tokens in the cache, the decoded one included.
     """
+    check(config, length=length)
     layers = range(config.num_layers)
     return _head(config) + sum(last_row_flops(config, i, length) for i in layers)
 
@@ -50,6 +53,7 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     Forward and backward, which costs twice as much: model FLOPs, as MFU wants them. A cyclic
     layout goes forward through each pass once and backward through the last ones only.
     """
+    check(config, length=length)
     layout = config.kv_layout
     without, with_gradient = layout.passes
     total = 3 * length * _head(config)

@@ -6,6 +6,7 @@ import collections
 import math
 
 from fusedkv_jax.config import MLAConfig, ModelConfig
+from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.layouts import KINDS, Kind, LayerKV, Stream
 
 
@@ -22,6 +23,7 @@ def parameter_breakdown(config: ModelConfig) -> dict[str, int]:
         the down-projections and `latent_up` for the up-projections instead); `outputs` of
         attention; `feed_forward`; `norms`; `mixing` (learned weights of fusions and residuals).
     """
+    check(config)
     parts = collections.Counter(embedding=config.vocab_size * config.d_model)
     parts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.d_model
     for layer in config.kv_layout.layers:

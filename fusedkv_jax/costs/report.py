@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from fusedkv_jax import layouts
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.costs.cache import cache_bytes, cache_bytes_per_token, decode_cache_reads
 from fusedkv_jax.costs.flops import decode_flops, prefill_flops, train_flops_per_token
 from fusedkv_jax.costs.parameters import parameter_count
@@ -25,8 +26,7 @@ def summary(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> 
     Raises:
         ValueError: length below 1, or an unknown dtype.
     """
-    if length < 1:
-        raise ValueError(f"length={length}; use at least 1")
+    check(config, length=length)
     ordinary = config.replace(layout=layouts.ordinary(config.num_layers))
     mha = ordinary.replace(mla=None, num_kv_heads=config.num_heads)
     cache = cache_bytes(config, 1, length, dtype)

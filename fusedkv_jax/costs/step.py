@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.costs.cache import cache_bytes_per_token, token_bytes
 from fusedkv_jax.costs.flops import last_row_flops
 from fusedkv_jax.costs.parameters import matrices, parameter_count
@@ -80,6 +81,7 @@ class StepCosts:
         Raises:
             ValueError: a cyclic layout, whose prompts cannot be cut into chunks.
         """
+        check(config)
         layout = config.kv_layout
         if layout.is_cyclic:
             raise ValueError(

@@ -142,6 +142,8 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise ChatError(f"message {number} is {message!r}; use {{'role': ..., 'content': ...}}")
         if "content" not in message:
             raise ChatError(f"message {number} has no content")
+        if not isinstance(message["content"], str | list | tuple | None):
+            raise ChatError(f"message {number} has content={message['content']!r}; use text")
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

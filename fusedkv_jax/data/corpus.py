@@ -13,6 +13,7 @@ from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.encoding import document_tokens
 from fusedkv_jax.data.packing import TokenizedDocuments
 from fusedkv_jax.data.recall import RecallSequences
+from fusedkv_jax.validation import check_kind
 
 # Enough to keep the tokenizer's threads busy, and no more than fits beside one large text.
 _TEXTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 2**22
@@ -80,6 +81,7 @@ def load_corpus(config: DataConfig) -> Corpus:
       ValueError: nothing to read, a file that cannot be read, or shards made with another
         tokenizer; the message names the file.
     """
+    check_kind("config", config, DataConfig, "a DataConfig")
     tokenizer = tokenizers.load(config.tokenizer)
     if config.source == sources.RECALL:
         sizes = {"vocab_size": tokenizer.vocab_size, "seq_len": config.seq_len}

@@ -14,7 +14,9 @@ from jaxtyping import Array
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax.model.checks import check_integers
 from fusedkv_jax.training import sum_cross_entropy
+from fusedkv_jax.validation import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ def at_length(
       ValueError: texts longer than the model's context, or none that count.
     """
     model = fold_fusion(model)
+    check_integers("texts", texts, "B T+1")
+    check_count("chunk", chunk)
     size, length = texts.shape[0], texts.shape[1] - 1
     if not 1 <= length <= model.config.max_length:
         raise ValueError(

@@ -163,9 +163,10 @@ def warm_up(
     check_whole("max_length", max_length, 2)
     check_whole("stream_interval", stream_interval, 1)
     engine = _engine(model, None, settings)
+    check_whole("max_length", max_length, 2, model.config.max_length)
     greedy = SamplingParams(temperature=0.0)
     rows = _powers(1, engine.settings.batch_size)
-    totals = _powers(SHORTEST_BUCKET, min(max_length, model.config.max_length))
+    totals = _powers(SHORTEST_BUCKET, max_length)
     buckets = 0
     for total in totals:
         for size in _powers(SHORTEST_BUCKET, total):

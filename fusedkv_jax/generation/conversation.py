@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from fusedkv_jax.data.chat import ChatTemplate, Message
+from fusedkv_jax.data.chat import ChatError, ChatTemplate, Message
 from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.generation.api import generate
 from fusedkv_jax.generation.params import SamplingParams
@@ -13,6 +13,7 @@ from fusedkv_jax.generation.requests import OnError
 from fusedkv_jax.generation.results import Completion
 from fusedkv_jax.generation.settings import Settings, takes_settings
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.validation import check_kind
 
 
 @takes_settings
@@ -44,7 +45,17 @@ def chat(
     Raises:
         ChatError: the template refuses a conversation. PromptError: as `generate`.
     """
+    check_kind(
+        "template", template, ChatTemplate, "ChatTemplate(...), or load_template(folder)", ChatError
+    )
+    if isinstance(conversations, Mapping | str) or not isinstance(conversations, Sequence):
+        raise ChatError(
+            f"conversations={conversations!r}; pass a list of messages, or a list of such lists"
+        )
     if conversations and isinstance(conversations[0], Mapping):
         conversations = [conversations]  # type: ignore[list-item]
+    for number, messages in enumerate(conversations):
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise ChatError(f"conversation {number} is {messages!r}; pass a list of messages")
     prompts = [encode_chat(tokenizer, template, list(messages)) for messages in conversations]  # type: ignore[arg-type]
     return generate(model, prompts, params, tokenizer=tokenizer, on_error=on_error, **settings)

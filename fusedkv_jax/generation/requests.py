@@ -202,6 +202,13 @@ def _request(
         ("has in logit_bias", biased),
     ):
         _check_ids(config, number, name, tokens)
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name)
+        if count is not None and count > config.vocab_size:
+            raise PromptError(
+                f"has {name}={count}; the vocabulary has {config.vocab_size}, use -1 for all of it",
+                number,
+            )
     for name in ("stop", "bad_words"):
         texts = getattr(params, name)
         if texts and codec.tokenizer is None:
@@ -232,8 +239,14 @@ def _tokens(number: int, prompt: Any, codec: Codec) -> tuple[int, ...]:
             ) from None
         prompt = codec.encode(prompt)
     if hasattr(prompt, "dtype"):
-        prompt = np.asarray(prompt).ravel().tolist()
+        prompt = np.asarray(prompt)
+        if prompt.ndim != 1:
+            shape = prompt.shape
+            raise PromptError(f"is an array of shape {shape}; pass one row of token ids", number)
+        prompt = prompt.tolist()
     try:
+        if any(isinstance(token, bool | np.bool_) for token in prompt):
+            raise TypeError("a bool is no token")
         return tuple(operator.index(token) for token in prompt)
     except TypeError:
         raise PromptError("is neither a text nor a list of token ids", number) from None

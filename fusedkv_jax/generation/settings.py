@@ -20,6 +20,7 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.parts import Parts
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.validation import check_kind
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -178,11 +179,12 @@ def _check_kind(name: str, value: Any, kind: type, remedy: str) -> None:
 
 def check_model(model: Any) -> None:
     """Raises ValueError unless it is a model."""
-    if not isinstance(model, Decoder):
-        raise ValueError(
-            f"model is {type(model).__name__}; pass a Decoder, such as the one of"
-            " fusedkv_jax.training.load_model(workdir)"
-        )
+    check_kind(
+        "model",
+        model,
+        Decoder,
+        "a Decoder, such as the one of fusedkv_jax.training.load_model(workdir)",
+    )
 
 
 def takes_settings(function: Callable[P, R]) -> Callable[P, R]:

@@ -33,6 +33,7 @@ from fusedkv_jax.model.early_exit import (
     verify_draft,
 )
 from fusedkv_jax.model.transform import split_at
+from fusedkv_jax.validation import validate
 
 _DRAFT, _ACCEPT, _REPLACE = range(3)  # purposes of the draws of one position
 
@@ -73,6 +74,7 @@ class SelfSpeculation:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
+        validate(self, ValueError)
         if self.exit_layer is not None and self.exit_layer < 1:
             raise ValueError(f"exit_layer={self.exit_layer}; use 1 or more, or None")
         if self.draft_tokens < 0:
@@ -90,6 +92,11 @@ class SelfSpeculation:
                 else "layers below it would read layers above it, or it leaves no layer to verify"
             )
             raise ValueError(f"exit_layer={self.exit_layer}: {reason}; exits are {known}")
+        if self.draft_tokens >= config.max_length:
+            raise ValueError(
+                f"draft_tokens={self.draft_tokens}; use less than the model's"
+                f" max_length={config.max_length}"
+            )
         if layout.is_cyclic and self.draft_tokens >= sum(layout.passes):
             raise ValueError(
                 f"draft_tokens={self.draft_tokens} needs as many passes and one more of this cyclic"

@@ -19,7 +19,9 @@ from jaxtyping import Array, Float, Int
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.parts import Parts, part_ends
 from fusedkv_jax.generation.placement import Placement
+from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder, check_room, extend_in_parts
+from fusedkv_jax.model.checks import check_integers, known
 
 Rows = Literal["last", "none"]
 
@@ -45,7 +47,8 @@ def prefill(
             `fusedkv_jax.generation.parts`. The cache must be empty.
 
     Returns:
-        Logits of each row's last token, float32, and the extended cache.
+        Logits of each row's last token, float32, NaN for a row of 0 tokens, which has none; and the
+        extended cache.
 
     Raises:
         ValueError: more tokens than a row of the cache can hold, a length below 0 or above T, an id
@@ -53,9 +56,9 @@ def prefill(
             parts that cannot be. The cache stays as it was. Inside `jax.jit` values are not known:
             such rows then have NaN logits from there on, as `cache.overflowed` tells.
     """
-    _check_call(tokens, 2, cache)
-    lengths = jnp.asarray(lengths)
-    _check_integers("lengths", lengths)
+    _check_call(model, tokens, "B T", cache)
+    lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
+    check_integers("lengths", lengths, "B")
     capacity = cache.capacity
     if capacity is not None and tokens.shape[1] > capacity:
         raise ValueError(
@@ -65,8 +68,12 @@ def prefill(
     lengths = jnp.asarray(lengths, jnp.int32)
     check_room(model.config, tokens, lengths, cache)
     graph, state = nnx.split(model)
+    counts = known(lengths)
     if parts is None:
-        return extend(graph, state, tokens, lengths, cache)
+        logits, cache = extend(graph, state, tokens, lengths, cache)
+        if counts is None or (counts == 0).any():
+            logits = jnp.where((lengths > 0)[:, None], logits, jnp.nan)
+        return logits, cache
     if np.any(cache.lengths):
         raise ValueError("prefill in parts begins with an empty cache; this one holds tokens")
     ends = part_ends(tokens.shape[1], Placement.of(None).workers, parts)
@@ -91,29 +98,23 @@ def decode_step(
     Raises:
         ValueError: a cache that was donated before, or is of another layout or batch size.
     """
-    _check_call(tokens, 1, cache)
+    _check_call(model, tokens, "B", cache)
     graph, state = nnx.split(model)
     one = jnp.ones(tokens.shape[0], jnp.int32)
     return extend(graph, state, tokens[:, None], one, cache)
 
 
-def _check_call(tokens: Any, ndim: int, cache: Any) -> None:
+def _check_call(model: Any, tokens: Any, axes: str, cache: Any) -> None:
     """Raises ValueError where the arguments are not what they are called."""
+    check_model(model)
     if not hasattr(cache, "check_present"):
         raise ValueError(
             f"cache is a {type(cache).__name__}; use KVCache.create(model.config, ...)"
         )
     cache.check_present()
-    axes = "[B, T]" if ndim == 2 else "[B]"
-    _check_integers("tokens", tokens)
-    if jnp.ndim(tokens) != ndim or 0 in jnp.shape(tokens):
-        raise ValueError(f"tokens has shape {jnp.shape(tokens)}; use ids {axes}, at least one")
-
-
-def _check_integers(name: str, given: Any) -> None:
-    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.integer):
-        what = getattr(given, "dtype", type(given).__name__)
-        raise ValueError(f"{name} is {what}; use an array of int32")
+    check_integers("tokens", tokens, axes)
+    if 0 in jnp.shape(tokens):
+        raise ValueError(f"tokens has shape {jnp.shape(tokens)}; use at least one")
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames="cache")

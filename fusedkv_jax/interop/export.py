@@ -20,6 +20,7 @@ from fusedkv_jax.interop.fused_tensors import from_llama
 from fusedkv_jax.interop.huggingface_names import places, to_theirs
 from fusedkv_jax.interop.model_card import model_card
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.validation import check_count, check_kind
 
 
 def save_huggingface(
@@ -47,6 +48,8 @@ def save_huggingface(
     Raises:
         FolderError: the folder is not empty.
     """
+    check_kind("model", model, Decoder, "a Decoder")
+    check_count("max_shard_bytes", max_shard_bytes)
     folder = folders.new_folder(Path(path))
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)

@@ -10,6 +10,7 @@ from typing import Any
 from fusedkv_jax.config import ConfigError, ModelConfig, RopeConfig
 from fusedkv_jax.interop.huggingface_config import config_from_huggingface
 from fusedkv_jax.model.rotary import magnitude
+from fusedkv_jax.validation import check_kind
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 # How a model is computed, which no family says.
@@ -24,6 +25,7 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: there is none.
     """
+    check_kind("config", config, ModelConfig, "a ModelConfig", ConfigError)
     if config.mla is not None:
         raise ConfigError("mla is set; only models with separate keys and values are exported")
     for i, layer in enumerate(config.kv_layout.layers):

@@ -12,6 +12,7 @@ from fusedkv_jax.config import BlockConfig, ConfigError, MLAConfig, ModelConfig,
 from fusedkv_jax.interop.families import FAMILIES, activation
 from fusedkv_jax.layouts import KVLayout, LayoutError
 from fusedkv_jax.model.rotary import yarn_temperature
+from fusedkv_jax.validation import check_kind
 
 _LATENT = ("deepseek_v2", "deepseek_v3")
 _MOST_LAYERS = 10_000  # a larger number is a mistake, or an attempt to exhaust memory
@@ -92,6 +93,7 @@ def _config(fields: Mapping[str, Any], layout: KVLayout | str) -> ModelConfig:
 
 def with_layout(config: ModelConfig, layout: KVLayout | str) -> ModelConfig:
     """The configuration with another layout, whose layers keep their windows."""
+    check_kind("config", config, ModelConfig, "a ModelConfig", ConfigError)
     windows = [layer.window for layer in config.kv_layout.layers]
     return config.replace(layout=_with_windows(layout, config.num_layers, windows))
 

@@ -57,6 +57,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FolderError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise FolderError(f"{path} is JSON that is nested too deeply") from None
     if not isinstance(value, dict):
         raise FolderError(f"{path} holds no JSON object")
     return value

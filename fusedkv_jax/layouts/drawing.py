@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fusedkv_jax.layouts.algebra import KINDS, Kind, KVLayout
 from fusedkv_jax.layouts.grouping import runs
+from fusedkv_jax.validation import check_kind
 
 
 def draw(layout: KVLayout) -> str:
@@ -12,6 +13,7 @@ def draw(layout: KVLayout) -> str:
     `[K 3]` is a stream that layer 3 projects and caches; `K 0 & 5` a learned fusion of two cached
     streams; `K 5` plain reuse; `[V 3 + 0]` an own stream with a learned residual, cached mixed.
     """
+    check_kind("layout", layout, KVLayout, "a KVLayout, such as layouts.get('fusedkv', 12)")
     rows: list[tuple[str, ...]] = [("layer", "keys", "values", "window", "")]
     for i in reversed(range(layout.num_layers)):
         layer = layout.layers[i]

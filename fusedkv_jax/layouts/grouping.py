@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusedkv_jax.layouts.algebra import KINDS, Kind, KVLayout
+from fusedkv_jax.validation import check_kind
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def runs(layout: KVLayout) -> tuple[Run, ...]:
     No run crosses `prefill_depth` (prompt tokens stop there), an end of a cyclic group (which is
     iterated) or one of the layout's `splits`.
     """
+    check_kind("layout", layout, KVLayout, "a KVLayout, such as layouts.get('fusedkv', 12)")
     borders = {layout.prefill_depth, layout.num_layers, *sum(layout.cyclic_groups, ())}
     borders.update(layout.splits)
     result, start = [], 0

@@ -73,8 +73,9 @@ def mha(num_layers: int) -> KVLayout:
 @register
 def cla(num_layers: int, k: int = 2) -> KVLayout:
     """Cross-layer attention: groups of k layers share the first one's KV (arXiv 2405.12981)."""
-    if k < 1:
-        raise LayoutError(f"k={k}; use at least 1")
+    most = max(num_layers, 2)  # the default serves a model of one layer, too
+    if not 1 <= k <= most:
+        raise LayoutError(f"k={k}; use 1 to num_layers={most}")
     return _nearest_below(num_layers, set(range(0, num_layers, k)))
 
 

@@ -26,6 +26,15 @@ def known(x: Any) -> np.ndarray | None:
     return np.asarray(x)
 
 
+def check_integers(name: str, given: Any, axes: str) -> None:
+    """Raises ValueError unless it is an array of integers with so many axes, such as "B T"."""
+    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.integer):
+        what = getattr(given, "dtype", type(given).__name__)
+        raise ValueError(f"{name} is {what}; use an array of int32")
+    if jnp.ndim(given) != len(axes.split()):
+        raise ValueError(f"{name} has shape {jnp.shape(given)}; use [{axes.replace(' ', ', ')}]")
+
+
 def check_tokens(tokens: Any, vocab_size: int, present: np.ndarray | None = None) -> None:
     """Raises ValueError for a token id outside the vocabulary.
 

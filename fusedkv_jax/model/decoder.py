@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.cache import Call, KVCache
-from fusedkv_jax.config import ConfigError, ModelConfig
+from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block
-from fusedkv_jax.model.checks import check_tokens
+from fusedkv_jax.model.checks import check_integers, check_tokens
 from fusedkv_jax.model.layers import make_norm
 from fusedkv_jax.model.mixing import StreamWeights
 from fusedkv_jax.model.parameters import Initializer
@@ -25,7 +25,7 @@ from fusedkv_jax.model.rotary import rotation
 from fusedkv_jax.model.stack import Layers, Options, Queries, Walked, Watch, run_layers
 from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.sharding import active_mesh, automatic, constrain, spec
-from pallas_kernels import implementations
+from fusedkv_jax.validation import check_kind
 
 Rows = Literal["last", "all", "none"]
 
@@ -40,13 +40,12 @@ class Decoder(nnx.Module):
         rngs: its `params` stream draws the initial parameters.
 
     Raises:
-        ConfigError: `config.attention` names no implementation.
+        ValueError: an argument of another kind.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        if config.attention not in ("auto", *implementations()):
-            names = ", ".join(("auto", *implementations()))
-            raise ConfigError(f"attention={config.attention!r}; choose {names}")
+        check_kind("config", config, ModelConfig, "a ModelConfig, such as presets.get('332m')")
+        check_kind("rngs", rngs, nnx.Rngs, "nnx.Rngs(seed)")
         self.config = config
         init = Initializer(config)
         self.embedding = init.matrix(config.vocab_size, config.d_model)
@@ -77,6 +76,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: an id outside the vocabulary, unless the call is inside `jax.jit`.
         """
+        check_integers("tokens", tokens, "B T")
         check_tokens(tokens, self.config.vocab_size)
         graph, state = nnx.split(self)
         mesh = active_mesh()

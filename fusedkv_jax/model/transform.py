@@ -19,6 +19,7 @@ from fusedkv_jax.layouts import Kind, KVLayout, LayerKV, Mixing, Stream, runs
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.mixing import chains, direct_weights
 from fusedkv_jax.model.parameters import FusionWeight
+from fusedkv_jax.validation import check_kind
 
 Layer = tuple[Any, Any]  # structure and parameters of one block
 Forms = MutableMapping[
@@ -114,6 +115,7 @@ def fold_fusion(model: Decoder) -> Decoder:
     once. All other parameters are shared with `model`; a model whose weights are direct already is
     returned as it is. The result lives as long as the model, unless its parameters change.
     """
+    check_kind("model", model, Decoder, "a Decoder")
     layout = model.config.kv_layout
     mixings = [stream.mixing for _, stream, _ in chains(layout)]
     if all(mixing.parameterization == "direct" and mixing.scale == 1 for mixing in mixings):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fusedkv_jax.validation import check_kind, check_type
+
 if TYPE_CHECKING:
     from fusedkv_jax.serving.prefix import Node
 
@@ -91,6 +93,13 @@ class Request:
                 f"request {self.name!r}: prompt is {prompt.dtype} of shape {prompt.shape}; use "
                 "token ids [T]"
             )
+        check_type("name", self.name, str, ValueError)
+        if prompt.size and prompt.min() < 0:
+            raise ValueError(
+                f"request {self.name!r}: prompt holds {prompt.min()}; token ids are 0 and more"
+            )
+        for call in self.tool_calls:
+            check_kind(f"request {self.name!r}: a tool call", call, ToolCall, "ToolCall(...)")
         if type(self.max_tokens) is not int:
             raise ValueError(
                 f"request {self.name!r}: max_tokens={self.max_tokens!r}; use a whole number"

@@ -11,6 +11,7 @@ from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.policy import How, Policy, View
 from fusedkv_jax.serving.request import Request, State
+from fusedkv_jax.validation import check_kind
 
 
 class NeverFits(ValueError):
@@ -80,6 +81,7 @@ class Scheduler:
         Raises:
             NeverFits: it can come to more tokens than the model or the pages hold.
         """
+        check_kind("request", request, Request, "a Request")
         if self.max_model_len is not None and request.total > self.max_model_len:
             raise NeverFits(
                 f"request {request.name!r} can come to {request.total} tokens, the model's context"

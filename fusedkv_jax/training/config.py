@@ -2,8 +2,7 @@
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from fusedkv_jax.config import ModelConfig
@@ -11,6 +10,7 @@ from fusedkv_jax.data import DataConfig
 from fusedkv_jax.mesh import MeshConfig
 from fusedkv_jax.training.early_exit_config import EarlyExitConfig
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
+from fusedkv_jax.validation import validate
 
 LOGITS_MIB = 512  # of float32 logits at a time
 GradientType = Literal["float32", "bfloat16"]
@@ -63,14 +63,15 @@ class TrainConfig:
             _check_integer(name, getattr(self, name), 1)
         for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
             _check_integer(name, getattr(self, name), 0)
-        if not 0 <= self.checkpoint_minutes < math.inf:
-            raise ValueError(
-                f"train.checkpoint_minutes={self.checkpoint_minutes} must be 0 or more minutes"
-            )
         if self.gradient_dtype not in get_args(GradientType):
             known = " or ".join(get_args(GradientType))
             raise ValueError(f"train.gradient_dtype={self.gradient_dtype!r}; choose {known}")
-        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+        validate(self, ValueError, prefix="train.")
+        if self.checkpoint_minutes < 0:
+            raise ValueError(
+                f"train.checkpoint_minutes={self.checkpoint_minutes} must be 0 or more minutes"
+            )
+        if self.peak_flops is not None and self.peak_flops <= 0:
             raise ValueError(f"train.peak_flops={self.peak_flops} must be positive, or none")
 
 
@@ -98,6 +99,7 @@ class ExperimentConfig:
     early_exit: EarlyExitConfig = EarlyExitConfig()
 
     def __post_init__(self):
+        validate(self, ValueError)
         if self.data.batch_size % self.train.grad_accumulation:
             raise ValueError(
                 f"train.grad_accumulation={self.train.grad_accumulation} must divide "
@@ -121,12 +123,18 @@ class ExperimentConfig:
         Raises:
           ValueError: an unknown field or a value that is not allowed.
         """
-        parts = dict(values)
+        parts = {} if not isinstance(values, Mapping) else dict(values)
+        for name in ("name", "model", "data"):
+            if name not in parts:
+                raise ValueError(f"the experiment has no {name}; to_dict() gives all of it")
         check_fields(cls, parts, "the experiment")
         parts["model"] = ModelConfig.from_dict(parts["model"])
         for name, kind in _PARTS.items():
-            check_fields(kind, parts.get(name, {}), name)
-            parts[name] = kind(**parts.get(name, {}))
+            fields = parts.get(name, {})
+            if not isinstance(fields, Mapping):
+                raise ValueError(f"{name}={fields!r}; use fields by name")
+            check_fields(kind, fields, name)
+            parts[name] = kind(**fields)
         return cls(**parts)
 
 

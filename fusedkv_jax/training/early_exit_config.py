@@ -1,7 +1,9 @@
 """The settings of training for early exits (LayerSkip, arXiv 2404.16710)."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
+
+from fusedkv_jax.validation import validate
 
 DropoutCurriculum = Literal["constant", "exponential"]
 Weights = Literal["cumulative", "uniform", "linear", "sqrt", "inverse"]
@@ -39,18 +41,10 @@ class EarlyExitConfig:
     rotation: int = 4
 
     def __post_init__(self):
+        validate(self, ValueError, prefix="early_exit.")
         if not 0 <= self.max_dropout < 1:
             raise ValueError(f"early_exit.max_dropout={self.max_dropout}; use 0 up to below 1")
-        if not 0 <= self.loss_scale < float("inf"):
+        if self.loss_scale < 0:
             raise ValueError(f"early_exit.loss_scale={self.loss_scale}; use 0 or more")
         if self.rotation < 1:
             raise ValueError(f"early_exit.rotation={self.rotation}; use 1 or more")
-        for name, choices in (
-            ("dropout_curriculum", DropoutCurriculum),
-            ("weights", Weights),
-            ("curriculum", Curriculum),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"early_exit.{name}={value!r}; choose {known}")

@@ -40,6 +40,7 @@ from fusedkv_jax.training.monitoring.progress import Progress
 from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.state import TrainState
 from fusedkv_jax.training.step import BATCH_KEYS, Batch
+from fusedkv_jax.validation import check_kind
 from pallas_kernels.devices import peak_flops
 
 LOGGED = ("grad_norm", "learning_rate", "skipped")  # of the last step; the loss is a mean
@@ -104,6 +105,7 @@ def train(
       DivergedError: the loss is not finite, and will not be again.
       InsufficientMemoryError: the machine cannot hold the run; the message says what to lower.
     """
+    check_kind("config", config, ExperimentConfig, "an ExperimentConfig")
     workdir = pathlib.Path(workdir).expanduser().resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")

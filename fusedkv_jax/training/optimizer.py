@@ -8,6 +8,7 @@ import optax
 
 from fusedkv_jax.model import weight_decay_mask
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
+from fusedkv_jax.validation import check_count, check_kind
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -17,6 +18,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     final_fraction * peak at the last update. Counting from i+1 means that no update is wasted
     on a learning rate of zero and that the last one has exactly the final value.
     """
+    check_kind("config", config, OptimizerConfig, "an OptimizerConfig")
+    check_count("steps", steps)
     warmup = min(config.warmup_steps, steps // 2)
     cosine = optax.cosine_decay_schedule(
         config.learning_rate, max(steps - warmup, 1), alpha=config.final_fraction
@@ -40,10 +43,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     Returns:
       A gradient transformation for the model's parameter state (`nnx.State` of `nnx.Param`).
     """
+    schedule = learning_rate_schedule(config, steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate_schedule(config, steps),
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.eps,

@@ -1,7 +1,8 @@
 """The settings of the optimizer."""
 
 import dataclasses
-import math
+
+from fusedkv_jax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,12 @@ class OptimizerConfig:
     offload: bool = False
 
     def __post_init__(self):
+        validate(self, ValueError, prefix="optimizer.")
         for name in ("learning_rate", "eps", "clip_norm"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"optimizer.{name}={value} must be a positive number")
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} must be a positive number"
+                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
@@ -48,7 +51,7 @@ class OptimizerConfig:
             )
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
-        if not (self.skip_spikes >= 0 and math.isfinite(self.skip_spikes)):
+        if self.skip_spikes < 0:
             raise ValueError(f"optimizer.skip_spikes={self.skip_spikes} must be 0 or more")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+        if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0 or more")

@@ -42,7 +42,7 @@ W = jnp.ones((2, 2, 8))
         ),
         ((Q, (KV.astype(int),), (KV,)), {}, r"keys\[0\] is int32; it must be a float array or Q"),
         ((Q, (KV,), (KV, KV), None, W[:, :1]), {}, r"value_weights has shape \(2, 1, 8\)"),
-        ((Q, (KV,), (KV,)), {"window": 0}, "window is 0; it must be at least 1"),
+        ((Q, (KV,), (KV,)), {"window": 0}, "window is 0; it must be a whole number of at least 1"),
         ((Q, (KV,), (KV,)), {"softcap": -1.0}, "softcap is -1.0; it must be positive"),
         ((Q, (KV,), (KV,)), {"kv_lengths": np.ones(3, int)}, r"kv_lengths has shape \(3,\)"),
         ((Q, (KV,), (KV,)), {"kv_lengths": np.ones(2)}, "kv_lengths is float"),

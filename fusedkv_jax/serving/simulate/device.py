@@ -10,6 +10,7 @@ from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
 from fusedkv_jax.costs import StepCosts
 from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
+from fusedkv_jax.validation import check_type
 from pallas_kernels.devices import GPUS
 
 
@@ -99,6 +100,7 @@ def device(name: str) -> Device:
     Raises:
         ValueError: there is none of that name; the message lists those that there are.
     """
+    check_type("device", name, str, ValueError)
     if name in GPUS:
         gpu = GPUS[name]
         return Device(name, gpu.flops, gpu.bandwidth, gpu.memory, gpu.host_bandwidth)

@@ -29,6 +29,7 @@ from fusedkv_jax.training.checkpointing.tokenizer_files import kept_tokenizer
 from fusedkv_jax.training.checkpointing.trees import plain, unplain, with_sharding
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.state import TrainState, abstract_model
+from fusedkv_jax.validation import check_count, check_kind
 
 BEST_METRIC = "eval/loss"
 _absl = logging.getLogger("absl")
@@ -65,6 +66,8 @@ class Checkpoints:
         keep_best: int = 0,
         report: Callable[[str], Any] = print,
     ):
+        check_count("keep", keep)
+        check_count("keep_best", keep_best, least=0)
         self._directory = CheckpointDirectory(
             checkpoint_directory(workdir), keep, keep_best, BEST_METRIC
         )
@@ -265,6 +268,8 @@ def save_model(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path |
     Raises:
       CheckpointError: there are checkpoints already.
     """
+    check_kind("model", model, Decoder, "a Decoder")
+    check_kind("config", config, ExperimentConfig, "an ExperimentConfig")
     directory = checkpoint_directory(workdir)
     if directory.exists():
         raise CheckpointError(f"{workdir} has checkpoints; use another directory")

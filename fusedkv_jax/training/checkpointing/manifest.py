@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from fusedkv_jax.training.monitoring.metrics import finite_or_none
+from fusedkv_jax.validation import build
 
 FILE = "manifest.json"
 FORMAT = 4
@@ -127,7 +128,12 @@ def read(directory: pathlib.Path) -> Manifest:
             f"checkpoint {directory} has format {fields.get('format')}, and this version of "
             f"fusedkv_jax reads {FORMAT}; restore it with the version that wrote it"
         )
-    return Manifest(**fields)
+    try:
+        return build(Manifest, fields, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"checkpoint {directory}: {error}; restore it with the version that wrote it"
+        ) from None
 
 
 def _fields(content: bytes) -> dict[str, Any] | None:

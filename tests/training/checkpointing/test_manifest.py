@@ -160,3 +160,11 @@ def test_a_metric_that_is_not_finite_is_null(tmp_path):
         "eval/perplexity": None,
         "eval/x": 1.0,
     }
+
+
+def test_a_field_of_a_newer_version_is_named(tmp_path):
+    manifest.write(tmp_path, step=1, config={}, metrics={}, data={}, files={})
+    path = tmp_path / manifest.FILE
+    path.write_bytes(manifest._serialize(json.loads(path.read_bytes())["manifest"] | {"new": 1}))
+    with pytest.raises(manifest.CheckpointError, match="unknown field new; restore it with the"):
+        manifest.read(tmp_path)
