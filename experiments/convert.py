@@ -21,6 +21,7 @@ import fusedkv_jax as fkv
 from experiments.common import cli, models, outputs
 from fusedkv_jax import costs, interop, training
 from fusedkv_jax.data import tokenizers
+from fusedkv_jax.training.monitoring.metrics import step_of
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the cache of 3072 bytes is full again."
 NEW_TOKENS = 30
@@ -88,9 +89,9 @@ def _facts(loaded: models.Loaded) -> dict[str, str]:
     tokens = loaded.step * data.batch_size * data.seq_len
     facts = {"data": pathlib.Path(data.source).name, "tokens trained on": f"{tokens:,}"}
     metrics = pathlib.Path(loaded.where).expanduser() / "metrics.jsonl"
-    rows = map(json.loads, metrics.read_text().splitlines() if metrics.is_file() else ())
-    rows = (row for row in rows if row.get("step") == loaded.step and "eval/loss" in row)
-    losses = [row["eval/loss"] for row in rows]
+    lines = metrics.read_bytes().splitlines() if metrics.is_file() else ()
+    rows = (json.loads(line) for line in lines if step_of(line) == loaded.step)
+    losses = [row["eval/loss"] for row in rows if row.get("eval/loss") is not None]
     return facts | ({"held-out loss, nats per token": f"{losses[-1]:.4f}"} if losses else {})
 
 

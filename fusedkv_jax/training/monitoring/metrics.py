@@ -238,11 +238,11 @@ def last_step(path: pathlib.Path) -> int:
     """The last step in a file of `JsonLinesWriter`; 0 if there is none."""
     if not path.is_file():
         return 0
-    steps = (_step_of(line) for line in path.read_bytes().splitlines())
+    steps = (step_of(line) for line in path.read_bytes().splitlines())
     return max((step for step in steps if step is not None), default=0)
 
 
-def _step_of(line: bytes) -> int | None:
+def step_of(line: bytes) -> int | None:
     """The step of a line of `JsonLinesWriter`; None for any other, or one that was cut off."""
     try:
         record = json.loads(line)
@@ -260,7 +260,7 @@ def _set_lines_aside(path: pathlib.Path, last_step: int, report: Callable[[str],
     kept, others, foreign = [], [], 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
-        step = _step_of(line)
+        step = step_of(line)
         keep = step is not None and step <= last_step and line.endswith(b"\n")
         (kept if keep else others).append(line)
         # A last line without its end was cut off when the process was killed.
