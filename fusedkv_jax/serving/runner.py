@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     logprobs: Logprobs
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="pool")
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="pool")
 def run_step(
     graph: nnx.GraphDef[Decoder],
     params: Any,
@@ -43,13 +43,12 @@ def run_step(
     tokens: Int[Array, "N"],
     lanes: tuple[Lane, ...],
     sampled: Int[Array, "S"],
-    draws: Any,
-    k: int,
-) -> tuple[PagedStore, Any, Any]:
-    """The step program: the pool after it, logits [S, V], and what was drawn from them."""
-    model = nnx.merge(graph, params)
-    logits, pool = extend_pages(model, tokens, PagedCall.of(lanes), pool, sampled)
-    return pool, logits, None if logits is None else draw_tokens(logits, draws, k)
+) -> tuple[Any, PagedStore]:
+    """The step program: `extend_pages`. Tokens are drawn by another, which has fewer shapes."""
+    return extend_pages(nnx.merge(graph, params), tokens, PagedCall.of(lanes), pool, sampled)
+
+
+_draw = jax.jit(draw_tokens, static_argnames="k")
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -122,15 +121,16 @@ class Runner:
         wanted = [draws[place] for place in arrays.rows]
         assert all(draw is not None for draw in wanted)
         size = len(arrays.sampled)
-        made = self._draws.make(wanted, size) if size else None  # type: ignore[arg-type]
         pool, self.pool = self.pool, None  # type: ignore[assignment]  # it is donated
-        self.pool, self._logits, found = run_step(*self._split, pool, *arrays[:3], made, self._k)
+        self._logits, self.pool = run_step(*self._split, pool, *arrays[:3])
         self.lower_rows += plan.tokens
         self.upper_rows += len(wanted)
-        found = jax.device_get(found)
         results: list[Drawn | None] = [None] * len(plan.requests)
-        for row, place in enumerate(arrays.rows):
-            results[place] = _row(found, row)
+        if wanted:
+            made = self._draws.make(wanted, size)  # type: ignore[arg-type]
+            found = jax.device_get(_draw(self._logits, made, k=self._k))
+            for row, place in enumerate(arrays.rows):
+                results[place] = _row(found, row)
         return results
 
     def fork(self, row: int, draws: Sequence[Draw]) -> list[Drawn]:
@@ -144,7 +144,7 @@ class Runner:
         for start in range(0, len(draws), FORKS):
             part = draws[start : start + FORKS]
             made = self._draws.make(part, FORKS)
-            found = jax.device_get(draw_more(self._logits, np.int32(row), made, self._k))
+            found = jax.device_get(draw_more(self._logits, np.int32(row), made, k=self._k))
             results += [_row(found, i) for i in range(len(part))]
         return results
 
@@ -158,14 +158,13 @@ class Runner:
         self.pool = PagedStore.create(self.config, num_pages=self._num_pages, **self._sizes)
 
     def warm_up(self) -> int:
-        """Compile the programs of all shapes; their number."""
+        """Compile the programs of all shapes; the number of shapes."""
         for rows, chunk_rows in self.shapes.all():
             arrays = empty_arrays(rows, chunk_rows, self.shapes.chunk, self._width)
-            made = self._draws.make([], rows) if rows else None
-            found = run_step(*self._split, self.pool, *arrays[:3], made, self._k)
-            self.pool, self._logits, _ = found
-            if rows and not chunk_rows:
-                draw_more(self._logits, np.int32(0), self._draws.make([], FORKS), self._k)
+            logits, self.pool = run_step(*self._split, self.pool, *arrays[:3])
+            if rows:
+                _draw(logits, self._draws.make([], rows), k=self._k)
+                draw_more(logits, np.int32(0), self._draws.make([], FORKS), k=self._k)
         nowhere = np.full(COPIES, self._num_pages, np.int32)
         self.pool = _copy(self.pool, nowhere * 0, nowhere * 0, np.int32(0))
         if self._host is not None:
