@@ -12,7 +12,9 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
 
 
-def attention(q, keys, values, key_weights, value_weights, mask: Mask, *, scale, softcap):
+def attention(
+    q, keys, values, key_weights, value_weights, mask: Mask, *, scale: float, softcap: float | None
+):
     """Arguments and output as in `reference.attention`; None in place of the lse.
 
     Raises:
@@ -33,7 +35,7 @@ def attention(q, keys, values, key_weights, value_weights, mask: Mask, *, scale,
     return out, None
 
 
-def _refusal(q, keys, values, mask: Mask, softcap) -> str:
+def _refusal(q, keys, values, mask: Mask, softcap: float | None) -> str:
     """Why the call cannot go to cuDNN; empty if it can."""
     length, num_keys = q.shape[1], keys[0].shape[1]
     size, value_size = keys[0].shape[3], values[0].shape[3]

@@ -22,7 +22,9 @@ def mixed(sources, weights):
     )
 
 
-def attention(q, keys, values, key_weights, value_weights, mask, *, scale, softcap):
+def attention(
+    q, keys, values, key_weights, value_weights, mask: Mask, *, scale: float, softcap: float | None
+):
     """Attention by its formula; see `pallas_kernels.attention` for shapes.
 
     Memory grows as B * N * T * S: this is the yardstick of the tests, not something to run.
@@ -84,7 +86,16 @@ def gather(pages, page_table):
 
 
 def paged_attention(
-    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap
+    q,
+    pages,
+    page_table,
+    kv_lengths,
+    key_weights,
+    value_weights,
+    *,
+    window,
+    scale: float,
+    softcap: float | None,
 ):
     """Paged attention by its definition: all pages in a row; see `paged.paged_attention`."""
     keys, values = gather(pages, page_table)

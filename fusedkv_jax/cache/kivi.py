@@ -129,7 +129,14 @@ class KiviStore(Store):
             exact = jnp.concatenate([exact, new.astype(exact.dtype)], axis=1)
         return codes, exact
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         old, exact = (
             (tuple(view[i] for view in keys), tuple(view[i] for view in values)) for i in (0, 1)
         )

@@ -166,7 +166,14 @@ class PagedStore(Store):
         # Not the pool: held from before a layer writes, it would have to be copied.
         return jnp.asarray(slot, jnp.int32)
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         assert isinstance(call, PagedCall)
         pieces, start = [], 0
         for lane in call.lanes:

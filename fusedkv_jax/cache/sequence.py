@@ -40,7 +40,14 @@ class SequenceStore(Store):
         # forward pass, and returns float32 gradients.
         return view.astype(jnp.float32)
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         mask = rows.mask()
         if not rows.strict:
             del mask["q_positions"]  # the default, which is known while tracing

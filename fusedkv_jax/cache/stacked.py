@@ -83,7 +83,14 @@ class StackedStore(Store):
         # Many queries turn a stream round anyway: cut it out once for all layers that read it.
         return source if call.length <= IN_PLACE_TOKENS else source.read()
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         return (Piece(keys, values, rows.mask() | {"kv_lengths": call.first + call.count}),)
 
     def token_shape(self, kind: Kind) -> tuple[int, int]:

@@ -138,7 +138,14 @@ class LinearStore(Store):
     def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
         return select(storage_of(self, kind), slot)
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         if self.dropped is not None and rows.window is not None:
             raise ValueError(
                 f"window={rows.window} cannot be told in a store whose tokens were compressed;"
@@ -188,7 +195,14 @@ class RingStore(Store):
         old = select(storage, slot)
         return (old, encode(new, storage)) if self.deferred(call) else (old,)
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         slots = self.keys.shape[2]
         # Positions say where in the past each place of the ring is, and which are still empty. Two
         # pieces instead of one array: putting the new tokens behind the ring would copy all of it.

@@ -243,7 +243,14 @@ class LabelStore(LinearStore):
         labels = self.labels.select(slot) if kind == "key" else None
         return (self.keys if kind == "key" else self.values), slot, labels
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         if call.length > 1:
             return super().pieces(keys, values, q, rows, call)
         end = call.first + call.count

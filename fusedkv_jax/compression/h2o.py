@@ -200,7 +200,14 @@ class HeavyStore(Store):
     def view(self, kind: Kind, slot: Any, new: Any, call: Call) -> Any:
         return select(storage_of(self, kind), slot)
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         held = jnp.minimum(call.first + call.count, self.keys.shape[2])
         return (Piece(keys, values, {"causal": False, "kv_lengths": held}),)
 

@@ -196,7 +196,14 @@ class MergedStore(Store):
         tokens = tokens.at[rows, place].set(exact, mode="drop").astype(new.dtype)
         return write(tokens[None], 0, new, call.first, call.count)[0]
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         return (Piece(keys, values, rows.mask() | {"kv_lengths": call.first + call.count}),)
 
     def finish(self, new: dict[Kind, Float[Array, "P B T K H"]], call: Call) -> MergedStore:

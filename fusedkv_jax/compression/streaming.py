@@ -141,7 +141,14 @@ class SinkStore(RingStore):
         sinks = select(storage_of(self, kind, "sink_"), slot)
         return (*super().view(kind, slot, new, call), sinks)
 
-    def pieces(self, keys, values, q, rows: Rows, call: Call) -> tuple[Piece, ...]:
+    def pieces(
+        self,
+        keys: tuple[Any, ...],
+        values: tuple[Any, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
         window = self.keys.shape[2]
         near = rows._replace(window=min(window, rows.window or window))
         ring = tuple(view[:-1] for view in keys), tuple(view[:-1] for view in values)

@@ -18,7 +18,7 @@ from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block
 from fusedkv_jax.model.checks import check_integers, check_tokens
 from fusedkv_jax.model.layers import make_norm
-from fusedkv_jax.model.mixing import StreamWeights
+from fusedkv_jax.model.mixing import FusionWeights
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import rotation
@@ -50,7 +50,7 @@ class Decoder(nnx.Module):
         init = Initializer(config)
         self.embedding = init.matrix(config.vocab_size, config.d_model)
         self.runs = nnx.List([nnx.List(_blocks(init, run)) for run in runs(config.kv_layout)])
-        self.mixing = StreamWeights(init)
+        self.mixing = FusionWeights(init)
         self.final_norm = make_norm(init, config.d_model)
         untied = not config.tie_embeddings
         self.head = init.matrix(config.d_model, config.vocab_size) if untied else None

@@ -32,7 +32,7 @@ def chains(layout: KVLayout) -> tuple[tuple[Kind, Stream, tuple[int, ...]], ...]
     return tuple((kind, stream, tuple(layers)) for (kind, stream), layers in found.items())
 
 
-class StreamWeights(nnx.Module):
+class FusionWeights(nnx.Module):
     """All learned stream weights of a decoder, one `FusionWeight` array per chain."""
 
     def __init__(self, init: Initializer):

@@ -27,8 +27,8 @@ def attention(
     value_weights,
     mask: Mask,
     *,
-    scale,
-    softcap,
+    scale: float,
+    softcap: float | None,
     device: GpuTarget | None = None,
 ):
     """Attention as `pallas_kernels.attention` says; residuals are its arguments, out and lse.
@@ -58,8 +58,8 @@ def paged_attention(
     value_weights,
     *,
     window,
-    scale,
-    softcap,
+    scale: float,
+    softcap: float | None,
     device: GpuTarget | None = None,
 ):
     """Attention over pages as `pallas_kernels.paged_attention` says; no gradients.
@@ -91,7 +91,7 @@ def _sides(q, sources):
     )
 
 
-def _run(device, q, keys, values, mask, paging, scale, softcap):
+def _run(device, q, keys, values, mask: Mask, paging, scale: float, softcap: float | None):
     """(out, lse) by the kernel for this many queries."""
     stored = {str(x.dtype) for x in (*keys.arrays, *values.arrays)}
     needed = 89 if "float8_e4m3fn" in stored else 80
@@ -108,17 +108,17 @@ def _run(device, q, keys, values, mask, paging, scale, softcap):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(device, scale, softcap, q, sources, mask):
+def _attend(device, scale: float, softcap: float | None, q, sources, mask: Mask):
     return _forward(device, scale, softcap, q, sources, mask)[0]
 
 
-def _forward(device, scale, softcap, q, sources, mask):
+def _forward(device, scale: float, softcap: float | None, q, sources, mask: Mask):
     keys, values = _sides(q, sources)
     out, lse = _run(device, q, keys, values, mask, None, scale, softcap)
     return (out, lse), (q, sources, mask, out, lse)
 
 
-def _backward(device, scale, softcap, residuals, cotangents):
+def _backward(device, scale: float, softcap: float | None, residuals, cotangents):
     q, sources, mask, out, lse = residuals
     dout, lse, delta = linear.statistics(out, lse, cotangents, jnp.inf)  # exp(x - inf) = 0
     keys, values = _sides(q, sources)

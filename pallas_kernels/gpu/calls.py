@@ -36,7 +36,7 @@ def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
 
 
 def decode(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging | None, *,
-           scale, softcap, sizes=None, parts=None):  # fmt: skip
+           scale: float, softcap: float | None, sizes=None, parts=None):  # fmt: skip
     """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; few queries."""
     shape = lengths(q, keys, paging)
     batch, rows, heads = shape.batch, shape.rows, shape.kv_heads
@@ -82,7 +82,7 @@ def decode(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging
 
 
 def forward(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging | None, *,
-            scale, softcap, sizes=None):  # fmt: skip
+            scale: float, softcap: float | None, sizes=None):  # fmt: skip
     """Output [B, T, N, H'] and lse [B, T, N] by the tile kernel."""
     shape = lengths(q, keys, paging)
     sizes = sizes or chosen("forward", device, q, keys, values, mask, shape.rows)
@@ -110,7 +110,7 @@ def forward(device, q, keys: Sources, values: Sources, mask: Mask, paging: Pagin
 
 
 def backward(device, q, keys: Sources, values: Sources, mask: Mask, lse, dout, delta, *,
-             scale, softcap, sizes=(None, None)):  # fmt: skip
+             scale: float, softcap: float | None, sizes=(None, None)):  # fmt: skip
     """dq [B, T, N, H], and float32 dK^ [B, S, K, H], dV^ [B, S, K, H'].
 
     `lse` is +inf or huge where a row sees nothing; `delta` is sum(out * dout) - dlse.
@@ -185,7 +185,15 @@ def _place_constants(mask: Mask, where, runs):
     }
 
 
-def _constants(shape: Lengths, keys: Sources, values: Sources, mask: Mask, scale, softcap, q_at):
+def _constants(
+    shape: Lengths,
+    keys: Sources,
+    values: Sources,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    q_at,
+):
     return {
         "K": shape.kv_heads,
         "G": shape.groups,

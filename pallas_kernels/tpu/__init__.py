@@ -35,7 +35,7 @@ __all__ = ["Blocks", "attention", "compile_for", "compiling_for", "paged_attenti
 
 
 def attention(
-    q, keys, values, key_weights, value_weights, mask: Mask, *, scale, softcap,
+    q, keys, values, key_weights, value_weights, mask: Mask, *, scale: float, softcap: float | None,
     chip: str | None = None, interpret=False, blocks: Blocks | None = None,
 ):  # fmt: skip
     """Attention by the kernel that suits the chip and the phase; see `pallas_kernels.attention`.
@@ -67,7 +67,7 @@ def attention(
     return _attend(how, blocks, interpret, q, sources, mask)
 
 
-def _stacked(how, interpret, q, sources, mask):
+def _stacked(how, interpret, q, sources, mask: Mask):
     if not all(isinstance(x, Stacked) for side in sources[:2] for x in side):
         raise NotImplementedError("some sources are stacked and others are not")
     run = functools.partial(decode_stacked.stacked, how, interpret)
@@ -75,7 +75,7 @@ def _stacked(how, interpret, q, sources, mask):
     return checks.without_gradients(lambda arguments: run(*arguments), reason, (q, sources, mask))
 
 
-def _attend(how, blocks, interpret, q, sources, mask):
+def _attend(how, blocks, interpret, q, sources, mask: Mask):
     _, length, heads, _ = q.shape
     _, num_keys, kv_heads, _ = sources[0][0].shape
     few = phase(length * heads // kv_heads, length, num_keys) == DECODE
@@ -90,11 +90,11 @@ def _attend(how, blocks, interpret, q, sources, mask):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _decode(how, blocks, interpret, q, sources, mask):
+def _decode(how, blocks, interpret, q, sources, mask: Mask):
     return decode_contiguous.contiguous(how, interpret, q, sources, mask)
 
 
-def _decode_forward(how, blocks, interpret, q, sources, mask):
+def _decode_forward(how, blocks, interpret, q, sources, mask: Mask):
     out, lse = decode_contiguous.contiguous(how, interpret, q, sources, mask)
     return (out, lse), (q, sources, mask, out, lse)
 
@@ -107,7 +107,8 @@ _decode.defvjp(_decode_forward, _decode_backward)
 
 
 def paged_attention(
-    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap,
+    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale: float,
+    softcap: float | None,
     chip: str | None = None, interpret=False,
 ):  # fmt: skip
     """Attention of each row's last tokens over pages; see `pallas_kernels.paged_attention`."""

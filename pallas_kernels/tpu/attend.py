@@ -86,7 +86,7 @@ def tiled(how: How, both: tuple[Blocks, Blocks], interpret, q, sources, mask: Ma
     return _forward(how, both, interpret, q, sources, mask)[0]
 
 
-def _forward(how, both, interpret, q, sources, mask):
+def _forward(how: How, both, interpret, q, sources, mask: Mask):
     blocks, (_, length, _, _), keys = both[0], q.shape, sources[0][0]
     heads = keys.shape[2]
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
@@ -100,14 +100,14 @@ def _forward(how, both, interpret, q, sources, mask):
     return (out, lse), (q, sources, mask, out, lse)
 
 
-def _backward(how, both, interpret, residuals, cotangents):
+def _backward(how: How, both, interpret, residuals, cotangents):
     return (*gradients(how, both[1], interpret, residuals, cotangents), None)
 
 
 tiled.defvjp(_forward, _backward)
 
 
-def gradients(how, blocks, interpret, residuals, cotangents):
+def gradients(how: How, blocks, interpret, residuals, cotangents):
     """Gradients of the queries and of the sources, by the tile kernel."""
     q, sources, mask, out, lse = residuals
     length, keys = q.shape[1], sources[0][0]

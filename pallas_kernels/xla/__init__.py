@@ -20,7 +20,16 @@ _BACKWARD = {"rows": rows.backward, "blocks": blocks_schedule.backward}
 
 
 def attention(
-    q, keys, values, key_weights, value_weights, mask: Mask, *, scale, softcap, blocks=None
+    q,
+    keys,
+    values,
+    key_weights,
+    value_weights,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    blocks=None,
 ) -> Any:
     """Attention without a [T, S] array; arguments and result as in `reference.attention`.
 
@@ -45,7 +54,16 @@ def attention(
 
 
 def paged_attention(
-    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale, softcap
+    q,
+    pages,
+    page_table,
+    kv_lengths,
+    key_weights,
+    value_weights,
+    *,
+    window,
+    scale: float,
+    softcap: float | None,
 ):
     """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
     mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
@@ -53,7 +71,7 @@ def paged_attention(
     return _paged(q, PagedSources(pages, page_table), key_weights, value_weights, mask, how)
 
 
-def _paged(q, streams, key_weights, value_weights, mask, how):
+def _paged(q, streams, key_weights, value_weights, mask: Mask, how):
     """The forward pass, which gathers a tile of tokens of all rows at a time."""
     shape = (q.shape[0], streams.length, streams.heads, q.shape[3])
     blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, streams.quantized)
@@ -65,11 +83,11 @@ def _paged(q, streams, key_weights, value_weights, mask, how):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(how, blocks, q, sources, mask):
+def _attend(how, blocks, q, sources, mask: Mask):
     return _forward(how, blocks, q, sources, mask)[0]
 
 
-def _forward(how, both_blocks, q, sources, mask):
+def _forward(how, both_blocks, q, sources, mask: Mask):
     blocks = both_blocks[0]
     run = _FORWARD[blocks.schedule]
 

@@ -11,7 +11,9 @@ from pallas_kernels import linear, xla
 from pallas_kernels.quantized import is_quantized
 
 
-def attention(q, keys, values, key_weights, value_weights, mask, *, scale, softcap):
+def attention(
+    q, keys, values, key_weights, value_weights, mask, *, scale: float, softcap: float | None
+):
     """Arguments and result as in `reference.attention`.
 
     Raises:
