@@ -9,6 +9,7 @@ from fusedkv_jax.serving.policies.lamps import LAMPS
 from fusedkv_jax.serving.policies.lpm import LPM
 from fusedkv_jax.serving.policies.mlfq import MLFQ
 from fusedkv_jax.serving.policies.priority import Priority
+from fusedkv_jax.serving.policies.shortest import Shortest
 from fusedkv_jax.serving.policies.vtc import VTC
 from fusedkv_jax.serving.policy import Policy
 
@@ -21,6 +22,7 @@ POLICIES: dict[str, type[Policy]] = {
     "mlfq": MLFQ,
     "vtc": VTC,
     "lamps": LAMPS,
+    "shortest": Shortest,
 }
 
 __all__ = ["POLICIES", *sorted(cls.__name__ for cls in POLICIES.values())]  # pyright: ignore

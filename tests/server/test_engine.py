@@ -1,0 +1,42 @@
+"""The server over the real engine, with a small model."""
+
+import concurrent.futures
+
+from fusedkv_jax.serving import AsyncEngine
+from tests.server.running import serving
+from tests.serving.served import GREEDY, LONGEST, PAGE, Letters, engine, prompts, run
+
+
+def test_clients_get_what_the_engine_gives():
+    given = prompts(8)
+    alone = run(engine(tokenizer=Letters()), given, GREEDY)
+    texts = ["".join(delta.text for delta in alone[str(i)]) for i in range(len(given))]
+    front = AsyncEngine(engine(tokenizer=Letters()), model_name="toy")
+    with serving(front, template=None, api_keys=["a", "b"]) as running:
+
+        def ask(prompt, key="a", **more):
+            body = {"prompt": prompt, "temperature": 0, "max_tokens": 12, **more}
+            headers = {"Authorization": f"Bearer {key}"}
+            return running.http.post("/v1/completions", json=body, headers=headers)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = [done.json()["choices"][0] for done in pool.map(ask, given)]
+        assert [choice["text"] for choice in found] == texts
+        several = ask(given[:3]).json()["choices"]
+        assert [choice["text"] for choice in several] == texts[:3]
+        seeded = [ask("abc", n=3, temperature=1, seed=4).json()["choices"] for _ in range(2)]
+        assert seeded[0] == seeded[1] and len(seeded[0]) == 3
+        assert texts[0][2:4] in texts[0]
+        stopped = ask(given[0], stop=texts[0][2:4]).json()["choices"][0]
+        assert stopped["finish_reason"] == "stop" and texts[0].startswith(stopped["text"])
+
+        shared = [1] * (4 * PAGE + 1)
+        usages = [ask(shared, key).json()["usage"] for key in ("a", "a", "b")]
+        cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+        assert cached == [0, 4 * PAGE, 0]
+        refused = ask([1] * LONGEST)
+        assert refused.status_code == 400 and str(LONGEST) in refused.json()["error"]["message"]
+        assert running.http.get("/health").status_code == 200
+        auth = {"headers": {"Authorization": "Bearer a"}}
+        for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert running.metric(gauge, **auth) == 0
