@@ -106,7 +106,11 @@ def train(
       InsufficientMemoryError: the machine cannot hold the run; the message says what to lower.
     """
     check_kind("config", config, ExperimentConfig, "an ExperimentConfig")
-    workdir = pathlib.Path(workdir).expanduser().resolve()
+    workdir = pathlib.Path(workdir).expanduser()
+    for place in (workdir, *workdir.parents):
+        if place.is_symlink() and not place.exists():  # of a disk that is not mounted, say
+            raise ValueError(f"{place} is a link to what does not exist; name another workdir")
+    workdir = workdir.resolve()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file; name a directory")
     source = sources.absolute(config.data.source)

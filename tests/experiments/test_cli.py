@@ -69,6 +69,8 @@ REFUSED = [
     (f"prepare_data --input={__file__} --output_dir={__file__}", "is a file; name a folder"),
     (f"prepare_data --input={FOLDER} --output_dir={FOLDER}/new", "new is within the input"),
     (f"convert --model={FOLDER} --output={FOLDER}/new", "new is within the input"),
+    (f"prepare_data --input={__file__} --output_dir={FOLDER}", "is not empty; name a new folder"),
+    (f"convert --model=x --output={FOLDER}", "is not empty; name a new folder"),
     ("prepare_data --input= --output_dir=x", "--input= is empty"),
     ("prepare_data --input=x --output_dir=", "--output_dir= is empty"),
     ("reproduce --layouts=", "--layouts= is empty"),
@@ -86,12 +88,19 @@ REFUSED = [
 ]
 
 
+def _contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path: path.read_bytes() for path in files}
+
+
 def test_flags_without_effect_and_mistakes_are_refused():
+    before = _contents(FOLDER)
     found = run_several([(line.split()[0], line.split()[1:]) for line, _ in REFUSED])
     for (line, message), (code, out, error) in zip(REFUSED, found, strict=True):
         assert (code, out) == (2, ""), (line, out, error)
         assert error.startswith("error: ") and error.count("\n") == 1, (line, error)
         assert message in error, (line, error)
+    assert _contents(FOLDER) == before  # nothing is lost, and nothing left
 
 
 def test_help_and_version_of_every_program():

@@ -125,6 +125,13 @@ def test_workdir_must_not_be_a_file(toy, tmp_path):
         train(toy, tmp_path / "file")
 
 
+def test_workdir_must_not_lie_behind_a_broken_link(toy, tmp_path):
+    (tmp_path / "disk").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match="disk is a link to what does not exist"):
+        train(toy, tmp_path / "disk" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
 def test_a_missing_wandb_is_one_clear_line(with_train, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb_project=p needs the package wandb"):
