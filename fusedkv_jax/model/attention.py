@@ -101,6 +101,17 @@ class Attention(nnx.Module):
             with_lse: the lse is wanted; without it one piece is spared the computation, and the
                 lse is None.
         """
+        context, lse = self.context(q, pieces, weights, with_lse)
+        return add_bias(project(context, self.o_proj[...], 2), self.o_bias), lse
+
+    def context(
+        self,
+        q: Float[Array, "B T N H"],
+        pieces: tuple[Piece, ...],
+        weights: dict[Kind, StreamWeights],
+        with_lse: bool = False,
+    ) -> tuple[Float[Array, "B T N H"], Any]:
+        """What `attend` projects: each head's weighted sum of values, and the log-sum-exp."""
         options: dict[str, Any] = {"implementation": self.implementation}
         options["softcap"] = self.softcap
         options["return_residuals"] = needs_residuals(pieces, with_lse)
@@ -110,8 +121,7 @@ class Attention(nnx.Module):
             queries = queries if piece.cut is None else piece.cut.take(queries)
             sources = piece.keys, piece.values, weights["key"], weights["value"]
             found.append(attention(queries, *sources, **piece.mask, **options))
-        context, lse = (joined if pieces[0].cut else merged)(found, with_lse)
-        return add_bias(project(context, self.o_proj[...], 2), self.o_bias), lse
+        return (joined if pieces[0].cut else merged)(found, with_lse)
 
 
 def needs_residuals(pieces: tuple[Piece, ...], with_lse: bool) -> bool:

@@ -77,13 +77,15 @@ class FeedForward(nnx.Module):
         self.down_bias = init.bias(width) if biased else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return add_bias(project(self.hidden(x), self.down[...]), self.down_bias)
+
+    def hidden(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """What enters the last matrix."""
         activate = _ACTIVATIONS[self.activation]
         up = add_bias(project(x, self.up[...]), self.up_bias)
         if self.gate is None:
-            hidden = activate(up)
-        else:
-            hidden = activate(add_bias(project(x, self.gate[...]), self.gate_bias)) * up
-        return add_bias(project(hidden, self.down[...]), self.down_bias)
+            return activate(up)
+        return activate(add_bias(project(x, self.gate[...]), self.gate_bias)) * up
 
 
 def add_bias(x: Float[Array, "..."], bias: nnx.Param | None) -> Float[Array, "..."]:

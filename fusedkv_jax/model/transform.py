@@ -50,6 +50,7 @@ def rebuild(
     *,
     weights: Sequence[FusionWeight] | None = None,
     unrolled: bool | None = None,
+    layers: Sequence[Layer] | None = None,
 ) -> Decoder:
     """A model with the parameters of `model`; what need not be regrouped is shared with it.
 
@@ -60,6 +61,7 @@ def rebuild(
         weights: stored stream weights of each chain of the layout; by default those of the model.
         unrolled: whether equal layers have arrays of their own instead of stacked ones; by default
             as in the model.
+        layers: other layers than those of the model.
     """
     old = model.config.kv_layout
     layout = old if layout is None else layout
@@ -70,10 +72,10 @@ def rebuild(
     result.mixing.weights = nnx.List(list(model.mixing.weights if weights is None else weights))
     was = any(isinstance(block, nnx.List) for run in model.runs for block in run)
     unrolled = was if unrolled is None else unrolled
-    if runs(layout) == runs(old) and unrolled == was:
+    if layers is None and runs(layout) == runs(old) and unrolled == was:
         result.runs = model.runs
         return result
-    layers, join = layers_of(model), _apart if unrolled else _stacked
+    layers, join = layers or layers_of(model), _apart if unrolled else _stacked
     result.runs = nnx.List(
         [
             nnx.List([join([layers[i] for i in run.layers(p)]) for p in range(run.period)])
