@@ -100,6 +100,8 @@ class ExperimentConfig:
 
     def __post_init__(self):
         validate(self, ValueError)
+        if not self.name:
+            raise ValueError("name='' is empty; say what the run is called")
         if self.data.batch_size % self.train.grad_accumulation:
             raise ValueError(
                 f"train.grad_accumulation={self.train.grad_accumulation} must divide "

@@ -122,6 +122,7 @@ NAMED = [
     ("training.TrainConfig(peak_flops='a')", "train.peak_flops='a'; use a number or None"),
     ("training.EarlyExitConfig(rotation=1.5)", "early_exit.rotation=1.5; use a whole number"),
     ("experiment(model=None)", "model=None; use a ModelConfig"),
+    ("experiment(name='')", "name='' is empty"),
     ("interop.config_to_huggingface(5)", "config is int; pass a ModelConfig"),
     ("interop.with_layout(5, 'mha')", "config is int; pass a ModelConfig"),
     ("interop.save_huggingface(5, '/nowhere')", "model is int; pass a Decoder"),
