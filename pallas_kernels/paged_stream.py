@@ -18,17 +18,22 @@ class PagedStream:
     Token i of row b sits in place i % page_size of page `table[b, i // page_size]`. Pages that no
     present token reaches, and their entries in the table, may hold anything.
 
+    All heads of a token lie together: TPUs put the last axis in their lanes, and would turn a pool
+    round whose last axis is a head of 64 channels.
+
     Attributes:
-      data: [P, pages, page_size, K, H], float or 8-bit codes.
+      data: [P, pages, page_size, K * H], float or 8-bit codes.
       slot: which of the P streams; an int or an int32 scalar, which may be traced.
       table: int32 [B, W] pages of each row; S = W * page_size.
-      scale: of 8-bit codes, float [P, pages, page_size, K, 1]; else None.
+      head_size: H.
+      scale: of 8-bit codes, float [P, pages, page_size, K]; else None.
     """
 
     # Any, as jax also fills trees with tracers, shapes and placeholders.
     data: Any
     slot: Any
     table: Any
+    head_size: int
     scale: Any = None
 
     @property
@@ -40,7 +45,8 @@ class PagedStream:
     def shape(self) -> tuple[int, ...]:
         """Shape [B, S, K, H] of the source."""
         rows, width = self.table.shape
-        return (rows, width * self.page_size, *self.data.shape[3:])
+        heads = self.data.shape[3] // self.head_size
+        return (rows, width * self.page_size, heads, self.head_size)
 
     @property
     def ndim(self) -> int:
@@ -59,7 +65,7 @@ class PagedStream:
 
         def gather(pool):  # the slot is an index like the pages: no stream is cut out of the pool
             found = pool.at[self.slot, pages].get(mode="clip")
-            return found.reshape(pages.shape[0], size, *pool.shape[3:])
+            return found.reshape(pages.shape[0], size, self.shape[2], -1)
 
         data = gather(self.data)
         return data if self.scale is None else Quantized(data, gather(self.scale))
@@ -70,19 +76,20 @@ class PagedStream:
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the arrays do not fit each other."""
-        if self.data.ndim != 5 or self.table.ndim != 2:
+        wrong = self.data.ndim != 4 or self.head_size < 1 or self.data.shape[3] % self.head_size
+        if wrong or self.table.ndim != 2:
             raise ValueError(
                 f"{name}.data has shape {self.data.shape} and {name}.table {self.table.shape}; "
-                "they must be [P, pages, page_size, K, H] and [B, W]"
+                f"they must be [P, pages, page_size, K * H] with H = {self.head_size}, and [B, W]"
             )
-        expected = (*self.data.shape[:4], 1)
+        expected = (*self.data.shape[:3], self.shape[2])
         if self.scale is not None and self.scale.shape != expected:
             raise ValueError(f"{name}.scale has shape {self.scale.shape}; it must be {expected}")
         if self.scale is None and not jnp.issubdtype(self.data.dtype, jnp.floating):
             raise ValueError(f"{name}.scale is None; codes of {self.data.dtype} need one")
 
 
-jax.tree_util.register_dataclass(PagedStream, ["data", "slot", "table", "scale"], [])
+jax.tree_util.register_dataclass(PagedStream, ["data", "slot", "table", "scale"], ["head_size"])
 
 
 def is_paged(sources: Any) -> bool:

@@ -98,7 +98,9 @@ class PagedCall(Call):
         return jnp.concatenate([lane.positions.ravel() for lane in self.lanes])
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["heads"]
+)
 @dataclass(frozen=True)
 class PagedStore(Store):
     """All cached streams of a model in pages of one pool; calls are `PagedCall`s.
@@ -106,12 +108,14 @@ class PagedStore(Store):
     Windowed streams are kept whole.
 
     Attributes:
-        keys: storage [P, pages, page_size, K, H].
-        values: storage [P, pages, page_size, K, H'].
+        keys: storage [P, pages, page_size, K * H]; 8-bit codes have scales [..., K].
+        values: storage [P, pages, page_size, K * H'], likewise.
+        heads: K.
     """
 
     keys: Any
     values: Any
+    heads: int
 
     @classmethod
     def create(
@@ -140,7 +144,8 @@ class PagedStore(Store):
             (len(layers), num_pages, page_size, *config.stream_shapes[kind])
             for kind, layers in zip(KINDS, (layout.cached_keys, layout.cached_values), strict=True)
         )
-        return cls(*(empty(shape, chosen) for shape in shapes))
+        keys, values = (_together(empty(shape, chosen), 3) for shape in shapes)
+        return cls(keys, values, config.kv_heads)
 
     @property
     def num_pages(self) -> int:
@@ -160,7 +165,7 @@ class PagedStore(Store):
         def put(pool, tokens):
             return pool.at[slot, pages, places].set(tokens[0], mode="drop")
 
-        return self._with(kind, jax.tree.map(put, storage, encode(new, storage)))
+        return self._with(kind, jax.tree.map(put, storage, _together(encode(new, storage), 2)))
 
     def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
         # Not the pool: held from before a layer writes, it would have to be copied.
@@ -179,7 +184,7 @@ class PagedStore(Store):
         for lane in call.lanes:
             mask = rows._replace(positions=lane.positions).mask() | {"kv_lengths": lane.lengths}
             own_keys, own_values = (
-                tuple(_stream(storage, slot, lane.table) for slot in slots)
+                tuple(self._stream(storage, slot, lane.table) for slot in slots)
                 for storage, slots in ((self.keys, keys), (self.values, values))
             )
             cut = Cut(start, *lane.positions.shape)
@@ -187,9 +192,19 @@ class PagedStore(Store):
             start += lane.positions.size
         return tuple(pieces)
 
+    def token_shape(self, kind: Kind) -> tuple[int, int]:
+        storage = storage_of(self, kind)
+        return (self.heads, storage.shape[3] // self.heads)
+
     @property
     def capacity(self) -> int | None:
         return self.num_pages * self.page_size
+
+    def _stream(self, storage: Any, slot: Any, table: Any) -> PagedStream:
+        data, scale = storage, None
+        if isinstance(storage, Quantized):
+            data, scale = storage.data, storage.scale
+        return PagedStream(data, slot, table, data.shape[3] // self.heads, scale)
 
 
 @dataclass(frozen=True)
@@ -246,7 +261,6 @@ def put_pages(store: PagedStore, pages: Int[Array, "n"], new: PagedStore) -> Pag
     return jax.tree.map(lambda pool, part: pool.at[:, pages].set(part, mode="drop"), store, new)
 
 
-def _stream(storage: Any, slot: Any, table: Any) -> PagedStream:
-    if isinstance(storage, Quantized):
-        return PagedStream(storage.data, slot, table, storage.scale)
-    return PagedStream(storage, slot, table)
+def _together(storage: Any, axis: int) -> Any:
+    """All axes from `axis` on as one: the heads of a token."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1), storage)

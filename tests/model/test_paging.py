@@ -73,11 +73,9 @@ def test_the_compiled_step_has_no_copy_of_the_pool(spec, fresh_compilation):
 def test_pages_are_copied_one_after_the_other():
     config = small.config("mha", num_layers=2)
     store = PagedStore.create(config, num_pages=6, page_size=PAGE)
-    store = jax.tree.map(
-        lambda x: jnp.broadcast_to(jnp.arange(6.0)[:, None, None, None], x.shape), store
-    )
+    store = jax.tree.map(lambda x: jnp.broadcast_to(jnp.arange(6.0)[:, None, None], x.shape), store)
     copied = copy_pages(store, jnp.array([1, 0, 4, 5]), jnp.array([3, 1, 0, 2]), jnp.array(3))
-    assert copied.values[1, :, 0, 0, 0].tolist() == [4, 0, 2, 1, 4, 5]
+    assert copied.values[1, :, 0, 0].tolist() == [4, 0, 2, 1, 4, 5]
 
 
 @pytest.mark.parametrize(
