@@ -8,13 +8,13 @@ not the other one: a GGUF file may become a folder.
 greedily after it, also those of transformers where it is installed and can load a side.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 import fusedkv_jax as fkv
@@ -22,6 +22,9 @@ from experiments.common import cli, models, outputs
 from fusedkv_jax import costs, interop, training
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.training.monitoring.metrics import step_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the cache of 3072 bytes is full again."
 NEW_TOKENS = 30
@@ -102,6 +105,8 @@ def _layout(model: fkv.Decoder) -> str:
 
 def _check(loaded: models.Loaded, output: pathlib.Path, kind: str) -> list[dict[str, Any]]:
     """A row for each side: how far its logits are from the first's, and whether its text is."""
+    import numpy as np
+
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)
     ids = tokenizer.encode(flags.FLAGS.text)[: loaded.model.config.max_length - NEW_TOKENS]
     if not ids:
@@ -131,6 +136,9 @@ def _check(loaded: models.Loaded, output: pathlib.Path, kind: str) -> list[dict[
 
 
 def _ours(model: fkv.Decoder, ids: list[int]) -> tuple[np.ndarray, list[int]]:
+    import jax.numpy as jnp
+    import numpy as np
+
     params = fkv.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     (completion,) = fkv.generate(model, [ids], params)
     logits = np.asarray(model(jnp.asarray([ids], jnp.int32))[0])

@@ -6,6 +6,8 @@ in --workdir. The last line on standard output is results.json as one line. Run 
 again to go on after an interruption, or to see the results of a finished run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import pathlib
@@ -13,11 +15,9 @@ import re
 import sys
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments.benchmarks import latency
 from experiments.common import cli, completions, pictures, runs
 from fusedkv_jax import costs, processes, training
 from fusedkv_jax.data import tokenizers
@@ -81,6 +81,10 @@ def compare(
         key: runs.complete(_with_layout(config, key, layout), workdir / _file_name(key))
         for key, layout in ((BASELINE, BASELINE), (name, config.model.layout))
     }
+    import numpy as np
+
+    from experiments.benchmarks import latency
+
     models = {key: training.load_model(run.workdir)[0] for key, run in finished.items()}
     tokenizer = tokenizers.load(config.data.tokenizer)
     prompt = np.resize(encode_prompt(tokenizer, PROMPT), timing.prompt_length).astype(np.int32)

@@ -7,6 +7,8 @@ vLLM's sampling parameters; with --beam_width it is beam search. Rates of prefil
 standard error. Exit code 2 with one line for a mistake in the command.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import pathlib
@@ -21,7 +23,7 @@ from experiments.common.completions import continue_texts, counted_from_one
 from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import read_text
-from fusedkv_jax.generation import BeamSearchParams, Rates, beam_search
+from fusedkv_jax.generation import BeamSearchParams, Rates
 from fusedkv_jax.generation.parts import Parts
 
 _SETTINGS = ("batch_size", "cache_dtype", "max_num_batched_tokens", "enable_prefix_caching")
@@ -232,7 +234,7 @@ def main() -> None:
     rates = LiveRates()
     if beams is not None:
         with counted_from_one(prompts):
-            completions = beam_search(model, prompts, beams, tokenizer=tokenizer, **settings)
+            completions = fkv.beam_search(model, prompts, beams, tokenizer=tokenizer, **settings)
     else:
         settings["progress"] = rates
         completions = continue_texts(model, tokenizer, prompts, params, **settings)

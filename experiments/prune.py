@@ -7,23 +7,19 @@ in a work directory of its own, for evaluate, generate and further training. The
 JSON document.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import pathlib
 import sys
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from flax import nnx
 
-from experiments.benchmarks import latency
+import fusedkv_jax as fkv
 from experiments.common import cli
-from fusedkv_jax import data, training
-from fusedkv_jax.compression import PruningStep, prune_sources
-from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
-from fusedkv_jax.model import Decoder, fold_fusion
+from fusedkv_jax import compression, data, training
 from fusedkv_jax.training import ExperimentConfig
 
 NEW_TOKENS = 33
@@ -58,13 +54,17 @@ def main() -> None:
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder} exists already; remove it, or name another --output")
+    import jax.numpy as jnp
+
+    from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
+
     texts = jnp.asarray(heldout_texts(config, config.data.seq_len, flags.FLAGS.texts))
     options = {"group": flags.FLAGS.group, "refit": flags.FLAGS.refit}
-    models: dict[str, Decoder] = {"whole": fold_fusion(model)}
+    models: dict[str, fkv.Decoder] = {"whole": fkv.fold_fusion(model)}
     reads: dict[str, float] = {}
     report: Any = None
     for budget, folder in folders.items():  # the smallest first: its report has all steps
-        pruned, found = prune_sources(model, budget, texts, progress=_say, **options)
+        pruned, found = compression.prune_sources(model, budget, texts, progress=_say, **options)
         save(pruned, config, folder)
         report = report or found
         name = f"budget {budget:g}"
@@ -80,8 +80,10 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def save(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+def save(model: fkv.Decoder, config: ExperimentConfig, workdir: pathlib.Path) -> None:
     """Leave a model as the checkpoint of a run that begins with it, at step 0."""
+    from flax import nnx
+
     config = dataclasses.replace(config, model=model.config)
     state = training.create_state(
         config.model,
@@ -96,7 +98,7 @@ def save(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path) -> Non
         raise OSError(f"{workdir}: the pruned model could not be saved")
 
 
-def _say(step: PruningStep) -> None:
+def _say(step: compression.PruningStep) -> None:
     print(
         f"reads {step.reads:.3f}x, KL {step.divergence:.6f} nats per token",
         file=sys.stderr,
@@ -105,9 +107,14 @@ def _say(step: PruningStep) -> None:
 
 
 def _rows(
-    models: dict[str, Decoder], reads: dict[str, float], config: ExperimentConfig
+    models: dict[str, fkv.Decoder], reads: dict[str, float], config: ExperimentConfig
 ) -> list[dict[str, Any]]:
     """Reads, loss and time of every model."""
+    import numpy as np
+    from flax import nnx
+
+    from experiments.benchmarks import latency
+
     prompt = np.arange(flags.FLAGS.length, dtype=np.int32) % config.model.vocab_size
     times = latency.measure(models, prompt, new_tokens=NEW_TOKENS, repeats=flags.FLAGS.rounds)
     rows = []

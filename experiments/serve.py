@@ -16,9 +16,9 @@ from typing import Any
 from absl import flags
 
 from experiments.common import chat, cli, models
+from fusedkv_jax import serving
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
-from fusedkv_jax.serving import POLICIES, AsyncEngine, Engine, ServingSettings
 
 _log = logging.getLogger("fusedkv_jax.serve")
 _SETTINGS = (
@@ -48,7 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("host_pages", 0, "Pages of a second pool in host memory.", 0)
     flags.DEFINE_string("cache_dtype", None, "Storage type of the cache; default the model's.")
     flags.DEFINE_bool("enable_prefix_caching", True, "Share pages of prompts that begin alike.")
-    flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "Who comes first.")
+    flags.DEFINE_enum("policy", "fcfs", sorted(serving.POLICIES), "Who comes first.")
     flags.DEFINE_integer("max_queued", 1024, "Requests that may wait; further ones get a 503.", 1)
     flags.DEFINE_integer("max_queued_tokens", None, "Tokens of their prompts; default any.", 1)
     flags.DEFINE_integer("max_body_bytes", 8 << 20, "Bytes of a request.", 1)
@@ -62,17 +62,17 @@ def main() -> None:
 
     values = flags.FLAGS
     chosen: dict[str, Any] = {name: values[name].value for name in _SETTINGS}
-    settings = ServingSettings(**chosen)
+    settings = serving.ServingSettings(**chosen)
     limits = Settings(api_keys=_keys(), max_body_bytes=values.max_body_bytes)
     sock = listen(values.host, values.port)  # before the model is read
     loaded = models.load()
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)
     template = _template(tokenizer)
-    engine = Engine(loaded.model, tokenizer, settings)
+    engine = serving.Engine(loaded.model, tokenizer, settings)
     _log_to_stderr()
     _log.info("%s: compiling", loaded.title)
     _log.info("%d programs are compiled", engine.warm_up())
-    front = AsyncEngine(
+    front = serving.AsyncEngine(
         engine,
         model_name=values.served_model_name or loaded.config.name,
         max_queued=values.max_queued,

@@ -21,8 +21,7 @@ from typing import Any
 from absl import flags
 
 from experiments.common import cli
-from fusedkv_jax import presets
-from fusedkv_jax.costs import StepCosts
+from fusedkv_jax import costs, presets
 from fusedkv_jax.serving import POLICIES, PagedMemory, Scheduler
 from fusedkv_jax.serving.simulate import (
     Arrival,
@@ -94,7 +93,7 @@ def main() -> None:
     place, arrivals = device(FLAGS.device), read_trace(trace)
     arrivals = arrivals[: FLAGS.num_requests]
     models = {
-        layout: StepCosts.of(
+        layout: costs.StepCosts.of(
             presets.get(FLAGS.preset, layout=layout), cache_dtype=FLAGS.cache_dtype
         )
         for layout in FLAGS.layout
@@ -111,11 +110,11 @@ def main() -> None:
         flush=True,
     )
     rows = []
-    for layout, costs in models.items():
+    for layout, step_costs in models.items():
         for policy in FLAGS.policy:
             for load in FLAGS.load:
                 start = time.monotonic()
-                summary = _run(place, costs, policy, arrivals, load * capacity)
+                summary = _run(place, step_costs, policy, arrivals, load * capacity)
                 rows.append({"layout": layout, "policy": policy, "load": load})
                 rows[-1] |= dataclasses.asdict(summary)
                 took = time.monotonic() - start
@@ -125,7 +124,7 @@ def main() -> None:
         "requests": len(arrivals),
         "preset": FLAGS.preset,
         "device": dataclasses.asdict(place),
-        "pages": {name: _pages(place, costs) for name, costs in models.items()},
+        "pages": {name: _pages(place, step_costs) for name, step_costs in models.items()},
         "capacity": capacity,
         "objectives": {"ttft": FLAGS.slo_ttft, "tpot": FLAGS.slo_tpot},
         "settings": {
@@ -183,20 +182,24 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _pages(place: Device, costs: StepCosts) -> int:
-    return place.num_pages(costs, FLAGS.page_size)
+def _pages(place: Device, step_costs: costs.StepCosts) -> int:
+    return place.num_pages(step_costs, FLAGS.page_size)
 
 
 def _run(
-    place: Device, costs: StepCosts, policy: str, arrivals: Sequence[Arrival], rate: float
+    place: Device,
+    step_costs: costs.StepCosts,
+    policy: str,
+    arrivals: Sequence[Arrival],
+    rate: float,
 ) -> Summary:
-    size, pages = FLAGS.page_size, _pages(place, costs)
+    size, pages = FLAGS.page_size, _pages(place, step_costs)
     scheduler = Scheduler(
         PagedMemory(pages, size, host_pages=int(FLAGS.host_tier * pages)),
         POLICIES[policy](),
         max_num_seqs=FLAGS.max_num_seqs,
         max_num_batched_tokens=FLAGS.max_num_batched_tokens,
-        seconds_per_page=place.seconds_per_page(costs, size),
+        seconds_per_page=place.seconds_per_page(step_costs, size),
     )
     steps = 0
 
@@ -207,7 +210,7 @@ def _run(
     records = simulate(
         requests(arrivals, rate),
         scheduler,
-        lambda plan: place.step_seconds(costs, plan, size),
+        lambda plan: place.step_seconds(step_costs, plan, size),
         watch,
     )
     return summarize(

@@ -1,5 +1,7 @@
 """A conversation in the terminal: python -m experiments.generate --workdir=DIR --chat."""
 
+from __future__ import annotations
+
 import sys
 from typing import Any
 
@@ -11,7 +13,7 @@ from fusedkv_jax.data import Tokenizer, chat
 from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.data.tokenizers import ByteTokenizer
-from fusedkv_jax.generation import Rates, stream
+from fusedkv_jax.generation import Rates
 
 _HELP = "An empty line or the end of the input leaves, /reset begins a new conversation."
 
@@ -74,7 +76,7 @@ def _answer(model, tokenizer, template, messages, params, settings) -> str:
 
     text = ""
     try:
-        for delta in stream(
+        for delta in fkv.stream(
             model, [prompt], params, tokenizer=tokenizer, progress=keep, **settings
         ):
             text += delta.text or ""

@@ -1,5 +1,7 @@
 """Completions of texts, with errors that count prompts as the output does."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from fusedkv_jax.generation.api import generate, stream, warm_up
     from fusedkv_jax.generation.beam import beam_search
     from fusedkv_jax.generation.conversation import chat
-    from fusedkv_jax.generation.logprobs import Logprob
     from fusedkv_jax.generation.params import BeamSearchParams, SamplingError, SamplingParams
     from fusedkv_jax.generation.requests import LogitsError, PromptError
-    from fusedkv_jax.generation.results import Completion, Delta, Output, Rates
+    from fusedkv_jax.generation.results import Completion, Delta, Logprob, Output, Rates
     from fusedkv_jax.generation.settings import EngineSettings
     from fusedkv_jax.generation.speculation import SelfSpeculation
     from fusedkv_jax.generation.steps import decode_step, prefill
@@ -45,10 +44,9 @@ else:
             "api": ["generate", "stream", "warm_up"],
             "beam": ["beam_search"],
             "conversation": ["chat"],
-            "logprobs": ["Logprob"],
             "params": ["BeamSearchParams", "SamplingError", "SamplingParams"],
             "requests": ["LogitsError", "PromptError"],
-            "results": ["Completion", "Delta", "Output", "Rates"],
+            "results": ["Completion", "Delta", "Logprob", "Output", "Rates"],
             "settings": ["EngineSettings"],
             "speculation": ["SelfSpeculation"],
             "steps": ["decode_step", "prefill"],

@@ -15,20 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-
-@dataclass(frozen=True)
-class Logprob:
-    """A token that could have come.
-
-    Attributes:
-        logprob: natural logarithm of its probability.
-        rank: 1 for the likeliest token.
-        decoded_token: its text, if there is a tokenizer.
-    """
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
+from fusedkv_jax.generation.results import Logprob
 
 
 @functools.partial(

@@ -5,9 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fusedkv_jax.generation.logprobs import Logprob
-
 FinishReason = Literal["stop", "length", "abort", "error"]  # the last two: while serving
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token that could have come.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        rank: 1 for the likeliest token.
+        decoded_token: its text, if there is a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
 PlaceLogprobs = dict[int, Logprob]
 
 

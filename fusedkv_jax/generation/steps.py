@@ -57,15 +57,15 @@ def prefill(
             such rows then have NaN logits from there on, as `cache.overflowed` tells.
     """
     _check_call(model, tokens, "B T", cache)
-    lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
-    check_integers("lengths", lengths, "B")
+    given = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
+    check_integers("lengths", given, "B")
     capacity = cache.capacity
     if capacity is not None and tokens.shape[1] > capacity:
         raise ValueError(
             f"tokens has {tokens.shape[1]} columns but the cache holds {capacity} tokens a row;"
             " create it with a larger max_length"
         )
-    lengths = jnp.asarray(lengths, jnp.int32)
+    lengths = jnp.asarray(given, jnp.int32)
     check_room(model.config, tokens, lengths, cache)
     graph, state = nnx.split(model)
     counts = known(lengths)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from fusedkv_jax.data.tokenizers import ByteTokenizer
 from fusedkv_jax.generation import SamplingParams
-from fusedkv_jax.generation.logprobs import Logprob
+from fusedkv_jax.generation.results import Logprob
 from fusedkv_jax.generation.text import Detokenizer, StopTexts
 from fusedkv_jax.serving import Delta, EngineStats, QueueFull
 
