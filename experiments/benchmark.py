@@ -7,21 +7,15 @@ is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS a
 """
 
 import difflib
+import importlib
 import json
 import sys
 
 from absl import flags
 
-from experiments.benchmarks import cpu, generation, kernels, report, training
 from experiments.common import cli
 
-# Measurements of each suite by name, given what the flags say.
-SUITES = {
-    "cpu": cpu.measurements,
-    "kernels": kernels.measurements,
-    "generation": generation.measurements,
-    "training": training.measurements,
-}
+SUITES = ("cpu", "kernels", "generation", "training")  # modules of experiments.benchmarks
 
 
 def define_flags() -> None:
@@ -48,7 +42,9 @@ def main() -> None:
     if flags.FLAGS.output:  # OUTPUT.json and OUTPUT.md
         for end in (".json", ".md"):
             cli.check_output(flags.FLAGS.output + end)
-    measurements = SUITES[suite](
+    from experiments.benchmarks import report
+
+    measurements = importlib.import_module(f"experiments.benchmarks.{suite}").measurements(
         quick=quick, rounds=flags.FLAGS.rounds, torch_compile=flags.FLAGS.torch_compile
     )
     for name in flags.FLAGS.only:

@@ -9,14 +9,10 @@ import json
 from typing import Any
 
 from absl import flags
-from flax import nnx
 
 from experiments.common import cli, models
-from experiments.suites import longcontext, longcontext_methods, longcontext_report
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.cache import STORAGE_TYPES
-from fusedkv_jax.evaluation import at_length, total
-from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings, heldout_texts
 from fusedkv_jax.training.monitoring.progress import Progress
 
 SUITES = ("perplexity", "length", "longcontext")
@@ -74,6 +70,8 @@ def main() -> None:
 
 def perplexity() -> dict[str, Any]:
     """Loss on held-out text."""
+    from flax import nnx
+
     loaded = models.load(source=flags.FLAGS.source)
     config = models.with_text(loaded).config
     batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
@@ -96,6 +94,9 @@ def perplexity() -> dict[str, Any]:
 
 def length() -> dict[str, Any]:
     """Loss by position and storage type, of held-out texts that are long enough."""
+    from fusedkv_jax.evaluation import at_length, total
+    from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
+
     loaded = models.load(source=flags.FLAGS.source)
     model, config, step = loaded.model, models.with_text(loaded).config, loaded.step
     size = flags.FLAGS.length or config.data.seq_len
@@ -116,6 +117,9 @@ def length() -> dict[str, Any]:
 
 def long_context() -> dict[str, Any]:
     """Recall from compressed caches, for one or several runs."""
+    from experiments.suites import longcontext, longcontext_methods, longcontext_report
+    from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
+
     if flags.FLAGS.model:
         raise ValueError("--suite=longcontext reads training runs only; name one with --workdir")
     workdirs = cli.require("workdir")

@@ -9,6 +9,8 @@ when all of it is there at once. Writes simulation.json, .md and .png into --out
 last line is the same as one JSON document.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math

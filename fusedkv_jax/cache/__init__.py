@@ -1,34 +1,8 @@
 """The key/value cache: what is stored of each stream, and what attention reads of it."""
 
-from fusedkv_jax.cache.cache import KVCache, check_int4
-from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
-from fusedkv_jax.cache.kivi import KiviStore
-from fusedkv_jax.cache.paged import (
-    Lane,
-    PagedCall,
-    PagedStore,
-    check_paged,
-    copy_pages,
-    put_pages,
-    take_pages,
-)
-from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, sequence_plan, split_plan
-from fusedkv_jax.cache.sequence import SequenceStore
-from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
-from fusedkv_jax.cache.stacked import StackedStore, unstacked
-from fusedkv_jax.cache.storage import (
-    EIGHT_BITS,
-    FLOATS,
-    STORAGE_TYPES,
-    encode,
-    ring_positions,
-    select,
-    storage_type,
-    take_tokens,
-    write,
-    write_ring,
-)
-from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
+from typing import TYPE_CHECKING
+
+from fusedkv_jax.lazy import lazy_names
 
 __all__ = [
     "EIGHT_BITS",
@@ -70,3 +44,66 @@ __all__ = [
     "write",
     "write_ring",
 ]
+
+if TYPE_CHECKING:
+    from fusedkv_jax.cache.cache import KVCache, check_int4
+    from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
+    from fusedkv_jax.cache.kivi import KiviStore
+    from fusedkv_jax.cache.paged import (
+        Lane,
+        PagedCall,
+        PagedStore,
+        check_paged,
+        copy_pages,
+        put_pages,
+        take_pages,
+    )
+    from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, sequence_plan, split_plan
+    from fusedkv_jax.cache.sequence import SequenceStore
+    from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
+    from fusedkv_jax.cache.stacked import StackedStore, unstacked
+    from fusedkv_jax.cache.storage import (
+        encode,
+        ring_positions,
+        select,
+        storage_type,
+        take_tokens,
+        write,
+        write_ring,
+    )
+    from fusedkv_jax.cache.storage_types import EIGHT_BITS, FLOATS, STORAGE_TYPES
+    from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        {
+            "cache": ["KVCache", "check_int4"],
+            "calls": ["Call", "Piece", "Reading", "Rows"],
+            "kivi": ["KiviStore"],
+            "paged": [
+                "Lane",
+                "PagedCall",
+                "PagedStore",
+                "check_paged",
+                "copy_pages",
+                "put_pages",
+                "take_pages",
+            ],
+            "plan": ["CachePlan", "Group", "cache_plan", "sequence_plan", "split_plan"],
+            "sequence": ["SequenceStore"],
+            "shardings": ["cache_shardings", "constrain_cache"],
+            "stacked": ["StackedStore", "unstacked"],
+            "storage": [
+                "encode",
+                "ring_positions",
+                "select",
+                "storage_type",
+                "take_tokens",
+                "write",
+                "write_ring",
+            ],
+            "storage_types": ["EIGHT_BITS", "FLOATS", "STORAGE_TYPES"],
+            "stores": ["LinearStore", "RingStore", "Store", "storage_of"],
+        },
+    )

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fusedkv_jax.cache.calls import Call, Piece, Rows
-from fusedkv_jax.cache.storage import FLOATS, Slot, write
+from fusedkv_jax.cache.storage import Slot, write
+from fusedkv_jax.cache.storage_types import FLOATS
 from fusedkv_jax.cache.stores import LinearStore, Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind

@@ -16,11 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fusedkv_jax.cache.shardings import local_rows
+from fusedkv_jax.cache.storage_types import FLOATS, STORAGE_TYPES
 from pallas_kernels.quantized import Quantized, quantize
 
-FLOATS = ("bfloat16", "float32", "float16")
-EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
-STORAGE_TYPES = (*FLOATS, *EIGHT_BITS, "int4")
 SCALE_TYPE = jnp.float32  # of 8-bit codes, one for each token and head
 SCATTERED = 32  # up to so many new tokens are put in one by one, without passing over the stream
 

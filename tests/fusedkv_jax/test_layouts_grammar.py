@@ -103,7 +103,7 @@ class TestRefusals:
             ("cla:q=2", 8, "layout 'cla' has no option 'q'; choose k"),
             ("fusedkv:granularty=head", 8, "did you mean granularity"),
             ("cla:k", 8, "write options as name:key=value"),
-            ("cla:k=0", 8, "k=0; use at least 1"),
+            ("cla:k=0", 8, "k=0; use 1 to num_layers=8"),
             ("fusedkv", 7, "num_layers=7 is odd; give split="),
             ("fusedkv:split=9", 8, "split=9; use 2 to num_layers=8"),
             ("fusedkv:split=1", 8, "split=1; use 2 to"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
-from fusedkv_jax.costs import StepCosts
 from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.validation import check_type
 from pallas_kernels.devices import GPUS
+
+if TYPE_CHECKING:
+    from fusedkv_jax.costs import StepCosts
 
 
 @dataclasses.dataclass(frozen=True)
