@@ -143,21 +143,20 @@ class PagedMemory:
 
     def grow(self, request: Request, length: int) -> bool:
         """Make room for the first `length` tokens of a running request; all or nothing."""
-        missing = self._pages(length) - len(request.pages)
-        last = request.computed // self.page_size  # the page that is written next
-        shared = last < len(request.pages) and self.pool.holders(request.pages[last]) > 1
-        fresh = self._allocate(
-            max(missing, 0) + shared, after=request.pages[-1] if request.pages else None
-        )
+        pages, size = request.pages, self.pool.page_size
+        missing = max(-(-length // size) - len(pages), 0)
+        last = request.computed // size  # the page that is written next
+        shared = last < len(pages) and self.pool.holders(pages[last]) > 1
+        fresh = self._allocate(missing + shared, after=pages[-1] if pages else None)
         if fresh is None:
             return False
         if shared:
             page = fresh.pop()
-            self._copy(Direction.WITHIN, request.pages[last], page)
-            self.pool.release(request.pages[last])
-            request.pages[last] = page
-        request.pages += fresh
-        request.capacity = len(request.pages) * self.page_size
+            self._copy(Direction.WITHIN, pages[last], page)
+            self.pool.release(pages[last])
+            pages[last] = page
+        pages += fresh
+        request.capacity = len(pages) * size
         return True
 
     def fork(self, request: Request, other: Request) -> None:
@@ -168,21 +167,22 @@ class PagedMemory:
             self.pool.hold(page)
         assert len(request.pages) <= request.computed // self.page_size + 1, "prompt not computed"
         other.nodes, other.pages = list(request.nodes), list(request.pages)
-        request.forked = other.forked = True
-        other.computed, other.capacity = request.computed, request.capacity
+        other.computed = request.computed
+        request.capacity = other.capacity = request.computed  # the last page may be shared
         other.state = State.RUNNING
 
     def commit(self, request: Request) -> None:
         """Make nodes of the pages that have become full."""
-        full = request.computed // self.page_size
-        if not self._caching or len(request.nodes) >= full:
+        nodes, size = request.nodes, self.pool.page_size
+        full = request.computed // size
+        if not self._caching or len(nodes) >= full:
             return
-        parent = request.nodes[-1] if request.nodes else self.tree.root(request.salt)
-        for number in range(len(request.nodes), full):
+        parent = nodes[-1] if nodes else self.tree.root(request.salt)
+        for number in range(len(nodes), full):
             page = request.pages[number]
             if self.pool.holders(page) > 1:
                 break  # a fork reads it too; whoever is left alone with it makes the node
-            key = request.page_key(number, self.page_size)
+            key = request.page_key(number, size)
             node = parent.children.get(key)
             if node is None:
                 node = self.tree.add(parent, key)
@@ -193,7 +193,7 @@ class PagedMemory:
                 self._use(node)
                 self.pool.release(page)
                 request.pages[number] = node.page
-            request.nodes.append(node)
+            nodes.append(node)
             parent = node
 
     def release(self, request: Request) -> None:
@@ -281,10 +281,11 @@ class PagedMemory:
         return -(-tokens // self.page_size)
 
     def _allocate(self, count: int, after: int | None) -> list[int] | None:
-        if count > self.available:
-            return None
-        while self.pool.free < count:
-            self._evict()
+        if count > self.pool.free:
+            if count > self.available:
+                return None
+            while self.pool.free < count:
+                self._evict()
         return self.pool.allocate(count, after)
 
     def _evict(self) -> None:

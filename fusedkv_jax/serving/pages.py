@@ -27,7 +27,8 @@ class PagePool:
         self._holders = [0] * num_pages
         self._length = {0: num_pages}  # of the free run that starts at a page
         self._start = {num_pages: 0}  # of the free run that ends before a page
-        self._largest = [(-num_pages, 0)]  # a heap; runs that are no more are skipped
+        # A heap of (-length, end) of free runs. Lengths are put right when their turn comes.
+        self._largest = [(-num_pages, num_pages)]
 
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
         """Pages with one holder each, or None where there are too few.
@@ -83,27 +84,32 @@ class PagePool:
 
     def _largest_run(self) -> int:
         while True:
-            length, start = self._largest[0]
-            if self._length.get(start) == -length:
+            length, stop = self._largest[0]
+            start = self._start.get(stop)
+            if start is None:
+                heapq.heappop(self._largest)
+            elif stop - start < -length:  # its first pages were taken since
+                heapq.heapreplace(self._largest, (start - stop, stop))
+            else:
                 return start
-            heapq.heappop(self._largest)
 
     def _take(self, start: int, wanted: int, skipped: int) -> range:
         """Up to `wanted` pages of the free run at `start`, behind its first `skipped`."""
         stop = start + self._length.pop(start)
         first, last = start + skipped, min(start + skipped + wanted, stop)
-        del self._start[stop]
+        if last < stop:
+            self._length[last], self._start[stop] = stop - last, last
+        else:
+            del self._start[stop]
         if first > start:
             self._add(start, first)
-        if last < stop:
-            self._add(last, stop)
         return range(first, last)
 
     def _add(self, start: int, stop: int) -> None:
         self._length[start], self._start[stop] = stop - start, start
-        heapq.heappush(self._largest, (start - stop, start))
+        heapq.heappush(self._largest, (start - stop, stop))
         if len(self._largest) > 64 + 4 * len(self._length):
-            self._largest = [(-length, first) for first, length in self._length.items()]
+            self._largest = [(first - end, end) for end, first in self._start.items()]
             heapq.heapify(self._largest)
 
 

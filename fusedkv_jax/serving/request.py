@@ -54,13 +54,16 @@ class Request:
         salt: requests of different salts share no pages.
         tool_calls: pauses, in order.
         outputs: tokens appended to the prompt so far: generated ones and answers of tools.
-        generated: how many of them were generated.
+        answered: how many of them are answers of tools.
         computed: tokens whose keys and values are in its pages.
         cached: prompt tokens that were found in the prefix cache when it was first admitted.
         pages: page numbers, in order of positions.
         nodes: nodes of the prefix tree that stand for its first pages.
         host_page: host page of its last, partly filled page while it is swapped out, or -1.
-        first_token, last_token: times of the first and the latest generated token.
+        first_token, last_token: times of the first and the last generated token.
+        length: tokens known so far. This and the next two are kept, as each step asks for them.
+        capacity: known tokens for which it has pages that only it writes.
+        due: length at which it ends or calls a tool.
     """
 
     name: str
@@ -73,7 +76,7 @@ class Request:
     tool_calls: tuple[ToolCall, ...] = ()
     state: State = State.WAITING
     outputs: list[int] = field(default_factory=list)
-    generated: int = 0
+    answered: int = 0
     computed: int = 0
     cached: int | None = None
     pages: list[int] = field(default_factory=list)
@@ -81,9 +84,9 @@ class Request:
     host_page: int = -1
     first_token: float | None = None
     last_token: float | None = None
-    length: int = field(init=False)  # tokens known so far; kept, as each step asks for it
-    capacity: int = 0  # tokens that its pages hold; likewise
-    forked: bool = False  # it may share its last page
+    length: int = field(init=False)
+    capacity: int = 0
+    due: int = field(init=False)
     _bytes: bytes = b""
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class Request:
             raise ValueError(f"request {self.name!r}: max_tokens={self.max_tokens}; use at least 1")
         self.prompt = np.ascontiguousarray(self.prompt, np.int32)
         self.length = len(self.prompt)
+        self._set_due()
 
     @property
     def total(self) -> int:
@@ -128,9 +132,27 @@ class Request:
         return len(self.prompt) + self.max_tokens + answers
 
     @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.outputs) - self.answered
+
+    @property
     def calls_tool(self) -> bool:
         """Whether its next tool call is due."""
         return bool(self.tool_calls) and self.generated >= self.tool_calls[0].after
+
+    def take_answer(self) -> None:
+        """The tool that it has called has answered."""
+        call, *later = self.tool_calls
+        self.tool_calls = tuple(later)
+        self.outputs += call.answer
+        self.answered += len(call.answer)
+        self.length += len(call.answer)
+        self._set_due()
+
+    def _set_due(self) -> None:
+        pauses = [call.after for call in self.tool_calls]
+        self.due = len(self.prompt) + self.answered + min([self.max_tokens, *pauses])
 
     def page_key(self, number: int, page_size: int) -> bytes:
         """The tokens of one full page, as a key that compares exactly."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.plan import StepPlan
@@ -121,8 +122,7 @@ class Scheduler:
         self.view.now = now
         self.memory.fork(request, other)
         other.outputs, other.cached = list(outputs), len(other.prompt)
-        other.generated, other.length = len(outputs), len(other.prompt) + len(outputs)
-        other.first_token = other.last_token = now
+        other.length, other.first_token = len(other.prompt) + len(outputs), now
         self.running.append(other)
         self.policy.arrived(other, self.view)
         self.policy.admitted(other, self.view)
@@ -146,9 +146,15 @@ class Scheduler:
         self._evicted.clear()
         self._plan = plan
         requests, counts, left = plan.requests, plan.counts, self.max_num_batched_tokens
+        most = self.max_num_seqs
         for request in self._queue_order():
-            if left <= 0 or len(requests) == self.max_num_seqs:
+            if left <= 0 or len(requests) == most:
                 break
+            if request.computed + 1 == request.length <= request.capacity:  # nothing to decide
+                requests.append(request)
+                counts.append(1)
+                left -= 1
+                continue
             if request.state is not State.RUNNING and not self._admit(request):
                 break
             count = request.length - request.computed
@@ -156,7 +162,7 @@ class Scheduler:
                 limit = policy.budget(request, view)
                 count = min(count, left, left if limit is None else limit)
             end = request.computed + count
-            if (end > request.capacity or request.forked) and not self._grow(request, end):
+            if end > request.capacity and not self._grow(request, end):
                 continue
             requests.append(request)
             counts.append(count)
@@ -190,32 +196,36 @@ class Scheduler:
             Those that have ended.
         """
         size, commit = self.memory.page_size, self.memory.commit
-        accounts, progressed = self._accounts, self.policy.progressed
         self.view.now = now
+        due: list[Request] = []  # who ends, or calls a tool
         done: list[Request] = []
         for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
             computed = request.computed = request.computed + count
-            if computed >= (len(request.nodes) + 1) * size:
+            if count > 1 or not computed % size:
                 commit(request)
             if token is not None:
                 request.outputs.append(token)
-                request.length += 1
-                request.generated += 1
-                request.last_token = now
+                length = request.length = computed + 1  # drawn after all known ones
                 if request.first_token is None:
                     request.first_token = now
-                if request.generated >= request.max_tokens or request in ended:
-                    done.append(request)
-                elif request.tool_calls and request.calls_tool:
-                    self._call(request)
-            if accounts:
-                progressed(request, count, int(token is not None), seconds)
+                if length >= request.due or (ended and request in ended):
+                    due.append(request)
+        if self._accounts:
+            for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
+                self.policy.progressed(request, count, int(token is not None), seconds)
+        for request in due:
+            if request.generated >= request.max_tokens or request in ended:
+                request.last_token = now
+                done.append(request)
+            else:
+                self._call(request)
         if done:
             self.running[:] = [request for request in self.running if request not in done]
             for request in done:
                 self._end(request)
-        if plan.tokens > 2 * len(plan.requests):
-            rate = seconds / plan.tokens
+        computed = plan.tokens
+        if computed > 2 * len(plan.requests):
+            rate = seconds / computed
             self.view.seconds_per_token += 0.1 * (rate - self.view.seconds_per_token)
         return done
 
@@ -234,10 +244,11 @@ class Scheduler:
     def _queue_order(self) -> Iterable[Request]:
         """Requests in the policy's order; waiting ones are put in order when their turn comes."""
         if self.policy.preemptive:
-            everyone = self.running + self.waiting
-            yield from list(self.policy.order(everyone, self.view))
-            return
-        yield from list(self.policy.order(self.running, self.view))
+            return list(self.policy.order(self.running + self.waiting, self.view))
+        running = list(self.policy.order(self.running, self.view))
+        return itertools.chain(running, self._waiting_order())
+
+    def _waiting_order(self) -> Iterator[Request]:
         yield from self.policy.order(self.waiting, self.view)
 
     def _admit(self, request: Request) -> bool:
@@ -307,10 +318,7 @@ class Scheduler:
         heapq.heappush(self.calling, (until, request.name, request))
 
     def _answered(self, request: Request) -> None:
-        call, *later = request.tool_calls
-        request.tool_calls = tuple(later)
-        request.outputs += call.answer
-        request.length += len(call.answer)
+        request.take_answer()
         if request.state is State.PAUSED:
             request.state = State.RUNNING
             self.running.append(request)
