@@ -22,7 +22,9 @@ def by_full_forward(model, prompt, count):
     return tuple(row[len(prompt) :])
 
 
-@pytest.mark.parametrize("spec", [pytest.param(s, id=n) for n, s in small.SPECS.items()])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, id=n, marks=small.marks(n)) for n, s in small.SPECS.items()]
+)
 def test_greedy_with_and_without_buckets(spec):
     if spec.startswith("lckv"):
         spec = "lckv:forward_passes=31"  # exact up to the longest bucket used here

@@ -64,9 +64,7 @@ def _cases():
     skipped = {"lckv_windowed", "serves_others"}
     for name, spec in {**small.SPECS, **small.EXTRA_SPECS}.items():
         if name not in skipped:
-            slow = name in small.EXTRA_SPECS or name in ("lite_reversed", "lite_learnable")
-            marks = [pytest.mark.slow] if slow else []
-            yield pytest.param(spec, "gqa", exits.get(name), id=name, marks=marks)
+            yield pytest.param(spec, "gqa", exits.get(name), id=name, marks=small.marks(name))
     yield pytest.param("fusedkv", "mla", None, id="fusedkv-mla", marks=[pytest.mark.slow])
     for exit_layer in (1, 2, 3, 5, 6, 7):
         yield pytest.param(

@@ -26,6 +26,8 @@ SPECS = {
     "resformer": "resformer",
     "window_hybrid": "window_hybrid:window=5,full_every=2",
 }
+# The layouts that differ most. What is tried on every layout is quick on these, slow on the others.
+FOREMOST = ("mha", "cla", "yoco", "lckv", "fusedkv", "fusedkv_lite", "window_hybrid")
 # Further shapes of the algebra, in the grammar or with options.
 EXTRA_SPECS = {
     "yoco_windowed": "yoco:window=4",
@@ -58,6 +60,11 @@ def config(spec: str, geometry: str = "gqa", **changes) -> fkv.ModelConfig:
     return fkv.ModelConfig(**{**fields, **changes})
 
 
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """The marks of a layout's case in a test of all layouts."""
+    return [] if name in FOREMOST else [pytest.mark.slow]
+
+
 def cases() -> list:
     """(spec, geometry) of every registered layout and geometry that make sense together."""
     found = []
@@ -68,7 +75,9 @@ def cases() -> list:
             except ValueError as error:
                 assert geometry == "mla" and "latent" in str(error)
             else:
-                found.append(pytest.param(spec, geometry, id=f"{name}-{geometry}"))
+                quick = name in SPECS and geometry == "gqa" or name in FOREMOST
+                chosen = [] if quick else [pytest.mark.slow]
+                found.append(pytest.param(spec, geometry, id=f"{name}-{geometry}", marks=chosen))
     return found
 
 
