@@ -177,7 +177,7 @@ def test_mistakes(workdir, tmp_path):
             ([where, f"--prompt_file={latin}"], "not UTF-8: byte 0xf6 at offset 2; convert"),
             ([where, f"--prompt_file={line}"], "line 2 is not a JSON string"),
             ([where, prompt, "--n=2", "--temperature=0"], "--n=2; use 1 with --temperature=0"),
-            ([where, prompt, "--stop="], "stop=['']; use texts"),
+            ([where, prompt, "--stop="], "--stop= is empty; give it a value"),
             ([where, prompt, "--logit_bias=a:1"], "--logit_bias='a:1'; write ID:BIAS"),
             ([where, prompt, "--logit_bias=3:200"], "logit_bias={3: 200.0}; use"),
             ([where, prompt, "--stop_token_ids=999"], "stop_token_ids token id 999"),
