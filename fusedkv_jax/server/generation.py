@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.server.errors import ApiError, overloaded
-from fusedkv_jax.serving import QueueFull
+from fusedkv_jax.serving import QueueFull, RequestError
 
 if TYPE_CHECKING:
     from fusedkv_jax.server.metrics import Metrics, Stopwatch
@@ -91,7 +91,10 @@ class Generation:
             raise overloaded(f"{error}", error.retry_after) from None
         except ValueError as error:
             self.close()
-            raise ApiError(400, str(error), param="prompt") from None
+            # The client knows nothing of the name that the engine has for the request.
+            known = isinstance(error, RequestError)
+            message = f"the request {error.reason}" if known else str(error)
+            raise ApiError(400, message, param="prompt") from None
         except BaseException:
             self.close()
             raise

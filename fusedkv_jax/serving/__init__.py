@@ -22,6 +22,7 @@ __all__ = [
     "Policy",
     "QueueFull",
     "Request",
+    "RequestError",
     "Scheduler",
     "ServingSettings",
     "State",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.serving.plan import StepPlan
     from fusedkv_jax.serving.policies import POLICIES
     from fusedkv_jax.serving.policy import Policy, View
-    from fusedkv_jax.serving.request import Request, State, ToolCall
+    from fusedkv_jax.serving.request import Request, RequestError, State, ToolCall
     from fusedkv_jax.serving.scheduler import NeverFits, Scheduler
     from fusedkv_jax.serving.settings import ServingSettings
     from fusedkv_jax.serving.shapes import StepShapes
@@ -59,7 +60,7 @@ else:
             "plan": ["StepPlan"],
             "policies": ["POLICIES"],
             "policy": ["Policy", "View"],
-            "request": ["Request", "State", "ToolCall"],
+            "request": ["Request", "RequestError", "State", "ToolCall"],
             "scheduler": ["NeverFits", "Scheduler"],
             "settings": ["ServingSettings"],
             "shapes": ["StepShapes"],

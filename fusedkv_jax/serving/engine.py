@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+from flax import nnx
 
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import Codec
@@ -20,6 +24,8 @@ from fusedkv_jax.serving.runner import Drawn, Runner
 from fusedkv_jax.serving.scheduler import Scheduler
 from fusedkv_jax.serving.settings import ServingSettings
 
+_log = logging.getLogger(__name__)
+
 Deltas = list[tuple[str, Delta]]  # with the name of the request that each belongs to
 
 
@@ -32,13 +38,15 @@ class Engine:
         settings: how it is served; by default as `ServingSettings` has it.
 
     Raises:
-        ValueError: a model whose cache cannot lie in pages, or settings that do not fit it.
+        ValueError: a model whose cache cannot lie in pages or that is spread over several devices,
+            or settings that do not fit it.
     """
 
     def __init__(
         self, model: Decoder, tokenizer: Any = None, settings: ServingSettings | None = None
     ):
         check_model(model)
+        _check_one_device(model)
         self.settings = settings = settings or ServingSettings()
         self.tokenizer, self.config = tokenizer, model.config
         self.codec = Codec(tokenizer, settings.eos_id, settings.add_special_tokens)
@@ -229,7 +237,12 @@ class Engine:
 
     def _failed(self, plan: StepPlan, error: Exception) -> Deltas:
         """End the jobs of a step that raised; if it took the pool along, others begin again."""
-        last = Delta(0, finish_reason="error", error=f"{type(error).__name__}: {error}")
+        _log.error("a step failed", exc_info=error)
+        last = Delta(
+            0,
+            finish_reason="error",
+            error=f"a step failed with {type(error).__name__}; the log has the cause",
+        )
         deltas: Deltas = []
         for job in dict.fromkeys(self._outputs[request][0] for request in plan.requests):
             deltas += self._end(job, last)
@@ -237,3 +250,13 @@ class Engine:
             self.scheduler.restart(time.monotonic())
             self.runner.reset()
         return deltas
+
+
+def _check_one_device(model: Decoder) -> None:
+    arrays = (x for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.Array))
+    devices = max(len(x.sharding.device_set) for x in arrays)
+    if devices > 1:
+        raise ValueError(
+            f"the model is spread over {devices} devices, and the engine serves from one; load it"
+            " without a mesh, or use fkv.generate"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.serving.engine import Deltas, Engine
 from fusedkv_jax.serving.output import Delta, EngineStats
+from fusedkv_jax.serving.request import RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ class AsyncEngine:
             try:
                 self.engine.put(*arguments)
             except ValueError as error:  # a race of equal names, or a policy that refuses
-                refused = Delta(0, finish_reason="error", error=str(error))
+                reason = error.reason if isinstance(error, RequestError) else str(error)
+                refused = Delta(0, finish_reason="error", error=reason)
                 self._call(self._end, arguments[1], refused)
         self._stats = self.engine.stats()
         return not stops

@@ -17,7 +17,7 @@ from fusedkv_jax.generation.sampling import NO_TOKEN
 from fusedkv_jax.generation.tracker import Tracker
 from fusedkv_jax.serving.draws import Draw, check_lists
 from fusedkv_jax.serving.output import Delta
-from fusedkv_jax.serving.request import Request
+from fusedkv_jax.serving.request import Request, RequestError
 from fusedkv_jax.serving.runner import Drawn
 
 
@@ -122,30 +122,28 @@ def check_prompt(
     """A prompt that can be served.
 
     Raises:
-        ValueError: it cannot; the message says why, and names the limit.
+        RequestError: it cannot; the message says why, and names the limit.
     """
     try:
         (checked,), _ = make_requests(config, [prompt], params, codec)
     except PromptError as error:
-        raise ValueError(f"request {name!r} {error.reason}") from None
+        raise RequestError(name, error.reason) from None
     if params.prompt_logprobs is not None:
-        raise ValueError(
-            f"request {name!r} has prompt_logprobs, which the engine does not serve; use"
-            " fkv.generate"
+        raise RequestError(
+            name, "has prompt_logprobs, which the engine does not serve; use fkv.generate"
         )
     wanted = params.logprobs
     if wanted is not None and not 0 <= wanted <= max_logprobs:
-        raise ValueError(
-            f"request {name!r} has logprobs={wanted}; use 0 to max_logprobs={max_logprobs}"
-        )
+        raise RequestError(name, f"has logprobs={wanted}; use 0 to max_logprobs={max_logprobs}")
     size = len(checked.prompt) + (params.max_tokens or 1)
     if size > max_model_len:
-        raise ValueError(
-            f"request {name!r} can come to {size} tokens, prompt {len(checked.prompt)} and"
-            f" max_tokens together; max_model_len={max_model_len} is the limit"
+        raise RequestError(
+            name,
+            f"can come to {size} tokens, prompt {len(checked.prompt)} and max_tokens together;"
+            f" max_model_len={max_model_len} is the limit",
         )
     try:
         check_lists(checked)
     except ValueError as error:
-        raise ValueError(f"request {name!r}: {error}") from None
+        raise RequestError(name, f"is refused: {error}") from None
     return dataclasses.replace(checked, limit=min(checked.limit, max_model_len))

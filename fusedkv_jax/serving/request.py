@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from fusedkv_jax.serving.prefix import Node
 
 
+class RequestError(ValueError):
+    """A request that cannot be served.
+
+    Attributes:
+        reason: why, without the request's name, which may be none that its sender knows.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"request {name!r} {reason}")
+        self.reason = reason
+
+
 class State(enum.Enum):
     """Where a request stands."""
 

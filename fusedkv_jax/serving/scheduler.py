@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.policy import How, Policy, View
-from fusedkv_jax.serving.request import Request, State
+from fusedkv_jax.serving.request import Request, RequestError, State
 from fusedkv_jax.validation import check_kind
 
 
-class NeverFits(ValueError):
+class NeverFits(RequestError):
     """A request that could not run even alone; the message names the limit."""
 
 
@@ -85,14 +85,16 @@ class Scheduler:
         check_kind("request", request, Request, "a Request")
         if self.max_model_len is not None and request.total > self.max_model_len:
             raise NeverFits(
-                f"request {request.name!r} can come to {request.total} tokens, the model's context"
-                f" holds {self.max_model_len}; shorten the prompt or lower max_tokens"
+                request.name,
+                f"can come to {request.total} tokens, the model's context holds"
+                f" {self.max_model_len}; shorten the prompt or lower max_tokens",
             )
         if not self.memory.fits(request):
             size = self.memory.page_size
             raise NeverFits(
-                f"request {request.name!r} can come to {request.total} tokens, the cache holds"
-                f" {self.memory.pool.num_pages} pages of {size}; shorten it or enlarge the cache"
+                request.name,
+                f"can come to {request.total} tokens, the cache holds"
+                f" {self.memory.pool.num_pages} pages of {size}; shorten it or enlarge the cache",
             )
         if request.state is not State.WAITING or any(each is request for each in self.waiting):
             raise ValueError(f"request {request.name!r} was added before; make a new one")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import fusedkv_jax as fkv
 from experiments.benchmarks.programs import counted_compilations
@@ -205,7 +206,7 @@ def test_a_step_that_raises_ends_its_own_requests(expected):
     assert 0 < len(failed) < len(given)
     for name, deltas in found.items():
         if name in failed:
-            assert deltas[-1].error == "RuntimeError: out of memory"
+            assert deltas[-1].error == "a step failed with RuntimeError; the log has the cause"
         else:
             assert tokens(deltas) == expected[int(name)]
 
@@ -280,6 +281,14 @@ def test_settings_that_cannot_be_are_refused():
         engine(num_pages=5)
     with pytest.raises(ValueError, match="a page takes"):
         engine(num_pages=None, kv_cache_memory_bytes=10)
+
+
+def test_a_model_on_several_devices_is_refused():
+    everywhere = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec())
+    spread = nnx.clone(model())
+    nnx.update(spread, jax.device_put(nnx.state(spread), everywhere))
+    with pytest.raises(ValueError, match="spread over 2 devices, and the engine serves from one"):
+        engine(spread)
 
 
 def test_llm_generates_and_chats_as_generate_does(expected):
