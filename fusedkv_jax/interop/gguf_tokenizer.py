@@ -121,7 +121,7 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": pre == "llama-bpe",
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": [_merge(file, merge) for merge in merges],
+            "merges": [_merge(file.path, merge) for merge in merges],
         },
     }
 
@@ -133,8 +133,9 @@ def _strings(file: GgufFile, name: str) -> list[str]:
     return found
 
 
-def _merge(file: GgufFile, merge: str) -> list[str]:
+def _merge(path: Path, merge: str) -> list[str]:
+    # Not given the file: where arguments are checked against their types, a tensor of it is read.
     parts = merge.split(" ")
     if len(parts) != 2:
-        raise GgufError(f"{file.path}: tokenizer.ggml.merges has {merge!r}, which is not a pair")
+        raise GgufError(f"{path}: tokenizer.ggml.merges has {merge!r}, which is not a pair")
     return parts
