@@ -1,0 +1,162 @@
+"""lm-eval's tasks on a model of ours, against lm-eval's own class for PyTorch."""
+
+import json
+
+import pytest
+
+from fusedkv_jax.interop import save_huggingface
+from tests.data.test_tokenizers import train_bpe
+from tests.interop.test_export import drawn
+from tests.oracles.decoder import small_config
+
+pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval and what it needs
+for name in ("lm_eval", "torch", "transformers", "accelerate", "peft"):
+    pytest.importorskip(name, exc_type=ImportError)
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+DOCUMENTS = [
+    {"question": "the thesis ", "choices": ["the theme", "them", "is"], "answer": 1},
+    {"question": "", "choices": ["a", "these other themes"], "answer": 0},
+    # Longer than the model's context.
+    {"question": "the theme of the thesis: " * 16, "choices": [" 1", " 22"], "answer": 1},
+]
+COMMON = """
+dataset_path: json
+test_split: test
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+"""
+TASKS = {
+    "choose": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "read": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}} {{choices[0]}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "write": """
+output_type: generate_until
+doc_to_text: "{{question}} {{choices[0]}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model in transformers' format."""
+    folder = tmp_path_factory.mktemp("model")
+    train_bpe(folder / "tokenizer.json", tuple(SPECIAL.values()))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    config = small_config("mha", num_layers=2, vocab_size=300, max_length=64, qk_norm=False)
+    save_huggingface(drawn(config), folder / "exported", tokenizer=folder)
+    return folder / "exported"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of task files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    common = COMMON.format(data=data, cache=folder / "cache")
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}{common}{task}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    from fusedkv_jax.evaluation.lm_eval import FusedKV
+
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+    return FusedKV(model=str(folder), batch_size=2), theirs
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_document_is_answered_as_by_pytorch(chat, models, tasks):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    ours, theirs = (
+        lm_eval.simple_evaluate(
+            model=model, tasks=list(TASKS), task_manager=manager, apply_chat_template=chat,
+            bootstrap_iters=0,
+        )
+        for model in models
+    )  # fmt: skip
+    for task in TASKS:
+        samples = list(zip(ours["samples"][task], theirs["samples"][task], strict=True))
+        assert len(samples) == len(DOCUMENTS)
+        for mine, other in samples:
+            found, expected = mine["filtered_resps"], other["filtered_resps"]
+            if task == "choose":
+                assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+                found, expected = ([value for value, _ in each] for each in (found, expected))
+            if task != "write":
+                assert all(value < -1 for value in found)
+                expected = pytest.approx(expected, abs=1e-4, rel=1e-6)
+            assert found == expected
+            assert mine["arguments"] == other["arguments"]
+    assert any(sample["filtered_resps"] != [""] for sample in ours["samples"]["write"])
+
+
+def test_greedy_continuations_are_known_as_such(models):
+    from lm_eval.api.instance import Instance
+
+    def ask(kind, arguments):
+        requests = [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+        return [getattr(model, kind)(requests) for model in models]
+
+    asked = [("the thesis", {"until": [], "max_gen_toks": 4})]
+    (written,), (expected,) = ask("generate_until", asked)
+    assert written == expected and written
+    ours, theirs = ask("loglikelihood", [("the thesis", written), ("the thesis", written[:-1])])
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    with pytest.raises(ValueError, match="num_beams"):
+        models[0]._params({"num_beams": 4})
+
+
+def test_lm_eval_knows_the_model_by_its_name():
+    """What the command needs; lm-eval's index of its own tasks takes it half a minute more."""
+    from importlib.metadata import entry_points
+
+    from lm_eval.api.registry import get_model
+
+    from fusedkv_jax.evaluation.lm_eval import FusedKV
+
+    assert get_model("fusedkv_jax") is FusedKV
+    (entry,) = entry_points(group="lm_eval.models", name="fusedkv_jax")
+    assert entry.load() is FusedKV
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "workdir=DIR"),
+        ({"model": "a", "workdir": "b"}, "workdir=DIR"),
+        ({"model": "a", "step": 3}, "step"),
+        ({"model": "a", "device": "cuda"}, "JAX_PLATFORMS"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    from fusedkv_jax.evaluation.lm_eval import FusedKV
+
+    with pytest.raises(ValueError, match=message):
+        FusedKV(**arguments)
