@@ -54,7 +54,8 @@ class FusedKV(TemplateLM):
         max_length: tokens of a context and its continuation; default the model's own.
         max_gen_toks: tokens to generate where a task does not say.
         batch_size: rows that are computed together; `auto` is 8.
-        max_batch_size, device: lm-eval passes them. JAX_PLATFORMS chooses the device.
+        max_batch_size, device: not used; lm-eval always passes them, with `cuda:0` for a device.
+            JAX_PLATFORMS chooses it.
 
     Raises:
         ValueError: a value that does not fit, or what loading raises.
@@ -74,8 +75,6 @@ class FusedKV(TemplateLM):
         device: str | None = None,
     ):
         super().__init__()
-        if device is not None:
-            raise ValueError(f"device={device!r} is PyTorch's; set JAX_PLATFORMS instead")
         if (workdir is None) == (model is None) or (step is not None and workdir is None):
             raise ValueError("name workdir=DIR (and a step of it), or model=FOLDER or FILE.gguf")
         self._files = tempfile.TemporaryDirectory()  # a GGUF file's tokenizer

@@ -152,7 +152,6 @@ def test_lm_eval_knows_the_model_by_its_name():
         ({}, "workdir=DIR"),
         ({"model": "a", "workdir": "b"}, "workdir=DIR"),
         ({"model": "a", "step": 3}, "step"),
-        ({"model": "a", "device": "cuda"}, "JAX_PLATFORMS"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
