@@ -155,6 +155,28 @@ def test_a_second_identical_prompt_computes_a_page_at_most():
     assert counts[0] == 2000 and counts[1] <= 16
 
 
+def test_layer_kv_starts_a_prompt_when_those_who_decode_can_wait_for_it():
+    policy = POLICIES["layer_kv"](tpot=1.0, patience=100.0)
+    scheduler = Scheduler(PagedMemory(100, 4), policy)
+    scheduler.view.seconds_per_token = 0.1
+    first, second = (Request(n, np.full(40, i), max_tokens=60) for i, n in enumerate("ab"))
+    scheduler.add(first, 0.0)
+    plan = scheduler.schedule(0.0)
+    scheduler.finish(plan, [1], 0.0, 4.0)  # 0.1 s a token
+    scheduler.add(second, 0.0)
+    started = []
+    for step in range(1, 8):  # each gives 1 s of slack and takes 0.1 s; the prompt takes 4 s
+        plan = scheduler.schedule(0.1 * step)
+        started.append(second in plan.requests)
+        scheduler.finish(plan, [1] * len(plan.requests), 0.1 * step, 0.1)
+    assert started == [False] * 4 + [True] * 3
+    third = Request("c", np.full(4000 % 97, 5), max_tokens=1)
+    scheduler.add(third, 0.7)
+    scheduler.view.seconds_per_token = 1e3
+    assert third not in scheduler.schedule(90.0).requests
+    assert third in scheduler.schedule(101.0).requests, "its patience has ended"
+
+
 def test_salts_share_nothing():
     memory = PagedMemory(100, 4)
     scheduler = Scheduler(memory, POLICIES["fcfs"]())
