@@ -11,8 +11,8 @@ class LayerKV(Policy):
 
     A request's slack is how long its next token may take so that its time per output token stays
     within the objective. The prompts that still compute use it up first. This is the
-    scheduler of the paper (its equations 1 and 2, with the past pace of each request for the
-    predicted lengths of outputs); its layer-wise residency of caches is not.
+    idea of the paper's scheduler, with the past pace of each request for the predicted lengths
+    of outputs; its layer-wise residency of caches is not here.
 
     Args:
         tpot: objective, seconds for each output token after the first.
