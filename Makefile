@@ -8,6 +8,7 @@
 #   make check                               format, lint, types, import floors
 #   make format                              let ruff rewrite what it can
 #   make bench [ARGS=...]                    benchmarks; the last line is one JSON document
+#   make gpu [ARGS=--minutes=9]              all that an NVIDIA GPU can tell; goes on when run again
 #   make clean                               remove the environment and all caches
 #
 # PYTHON=... chooses the interpreter: 3.12 or newer is best, 3.11 is the oldest that works.
@@ -26,7 +27,7 @@ comma := ,
 # One stamp file for each installed extra: once it is there, the target has nothing to do.
 STAMPS := $(VENV)/.env-dev $(patsubst %,$(VENV)/.env-%,$(subst $(comma), ,$(EXTRAS)))
 
-.PHONY: env demo chat test check format bench clean
+.PHONY: env demo chat test check format bench gpu clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -72,6 +73,9 @@ format: env
 
 bench: env
 	$(BIN)/python -m experiments.benchmark $(ARGS)
+
+gpu: $(VENV)/.env-dev $(VENV)/.env-gpu
+	$(BIN)/python -m experiments.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
 """Measure the library: python -m experiments.benchmark --suite=cpu.
 
-The suites are cpu, kernels, generation and training.
+The suites are cpu, kernels, accelerator, generation and training; `experiments.gpu` runs the third
+and more, part by part.
 Prints a table for each measurement with the targets that it met or missed. The last line is one
 JSON document with every number, the device and the versions. Contestants run in turns, and what
 is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS and is recorded.
@@ -15,12 +16,13 @@ from absl import flags
 
 from experiments.common import cli
 
-SUITES = ("cpu", "kernels", "generation", "training")  # modules of experiments.benchmarks
+# Modules of experiments.benchmarks.
+SUITES = ("cpu", "kernels", "accelerator", "generation", "training")
 
 
 def define_flags() -> None:
     """Define the flags of this program."""
-    cli.only_with("torch_compile", suite=("cpu", "kernels", "generation"))
+    cli.only_with("torch_compile", suite=("cpu", "kernels", "accelerator", "generation"))
     flags.DEFINE_string("suite", "cpu", f"What to measure: {', '.join(SUITES)}.")
     flags.DEFINE_multi_string("only", [], "Measurement of the suite; may be repeated; default all.")
     flags.DEFINE_bool("quick", False, "Toy sizes: shows that it runs, the numbers say nothing.")

@@ -62,6 +62,13 @@ class Measurement:
         fields = dataclasses.asdict(self)
         return {**fields, "targets": [target.to_dict() for target in self.targets]}
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Measurement":
+        """The measurement whose `to_dict` this is."""
+        names = [field.name for field in dataclasses.fields(Target)]
+        targets = [Target(**{name: x[name] for name in names}) for x in fields["targets"]]
+        return cls(**{**fields, "targets": targets})
+
     def text(self) -> str:
         """Title, setting, table and targets as plain text."""
         lines = [self.title]

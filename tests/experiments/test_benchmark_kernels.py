@@ -78,6 +78,13 @@ def test_schedules_are_held_against_splash_attention(monkeypatch):
     assert found.rows[0]["matrix slots a bundle"] == 0.5
 
 
+def test_a_measurement_comes_back_from_its_document():
+    target = report.Target("share", 0.5, ">=", 0.8)
+    found = report.Measurement("A title", {"batch": 1}, [{"kernel": "tile"}], [target])
+    again = report.Measurement.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.text() == found.text() and "MISSED" in again.text()
+
+
 def test_on_a_processor_the_report_is_static_and_written_with_the_device(tmp_path):
     names = kernels.measurements(quick=True, rounds=1, torch_compile=False)
     assert list(names) == ["tpu_schedules", "gpu_resources"]
