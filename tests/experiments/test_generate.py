@@ -190,7 +190,7 @@ def test_mistakes(workdir, tmp_path):
                 [where, prompt, "--prefill_parts=equal"],
                 "--prefill_parts has no effect without --mesh",
             ),
-            ([where, "--chat"], "has no chat template; add chat_template.jinja"),
+            ([where, "--chat"], "has no chat template; give --chat_template"),
             ([where, prompt, "--max_token=3"], "did you mean --max_tokens"),
         ],
     )

@@ -168,7 +168,7 @@ def test_mistakes(tmp_path):
         [
             ([*where, "--layouts=mha,fusedk"], "--layouts=fusedk is unknown; did you mean fusedkv"),
             ([*where, "--layouts=mha,mha"], "--layouts names mha twice"),
-            ([*where, "--seeds="], "give numbers such as --seeds=0,1,2"),
+            ([*where, "--seeds="], "--seeds= is empty; give it a value"),
             ([*where, "--seeds=0,one"], "--seeds=0,one; give numbers"),
             ([*where, "--seeds=1,1"], "--seeds names 1 twice"),
             ([*where, "--config.model.layout=mha"], "--config.model.layout is set by --layouts"),
