@@ -175,18 +175,7 @@ _HEAVY = {
 }
 _COMPUTING = {"flax", "jax", "jaxlib", "optax", "tokenizers"}
 # Their flags come from what computes.
-_WAITING_FOR_JAX = {
-    "benchmark",
-    "compile_for_tpu",
-    "convert",
-    "demo",
-    "evaluate",
-    "generate",
-    "prune",
-    "serve",
-    "simulate",
-    "tpu_slices",
-}
+_WAITING_FOR_JAX = {"compile_for_tpu", "tpu_slices"}
 
 
 def test_importing_and_help_load_little():
