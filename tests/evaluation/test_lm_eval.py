@@ -6,8 +6,7 @@ import pytest
 
 from fusedkv_jax.interop import save_huggingface
 from tests.data.test_tokenizers import train_bpe
-from tests.interop.test_export import drawn
-from tests.oracles.decoder import small_config
+from tests.oracles.decoder import random_decoder, small_config
 
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval and what it needs
 for name in ("lm_eval", "torch", "transformers", "accelerate", "peft"):
@@ -62,7 +61,7 @@ def folder(tmp_path_factory):
     named = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     config = small_config("mha", num_layers=2, vocab_size=300, max_length=64, qk_norm=False)
-    save_huggingface(drawn(config), folder / "exported", tokenizer=folder)
+    save_huggingface(random_decoder(config), folder / "exported", tokenizer=folder)
     return folder / "exported"
 
 

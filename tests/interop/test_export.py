@@ -5,13 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import fusedkv_jax as fkv
 from fusedkv_jax.config import BlockConfig, MLAConfig, RopeConfig
 from fusedkv_jax.interop import load_huggingface, save_huggingface
 from tests.interop.test_huggingface import COMMON, GQA, assert_equal_parameters, oracle_logits
-from tests.oracles.decoder import small_config
+from tests.oracles.decoder import random_decoder, small_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -60,26 +59,6 @@ CASES = {
 }
 
 
-def drawn(config, seed=0):
-    """A decoder whose every array is drawn, large enough for every part to matter."""
-    rng = np.random.default_rng(seed)
-    graph, state = nnx.split(nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0))))
-
-    def draw(path, variable):
-        shape = variable.get_value()
-        array = rng.normal(size=shape.shape)
-        if path[-1] == "scale":
-            array = 1 + 0.3 * array
-        elif path[-1] == "embedding" or path[0] == "mixing":
-            array *= 0.7
-        else:
-            array *= 0.3 if path[-1].endswith("bias") else config.d_model**-0.5
-        return variable.replace(jnp.asarray(array, shape.dtype))
-
-    flat = [(path, draw(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
 @pytest.fixture(scope="module")
 def modeling():
     """The PyTorch file, from the package."""
@@ -91,7 +70,7 @@ def modeling():
 @pytest.mark.parametrize("name", CASES)
 def test_pytorch_computes_every_layout(name, modeling, tmp_path):
     layout, changes = CASES[name]
-    model = drawn(small_config(layout, **changes))
+    model = random_decoder(small_config(layout, **changes))
     save_huggingface(model, tmp_path / "m")
     theirs = modeling.FusedKVForCausalLM.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
@@ -138,7 +117,7 @@ def test_families_that_join_tensors_come_out_as_they_went_in(family, arguments, 
 
 
 def test_another_layout_of_an_export_takes_what_it_has_a_place_for(tmp_path):
-    model = drawn(small_config("fusedkv", num_layers=4))
+    model = random_decoder(small_config("fusedkv", num_layers=4))
     save_huggingface(model, tmp_path / "m", facts={"held-out loss": "1.5 | nats"})
     lite = load_huggingface(tmp_path / "m", layout="fusedkv_lite")
     assert lite.config.kv_layout.spec == "fusedkv_lite"
@@ -151,7 +130,7 @@ def test_another_layout_of_an_export_takes_what_it_has_a_place_for(tmp_path):
 
 
 def test_the_folder_s_own_code_is_not_what_is_run(tmp_path):
-    model = drawn(small_config("cla", num_layers=2))
+    model = random_decoder(small_config("cla", num_layers=2))
     save_huggingface(model, tmp_path / "m")
     (tmp_path / "m" / "modeling_fusedkv.py").write_text("raise SystemExit('it was run')")
     assert load_huggingface(tmp_path / "m").config == model.config

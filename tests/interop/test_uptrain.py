@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from fusedkv_jax.interop import uptrain
-from tests.interop.test_export import drawn
-from tests.oracles.decoder import small_config
+from tests.oracles.decoder import random_decoder, small_config
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 37, (16, 24)), jnp.int32)
 
@@ -45,7 +44,7 @@ def test_values_that_another_layer_has_but_for_weights_and_a_map_are_explained()
 
 @pytest.mark.parametrize("layout", ["fusedkv", "cla"])
 def test_a_fit_is_nearer_than_dropping_projections(layout):
-    model = drawn(small_config("mha", num_layers=4, qk_norm=False))
+    model = random_decoder(small_config("mha", num_layers=4, qk_norm=False))
     fitted = uptrain.fit(model, layout, TOKENS)
     assert fitted.config.kv_layout.spec == layout
     dropped = uptrain._start(model, fitted.config)
@@ -54,13 +53,13 @@ def test_a_fit_is_nearer_than_dropping_projections(layout):
 
 
 def test_nothing_is_lost_where_nothing_is_dropped():
-    model = drawn(small_config("mha", num_layers=2))
+    model = random_decoder(small_config("mha", num_layers=2))
     again = uptrain.fit(model, "mha", TOKENS)
     np.testing.assert_allclose(again(TOKENS), model(TOKENS), atol=1e-5)
 
 
 def test_what_cannot_be_fitted_is_refused():
-    model = drawn(small_config("mha", num_layers=4))
+    model = random_decoder(small_config("mha", num_layers=4))
     for layout, message in (
         ("lckv", "cyclic"),
         ("svformer", "layer 1: only layers that cache both"),
@@ -69,4 +68,4 @@ def test_what_cannot_be_fitted_is_refused():
         with pytest.raises(ValueError, match=message):
             uptrain.fit(model, layout, TOKENS)
     with pytest.raises(ValueError, match="share keys or values already"):
-        uptrain.fit(drawn(small_config("cla", num_layers=4)), "fusedkv", TOKENS)
+        uptrain.fit(random_decoder(small_config("cla", num_layers=4)), "fusedkv", TOKENS)

@@ -51,6 +51,26 @@ def small_config(layout, **changes):
     return fkv.ModelConfig(layout=layout, **fields | changes)
 
 
+def random_decoder(config, seed=0):
+    """A decoder whose every array is drawn, large enough for every part to matter."""
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0))))
+
+    def draw(path, variable):
+        shape = variable.get_value()
+        array = rng.normal(size=shape.shape)
+        if path[-1] == "scale":
+            array = 1 + 0.3 * array
+        elif path[-1] == "embedding" or path[0] == "mixing":
+            array *= 0.7
+        else:
+            array *= 0.3 if path[-1].endswith("bias") else config.d_model**-0.5
+        return variable.replace(jnp.asarray(array, shape.dtype))
+
+    flat = [(path, draw(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
 def draw(config, seed=0):
     """Parameters large enough for every part to matter; norm scales differ from one."""
     rng = np.random.default_rng(seed)
