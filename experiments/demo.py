@@ -166,7 +166,8 @@ def main() -> int:
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
     timing = Timing(**values)
     workdir, config = pathlib.Path(cli.require("workdir")), cli.load_config()
-    for name in (LOSS_CURVES_FILE, FUSION_WEIGHTS_FILE, RESULTS_FILE):
+    cli.check_results_file(workdir / RESULTS_FILE)
+    for name in (LOSS_CURVES_FILE, FUSION_WEIGHTS_FILE):
         cli.check_output(workdir / name)
     try:
         results = compare(config, workdir, timing)

@@ -223,7 +223,8 @@ def main() -> int:
     names, seeds = read_names(flags.FLAGS.layouts), read_seeds(flags.FLAGS.seeds)
     _check_overrides(flags.FLAGS.override)
     config, (workdir, output) = cli.load_config(), places(flags.FLAGS.workdir, flags.FLAGS.output)
-    files = {end: cli.check_output(f"{output}.{end}") for end in ("md", "json")}
+    results_file = cli.check_results_file(pathlib.Path(f"{output}.json"))
+    table_file = cli.check_output(f"{output}.md")
     try:
         results = reproduce(config, workdir, names, seeds)
     except runs.Interrupted as stop:
@@ -231,9 +232,9 @@ def main() -> int:
         return training.INTERRUPTED_EXIT_CODE
     results["command"] = shlex.join(["python", "-m", "experiments.reproduce", *sys.argv[1:]])
     text = markdown(results)
-    files["md"].write_text(text, encoding="utf-8")
+    table_file.write_text(text, encoding="utf-8")
     data = json.dumps(results, indent=1) + "\n"
-    files["json"].write_text(data, encoding="utf-8")
+    results_file.write_text(data, encoding="utf-8")
     print(text)
     print(json.dumps(results))
     return 0

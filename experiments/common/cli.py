@@ -19,6 +19,7 @@ from experiments.common.compilation import keep_compiled_programs
 from experiments.common.failures import check_readable as check_readable
 from experiments.common.failures import interrupt_answered as interrupt_answered
 from experiments.common.outputs import check_output as check_output
+from experiments.common.outputs import check_results_file as check_results_file
 from experiments.common.overrides import apply_overrides
 from experiments.common.parsing import only_with as only_with
 

@@ -1,6 +1,7 @@
 """Where programs write: known to be writable before the work, whole or not there after it."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -38,6 +39,23 @@ def check_output(path: str | os.PathLike[str], *, folder: bool = False) -> pathl
         pass
     if folder or not existed:
         probe.unlink()
+    return path
+
+
+def check_results_file(path: pathlib.Path) -> pathlib.Path:
+    """The path of a results file that a program may write or replace; see `check_output`.
+
+    Raises:
+      ValueError: what is there is not a document of these programs, and would be lost.
+    """
+    check_output(path)
+    if path.exists() and path.stat().st_size:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            document = None
+        if not isinstance(document, dict) or not {"experiment", "environment"} <= document.keys():
+            raise ValueError(f"{str(path)!r} was written by something else; move it away")
     return path
 
 

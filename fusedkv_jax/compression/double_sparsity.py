@@ -75,7 +75,7 @@ class DoubleSparsity(Compressor):
         check_count(self, "budget", "group_factor")
         check_count(self, "dense_layers", least=0)
         check_choice(self, "mode", get_args(Mode))
-        if self.channels is not None and np.ndim(self.channels) != 3:
+        if self.channels is not None and not _are_indices(self.channels):
             raise CompressionError(
                 f"Double Sparsity: channels={self.channels!r}; use what `calibrate` returns"
             )
@@ -103,6 +103,12 @@ class DoubleSparsity(Compressor):
             raise CompressionError(
                 f"Double Sparsity: channels have shape {shape}, this model needs {expected};"
                 " calibrate with this model"
+            )
+        outside = [c for c in np.ravel(self.channels or ()) if not 0 <= c < config.channels]
+        if outside:
+            raise CompressionError(
+                f"Double Sparsity: channels name channel {outside[0]} of a key of"
+                f" {config.channels}; calibrate with this model"
             )
 
     def sparse(self, layout: KVLayout) -> tuple[Group, ...]:
@@ -263,6 +269,15 @@ class LabelStore(LinearStore):
         ]
         held = jnp.minimum(end, self.budget)  # what is absent scores least, so it comes last
         return (Piece(chosen[0], chosen[1], {"causal": False, "kv_lengths": held}),)
+
+
+def _are_indices(channels: Channels) -> bool:
+    """Whether these are indices of three axes, as `calibrate` returns."""
+    try:
+        array = np.asarray(channels)
+    except ValueError:  # ragged
+        return False
+    return array.ndim == 3 and np.issubdtype(array.dtype, np.integer)
 
 
 def _tokens(storage: Any, slot: Any, index: Int[Array, "B K C"]) -> Any:

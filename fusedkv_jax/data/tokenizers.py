@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from fusedkv_jax.data import sources
+from fusedkv_jax.validation import check_kind
 
 
 @runtime_checkable
@@ -70,10 +71,12 @@ class ByteTokenizer:
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Returns the UTF-8 bytes of `text`; no text spells BOS or EOS."""
         del allow_special
+        _check_text(text)
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the UTF-8 bytes of each text, int32."""
+        _check_text(*texts)
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -159,11 +162,13 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Returns the ids of `text`; see `Tokenizer.encode`."""
+        _check_text(text)
         tokenizer = self._with_special if allow_special else self._text
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, int32, by all threads of the library."""
+        _check_text(*texts)
         encoded = self._text.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encoded]
 
@@ -172,6 +177,11 @@ class HuggingFaceTokenizer:
         values = [int(token) for token in ids]
         _check_ids(values, self)
         return self._text.decode(values, skip_special_tokens=skip_special_tokens)
+
+
+def _check_text(*texts: str) -> None:
+    for text in texts:
+        check_kind("the text to encode", text, str, "text")
 
 
 def load(name: str) -> Tokenizer:

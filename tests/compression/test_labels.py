@@ -158,6 +158,8 @@ def test_bad_fields_are_refused(fields, message, without_type_checks):
         ("mha", dict(group_factor=8), "group_factor=8 does not give an even number"),
         ("mha", dict(dense_layers=8), "lower dense_layers"),
         ("mha", dict(channels=(((0, 1),) * 2,)), "calibrate with this model"),
+        ("mha", dict(dense_layers=5, channels=(((0, 8),) * 2,) * 3), "channel 8 of a key of 8"),
+        ("mha", dict(dense_layers=5, channels=(((0, -1),) * 2,) * 3), "channel -1 of a key of 8"),
         ("svformer", {}, "read by one of the first dense_layers=2"),
     ],
 )

@@ -5,7 +5,12 @@ import pathlib
 
 import pytest
 
-from experiments.common.outputs import check_new_folder, check_output, complete_folder
+from experiments.common.outputs import (
+    check_new_folder,
+    check_output,
+    check_results_file,
+    complete_folder,
+)
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -55,3 +60,20 @@ def test_what_is_in_the_way(tmp_path):
             check_new_folder("output", path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
     assert check_output(pathlib.Path(os.devnull)) == pathlib.Path(os.devnull)
+
+
+@pytest.mark.parametrize("foreign", ["my notes", "[1, 2]", '{"experiment": "mine"}', "{" * 5000])
+def test_results_of_others_are_not_replaced(tmp_path, foreign):
+    path = tmp_path / "results.json"
+    path.write_text(foreign)
+    with pytest.raises(ValueError, match="was written by something else; move it away"):
+        check_results_file(path)
+    assert path.read_text() == foreign
+
+
+def test_own_results_and_empty_files_are_replaced(tmp_path):
+    path = tmp_path / "results.json"
+    assert check_results_file(path) == path
+    for own in ("", '{"experiment": "demo", "environment": {}, "layouts": {}}'):
+        path.write_text(own)
+        assert check_results_file(path) == path

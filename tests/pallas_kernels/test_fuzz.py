@@ -1,7 +1,7 @@
 """A weekly sample of random calls, with XLA's optimizations; see `fuzz`.
 
 `FUSEDKV_FUZZ_CASES=1000 FUSEDKV_FUZZ_SEED=mine make test ARGS=tests/pallas_kernels/test_fuzz.py`
-tries more, or others. Triton's interpreter has its own process: `gpu/interpreted.py`.
+tries more, or others. Triton's share runs in its interpreter's process: `gpu/interpreted.py`.
 """
 
 import pytest

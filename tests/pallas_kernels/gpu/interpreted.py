@@ -13,6 +13,7 @@ from pallas_kernels import gpu
 from pallas_kernels.gpu import blocks
 from pallas_kernels.masks import Mask
 from tests.oracles import attention as oracle
+from tests.pallas_kernels import fuzz
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.cases import CASES, close, draw, poison
 from tests.pallas_kernels.gpu.interpreter import INTERPRETER
@@ -94,3 +95,13 @@ class TestTritonQuantized(Triton, QuantizedCases):
 
 class TestTritonPaged(Triton, PagedCases):
     pass
+
+
+SMALL_CALLS = fuzz.Limits(rows=48, numbers=2**13, sizes=(16, 32, 64), keys=96)
+
+
+@pytest.mark.usefixtures("fresh_compilation")
+@pytest.mark.parametrize("form", [fuzz.attention, fuzz.quantized, fuzz.paged])
+def test_random_calls_match_the_definition(form):
+    """The interpreter's share of the weekly sample; see `fuzz`."""
+    fuzz.run(form, Triton(), SMALL_CALLS, range(2 * fuzz.count() // 200))
