@@ -39,6 +39,7 @@ def test_notebook_and_script_hold_the_same_cells(name):
     )  # a magic in Jupyter
 
 
+@pytest.mark.slow
 def test_runs_at_toy_size(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
