@@ -9,6 +9,7 @@
 #   make format                              let ruff rewrite what it can
 #   make bench [ARGS=...]                    benchmarks; the last line is one JSON document
 #   make gpu [ARGS=--minutes=9]              all that an NVIDIA GPU can tell; goes on when run again
+#   make docs                                the site of the documentation, in build/site
 #   make clean                               remove the environment and all caches
 #
 # PYTHON=... chooses the interpreter: 3.12 or newer is best, 3.11 is the oldest that works.
@@ -27,7 +28,7 @@ comma := ,
 # One stamp file for each installed extra: once it is there, the target has nothing to do.
 STAMPS := $(VENV)/.env-dev $(patsubst %,$(VENV)/.env-%,$(subst $(comma), ,$(EXTRAS)))
 
-.PHONY: env demo chat test check format bench gpu clean
+.PHONY: env demo chat test check format bench gpu docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -76,6 +77,10 @@ bench: env
 
 gpu: $(VENV)/.env-dev $(VENV)/.env-gpu
 	$(BIN)/python -m experiments.gpu $(ARGS)
+
+# The theme speaks of its successor at each build.
+docs: $(VENV)/.env-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -61,8 +61,9 @@ def attention(
       window: number of positions that a query sees, its own included; None for all.
       q_positions: int32 positions; by default kv_lengths - T + t (S - T + t without lengths).
       kv_positions: int32 positions, negative = absent; by default the key's index.
-      q_segment_ids, kv_segment_ids: int32, both or neither; negative = padding, which sees
+      q_segment_ids: int32, with `kv_segment_ids` or not at all; negative = padding, which sees
         nothing and is seen by nothing.
+      kv_segment_ids: the same of the keys.
       kv_lengths: int32 number of leading keys that are present in each row.
       scale: factor of the scores, H**-0.5 by default.
       softcap: scores become softcap * tanh(score / softcap).

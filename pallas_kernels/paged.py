@@ -249,15 +249,13 @@ def paged_attention(
 
     Token i of row b sits in slot i % page_size of page `page_table[b, i // page_size]`. What no
     token reaches, pages, slots and entries of the table, may hold anything, NaN included.
-    There are no gradients.
+    There are no gradients. Arguments that are not explained here are those of `attention`.
 
     Args:
       q: queries, at positions kv_lengths - T to kv_lengths - 1.
       pages: the cache.
       page_table: int32 pages of each row.
       kv_lengths: int32 tokens of each row, those of the queries included; 0 gives zeros.
-      key_weights, value_weights: float32, as for `attention`.
-      window, scale, softcap, return_residuals, implementation: as for `attention`.
 
     Returns:
       The output [B, T, N, H'], with `return_residuals` also the lse [B, T, N], as `attention`.

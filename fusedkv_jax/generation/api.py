@@ -106,10 +106,11 @@ def stream(
 ) -> Iterator[Delta]:
     """Continue prompts and give back what there is as it comes.
 
+    Arguments that are not explained here are those of `generate`.
+
     Args:
         stream_interval: tokens of an output between deltas; the first delta has one token. The
             loop in between is compiled, so larger is faster.
-        model, prompts, params, tokenizer, progress, **settings: as for `generate`.
 
     Returns:
         Deltas; those of different outputs are interleaved. Each output's last delta has a

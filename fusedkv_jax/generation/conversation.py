@@ -29,6 +29,8 @@ def chat(
 ) -> list[Completion]:
     """Answer conversations.
 
+    Arguments that are not explained here are those of `generate`.
+
     Args:
         model: the model.
         conversations: one conversation or several; each is a sequence of messages, mappings with
@@ -37,7 +39,6 @@ def chat(
         tokenizer: encodes prompts. Special tokens are those that the template spells out; what
             spells one in a message is ordinary text.
         template: makes the prompt; `fusedkv_jax.data.chat.load_template` reads a tokenizer's own.
-        on_error, **settings: as for `generate`.
 
     Returns:
         One completion per conversation, in order.

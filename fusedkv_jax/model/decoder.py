@@ -103,7 +103,9 @@ class Decoder(nnx.Module):
         """What every layer gives, before the final norm: for losses of early exits.
 
         Args:
-            tokens, segment_ids, positions: as for a call of the model.
+            tokens: as for a call of the model, like the next two.
+            segment_ids: document of each token.
+            positions: place of each token in its document.
             kept: rows that each layer changes; it passes the others on as they are.
         """
         options = Options(kept=kept, collects=True)

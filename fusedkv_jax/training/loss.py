@@ -79,7 +79,8 @@ def head_cross_entropy(
     Args:
       x: final hidden states; their type is that of the products, which sum in float32.
       head: output matrix; it is cast to the type of `x`, its gradient has its own type.
-      targets, mask: as for `sum_cross_entropy`.
+      targets: as for `sum_cross_entropy`.
+      mask: likewise.
       logits_mib: MiB of float32 logits that a device holds at a time.
       softcap: logits y become softcap * tanh(y / softcap) before the softmax.
 
