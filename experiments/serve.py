@@ -58,12 +58,12 @@ def define_flags() -> None:
 def main() -> None:
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{missing[0]} is missing; install fusedkv_jax with its extra 'serve'")
-    from fusedkv_jax.server import Server, Settings, listen, run
+    from fusedkv_jax.server import Server, ServerSettings, listen, run
 
     values = flags.FLAGS
     chosen: dict[str, Any] = {name: values[name].value for name in _SETTINGS}
     settings = serving.ServingSettings(**chosen)
-    limits = Settings(api_keys=_keys(), max_body_bytes=values.max_body_bytes)
+    limits = ServerSettings(api_keys=_keys(), max_body_bytes=values.max_body_bytes)
     sock = listen(values.host, values.port)  # before the model is read
     loaded = models.load()
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)

@@ -205,7 +205,7 @@ def _run(
     )
     steps = 0
 
-    def watch(*_: Any) -> None:
+    def watch(*_: object) -> None:
         nonlocal steps
         steps += 1
 

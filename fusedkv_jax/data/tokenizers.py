@@ -166,6 +166,10 @@ class HuggingFaceTokenizer:
         tokenizer = self._with_special if allow_special else self._text
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    def to_str(self) -> str:
+        """Returns the `tokenizer.json`."""
+        return self._data.decode()
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, int32, by all threads of the library."""
         _check_text(*texts)

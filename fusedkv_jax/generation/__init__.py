@@ -17,6 +17,7 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "SelfSpeculation",
+    "StructuredOutputsParams",
     "beam_search",
     "chat",
     "decode_step",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.generation.settings import EngineSettings
     from fusedkv_jax.generation.speculation import SelfSpeculation
     from fusedkv_jax.generation.steps import decode_step, prefill
+    from fusedkv_jax.generation.structured import StructuredOutputsParams
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -50,5 +52,6 @@ else:
             "settings": ["EngineSettings"],
             "speculation": ["SelfSpeculation"],
             "steps": ["decode_step", "prefill"],
+            "structured": ["StructuredOutputsParams"],
         },
     )

@@ -10,6 +10,9 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from fusedkv_jax.generation.structured import StructuredOutputsParams
+from fusedkv_jax.validation import check_kind
+
 _MOST = 2**31 - 1  # what an int32 holds
 _MOST_OUTPUTS = 16_384  # vLLM's bound
 
@@ -46,6 +49,8 @@ class SamplingParams:
         prompt_logprobs: the same at every place of the prompt. Its prefill runs all layers for
             all tokens, apart from other requests.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: a form that the output is held to; needs a tokenizer and `fkv.LLM` or
+            another serving engine.
 
     Raises:
         SamplingError: a value is out of bounds.
@@ -72,6 +77,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -101,6 +107,14 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 bounds = "-1 (whole vocabulary), a count, or None"
                 _whole(name, getattr(self, name), -1, bounds=bounds)
+        if self.structured_outputs is not None:
+            check_kind(
+                "structured_outputs",
+                self.structured_outputs,
+                StructuredOutputsParams,
+                "StructuredOutputsParams(...)",
+                SamplingError,
+            )
         if self.n > 1 and self.is_greedy:
             _fail("n", self.n, "1 with temperature=0: greedy outputs would all be the same")
 

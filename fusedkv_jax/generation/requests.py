@@ -213,6 +213,8 @@ def _request(
         texts = getattr(params, name)
         if texts and codec.tokenizer is None:
             raise PromptError(f"has {name}={texts!r}; pass tokenizer= for that", number)
+    if params.structured_outputs is not None:  # the engine looks at it before
+        raise PromptError("has structured_outputs; fkv.LLM serves them, or an engine", number)
     stops = tuple(params.stop_token_ids)
     if codec.eos_id is not None and not params.ignore_eos:
         stops = (*stops, codec.eos_id)

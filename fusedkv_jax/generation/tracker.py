@@ -42,7 +42,11 @@ class Tracker:
         return self.finish_reason is not None or self.error is not None
 
     def push(
-        self, tokens: Sequence[int], logprobs: Logprobs | None, ended: bool
+        self,
+        tokens: Sequence[int],
+        logprobs: Logprobs | None,
+        ended: bool,
+        complete: bool = False,
     ) -> tuple[str | None, tuple[int, ...], list[PlaceLogprobs] | None]:
         """Take new tokens; `error` is set where none could be chosen.
 
@@ -50,6 +54,7 @@ class Tracker:
             tokens: those after the ones taken before.
             logprobs: the row's arrays, at the places of these tokens.
             ended: the batch has ended this row with them.
+            complete: and nothing may follow them, as if a stop token had come.
 
         Returns:
             New text, and the tokens and log-probabilities that belong to the output: nothing after
@@ -60,10 +65,10 @@ class Tracker:
             self.error = logits_error(self.request.number, f"at output token {place}")
             return None, (), None
         stopped = ended and tokens[-1] in self.request.stops
-        text, kept = self._take(tokens, stopped)
+        text, kept = self._take(tokens, stopped, complete)
         self._tokens.extend(tokens[:kept])
         if self.finish_reason is None and ended:
-            self.finish_reason = "stop" if stopped else "length"
+            self.finish_reason = "stop" if stopped or complete else "length"
             if stopped and tokens[-1] != self.request.eos_id:
                 self.stop_reason = tokens[-1]
         new = None
@@ -93,23 +98,24 @@ class Tracker:
             self._logprobs,
         )
 
-    def _take(self, tokens: Sequence[int], stopped: bool) -> tuple[str | None, int]:
+    def _take(self, tokens: Sequence[int], stopped: bool, complete: bool) -> tuple[str | None, int]:
         """New text, and how many of the tokens the output keeps."""
         if self._detokenizer is None or self._decode is None:
             return None, len(tokens)
         params = self.request.params
         hidden = stopped and not params.include_stop_str_in_output
         shown = tokens[: len(tokens) - hidden]
+        last = stopped or complete or self._fills(tokens)
         if not self._piecewise:  # all tokens come at once
             return self._decode(shown), len(tokens)
         if not params.stop:
             text = self._detokenizer.push(shown)
-            if self._ends(tokens, stopped):
+            if last:
                 text += self._detokenizer.flush()
             return text, len(tokens)
-        return self._search(tokens, shown, stopped)
+        return self._search(tokens, shown, last)
 
-    def _search(self, tokens, shown, stopped) -> tuple[str, int]:
+    def _search(self, tokens: Sequence[int], shown: Sequence[int], last: bool) -> tuple[str, int]:
         """Token by token, so that the output ends with the one that completes a stop text."""
         assert self._detokenizer is not None
         before, text = len(self._tokens), ""
@@ -118,7 +124,7 @@ class Tracker:
             text += self._stops.push(self._detokenizer.push([token]), armed)
             if self._stops.found is not None:
                 return self._stop_text(text, place + 1)
-        if self._ends(tokens, stopped):
+        if last:
             text += self._stops.push(self._detokenizer.flush())
             if self._stops.found is not None:
                 return self._stop_text(text, len(tokens))
@@ -129,6 +135,7 @@ class Tracker:
         self.finish_reason, self.stop_reason = "stop", self._stops.found
         return text, kept
 
-    def _ends(self, tokens: Sequence[int], stopped: bool) -> bool:
+    def _fills(self, tokens: Sequence[int]) -> bool:
+        """Whether the output has all tokens that it may have with these."""
         total = len(self.request.prompt) + len(self._tokens) + len(tokens)
-        return stopped or total >= self.request.limit
+        return total >= self.request.limit

@@ -4,7 +4,7 @@
 uvicorn until it is told to end.
 """
 
-from fusedkv_jax.server.app import Server, Settings
+from fusedkv_jax.server.app import Server, ServerSettings
 from fusedkv_jax.server.run import listen, run
 
-__all__ = ["Server", "Settings", "listen", "run"]
+__all__ = ["Server", "ServerSettings", "listen", "run"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.server.generation import Generation, Grown
 
+# A token, and the log-probabilities at its place; none at the first of a prompt.
+Place = tuple[int, PlaceLogprobs | None]
+Scores = tuple[PlaceLogprobs | None, ...]
+Spell = Callable[[Sequence[int]], str]
 DONE = b"data: [DONE]\n\n"
 _LEAST = -9999.0  # stands for minus infinity, which JSON has not; vLLM's
 
@@ -31,12 +38,24 @@ def usage(generation: Generation) -> dict[str, Any]:
     }
 
 
+class Asked(NamedTuple):
+    """Log-probabilities that an answer shows.
+
+    Attributes:
+        top: of so many likeliest tokens besides the chosen one; None for none.
+        prompt: likewise at each place of the prompt, under vLLM's name for them.
+    """
+
+    top: int | None = None
+    prompt: int | None = None
+
+
 @dataclass
 class _Choice:
     """What a choice has become."""
 
     texts: list[str] = field(default_factory=list)
-    places: list[Any] = field(default_factory=list)  # log-probabilities and their tokens
+    places: list[Place] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -46,21 +65,21 @@ class Answer:
     Args:
         name: its id.
         model: as it is served.
-        created: Unix time.
-        top: log-probabilities that were asked for besides the chosen token's; None for none.
-        tokenizer: for the texts of tokens.
+        asked: which log-probabilities it shows.
+        spell: text of tokens, special ones included.
     """
 
     kind = chunk_kind = ""
 
-    def __init__(self, name: str, model: str, created: int, top: int | None, tokenizer: Any):
-        self._head = {"id": name, "created": created, "model": model}
-        self.top, self.tokenizer = top, tokenizer
+    def __init__(self, name: str, model: str, asked: Asked, spell: Spell):
+        self._head = {"id": name, "created": int(time.time()), "model": model}
+        self.asked, self.spell = asked, spell
         self._choices: dict[int, _Choice] = {}
+        self.scores: dict[int, Scores] = {}  # of each prompt
 
     def add(self, grown: Grown) -> None:
         """Keep what has come."""
-        choice = self._choices.setdefault(grown.choice, _Choice())
+        choice = self._take(grown)
         choice.texts.append(grown.delta.text)
         choice.places.extend(self.places(grown))
         choice.finish_reason = grown.delta.finish_reason
@@ -75,7 +94,7 @@ class Answer:
 
     def chunks(self, grown: Grown) -> Iterator[dict[str, Any]]:
         """Documents of what has come; none while it is held back."""
-        choice = self._choices.setdefault(grown.choice, _Choice())
+        choice = self._take(grown)
         if not choice.texts:
             yield from (self.chunk([first]) for first in self.first(grown.choice))
             choice.texts.append("")
@@ -83,14 +102,14 @@ class Answer:
         if delta.text or places or delta.finish_reason is not None:
             yield self.chunk([self.part(grown.choice, delta.text, places, delta.finish_reason)])
 
-    def chunk(self, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
+    def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """A chunk's document."""
         return {**self._head, "object": self.chunk_kind, "choices": choices, **more}
 
-    def places(self, grown: Grown) -> list[Any]:
+    def places(self, grown: Grown) -> list[Place]:
         """The new tokens and their log-probabilities, if asked for."""
         delta = grown.delta
-        if self.top is None or not delta.logprobs:
+        if self.asked.top is None or not delta.logprobs:
             return []
         return list(zip(delta.token_ids, delta.logprobs, strict=True))
 
@@ -99,53 +118,102 @@ class Answer:
         del index
         return iter(())
 
-    def choice(self, index: int, text: str, places: list, reason: str | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, places: list[Place], reason: str | None
+    ) -> dict[str, Any]:
         """A whole choice."""
         raise NotImplementedError
 
-    def part(self, index: int, text: str, places: list, reason: str | None) -> dict[str, Any]:
+    def part(
+        self, index: int, text: str, places: list[Place], reason: str | None
+    ) -> dict[str, Any]:
         """A chunk's choice."""
         raise NotImplementedError
 
-    def spelled(self, token: int, place: Any) -> str:
+    def spelled(self, token: int, place: PlaceLogprobs | None) -> str:
         """A token's text."""
-        known = place[token].decoded_token
-        return self.tokenizer.decode([token], skip_special_tokens=False) if known is None else known
+        known = None if place is None else place[token].decoded_token
+        return self.spell([token]) if known is None else known
 
-    def likeliest(self, place: Any) -> list[int]:
+    def likeliest(self, place: PlaceLogprobs) -> list[int]:
         """The likeliest tokens at a place, as many as were asked for."""
-        found = [token for token, entry in place.items() if entry.rank <= (self.top or 0)]
+        found = [token for token, entry in place.items() if entry.rank <= (self.asked.top or 0)]
         return sorted(found, key=lambda token: place[token].rank)
+
+    def prompt_logprobs(self, prompt: int) -> list[dict[str, Any] | None] | None:
+        """vLLM's form of a prompt's log-probabilities, if asked for."""
+        most = self.asked.prompt
+        if most is None or prompt not in self.scores:
+            return None
+        return [
+            None
+            if place is None
+            else {
+                str(other): {**dataclasses.asdict(entry), "logprob": _finite(entry.logprob)}
+                for other, entry in place.items()
+            }
+            for place in self.scores[prompt]
+        ]
+
+    def _take(self, grown: Grown) -> _Choice:
+        if grown.delta.prompt_logprobs is not None:
+            self.scores[grown.prompt] = grown.delta.prompt_logprobs
+        return self._choices.setdefault(grown.choice, _Choice())
 
 
 class CompletionAnswer(Answer):
     """Of /v1/completions.
 
     Args:
-        prompts: texts before the choices of each prompt (`echo`); empty for none.
+        echo: text and tokens of each prompt, shown before its choices; empty for none.
         n: choices for each prompt.
     """
 
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, *head: Any, prompts: Sequence[str] = (), n: int = 1):
-        super().__init__(*head)
-        self._prompts, self._n = prompts, n
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        asked: Asked,
+        spell: Spell,
+        *,
+        echo: Sequence[tuple[str, Sequence[int]]] = (),
+        n: int = 1,
+    ):
+        super().__init__(name, model, asked, spell)
+        self._echo, self._n = echo, n
         self._offsets: dict[int, int] = {}
 
     def first(self, index: int) -> Iterator[dict[str, Any]]:
-        if self._prompts:
-            yield self.part(index, self._prompts[index // self._n], [], None)
+        if self._echo:
+            text, places = self._before(index)
+            yield self.part(index, text, places, None)
 
-    def choice(self, index: int, text: str, places: list, reason: str | None) -> dict[str, Any]:
-        before = self._prompts[index // self._n] if self._prompts else ""
-        return self.part(index, before + text, places, reason)
+    def choice(
+        self, index: int, text: str, places: list[Place], reason: str | None
+    ) -> dict[str, Any]:
+        before, first = self._before(index)
+        found = self.part(index, before + text, first + places, reason)
+        scores = self.prompt_logprobs(index // self._n)
+        return found if scores is None else {**found, "prompt_logprobs": scores}
 
-    def part(self, index: int, text: str, places: list, reason: str | None) -> dict[str, Any]:
+    def part(
+        self, index: int, text: str, places: list[Place], reason: str | None
+    ) -> dict[str, Any]:
         logprobs = self._logprobs(index, places) if places else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, index: int, places: list) -> dict[str, Any]:
+    def _before(self, index: int) -> tuple[str, list[Place]]:
+        """What is shown of the prompt before a choice."""
+        if not self._echo:
+            return "", []
+        prompt = index // self._n
+        text, tokens = self._echo[prompt]
+        scores = self.scores.get(prompt) if self.asked.top is not None else None
+        return text, [] if scores is None else list(zip(tokens, scores, strict=True))
+
+    def _logprobs(self, index: int, places: list[Place]) -> dict[str, Any]:
         texts = [self.spelled(token, place) for token, place in places]
         offsets = []
         offset = self._offsets.get(index, 0)
@@ -155,13 +223,16 @@ class CompletionAnswer(Answer):
         self._offsets[index] = offset
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(place[token].logprob) for token, place in places],
-            "top_logprobs": [
-                {self.spelled(t, place): _finite(place[t].logprob) for t in self.likeliest(place)}
-                for _, place in places
+            "token_logprobs": [
+                None if place is None else _finite(place[token].logprob) for token, place in places
             ],
+            "top_logprobs": [None if place is None else self._top(place) for _, place in places],
             "text_offset": offsets,
         }
+
+    def _top(self, place: PlaceLogprobs) -> dict[str, float]:
+        likeliest = self.likeliest(place)
+        return {self.spelled(token, place): _finite(place[token].logprob) for token in likeliest}
 
 
 class ChatAnswer(Answer):
@@ -169,23 +240,33 @@ class ChatAnswer(Answer):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
+    def whole(self, generation: Generation) -> dict[str, Any]:
+        scores = self.prompt_logprobs(0)
+        more = {} if scores is None else {"prompt_logprobs": scores}
+        return {**super().whole(generation), **more}
+
     def first(self, index: int) -> Iterator[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def choice(self, index: int, text: str, places: list, reason: str | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, places: list[Place], reason: str | None
+    ) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return self._form(index, "message", message, places, reason)
+        return {"message": message, **self._form(index, places, reason)}
 
-    def part(self, index: int, text: str, places: list, reason: str | None) -> dict[str, Any]:
+    def part(
+        self, index: int, text: str, places: list[Place], reason: str | None
+    ) -> dict[str, Any]:
         delta = {"content": text} if text or reason is None else {}
-        return self._form(index, "delta", delta, places, reason)
+        return {"delta": delta, **self._form(index, places, reason)}
 
-    def _form(self, index, name, value, places, reason) -> dict[str, Any]:
-        logprobs = {"content": [self._logprob(*place) for place in places]} if places else None
-        return {"index": index, name: value, "logprobs": logprobs, "finish_reason": reason}
+    def _form(self, index: int, places: list[Place], reason: str | None) -> dict[str, Any]:
+        found = [self._logprob(token, place) for token, place in places if place is not None]
+        logprobs = {"content": found} if found else None
+        return {"index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprob(self, token: int, place: Any) -> dict[str, Any]:
+    def _logprob(self, token: int, place: PlaceLogprobs) -> dict[str, Any]:
         def entry(token: int) -> dict[str, Any]:
             text = self.spelled(token, place)
             value = _finite(place[token].logprob)

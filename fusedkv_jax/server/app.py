@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,7 +26,7 @@ from fusedkv_jax.server import answers, errors, protocol
 from fusedkv_jax.server.access import Access, read_json
 from fusedkv_jax.server.connection import Disconnected, EventStream, while_connected
 from fusedkv_jax.server.errors import ApiError
-from fusedkv_jax.server.generation import Generation
+from fusedkv_jax.server.generation import Generation, Order
 from fusedkv_jax.server.health import Health
 from fusedkv_jax.server.metrics import CONTENT_TYPE, Metrics
 from fusedkv_jax.server.prompts import Prompts
@@ -37,11 +37,18 @@ if TYPE_CHECKING:
     from fusedkv_jax.serving import AsyncEngine
 
 _PAGE = pathlib.Path(__file__).with_name("page.html")
+_Form = TypeVar(
+    "_Form",
+    protocol.CompletionRequest,
+    protocol.ChatRequest,
+    protocol.TokenizeRequest,
+    protocol.DetokenizeRequest,
+)
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """What an operator may set.
 
     Attributes:
@@ -80,9 +87,12 @@ class Server:
     """
 
     def __init__(
-        self, engine: AsyncEngine, template: ChatTemplate | None, settings: Settings | None = None
+        self,
+        engine: AsyncEngine,
+        template: ChatTemplate | None,
+        settings: ServerSettings | None = None,
     ):
-        self.engine, self.settings = engine, settings or Settings()
+        self.engine, self.settings = engine, settings or ServerSettings()
         self.prompts = Prompts(engine.tokenizer, template)
         self.metrics, self.running = Metrics(engine), Running(engine)
         self.health = Health(engine, self.settings.health_timeout)
@@ -137,11 +147,13 @@ class Server:
         params = asked.sampling()
         prompts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
         self._check(prompts, params)
-        echo = [await self.prompts.decode(p) for p in prompts] if asked.echo else ()
+        echo = [(await self.prompts.decode(p), p) for p in prompts] if asked.echo else ()
         answer = answers.CompletionAnswer(
             f"cmpl-{uuid.uuid4().hex}",
-            *(self.engine.model_name, int(time.time()), asked.logprobs, self.engine.tokenizer),
-            prompts=echo,
+            self.engine.model_name,
+            answers.Asked(asked.logprobs, asked.prompt_logprobs),
+            self.prompts.spell,
+            echo=echo,
             n=params.n,
         )
         return await self._answer(request, asked, params, prompts, answer)
@@ -158,9 +170,9 @@ class Server:
         self._check([prompt], params)
         answer = answers.ChatAnswer(
             f"chatcmpl-{uuid.uuid4().hex}",
-            *(self.engine.model_name, int(time.time())),
-            (asked.top_logprobs or 0) if asked.logprobs else None,
-            self.engine.tokenizer,
+            self.engine.model_name,
+            answers.Asked(params.logprobs, asked.prompt_logprobs),
+            self.prompts.spell,
         )
         return await self._answer(request, asked, params, [prompt], answer)
 
@@ -176,10 +188,8 @@ class Server:
         with contextlib.ExitStack() as stack:
             generation = stack.enter_context(
                 Generation(
-                    *(self.engine, self.running, self.metrics, prompts, params),
-                    name=uuid.uuid4().hex,
-                    priority=asked.priority or 0,
-                    tenant=tenant,
+                    *(self.engine, self.running, self.metrics, uuid.uuid4().hex),
+                    Order(prompts, params, asked.priority or 0, tenant),
                 )
             )
             if asked.stream:
@@ -189,9 +199,9 @@ class Server:
             await while_connected(request.receive, _gather(generation, answer))
             return JSONResponse(answer.whole(generation))
 
-    async def _read(self, request: Request, form: Any) -> Any:
+    async def _read(self, request: Request, form: type[_Form]) -> _Form:
         asked = protocol.decode(await read_json(request, self.settings.max_body_bytes), form)
-        if asked.model not in (None, self.engine.model_name):
+        if asked.model is not None and asked.model != self.engine.model_name:
             raise _no_model(asked.model, self.engine.model_name)
         return asked
 
@@ -254,10 +264,11 @@ class Server:
         asked = await self._read(request, protocol.TokenizeRequest)
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
-        if asked.messages is None:
+        if asked.prompt is not None:
             texts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
             tokens = texts[0]
         else:
+            assert asked.messages is not None
             generation_prompt = asked.add_generation_prompt is not False
             tokens = await self.prompts.chat(
                 asked.messages, asked.tools, generation_prompt, asked.chat_template_kwargs
@@ -294,7 +305,7 @@ async def _events(
     yield answers.DONE
 
 
-def _no_model(asked: Any, name: str) -> ApiError:
+def _no_model(asked: str, name: str) -> ApiError:
     message = f"there is no model {asked!r}; this server has {name!r}"
     return ApiError(404, message, param="model", code="model_not_found")
 

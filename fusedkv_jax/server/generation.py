@@ -30,6 +30,22 @@ class Grown(NamedTuple):
     delta: Delta
 
 
+class Order(NamedTuple):
+    """What a client wants.
+
+    Attributes:
+        prompts: token ids, one list for each prompt.
+        params: of all prompts.
+        priority: lower is more urgent.
+        tenant: whose pages it may share.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    priority: int = 0
+    tenant: str = ""
+
+
 class Generation:
     """One request of a client, as a context: what is unfinished at its end is aborted.
 
@@ -37,11 +53,8 @@ class Generation:
         engine: runs it.
         running: is told of it.
         metrics: likewise.
-        prompts: token ids, one list for each prompt.
-        params: of all prompts.
         name: of the request; the engine's requests are called `name-0`, `name-1`, ...
-        priority: lower is more urgent.
-        tenant: whose pages it may share.
+        order: what it asks for.
 
     Attributes:
         prompts: token ids.
@@ -54,17 +67,13 @@ class Generation:
         engine: AsyncEngine,
         running: Running,
         metrics: Metrics,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        *,
         name: str,
-        priority: int = 0,
-        tenant: str = "",
+        order: Order,
     ):
-        self.prompts = prompts
+        self.prompts = prompts = order.prompts
         self.completion_tokens = 0
         self._engine, self._running, self._metrics = engine, running, metrics
-        self._params, self._priority, self._tenant = params, priority, tenant
+        self._params, self._priority, self._tenant = order.params, order.priority, order.tenant
         self._names = [f"{name}-{number}" for number in range(len(prompts))]
         self._streams: list[Stream] = []
         self._unfinished: dict[str, int] = {}  # choices of an engine's request
@@ -91,10 +100,10 @@ class Generation:
             raise overloaded(f"{error}", error.retry_after) from None
         except ValueError as error:
             self.close()
+            if not isinstance(error, RequestError):
+                raise ApiError(400, str(error), param="prompt") from None
             # The client knows nothing of the name that the engine has for the request.
-            known = isinstance(error, RequestError)
-            message = f"the request {error.reason}" if known else str(error)
-            raise ApiError(400, message, param="prompt") from None
+            raise ApiError(400, f"the request {error.reason}", param=error.param) from None
         except BaseException:
             self.close()
             raise
@@ -168,7 +177,7 @@ class Generation:
             if not self._unfinished[name]:
                 self._leave(name)
         if delta.finish_reason == "error":
-            raise ApiError(500, delta.error or "the engine could not go on with this request")
+            raise ApiError(500, f"the request {delta.error or 'cannot be continued'}")
         return Grown(choice, number, delta)
 
     def _leave(self, name: str) -> None:

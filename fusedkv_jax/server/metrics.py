@@ -34,7 +34,9 @@ class Metrics:
         labels = {"model_name": engine.model_name}
         self.registry.register(_EngineStats(engine, labels))
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]):
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...]
+        ) -> prometheus_client.Histogram:
             found = prometheus_client.Histogram(
                 f"vllm:{name}", text, [*labels], registry=self.registry, buckets=buckets
             )

@@ -82,10 +82,13 @@ class Prompts:
         )
         return await self._apart(encode, "messages")
 
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones included. Raises ValueError."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
     async def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens. Raises ApiError."""
-        decode = functools.partial(self.tokenizer.decode, tokens, skip_special_tokens=False)
-        return await self._apart(decode, "tokens")
+        """The same, apart. Raises ApiError."""
+        return await self._apart(functools.partial(self.spell, tokens), "tokens")
 
     def close(self) -> None:
         """End the thread."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from fusedkv_jax.generation.params import SamplingError, SamplingParams
+from fusedkv_jax.generation.structured import StructuredOutputsError, StructuredOutputsParams
 from fusedkv_jax.server.errors import ApiError
 
 _MOST_LOGPROBS = 20  # OpenAI's bound, and vLLM's
-_SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_OTHERWISE = ("logprobs", "prompt_logprobs", "structured_outputs")  # set in ways of their own
+_SAMPLING = tuple(
+    field.name for field in dataclasses.fields(SamplingParams) if field.name not in _OTHERWISE
+)
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
@@ -26,6 +30,52 @@ class StreamOptions(msgspec.Struct):
     """
 
     include_usage: bool | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """vLLM's field of this name; see `StructuredOutputsParams`."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def params(self) -> StructuredOutputsParams:
+        """The engine's. Raises ApiError."""
+        try:
+            return StructuredOutputsParams(**msgspec.structs.asdict(self))
+        except StructuredOutputsError as error:
+            raise ApiError(400, str(error), param="structured_outputs") from None
+
+
+class JsonSchema(msgspec.Struct):
+    """A JSON schema; output is always held to it, whatever `strict` says."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """OpenAI's form of an answer."""
+
+    type: str = "text"
+    json_schema: JsonSchema | None = None
+
+    def params(self) -> StructuredOutputsParams | None:
+        """The engine's. Raises ApiError."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.type != "json_schema":
+            _refuse("response_format", f"type={self.type!r}; use text, json_object or json_schema")
+        if self.json_schema is None or self.json_schema.schema is None:
+            _refuse("response_format", "response_format has no schema in its json_schema")
+        return StructuredOutputs(json=self.json_schema.schema).params()
 
 
 class _Asked(msgspec.Struct, kw_only=True):
@@ -55,9 +105,8 @@ class _Asked(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    # Not built: refused where they would change the output.
-    response_format: dict[str, Any] | None = None
-    structured_outputs: Any = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: int | None = None
 
     def check(self) -> None:
@@ -66,17 +115,14 @@ class _Asked(msgspec.Struct, kw_only=True):
             _refuse("stream_options", "stream_options need stream=true")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:
             _refuse("priority", f"priority={self.priority}; use a 32-bit number")
-        form = (self.response_format or {}).get("type", "text")
-        if form != "text":
-            _not_built("response_format", f"response_format of type {form!r}")
-        for name in ("structured_outputs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _not_built(name, name)
+        _bounded("prompt_logprobs", self.prompt_logprobs)
+        if self.prompt_logprobs is not None and self.stream:
+            _refuse("prompt_logprobs", "prompt_logprobs are not streamed; leave out stream")
 
     def params(self, **changes: Any) -> SamplingParams:
         """The sampling parameters. Raises ApiError on a bad value."""
-        names = [name for name in _SAMPLING if name not in ("logprobs", "prompt_logprobs")]
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in _SAMPLING}
+        values["structured_outputs"] = self._form()
         if self.seed is not None and -(2**63) <= self.seed < 2**63:
             values["seed"] = self.seed % 2**32  # OpenAI's seeds have 64 bits
         values |= changes
@@ -88,6 +134,15 @@ class _Asked(msgspec.Struct, kw_only=True):
         except SamplingError as error:
             name = str(error).partition("=")[0]
             raise ApiError(400, str(error), param=name if name.isidentifier() else None) from None
+
+    def _form(self) -> StructuredOutputsParams | None:
+        """What the output is held to. Raises ApiError."""
+        form = None if self.response_format is None else self.response_format.params()
+        if self.structured_outputs is None:
+            return form
+        if form is not None:
+            _refuse("structured_outputs", "give either response_format or structured_outputs")
+        return self.structured_outputs.params()
 
 
 class CompletionRequest(_Asked, kw_only=True):
@@ -106,11 +161,12 @@ class CompletionRequest(_Asked, kw_only=True):
             _not_built("suffix", "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             _not_built("best_of", f"best_of={self.best_of} other than n")
-        if self.echo and self.logprobs is not None:
-            _not_built("echo", "echo with logprobs")
+        logprobs = _bounded("logprobs", self.logprobs)
+        wanted = [self.prompt_logprobs, logprobs if self.echo else None]
         return self.params(
             max_tokens=16 if self.max_tokens is None else self.max_tokens,
-            logprobs=_bounded("logprobs", self.logprobs),
+            logprobs=logprobs,
+            prompt_logprobs=max((count for count in wanted if count is not None), default=None),
         )
 
 
@@ -143,6 +199,7 @@ class ChatRequest(_Asked, kw_only=True):
         return self.params(
             max_tokens=self.max_tokens if limit is None else limit,
             logprobs=_bounded("top_logprobs", (top or 0) if self.logprobs else None),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -199,9 +256,9 @@ def _bounded(name: str, count: int | None) -> int | None:
     return count
 
 
-def _refuse(param: str, message: str) -> None:
+def _refuse(param: str, message: str) -> NoReturn:
     raise ApiError(400, message, param=param)
 
 
-def _not_built(param: str, what: str) -> None:
+def _not_built(param: str, what: str) -> NoReturn:
     raise ApiError(501, f"{what} is not built; leave it out", param=param)

@@ -36,7 +36,7 @@ class _Uvicorn(uvicorn.Server):
         else:
             self._loop.call_soon_threadsafe(self._begin)
 
-    async def startup(self, sockets=None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 

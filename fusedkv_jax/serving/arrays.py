@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import numpy as np
@@ -28,17 +29,30 @@ class StepArrays(NamedTuple):
     rows: list[int]
 
 
-def step_arrays(plan: StepPlan, shapes: StepShapes, width: int) -> StepArrays:
-    """The arrays of a plan; tables have `width` entries."""
+def step_arrays(
+    plan: StepPlan, shapes: StepShapes, width: int, scored: Container[int] = ()
+) -> StepArrays:
+    """The arrays of a plan.
+
+    Args:
+        plan: the plan.
+        shapes: sizes to round up to.
+        width: entries of a table.
+        scored: places of requests whose tokens have been computed by another program; of each the
+            last one is computed again, if the next is to be drawn.
+    """
     single, parts = [], []  # (place in the plan, start, count)
+    sampled = plan.sampled()
     for place, (request, count) in enumerate(zip(plan.requests, plan.counts, strict=True)):
         start, end = request.computed, request.computed + count
-        if count == 1:
+        if place in scored:
+            single += [(place, end - 1, 1)] * sampled[place]
+        elif count == 1:
             single.append((place, start, 1))
         else:
             cuts = range(start, end, shapes.chunk)
             parts += [(place, cut, min(shapes.chunk, end - cut)) for cut in cuts]
-    rows = [place for place, wanted in enumerate(plan.sampled()) if wanted]
+    rows = [place for place, wanted in enumerate(sampled) if wanted]
     decodes, chunks = shapes.fit(max(len(single), len(rows)), len(parts))
     lanes, tokens, last = [], [], {}
     for members, size, columns, before in (
@@ -58,9 +72,9 @@ def step_arrays(plan: StepPlan, shapes: StepShapes, width: int) -> StepArrays:
             last[place] = before + row * columns + count - 1
         lanes.append(Lane(table, positions))
         tokens.append(new.ravel())
-    sampled = np.full(decodes, -1, np.int32)
-    sampled[: len(rows)] = [last[place] for place in rows]
-    return StepArrays(np.concatenate(tokens), tuple(lanes), sampled, rows)
+    numbers = np.full(decodes, -1, np.int32)
+    numbers[: len(rows)] = [last[place] for place in rows]
+    return StepArrays(np.concatenate(tokens), tuple(lanes), numbers, rows)
 
 
 def empty_arrays(rows: int, chunk_rows: int, chunk: int, width: int) -> StepArrays:

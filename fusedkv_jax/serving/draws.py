@@ -16,25 +16,30 @@ from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.generation.loop import forbidden
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import Request as Prompt
-from fusedkv_jax.generation.sampling import SamplerInputs, adjust, choose
+from fusedkv_jax.generation.sampling import NO_TOKEN, SamplerInputs, adjust, choose
+from fusedkv_jax.serving.grammars import Constraint
 from fusedkv_jax.serving.request import Request
+
+NONE_ALLOWED = -2  # chosen where the model's logits are finite, and all tokens are excluded
 
 # Room for the lists that a request may bring: fixed, or a request would compile.
 BIASES, BAD_WORDS, BAD_WORD_TOKENS, STOPS = 128, 32, 8, 16
 
 
-class Draw(NamedTuple):
+class TokenDraw(NamedTuple):
     """One token to be drawn.
 
     Attributes:
         request: what it goes on from.
         prompt: its parameters and stops.
         params: the parameters, with the seed of this output.
+        constraint: tells which tokens may come; None for all.
     """
 
     request: Request
     prompt: Prompt
     params: SamplingParams
+    constraint: Constraint | None = None
 
     @property
     def special(self) -> bool:
@@ -46,7 +51,17 @@ class Draw(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "tokens", "prompts", "lengths", "stops", "special", "scored"],
+    data_fields=[
+        "inputs",
+        "tokens",
+        "prompts",
+        "lengths",
+        "stops",
+        "masks",
+        "special",
+        "held",
+        "scored",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -59,7 +74,9 @@ class Draws:
         prompts: int32 tokens of the prompt, [M].
         lengths: int32 known tokens, [M]: the position of the token that is drawn.
         stops: int32 tokens that end a row, padded with -1, [M, n].
+        masks: a bit for each token, 1 where it may come, int32 [M, words].
         special: logits of some row are changed.
+        held: some row's mask has a 0.
         scored: some row wants log-probabilities.
     """
 
@@ -68,7 +85,9 @@ class Draws:
     prompts: Any
     lengths: Any
     stops: Any
+    masks: Any
     special: Bool[Array, ""] | np.bool_
+    held: Bool[Array, ""] | np.bool_
     scored: Bool[Array, ""] | np.bool_
 
 
@@ -94,14 +113,15 @@ class DrawArrays:
 
     Args:
         max_model_len: tokens that a request can come to, L.
+        words: 32-bit words of a mask.
     """
 
-    def __init__(self, max_model_len: int):
-        self._length = max_model_len
-        self._known: dict[int, tuple[list[SamplingParams], SamplerInputs, Any]] = {}
-        self._none: dict[int, Any] = {}
+    def __init__(self, max_model_len: int, words: int):
+        self._length, self._words = max_model_len, words
+        self._known: dict[int, tuple[list[SamplingParams], SamplerInputs, jax.Array]] = {}
+        self._none: dict[tuple[int, int, int], jax.Array] = {}
 
-    def make(self, draws: Sequence[Draw], size: int) -> Draws:
+    def make(self, draws: Sequence[TokenDraw], size: int) -> Draws:
         """`draws`, padded to `size`."""
         inputs, stops = self._inputs(draws, size)
         lengths, prompts = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -109,15 +129,19 @@ class DrawArrays:
         prompts[: len(draws)] = [len(d.request.prompt) for d in draws]
         special = any(d.special for d in draws)
         scored = any(d.params.logprobs is not None for d in draws)
-        tokens = self._tokens(draws, size) if special else self._nothing(size)
-        return Draws(inputs, tokens, prompts, lengths, stops, np.bool_(special), np.bool_(scored))
+        held = any(d.constraint is not None for d in draws)
+        tokens = self._tokens(draws, size) if special else self._all(0, size, self._length)
+        masks = self._masks(draws, size) if held else self._all(-1, size, self._words)
+        flags = [np.bool_(flag) for flag in (special, held, scored)]
+        return Draws(inputs, tokens, prompts, lengths, stops, masks, *flags)
 
-    def _inputs(self, draws: Sequence[Draw], size: int) -> tuple[SamplerInputs, Any]:
+    def _inputs(self, draws: Sequence[TokenDraw], size: int) -> tuple[SamplerInputs, jax.Array]:
         params = [d.params for d in draws]
-        before, inputs, stops = self._known.get(size, (None, None, None))
-        if before is not None and len(before) == len(params):
-            if all(a is b for a, b in zip(before, params, strict=True)):
-                assert inputs is not None
+        if size in self._known:
+            before, inputs, stops = self._known[size]
+            if len(before) == len(params) and all(
+                a is b for a, b in zip(before, params, strict=True)
+            ):
                 return inputs, stops
         padding = size - len(draws)
         greedy = SamplingParams(temperature=0.0, seed=0)
@@ -131,7 +155,7 @@ class DrawArrays:
         self._known[size] = params, inputs, stops
         return inputs, stops
 
-    def _tokens(self, draws: Sequence[Draw], size: int) -> np.ndarray:
+    def _tokens(self, draws: Sequence[TokenDraw], size: int) -> np.ndarray:
         tokens = np.zeros((size, self._length), np.int32)
         for row, draw in enumerate(draws):
             prompt = len(draw.request.prompt)
@@ -139,20 +163,42 @@ class DrawArrays:
             tokens[row, prompt : draw.request.length] = draw.request.outputs
         return tokens
 
-    def _nothing(self, size: int) -> Any:
-        if size not in self._none:
-            self._none[size] = jnp.asarray(np.zeros((size, self._length), np.int32))
-        return self._none[size]
+    def _masks(self, draws: Sequence[TokenDraw], size: int) -> np.ndarray:
+        masks = np.full((size, self._words), -1, np.int32)
+        for row, draw in enumerate(draws):
+            if draw.constraint is not None:
+                masks[row] = draw.constraint.mask()
+        return masks
+
+    def _all(self, value: int, rows: int, columns: int) -> jax.Array:
+        """An array of one value, which stays on the device."""
+        key = value, rows, columns
+        if key not in self._none:
+            self._none[key] = jnp.asarray(np.full((rows, columns), value, np.int32))
+        return self._none[key]
 
 
 def draw_tokens(
     logits: Float[Array, "M V"], draws: Draws, k: int
 ) -> tuple[Int[Array, "M"], Logprobs]:
-    """Tokens, and log-probabilities of them and of the likeliest k; zeros if nobody wants any."""
+    """Tokens, and log-probabilities of them and of the likeliest k; zeros if nobody wants any.
+
+    A token is `NO_TOKEN` where logits are not finite, `NONE_ALLOWED` where all are excluded.
+    """
     changed = jax.lax.cond(draws.special, _changed, lambda logits, _: logits, logits, draws)
+    changed = jax.lax.cond(draws.held, _allowed, lambda logits, _: logits, changed, draws.masks)
     token = choose(changed, draws.inputs, draws.lengths)
+    finite = jnp.isfinite(jnp.max(logits, axis=1))  # NaN counts as the largest
+    token = jnp.where((token == NO_TOKEN) & finite, NONE_ALLOWED, token)
     empty = jax.tree.map(lambda x: x[:, 0], Logprobs.empty(logits.shape[0], 1, k))
     return token, jax.lax.cond(draws.scored, lambda: score(logits, token, k), lambda: empty)
+
+
+def _allowed(logits: Float[Array, "M V"], masks: Int[Array, "M words"]) -> Float[Array, "M V"]:
+    """Logits of the tokens whose bit is set; -inf for the others."""
+    bits = (masks[:, :, None] >> jnp.arange(32)) & 1
+    allowed = bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]]
+    return jnp.where(allowed == 1, logits, -jnp.inf)
 
 
 def _changed(logits: Array, draws: Draws) -> Array:

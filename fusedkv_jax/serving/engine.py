@@ -6,21 +6,23 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import nnx
 
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.generation.requests import Codec
+from fusedkv_jax.generation.requests import Codec, TokenizerLike
+from fusedkv_jax.generation.requests import Request as Prompt
 from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.serving.job import Job, Output, check_prompt
+from fusedkv_jax.serving.grammars import Grammars
+from fusedkv_jax.serving.intake import AnyPrompt, Intake
+from fusedkv_jax.serving.job import Growing, Job
 from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.output import Delta, EngineStats
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.request import Request
-from fusedkv_jax.serving.runner import Drawn, Runner
+from fusedkv_jax.serving.runner import Drawn, Runner, StepResult
 from fusedkv_jax.serving.scheduler import Scheduler
 from fusedkv_jax.serving.settings import ServingSettings
 
@@ -43,13 +45,17 @@ class Engine:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Any = None, settings: ServingSettings | None = None
+        self,
+        model: Decoder,
+        tokenizer: TokenizerLike | None = None,
+        settings: ServingSettings | None = None,
     ):
         check_model(model)
         _check_one_device(model)
         self.settings = settings = settings or ServingSettings()
         self.tokenizer, self.config = tokenizer, model.config
-        self.codec = Codec(tokenizer, settings.eos_id, settings.add_special_tokens)
+        codec = Codec(tokenizer, settings.eos_id, settings.add_special_tokens)
+        grammars = Grammars(codec, model.config.vocab_size)
         num_pages = settings.pages(model.config)
         memory = PagedMemory(
             num_pages,
@@ -67,31 +73,30 @@ class Engine:
         )
         self.runner = Runner(
             model,
-            settings.make_shapes(),
+            settings,
             num_pages=num_pages,
-            page_size=settings.page_size,
-            host_pages=settings.host_pages,
-            cache_dtype=settings.cache_dtype,
             max_model_len=self.max_model_len,
-            max_logprobs=settings.max_logprobs,
+            mask_words=grammars.words,
+        )
+        self._intake = Intake(
+            model.config, codec, grammars, self.max_model_len, settings.max_logprobs
         )
         self._jobs: dict[str, Job] = {}
-        self._outputs: dict[Request, tuple[Job, Output]] = {}  # that the scheduler knows
+        self._outputs: dict[Request, tuple[Job, Growing]] = {}  # that the scheduler knows
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._counts |= {"prefix_hits": 0, "prefix_queries": 0}
 
-    def check(self, prompt: str | Sequence[int], params: SamplingParams, name: str) -> Any:
+    def check(self, prompt: AnyPrompt, params: SamplingParams, name: str) -> Prompt:
         """The prompt as `add` takes it; touches nothing, so any thread may ask.
 
         Raises:
             ValueError: it can never be served; the message names the limit.
         """
-        limits = self.max_model_len, self.settings.max_logprobs
-        return check_prompt(self.config, name, prompt, params, self.codec, *limits)
+        return self._intake.check(name, prompt, params)
 
     def add(
         self,
-        prompt: str | Sequence[int],
+        prompt: AnyPrompt,
         params: SamplingParams,
         *,
         request_id: str,
@@ -112,13 +117,12 @@ class Engine:
         """
         self.put(self.check(prompt, params, request_id), request_id, priority, tenant)
 
-    def put(self, prompt: Any, request_id: str, priority: int = 0, tenant: str = "") -> None:
+    def put(self, prompt: Prompt, request_id: str, priority: int = 0, tenant: str = "") -> None:
         """Queue what `check` gave."""
         if request_id in self._jobs:
             raise ValueError(f"request {request_id!r} runs already; choose another request_id")
         now = time.monotonic()
-        sizes: dict[str, Any] = {"arrival": now, "priority": priority, "tenant": tenant}
-        job = Job.of(request_id, prompt, self.codec, **sizes)
+        job = self._intake.job(request_id, prompt, now, priority, tenant)
         first = job.outputs[0]
         self.scheduler.add(first.request, now)
         self._jobs[request_id] = job
@@ -142,13 +146,15 @@ class Engine:
             return []
         draws = [self._outputs[request][1].draw() for request in plan.requests]
         try:
-            drawn = self.runner.run(plan, draws)
+            result = self.runner.run(plan, draws)
         except Exception as error:  # whatever it is, others must go on
             return self._failed(plan, error)
-        return self._finish(plan, drawn, start)
+        self._keep_scores(plan, result)
+        return self._finish(plan, result.drawn, start)
 
     def warm_up(self) -> int:
         """Compile the programs of all steps; their number. After it nothing is compiled."""
+        self._intake.grammars.warm_up()
         return self.runner.warm_up()
 
     def stats(self) -> EngineStats:
@@ -202,7 +208,18 @@ class Engine:
         self._counts["steps"] += 1
         return deltas
 
-    def _begin(self, job: Job, first: Output, found: Drawn, row: int) -> list[tuple[Output, Drawn]]:
+    def _keep_scores(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in log-probabilities of prompts."""
+        for place, scores in result.scores.items():
+            request = plan.requests[place]
+            job, _ = self._outputs[request]
+            for each in scores:
+                job.score(each.start, each.logprobs)
+            request.scored = not job.is_scored  # from now on its prefix may be found
+
+    def _begin(
+        self, job: Job, first: Growing, found: Drawn, row: int
+    ) -> list[tuple[Growing, Drawn]]:
         """The first tokens of all outputs of a job, drawn from the same logits."""
         request, others = first.request, job.outputs[1:]
         job.cached = request.cached or 0
@@ -213,7 +230,7 @@ class Engine:
         drawn = self.runner.fork(row, [output.draw() for output in others]) if others else []
         return [(first, found), *zip(others, drawn, strict=True)]
 
-    def _become(self, request: Request, job: Job, output: Output) -> None:
+    def _become(self, request: Request, job: Job, output: Growing) -> None:
         """Let a running request stand for an output of its job."""
         output.request = request
         self._outputs[request] = job, output
@@ -237,14 +254,13 @@ class Engine:
 
     def _failed(self, plan: StepPlan, error: Exception) -> Deltas:
         """End the jobs of a step that raised; if it took the pool along, others begin again."""
-        _log.error("a step failed", exc_info=error)
-        last = Delta(
-            0,
-            finish_reason="error",
-            error=f"a step failed with {type(error).__name__}; the log has the cause",
-        )
+        jobs = dict.fromkeys(self._outputs[request][0] for request in plan.requests)
+        names = ", ".join(job.name for job in jobs)
+        _log.error("a step failed; it ends the requests %s", names, exc_info=error)
+        reason = f"was in a step that failed with {type(error).__name__}; the log has the cause"
+        last = Delta(0, finish_reason="error", error=reason)
         deltas: Deltas = []
-        for job in dict.fromkeys(self._outputs[request][0] for request in plan.requests):
+        for job in jobs:
             deltas += self._end(job, last)
         if self.runner.lost:
             self.scheduler.restart(time.monotonic())

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.serving.engine import Deltas, Engine
+from fusedkv_jax.serving.intake import AnyPrompt
 from fusedkv_jax.serving.output import Delta, EngineStats
 from fusedkv_jax.serving.request import RequestError
 
@@ -58,7 +59,7 @@ class Stream(AsyncIterator[Delta]):
     async def __aenter__(self) -> Stream:
         return self
 
-    async def __aexit__(self, *_: Any) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._abort()
 
     def _abort(self) -> None:
@@ -131,7 +132,7 @@ class AsyncEngine:
 
     def add(
         self,
-        prompt: Sequence[int] | str,
+        prompt: AnyPrompt,
         params: SamplingParams,
         *,
         request_id: str,
@@ -173,7 +174,7 @@ class AsyncEngine:
         if most_tokens is not None and queued + tokens > most_tokens and self._waiting:
             raise QueueFull(f"{queued} tokens of prompts wait", 1 + queued / 10_000)
 
-    def _order(self, *order: Any) -> None:
+    def _order(self, *order: object) -> None:
         with self._wanted:
             self._orders.append(order)
             self._wanted.notify()
@@ -188,7 +189,7 @@ class AsyncEngine:
                 self._hand_out(deltas)
         except BaseException as error:  # the engine is dead: nobody may wait for it for ever
             self.error = error
-            last = Delta(0, finish_reason="error", error=f"the engine died: {error}")
+            last = Delta(0, finish_reason="error", error=f"has lost its engine: {error}")
             self._call(self._end_all, last)
             _log.exception("the engine died")
 
@@ -216,7 +217,7 @@ class AsyncEngine:
         if deltas:
             self._call(self._deliver, deltas)
 
-    def _call(self, function: Any, *arguments: Any) -> None:
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)

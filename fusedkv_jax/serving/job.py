@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.generation.requests import Codec, PromptError, make_requests
 from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.generation.sampling import NO_TOKEN
 from fusedkv_jax.generation.tracker import Tracker
-from fusedkv_jax.serving.draws import Draw, check_lists
+from fusedkv_jax.serving.draws import NONE_ALLOWED, TokenDraw
+from fusedkv_jax.serving.grammars import Constraint
 from fusedkv_jax.serving.output import Delta
-from fusedkv_jax.serving.request import Request, RequestError
+from fusedkv_jax.serving.request import Request
 from fusedkv_jax.serving.runner import Drawn
 
 
 @dataclass(eq=False)
-class Output:
-    """One of a job's outputs: its text so far, and the request that the scheduler knows."""
+class Growing:
+    """One of a job's outputs: its text so far, and the request that the scheduler knows.
+
+    Attributes:
+        tracker: its tokens and text; `finished` tells whether it has ended.
+        params: how it is decoded, with a seed of its own.
+        request: what the scheduler knows of it.
+        constraint: the form that it is held to.
+    """
 
     tracker: Tracker
     params: SamplingParams
     request: Request
+    constraint: Constraint | None = None
 
-    def draw(self) -> Draw:
+    def draw(self) -> TokenDraw:
         """How its next token is drawn."""
-        return Draw(self.request, self.tracker.request, self.params)
+        return TokenDraw(self.request, self.tracker.request, self.params, self.constraint)
 
     def take(self, drawn: Drawn) -> Delta:
         """Its next token; `tracker.finished` tells whether it is the last."""
-        prompt, tracker = self.tracker.request, self.tracker
-        if drawn.token == NO_TOKEN:
-            tracker.push([drawn.token], None, True)
-            return Delta(tracker.index, finish_reason="error", error=str(tracker.error))
+        prompt, tracker, constraint = self.tracker.request, self.tracker, self.constraint
+        if drawn.token in (NO_TOKEN, NONE_ALLOWED):
+            return self._fail(drawn.token)
+        complete = False
+        if constraint is not None:
+            constraint.accept(drawn.token)
+            if constraint.error is not None:
+                return self._fail(NO_TOKEN, f"cannot be continued: {constraint.error}")
+            complete = constraint.complete
         known = self.request.length + 1
-        ended = drawn.token in prompt.stops or known >= prompt.limit
-        text, tokens, logprobs = tracker.push([drawn.token], drawn.logprobs, ended)
+        ended = complete or drawn.token in prompt.stops or known >= prompt.limit
+        text, tokens, logprobs = tracker.push([drawn.token], drawn.logprobs, ended, complete)
         return Delta(
             tracker.index,
             tokens,
@@ -50,6 +61,17 @@ class Output:
             tracker.finish_reason,
             tracker.stop_reason,
         )
+
+    def _fail(self, token: int, reason: str | None = None) -> Delta:
+        self.tracker.push([NO_TOKEN], None, True)
+        assert self.tracker.error is not None
+        if token == NONE_ALLOWED:
+            reason = (
+                "cannot be continued: bad_words, min_tokens, logit_bias and structured_outputs"
+                " together exclude every token"
+            )
+        error = reason or self.tracker.error.reason
+        return Delta(self.tracker.index, finish_reason="error", error=error)
 
 
 @dataclass(eq=False)
@@ -60,90 +82,43 @@ class Job:
         name: what the caller calls it.
         prompt: its tokens and parameters, checked.
         outputs: all n.
+        decode: text of tokens, for the entries of log-probabilities.
         cached: tokens of the prompt that were found in the prefix cache.
+        scores: log-probabilities of the prompt's tokens but the first, by their positions.
     """
 
     name: str
     prompt: Prompt
-    outputs: list[Output] = field(default_factory=list)
+    outputs: list[Growing] = field(default_factory=list)
+    decode: Callable[[Sequence[int]], str] | None = None
     cached: int = 0
-
-    @classmethod
-    def of(
-        cls, name: str, prompt: Prompt, codec: Codec, *, arrival: float, priority: int, tenant: str
-    ) -> Job:
-        """The job of a checked prompt.
-
-        Args:
-            name: what the caller calls it.
-            prompt: the prompt.
-            codec: decodes its outputs.
-            arrival: seconds.
-            priority: lower is more urgent.
-            tenant: whose it is; tenants share no pages.
-        """
-        job, params = cls(name, prompt), prompt.params
-        seed = secrets.randbits(32) if params.seed is None else params.seed
-        for index in range(params.n):
-            own = dataclasses.replace(params, seed=(seed + index) % 2**32)
-            request = Request(
-                name if params.n == 1 else f"{name}/{index}",
-                np.asarray(prompt.prompt, np.int32),
-                prompt.limit - len(prompt.prompt),
-                arrival=arrival,
-                client=tenant,
-                priority=priority,
-                salt=tenant,
-            )
-            tracker = Tracker(prompt, index, codec, piecewise=True)
-            job.outputs.append(Output(tracker, own, request))
-        return job
+    scores: dict[int, PlaceLogprobs] = field(default_factory=dict)
+    _told: bool = False
 
     @property
-    def live(self) -> list[Output]:
+    def live(self) -> list[Growing]:
         """Outputs that have not ended."""
         return [output for output in self.outputs if not output.tracker.finished]
 
+    def score(self, start: int, logprobs: Logprobs) -> None:
+        """Take in what the tokens from position `start` on say of those after them."""
+        tokens = self.prompt.prompt[start + 1 : start + 1 + len(logprobs.chosen)]
+        wanted = self.prompt.params.prompt_logprobs
+        places = logprobs.dictionaries(tokens, wanted, self.decode)
+        self.scores |= dict(enumerate(places, start=start + 1))
+
+    @property
+    def is_scored(self) -> bool:
+        """All of the prompt is, if that was asked for."""
+        wanted = self.prompt.params.prompt_logprobs is not None
+        return not wanted or len(self.scores) == len(self.prompt.prompt) - 1
+
     def told(self, delta: Delta) -> Delta:
-        """A delta with what is the same for all of the job's."""
-        prompt = len(self.prompt.prompt)
-        return dataclasses.replace(delta, prompt_tokens=prompt, cached_tokens=self.cached)
-
-
-def check_prompt(
-    config: ModelConfig,
-    name: str,
-    prompt: str | Sequence[int],
-    params: SamplingParams,
-    codec: Codec,
-    max_model_len: int,
-    max_logprobs: int,
-) -> Prompt:
-    """A prompt that can be served.
-
-    Raises:
-        RequestError: it cannot; the message says why, and names the limit.
-    """
-    try:
-        (checked,), _ = make_requests(config, [prompt], params, codec)
-    except PromptError as error:
-        raise RequestError(name, error.reason) from None
-    if params.prompt_logprobs is not None:
-        raise RequestError(
-            name, "has prompt_logprobs, which the engine does not serve; use fkv.generate"
+        """A delta with what is the same for all of the job's, and the first with the scores."""
+        size, scores = len(self.prompt.prompt), None
+        if self.prompt.params.prompt_logprobs is not None and self.is_scored and not self._told:
+            scores = (None, *(self.scores[position] for position in range(1, size)))
+        self._told = True
+        return dataclasses.replace(
+            delta, prompt_tokens=size, prompt_logprobs=scores, cached_tokens=self.cached
         )
-    wanted = params.logprobs
-    if wanted is not None and not 0 <= wanted <= max_logprobs:
-        raise RequestError(name, f"has logprobs={wanted}; use 0 to max_logprobs={max_logprobs}")
-    size = len(checked.prompt) + (params.max_tokens or 1)
-    if size > max_model_len:
-        raise RequestError(
-            name,
-            f"can come to {size} tokens, prompt {len(checked.prompt)} and max_tokens together;"
-            f" max_model_len={max_model_len} is the limit",
-        )
-    try:
-        check_lists(checked)
-    except ValueError as error:
-        raise RequestError(name, f"is refused: {error}") from None
-    return dataclasses.replace(checked, limit=min(checked.limit, max_model_len))

@@ -9,10 +9,11 @@ from typing import Any
 from fusedkv_jax.data.chat import ChatTemplate, Message
 from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.generation.requests import PromptError
-from fusedkv_jax.generation.results import Completion, Output
+from fusedkv_jax.generation.requests import PromptError, TokenizerLike
+from fusedkv_jax.generation.results import Completion, Output, PlaceLogprobs
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving.engine import Engine
+from fusedkv_jax.serving.intake import AnyPrompt
 from fusedkv_jax.serving.output import Delta
 from fusedkv_jax.serving.settings import ServingSettings
 
@@ -43,7 +44,7 @@ class LLM:
         self,
         model: Decoder,
         *,
-        tokenizer: Any = None,
+        tokenizer: TokenizerLike | None = None,
         template: ChatTemplate | None = None,
         **settings: Any,
     ):
@@ -53,7 +54,6 @@ class LLM:
             raise ValueError(f"LLM has no setting {unknown!r}; it has {', '.join(known)}")
         self.engine = Engine(model, tokenizer, ServingSettings(**settings))
         self.template = template
-        self._numbers = itertools.count()
 
     def warm_up(self) -> int:
         """Compile the programs of all steps; their number. After it nothing is compiled."""
@@ -61,7 +61,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[AnyPrompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Continue prompts.
@@ -85,7 +85,7 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
-        names = [f"prompt {next(self._numbers)}" for _ in prompts]
+        names = [f"prompt {number}" for number in range(len(prompts))]
         checked = [
             self.engine.check(prompt, own, name)
             for prompt, own, name in zip(prompts, params, names, strict=True)
@@ -97,7 +97,7 @@ class LLM:
             while self.engine.unfinished:
                 for name, delta in self.engine.step():
                     if delta.error is not None:
-                        raise PromptError(f"{name}: {delta.error}")
+                        raise PromptError(f"{name} {delta.error}")
                     found[name].setdefault(delta.index, []).append(delta)
         finally:
             for name in names:  # where something was raised
@@ -107,6 +107,7 @@ class LLM:
             Completion(
                 prompt.prompt,
                 tuple(_output(found[name][i], with_text) for i in sorted(found[name])),
+                _prompt_logprobs(found[name]),
             )
             for prompt, name in zip(checked, names, strict=True)
         ]
@@ -129,6 +130,14 @@ class LLM:
             for conversation in several
         ]
         return self.generate(prompts, params)
+
+
+def _prompt_logprobs(found: Mapping[int, list[Delta]]) -> list[PlaceLogprobs | None] | None:
+    """Those of the one delta that has them."""
+    deltas = itertools.chain.from_iterable(found.values())
+    scores = (delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None)
+    first = next(scores, None)
+    return None if first is None else list(first)
 
 
 def _output(deltas: Sequence[Delta], with_text: bool) -> Output:

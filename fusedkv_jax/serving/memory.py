@@ -291,7 +291,9 @@ class PagedMemory:
     def _evict(self) -> None:
         node, _ = self._unread.popitem(last=False)
         page, node.page = node.page, -1
-        if self.host is not None and node.host_page < 0:
+        if self.host is not None and node.host_page >= 0:
+            self.host.touch(node)  # or an old beginning would take its newer ends along
+        elif self.host is not None:
             slots = self.host.reserve(1)
             if slots is not None:
                 self.host.attach(node, slots[0])
@@ -306,10 +308,13 @@ class PagedMemory:
 
     def _remove(self, node: Node) -> None:
         """Take a node out of the tree; what is below cannot be matched any more."""
-        for child in list(node.children.values()):
-            assert child.page < 0 and self.host is not None
-            self.host.forget(child)
-            self._remove(child)
+        below = list(node.children.values())
+        for child in below:  # grows as it goes; a long prompt is deeper than Python may recurse
+            below += child.children.values()
+        for child in reversed(below):
+            assert child.page < 0
+            self._host.forget(child)
+            self.tree.remove(child)
         self.tree.remove(node)
 
     def _use(self, node: Node) -> None:

@@ -20,8 +20,10 @@ class Delta:
         finish_reason: None until the last delta of the output.
         stop_reason: the stop text, or the id of the stop token unless it is the end-of-text token.
         prompt_tokens: tokens of the prompt.
+        prompt_logprobs: of the prompt's tokens, None for the first one, if asked for; the first
+            delta of a request has them.
         cached_tokens: those of them that were found in the prefix cache.
-        error: what went wrong, with the finish reason `error`.
+        error: what went wrong, with the finish reason `error`; to be read after the request's name.
     """
 
     index: int
@@ -31,6 +33,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     prompt_tokens: int = 0
+    prompt_logprobs: tuple[PlaceLogprobs | None, ...] | None = None
     cached_tokens: int = 0
     error: str | None = None
 

@@ -55,8 +55,11 @@ class PrefixTree:
     def match(self, request: Request) -> list[Node]:
         """Nodes of the request's leading full pages, as far as there are any.
 
-        The last known token is left out: its logits are needed, so it is computed anew.
+        The last known token is left out: its logits are needed, so it is computed anew. Nothing is
+        found for a request whose prompt is scored.
         """
+        if request.scored:
+            return []
         found: list[Node] = []
         children = self.root(request.salt).children
         for number in range((request.length - 1) // self.page_size):

@@ -21,11 +21,12 @@ class RequestError(ValueError):
 
     Attributes:
         reason: why, without the request's name, which may be none that its sender knows.
+        param: the argument that is at fault.
     """
 
-    def __init__(self, name: str, reason: str):
+    def __init__(self, name: str, reason: str, param: str = "prompt"):
         super().__init__(f"request {name!r} {reason}")
-        self.reason = reason
+        self.reason, self.param = reason, param
 
 
 class State(enum.Enum):
@@ -65,6 +66,7 @@ class Request:
         priority: lower is more urgent, as in vLLM.
         salt: requests of different salts share no pages.
         tool_calls: pauses, in order.
+        scored: the logits of all its prompt are wanted, so that no prefix of it is skipped.
         outputs: tokens appended to the prompt so far: generated ones and answers of tools.
         answered: how many of them are answers of tools.
         computed: tokens whose keys and values are in its pages.
@@ -86,6 +88,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    scored: bool = False
     state: State = State.WAITING
     outputs: list[int] = field(default_factory=list)
     answered: int = 0
@@ -125,6 +128,11 @@ class Request:
             if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
                 raise ValueError(f"request {self.name!r}: {name}={value!r}; use a number")
         places = [call.after for call in self.tool_calls]
+        if late := [place for place in places if place >= self.max_tokens]:
+            raise ValueError(
+                f"request {self.name!r}: a tool call after {late[0]} tokens would never be made, as"
+                f" max_tokens={self.max_tokens} ends the output; raise it, or leave the call out"
+            )
         if any(call.seconds < 0 or call.after < 0 for call in self.tool_calls):
             raise ValueError(f"request {self.name!r}: tool_calls have a value below 0")
         if places != sorted(places):

@@ -19,10 +19,11 @@ from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.paging import extend_pages
 from fusedkv_jax.serving.arrays import empty_arrays, step_arrays
-from fusedkv_jax.serving.draws import Draw, DrawArrays, Draws, draw_tokens
+from fusedkv_jax.serving.draws import DrawArrays, Draws, TokenDraw, draw_tokens
 from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.shapes import StepShapes
+from fusedkv_jax.serving.scoring import Piece, no_tokens, pieces, run_scored
+from fusedkv_jax.serving.settings import ServingSettings
 
 COPIES = 8  # pages that one program copies
 FORKS = 8  # tokens that one program draws from one row of logits
@@ -33,6 +34,25 @@ class Drawn(NamedTuple):
 
     token: int
     logprobs: Logprobs
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of tokens of a prompt, from position `start` on: arrays of their places."""
+
+    start: int
+    logprobs: Logprobs
+
+
+class StepResult(NamedTuple):
+    """What a step has given.
+
+    Attributes:
+        drawn: for each request of the plan what was drawn, None where nothing was.
+        scores: those of prompts that are scored, by the request's place in the plan.
+    """
+
+    drawn: list[Drawn | None]
+    scores: dict[int, list[Scores]]
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="pool")
@@ -68,13 +88,10 @@ class Runner:
 
     Args:
         model: the model.
-        shapes: of its steps.
+        settings: sizes of steps and pages, and how many likeliest tokens are told of each place.
         num_pages: pages of the pool.
-        page_size: tokens of a page.
-        host_pages: pages in host memory.
-        cache_dtype: storage type of the pages; None for the model's.
         max_model_len: tokens that a request can come to.
-        max_logprobs: likeliest tokens that are told of each place.
+        mask_words: 32-bit words of a mask of the vocabulary.
 
     Attributes:
         lower_rows, upper_rows: tokens that have passed through the layers that cache something,
@@ -84,45 +101,39 @@ class Runner:
     def __init__(
         self,
         model: Decoder,
-        shapes: StepShapes,
+        settings: ServingSettings,
         *,
         num_pages: int,
-        page_size: int,
-        host_pages: int,
-        cache_dtype: str | None,
         max_model_len: int,
-        max_logprobs: int,
+        mask_words: int,
     ):
         programs = GenerationPrograms.of(model)
-        self.config, self.shapes = programs.model.config, shapes
+        self.config, self.shapes = programs.model.config, settings.make_shapes()
         self._split = programs.split
-        self._sizes: dict[str, Any] = {"page_size": page_size, "dtype": cache_dtype}
-        self._num_pages = num_pages
-        self._width = -(-max_model_len // page_size)
-        self._draws = DrawArrays(max_model_len)
-        self._k = min(max_logprobs, self.config.vocab_size)
+        self._settings, self._num_pages = settings, num_pages
+        self._width = -(-max_model_len // settings.page_size)
+        self._draws = DrawArrays(max_model_len, mask_words)
+        self._k = min(settings.max_logprobs, self.config.vocab_size)
         self._logits: Any = None
         self.lower_rows = self.upper_rows = 0
-        self.pool = PagedStore.create(self.config, num_pages=num_pages, **self._sizes)
-        self._host = self._host_pages(host_pages)
+        self.reset()
+        self._host = self._host_pages(settings.host_pages)
 
-    def run(self, plan: StepPlan, draws: Sequence[Draw | None]) -> list[Drawn | None]:
+    def run(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult:
         """Compute a plan.
 
         Args:
             plan: what to compute; its copies come first.
             draws: how the next token of each of its requests is drawn.
-
-        Returns:
-            For each request what was drawn, None where nothing was.
         """
         self._carry_out(plan.copies)
-        arrays = step_arrays(plan, self.shapes, self._width)
+        scores = self._score(plan)
+        arrays = step_arrays(plan, self.shapes, self._width, scores)
         wanted = [draws[place] for place in arrays.rows]
         assert all(draw is not None for draw in wanted)
         size = len(arrays.sampled)
-        pool, self.pool = self.pool, None  # type: ignore[assignment]  # it is donated
-        self._logits, self.pool = run_step(*self._split, pool, *arrays[:3])
+        if len(scores) < len(plan.requests) or wanted:
+            self._logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
         self.lower_rows += plan.tokens
         self.upper_rows += len(wanted)
         results: list[Drawn | None] = [None] * len(plan.requests)
@@ -131,9 +142,30 @@ class Runner:
             found = jax.device_get(_draw(self._logits, made, k=self._k))
             for row, place in enumerate(arrays.rows):
                 results[place] = _row(found, row)
-        return results
+        return StepResult(results, scores)
 
-    def fork(self, row: int, draws: Sequence[Draw]) -> list[Drawn]:
+    def _score(self, plan: StepPlan) -> dict[int, list[Scores]]:
+        """Run the tokens of prompts that are scored through all layers."""
+        found: dict[int, list[tuple[Piece, Logprobs]]] = {}
+        for piece in pieces(plan, self.shapes.chunk, self._width):
+            scores, self.pool = run_scored(*self._split, self._donated(), piece.arrays, k=self._k)
+            found.setdefault(piece.place, []).append((piece, scores))
+            self.upper_rows += piece.count
+        return {
+            place: [
+                Scores(piece.start, jax.tree.map(lambda x, n=piece.count: x[:n], scores))
+                for piece, scores in jax.device_get(members)
+            ]
+            for place, members in found.items()
+        }
+
+    def _donated(self) -> PagedStore:
+        """The pool, for a program that takes it and gives it back."""
+        pool = self.pool
+        del self.pool
+        return pool
+
+    def fork(self, row: int, draws: Sequence[TokenDraw]) -> list[Drawn]:
         """Further tokens from the logits of a row of the last step.
 
         Args:
@@ -151,11 +183,17 @@ class Runner:
     @property
     def lost(self) -> bool:
         """A step that failed has used up the pool."""
-        return self.pool is None or any(x.is_deleted() for x in jax.tree.leaves(self.pool))
+        pool = getattr(self, "pool", None)
+        return pool is None or any(x.is_deleted() for x in jax.tree.leaves(pool))
 
     def reset(self) -> None:
-        """An empty pool, where a step that failed has used up the old one."""
-        self.pool = PagedStore.create(self.config, num_pages=self._num_pages, **self._sizes)
+        """An empty pool, for example where a step that failed has used up the old one."""
+        self.pool = PagedStore.create(
+            self.config,
+            num_pages=self._num_pages,
+            page_size=self._settings.page_size,
+            dtype=self._settings.cache_dtype,
+        )
 
     def warm_up(self) -> int:
         """Compile the programs of all shapes; the number of shapes."""
@@ -165,6 +203,8 @@ class Runner:
             if rows:
                 _draw(logits, self._draws.make([], rows), k=self._k)
                 draw_more(logits, np.int32(0), self._draws.make([], FORKS), k=self._k)
+        nobody = no_tokens(self.shapes.chunk, self._width)
+        _, self.pool = run_scored(*self._split, self._donated(), nobody, k=self._k)
         nowhere = np.full(COPIES, self._num_pages, np.int32)
         self.pool = _copy(self.pool, nowhere * 0, nowhere * 0, np.int32(0))
         if self._host is not None:

@@ -129,7 +129,7 @@ class FakeEngine:
         for name, request in list(self._requests.items())[: self._most]:
             if self.broken:
                 for index in range(request.params.n):
-                    delta = Delta(finish_reason="error", error="NaN", index=index)
+                    delta = Delta(finish_reason="error", error="has NaN", index=index)
                     request.queue.put_nowait(delta)
                 del self._requests[name]
                 continue

@@ -12,7 +12,7 @@ import openai
 import uvicorn
 
 from fusedkv_jax.data.chat import ChatTemplate
-from fusedkv_jax.server import Server, Settings
+from fusedkv_jax.server import Server, ServerSettings
 from tests.server.fake import FakeEngine
 
 TEMPLATE = ChatTemplate(
@@ -51,7 +51,7 @@ class Running:
 @contextlib.contextmanager
 def serving(engine: FakeEngine, template: ChatTemplate | None = TEMPLATE, **settings):
     """A `Running` over this engine."""
-    server = Server(engine, template, Settings(log_interval=0, **settings))
+    server = Server(engine, template, ServerSettings(log_interval=0, **settings))
     config = uvicorn.Config(server.app, log_config=None, lifespan="on")
     runner = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as sock:

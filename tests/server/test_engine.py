@@ -1,17 +1,20 @@
 """The server over the real engine, with a small model."""
 
 import concurrent.futures
+import json
+
+import jsonschema
 
 from fusedkv_jax.serving import AsyncEngine
 from tests.server.running import serving
-from tests.serving.served import GREEDY, LONGEST, PAGE, Letters, engine, prompts, run
+from tests.serving.served import GREEDY, LONGEST, PAGE, Json, engine, prompts, run
 
 
 def test_clients_get_what_the_engine_gives():
-    given = prompts(8)
-    alone = run(engine(tokenizer=Letters()), given, GREEDY)
+    given = [[token % 60 for token in prompt] for prompt in prompts(8)]
+    alone = run(engine(tokenizer=Json()), given, GREEDY)
     texts = ["".join(delta.text for delta in alone[str(i)]) for i in range(len(given))]
-    front = AsyncEngine(engine(tokenizer=Letters()), model_name="toy")
+    front = AsyncEngine(engine(tokenizer=Json()), model_name="toy")
     with serving(front, template=None, api_keys=["a", "b"]) as running:
 
         def ask(prompt, key="a", **more):
@@ -34,9 +37,39 @@ def test_clients_get_what_the_engine_gives():
         usages = [ask(shared, key).json()["usage"] for key in ("a", "a", "b")]
         cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
         assert cached == [0, 4 * PAGE, 0]
+        schema = {"type": "array", "items": {"enum": [1, "a", None]}, "maxItems": 2}
+        form = {"json": schema, "disable_any_whitespace": True}
+        for number in range(4):
+            held = ask([number], structured_outputs=form, temperature=1, seed=number).json()
+            assert held["choices"][0]["finish_reason"] == "stop"
+            jsonschema.validate(json.loads(held["choices"][0]["text"]), schema)
+        wrong = ask("a", response_format=_format({"$ref": "#/a"}))
+        error = wrong.json()["error"]
+        assert wrong.status_code == 400 and error["param"] == "structured_outputs"
+        assert "Pointer '/a' does not exist" in error["message"] and "\n" not in error["message"]
+        _check_echo(ask("abcd", echo=True, logprobs=2, prompt_logprobs=2, max_tokens=1).json())
+
         refused = ask([1] * LONGEST)
         assert refused.status_code == 400 and str(LONGEST) in refused.json()["error"]["message"]
         assert running.http.get("/health").status_code == 200
         auth = {"headers": {"Authorization": "Bearer a"}}
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert running.metric(gauge, **auth) == 0
+
+
+def _format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+def _check_echo(document):
+    """The prompt before the output, with the log-probabilities of both."""
+    (choice,) = document["choices"]
+    likely, found = choice["prompt_logprobs"], choice["logprobs"]
+    assert found["tokens"][:4] == list("abcd") and choice["text"][:4] == "abcd"
+    assert len(found["token_logprobs"]) == 5 and len(likely) == 4
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is likely[0] is None
+    for place, token in enumerate(Json().encode("abcd")[1:], start=1):
+        entry = likely[place][str(token)]
+        assert found["token_logprobs"][place] == entry["logprob"] < 0
+        assert entry["decoded_token"] == "abcd"[place]
+        assert 2 <= len(likely[place]) <= 3 and len(found["top_logprobs"][place]) == 2

@@ -174,10 +174,16 @@ def test_a_failure_of_one_request_is_its_own():
     with serving(FakeEngine()) as running:
         running.engine.broken = True
         response = running.http.post("/v1/completions", json=LONG)
-        assert response.status_code == 500 and response.json()["error"]["message"] == "NaN"
+        assert (
+            response.status_code == 500
+            and response.json()["error"]["message"] == "the request has NaN"
+        )
         text = running.http.post("/v1/completions", json={**LONG, "stream": True}).text
         events = [line.removeprefix("data: ") for line in text.split("\n\n")]
-        assert json.loads(events[-3])["error"]["message"] == "NaN" and events[-2] == "[DONE]"
+        assert (
+            json.loads(events[-3])["error"]["message"] == "the request has NaN"
+            and events[-2] == "[DONE]"
+        )
         assert running.http.get("/health").status_code == 503
         running.engine.broken = False
         assert running.http.get("/health").status_code == 200

@@ -1,5 +1,7 @@
 """The openai SDK against the server: every case is one that a client of OpenAI's would write."""
 
+import json
+
 import openai
 import pytest
 
@@ -206,6 +208,23 @@ def test_bias_and_wide_seeds(sdk, toy):
     assert toy.engine.served[-1].seed == 5
 
 
+def test_forms_of_answers(sdk, toy):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    sdk.chat.completions.create(model="toy", messages=HELLO, max_tokens=2, response_format=form)
+    assert json.loads(toy.engine.served[-1].structured_outputs.json) == schema
+    sdk.completions.create(
+        model="toy", prompt="a", **_also(response_format={"type": "json_object"})
+    )
+    assert toy.engine.served[-1].structured_outputs.kind == "json_object"
+    asked = {"choice": ["a", "b"], "disable_any_whitespace": True}
+    sdk.completions.create(model="toy", prompt="a", **_also(structured_outputs=asked))
+    found = toy.engine.served[-1].structured_outputs
+    assert found.choice == ("a", "b") and found.disable_any_whitespace
+    sdk.completions.create(model="toy", prompt="a", **_also(response_format={"type": "text"}))
+    assert toy.engine.served[-1].structured_outputs is None
+
+
 def test_null_stands_for_left_out(toy):
     body = {
         "prompt": "a",
@@ -225,6 +244,10 @@ def test_models(sdk):
         sdk.models.retrieve("other")
 
 
+def _also(**fields):
+    return {"extra_body": fields}
+
+
 @pytest.mark.parametrize(
     "error, param, asked",
     [
@@ -236,12 +259,17 @@ def test_models(sdk):
         (openai.BadRequestError, "prompt", {"prompt": [999]}),
         (openai.BadRequestError, "prompt", {"prompt": []}),
         (openai.APIStatusError, "suffix", {"suffix": "x"}),
-        (openai.APIStatusError, "echo", {"echo": True, "logprobs": 1}),
+        (openai.BadRequestError, "response_format", _also(response_format={"type": "xml"})),
+        (openai.BadRequestError, "response_format", _also(response_format={"type": "json_schema"})),
+        (openai.BadRequestError, "structured_outputs", _also(structured_outputs={})),
+        (openai.BadRequestError, "structured_outputs", _also(structured_outputs={"choice": "a"})),
         (
-            openai.APIStatusError,
-            "response_format",
-            {"extra_body": {"response_format": {"type": "json_object"}}},
+            openai.BadRequestError,
+            "structured_outputs",
+            _also(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}),
         ),
+        (openai.BadRequestError, "prompt_logprobs", _also(prompt_logprobs=21)),
+        (openai.BadRequestError, "prompt_logprobs", {"stream": True, **_also(prompt_logprobs=1)}),
     ],
 )
 def test_refusals(sdk, error, param, asked):

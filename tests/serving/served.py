@@ -27,6 +27,19 @@ class Letters:
         return "".join(self._letters[i % len(self._letters)] for i in ids)
 
 
+class Json(Letters):
+    """Every token is a character of JSON, and tells its bytes; the last one ends the text."""
+
+    vocab_size, eos_id = 61, 60
+    _letters = '{}[]":,.-+ \n' + string.digits + string.ascii_lowercase + "ABCDEFGHIJKL"
+
+    def decode_bytes(self, ids):
+        return "".join(self._letters[i] for i in ids if i < 60).encode()
+
+    def decode(self, ids, skip_special_tokens=True):
+        return self.decode_bytes(ids).decode()
+
+
 @functools.cache
 def model(spec="fusedkv"):
     return small.decoder(small.config(spec, num_layers=4, d_model=16, d_ff=16))

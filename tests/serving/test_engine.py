@@ -20,6 +20,7 @@ from tests.serving.served import (
     PAGE,
     PAGES,
     SHAPES,
+    Json,
     Letters,
     all_tokens,
     engine,
@@ -136,6 +137,45 @@ def test_draws_are_those_of_generate_at_any_row_and_load():
             assert all(abs(place[t].logprob - own[t].logprob) < 1e-4 for t in own)
 
 
+def test_prompts_are_scored_as_by_the_full_forward(expected):
+    given = [*prompts(24)[:7], [3]]
+    tokens_ = np.zeros((8, LONGEST), np.int32)
+    for row, prompt in enumerate(given):
+        tokens_[row, : len(prompt)] = prompt
+    whole = np.asarray(jax.nn.log_softmax(jax.jit(model())(tokens_).astype(jnp.float32)))
+    served = engine()
+    run(served, given, GREEDY)  # their prefixes are there, and must not be skipped
+    scored = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    before = served.stats().upper_rows
+    for number, prompt in enumerate(given):
+        served.add(prompt, scored if number % 3 < 2 else GREEDY, request_id=str(number))
+    found = {str(number): [] for number in range(8)}
+    deltas = served.step()
+    served.scheduler.restart(0.0)  # everybody begins again
+    while served.unfinished:
+        deltas += served.step()
+    for name, delta in deltas:
+        found[name].append(delta)
+    for row, prompt in enumerate(given):
+        assert row == 7 or tokens(found[str(row)]) == expected[row]
+        first, *others = [delta.prompt_logprobs for delta in found[str(row)]]
+        assert not any(others) and (first is None) == (row % 3 == 2)
+        for place, (entries, token) in enumerate(
+            zip(first or (), prompt, strict=first is not None)
+        ):
+            if place == 0:
+                assert entries is None
+                continue
+            assert 2 <= len(entries) <= 3 and token in entries
+            for other, entry in entries.items():
+                assert abs(entry.logprob - whole[row, place - 1, other]) < 1e-4
+                assert (
+                    entry.rank == 1 + (whole[row, place - 1] > whole[row, place - 1, other]).sum()
+                )
+    rows = sum(len(prompt) - 1 for number, prompt in enumerate(given) if number % 3 < 2)
+    assert served.stats().upper_rows - before >= rows, "upper layers run for all that is scored"
+
+
 def test_outputs_of_one_prompt_share_its_pages_and_are_independent():
     params = fkv.SamplingParams(n=4, temperature=1.0, seed=11, max_tokens=10)
     for prompt in prompts(24)[:3]:  # some end within a page
@@ -185,6 +225,7 @@ def test_nan_ends_its_own_requests_and_stays_in_its_own_pages(expected):
     for number, deltas in enumerate(found.values()):
         if number in (2, 5):
             assert deltas[-1].finish_reason == "error" and "not finite" in deltas[-1].error
+            assert "prompt 0" not in deltas[-1].error
         else:
             assert tokens(deltas) == expected[number]
 
@@ -206,16 +247,19 @@ def test_a_step_that_raises_ends_its_own_requests(expected):
     assert 0 < len(failed) < len(given)
     for name, deltas in found.items():
         if name in failed:
-            assert deltas[-1].error == "a step failed with RuntimeError; the log has the cause"
+            assert "was in a step that failed with RuntimeError" in deltas[-1].error
         else:
             assert tokens(deltas) == expected[int(name)]
 
 
 def test_nothing_compiles_after_warm_up():
     shapes = StepShapes((2, 4), (0, 4), (2, 6), 8)
-    served = engine(shapes=shapes, max_num_seqs=4, max_num_batched_tokens=16, num_pages=20)
+    sizes = dict(max_num_seqs=4, max_num_batched_tokens=16, num_pages=20)
+    served = engine(tokenizer=Json(), shapes=shapes, **sizes)
     assert served.warm_up() == 6
-    params = [*_odd_params()[:5], GREEDY, fkv.SamplingParams(n=3, seed=1)]
+    form = fkv.StructuredOutputsParams(regex="[a-z]{2,5}")
+    held = fkv.SamplingParams(n=2, seed=1, structured_outputs=form, prompt_logprobs=1)
+    params = [*_odd_params()[:4], GREEDY, fkv.SamplingParams(n=3, seed=1), held]
     with counted_compilations() as seconds:
         for number, prompt in enumerate(prompts(40)):
             served.add(prompt, params[number % 7], request_id=str(number))
@@ -250,7 +294,7 @@ def test_the_pool_is_as_large_as_the_formula_and_fusedkv_holds_twice_the_sequenc
         ([1] * 20, {"max_tokens": 30}, "can come to 50 tokens, prompt 20 and max_tokens"),
         ([61], {}, "token id 61; ids are 0 to 60"),
         ([1], {"logprobs": 21}, "use 0 to max_logprobs=20"),
-        ([1], {"prompt_logprobs": 1}, "use fkv.generate"),
+        ([1], {"prompt_logprobs": -1}, "has prompt_logprobs=-1; use 0 to max_logprobs=20"),
         ([1], {"stop_token_ids": [*range(17)]}, "the engine has room for 16"),
         ([1], {"stop": "a"}, "pass tokenizer="),
     ],

@@ -101,7 +101,7 @@ def test_nobody_waits_for_an_engine_that_has_died():
         front.engine.step = dies
         await front.start()
         deltas = await _read(front.add([1], GREEDY, request_id="a"))
-        assert deltas[-1].finish_reason == "error" and "the engine died" in deltas[-1].error
+        assert deltas[-1].finish_reason == "error" and "has lost its engine" in deltas[-1].error
         assert not front.alive and isinstance(front.error, KeyboardInterrupt)
         await front.stop()
 

@@ -2,10 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusedkv_jax.serving import PagedMemory, Request
 from fusedkv_jax.serving.pages import PagePool, count_runs
 
 
@@ -61,3 +63,37 @@ def test_bad_sizes_are_refused():
         PagePool(0, 16)
     with pytest.raises(ValueError, match="page_size=-1"):
         PagePool(4, -1)
+
+
+def _request(first, count):
+    return Request(f"{first}-{count}", np.arange(first, first + count), 1)
+
+
+def _run(memory, first, count):
+    """A prompt of so many pages is computed and ends."""
+    request = _request(first, count)
+    assert memory.admit(request)
+    request.computed = count
+    memory.commit(request)
+    memory.release(request)
+
+
+def test_a_prefix_deeper_than_python_recurses_is_dropped():
+    memory = PagedMemory(1500, 1, host_pages=1500, reserve=0.0)
+    _run(memory, 0, 1500)
+    _run(memory, 5000, 1400)  # the end of the first goes to the host
+    assert memory.matched(_request(0, 1501)) == 1500
+    memory.forget()
+    assert memory.matched(_request(0, 1501)) == 0
+    assert memory.host is not None and memory.host.available == 1500
+
+
+def test_of_a_prefix_on_the_host_the_end_goes_first():
+    memory = PagedMemory(8, 1, host_pages=8, reserve=0.0)
+    _run(memory, 0, 4)
+    assert memory.admit(filler := _request(100, 8))
+    memory.release(filler)
+    _run(memory, 0, 8)  # its beginning has been on the host for long
+    assert memory.admit(filler := _request(200, 8))
+    assert memory.host is not None and memory.host.reserve(1) is not None
+    assert memory.matched(_request(0, 9)) == 7

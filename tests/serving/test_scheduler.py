@@ -22,13 +22,13 @@ from tests.serving.contents import Contents, check_accounts, tokens_of
 def _request(rng: random.Random, number: int, tools: bool = True) -> Request:
     prefix = rng.choice(([1] * 9, [1] * 4 + [2] * 5, []))
     prompt = prefix + [rng.randint(3, 5) for _ in range(rng.randint(1, 14))]
-    calls = ()
-    if tools and rng.random() < 0.3:
+    calls, max_tokens = (), rng.randint(1, 12)
+    if tools and max_tokens > 3 and rng.random() < 0.4:
         calls = (ToolCall(rng.randint(1, 3), rng.random() * 8, (7,) * rng.randint(0, 5)),)
     return Request(
         str(number),
         np.array(prompt),
-        max_tokens=rng.randint(1, 12),
+        max_tokens=max_tokens,
         arrival=float(number),
         client=rng.choice("ab"),
         priority=rng.randint(0, 2),

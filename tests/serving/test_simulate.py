@@ -90,6 +90,12 @@ def test_tools_pause_a_request():
     assert request.length == 40 + 4 + 20 and not scheduler.unfinished
 
 
+@pytest.mark.parametrize("after", [4, 9])
+def test_a_tool_call_that_would_never_be_made_is_refused(after):
+    with pytest.raises(ValueError, match=f"after {after} tokens would never be made, as max_to"):
+        Request("a", np.arange(40), 4, tool_calls=(ToolCall(after, 1.0),))
+
+
 def test_the_same_seed_gives_the_same_figures():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 200, (50, 2))

@@ -6,7 +6,7 @@ from fusedkv_jax.serving.policies.batch_llm import BatchLLM
 from fusedkv_jax.serving.policies.dfs_weight import DFSWeight
 from fusedkv_jax.serving.policies.fcfs import FCFS
 from fusedkv_jax.serving.policies.lamps import LAMPS
-from fusedkv_jax.serving.policies.layer_kv import LayerKV
+from fusedkv_jax.serving.policies.layer_kv import LayerKVAdmission
 from fusedkv_jax.serving.policies.lpm import LPM
 from fusedkv_jax.serving.policies.mlfq import MLFQ
 from fusedkv_jax.serving.policies.priority import Priority
@@ -23,7 +23,7 @@ POLICIES: dict[str, type[Policy]] = {
     "mlfq": MLFQ,
     "vtc": VTC,
     "lamps": LAMPS,
-    "layer_kv": LayerKV,
+    "layer_kv": LayerKVAdmission,
     "shortest": Shortest,
 }
 

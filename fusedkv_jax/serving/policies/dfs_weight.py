@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fusedkv_jax.serving.policy import Policy, View
 from fusedkv_jax.serving.prefix import Node
@@ -41,7 +41,12 @@ class DFSWeight(Policy):
         return _depth_first(roots, here, weights, below)
 
 
-def _depth_first(nodes, here, weights, below) -> Iterator[Request]:
+def _depth_first(
+    nodes: Iterable[Node],
+    here: Mapping[Node, list[Request]],
+    weights: Mapping[Node, int],
+    below: Mapping[Node, set[Node]],
+) -> Iterator[Request]:
     stack = sorted(nodes, key=weights.__getitem__)
     while stack:
         node = stack.pop()

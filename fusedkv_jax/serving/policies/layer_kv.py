@@ -6,7 +6,7 @@ from fusedkv_jax.serving.policy import How, Policy, View
 from fusedkv_jax.serving.request import Request
 
 
-class LayerKV(Policy):
+class LayerKVAdmission(Policy):
     """Admit a prompt only if the smallest slack of the requests that decode covers it.
 
     A request's slack is how long its next token may take so that its time per output token stays

@@ -10,7 +10,8 @@ import json
 import lzma
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from fusedkv_jax.serving.request import Request
 _BLOCK = 512  # tokens of a block of Mooncake's hash_ids
 # No model has a longer context; a prompt of a line is made in memory.
 _MOST_TOKENS = 10_000_000
+_Line = TypeVar("_Line", str, list[str])
 _COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
 
@@ -125,7 +127,9 @@ def _mooncake(line: str) -> Arrival:
     return Arrival(time / 1000, length, answer, tuple(blocks))
 
 
-def _parsed(path, lines: Iterable, parse, start: int = 2) -> Iterator[Arrival]:
+def _parsed(
+    path: pathlib.Path, lines: Iterable[_Line], parse: Callable[[_Line], Arrival], start: int = 2
+) -> Iterator[Arrival]:
     for number, line in enumerate(lines, start=start):
         if not line or line == "\n":
             continue

@@ -1,0 +1,111 @@
+"""Prompts in, jobs out: everything is checked before a request is queued."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.generation.params import SamplingParams
+from fusedkv_jax.generation.requests import Codec, PromptError, make_requests
+from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.tracker import Tracker
+from fusedkv_jax.serving.draws import check_lists
+from fusedkv_jax.serving.grammars import Grammars
+from fusedkv_jax.serving.job import Growing, Job
+from fusedkv_jax.serving.request import Request, RequestError
+
+AnyPrompt = str | Sequence[int] | np.ndarray  # a text, or token ids
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What a request is checked against, and made with.
+
+    Attributes:
+        config: of the model.
+        codec: encodes prompts and decodes outputs.
+        grammars: compiles those of structured outputs.
+        max_model_len: tokens that a request can come to.
+        max_logprobs: likeliest tokens that it may ask for.
+    """
+
+    config: ModelConfig
+    codec: Codec
+    grammars: Grammars
+    max_model_len: int
+    max_logprobs: int
+
+    def check(self, name: str, prompt: AnyPrompt, params: SamplingParams) -> Prompt:
+        """A prompt that can be served; touches nothing, so any thread may ask.
+
+        Raises:
+            RequestError: it cannot; the message says why, and names the limit.
+        """
+        plain = dataclasses.replace(params, structured_outputs=None)  # not for `fkv.generate`
+        try:
+            (checked,), _ = make_requests(self.config, [prompt], plain, self.codec)
+        except PromptError as error:
+            raise RequestError(name, error.reason) from None
+        most = self.max_logprobs
+        for field in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, field)
+            if wanted is not None and not 0 <= wanted <= most:
+                reason = f"has {field}={wanted}; use 0 to max_logprobs={most}"
+                raise RequestError(name, reason, field)
+        size = len(checked.prompt) + (params.max_tokens or 1)
+        if size > self.max_model_len:
+            raise RequestError(
+                name,
+                f"can come to {size} tokens, prompt {len(checked.prompt)} and max_tokens together;"
+                f" max_model_len={self.max_model_len} is the limit",
+            )
+        try:
+            check_lists(checked)
+        except ValueError as error:
+            raise RequestError(name, f"is refused: {error}") from None
+        if params.structured_outputs is not None:
+            try:
+                self.grammars.check(params.structured_outputs)
+            except ValueError as error:
+                raise RequestError(name, f"is refused: {error}", "structured_outputs") from None
+        limit = min(checked.limit, self.max_model_len)
+        return dataclasses.replace(checked, params=params, limit=limit)
+
+    def job(self, name: str, prompt: Prompt, arrival: float, priority: int, tenant: str) -> Job:
+        """The job of a checked prompt.
+
+        Args:
+            name: what the caller calls it.
+            prompt: the prompt.
+            arrival, priority, tenant: as `Request` has them.
+        """
+        params = prompt.params
+        job = Job(name, prompt, decode=self.codec.decoder(params.skip_special_tokens))
+        scored = params.prompt_logprobs is not None and not job.is_scored
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        form = params.structured_outputs
+        for index in range(params.n):
+            request = Request(
+                name if params.n == 1 else f"{name}/{index}",
+                np.asarray(prompt.prompt, np.int32),
+                prompt.limit - len(prompt.prompt),
+                arrival=arrival,
+                client=tenant,
+                priority=priority,
+                salt=tenant,
+                scored=scored and index == 0,
+            )
+            job.outputs.append(
+                Growing(
+                    Tracker(prompt, index, self.codec, piecewise=True),
+                    dataclasses.replace(params, seed=(seed + index) % 2**32),
+                    request,
+                    None if form is None else self.grammars.constraint(form),
+                )
+            )
+        return job
