@@ -18,6 +18,7 @@ _OTHERWISE = ("logprobs", "prompt_logprobs", "structured_outputs")  # set in way
 _SAMPLING = tuple(
     field.name for field in dataclasses.fields(SamplingParams) if field.name not in _OTHERWISE
 )
+_GUIDED = ("json", "regex", "choice", "grammar")
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
@@ -107,6 +108,11 @@ class _Asked(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    # vLLM's older names, which clients still send.
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     prompt_logprobs: int | None = None
 
     def check(self) -> None:
@@ -137,12 +143,19 @@ class _Asked(msgspec.Struct, kw_only=True):
 
     def _form(self) -> StructuredOutputsParams | None:
         """What the output is held to. Raises ApiError."""
-        form = None if self.response_format is None else self.response_format.params()
-        if self.structured_outputs is None:
-            return form
-        if form is not None:
-            _refuse("structured_outputs", "give either response_format or structured_outputs")
-        return self.structured_outputs.params()
+        older = {name: getattr(self, f"guided_{name}") for name in _GUIDED}
+        given = {name: value for name, value in older.items() if value is not None}
+        forms = (
+            None if self.response_format is None else self.response_format.params(),
+            None if self.structured_outputs is None else self.structured_outputs.params(),
+            StructuredOutputs(**given).params() if given else None,
+        )
+        found = [form for form in forms if form is not None]
+        if len(found) > 1:
+            _refuse(
+                "structured_outputs", "give one of response_format, structured_outputs, guided_*"
+            )
+        return found[0] if found else None
 
 
 class CompletionRequest(_Asked, kw_only=True):

@@ -221,6 +221,8 @@ def test_forms_of_answers(sdk, toy):
     sdk.completions.create(model="toy", prompt="a", **_also(structured_outputs=asked))
     found = toy.engine.served[-1].structured_outputs
     assert found.choice == ("a", "b") and found.disable_any_whitespace
+    sdk.completions.create(model="toy", prompt="a", **_also(guided_regex="a+"))
+    assert toy.engine.served[-1].structured_outputs.regex == "a+"
     sdk.completions.create(model="toy", prompt="a", **_also(response_format={"type": "text"}))
     assert toy.engine.served[-1].structured_outputs is None
 
