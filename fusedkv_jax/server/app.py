@@ -184,6 +184,10 @@ class Server:
         prompts: Sequence[Sequence[int]],
         answer: answers.Answer,
     ) -> Response:
+        try:
+            await self.engine.prepare(params)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="structured_outputs") from None
         tenant = request.state.tenant + (f"/{asked.cache_salt}" if asked.cache_salt else "")
         with contextlib.ExitStack() as stack:
             generation = stack.enter_context(

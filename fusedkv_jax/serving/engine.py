@@ -94,6 +94,15 @@ class Engine:
         """
         return self._intake.check(name, prompt, params)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the form that outputs are held to, which `check` then finds; for any thread.
+
+        Raises:
+            ValueError: it cannot be followed.
+        """
+        if params.structured_outputs is not None:
+            self._intake.grammars.check(params.structured_outputs)
+
     def add(
         self,
         prompt: AnyPrompt,

@@ -130,6 +130,11 @@ class AsyncEngine:
         """Steps run, or would if anybody asked."""
         return self._thread is not None and self._thread.is_alive() and self.error is None
 
+    async def prepare(self, params: SamplingParams) -> None:
+        """As `Engine.prepare`, beside the event loop; before `add`, which then finds it done."""
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(self.engine.prepare, params)
+
     def add(
         self,
         prompt: AnyPrompt,

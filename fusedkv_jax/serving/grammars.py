@@ -14,7 +14,10 @@ from fusedkv_jax.generation.structured import StructuredOutputsParams
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_LONGEST = 1 << 18  # characters of a schema, an expression or a grammar
+# Bounds of what one request may cost: with them a schema of 2,000 properties and the worst
+# expression that was found take a few seconds, with the library's own ten and more.
+_LONGEST = 1 << 16  # characters of a schema, an expression or a grammar
+_FUEL = 100_000
 _KEPT = 64  # compiled grammars, for the requests that repeat one
 
 
@@ -84,7 +87,7 @@ class Grammars:
         vocabulary = self._vocabulary
         import llguidance
 
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False)
         matcher = llguidance.LLMatcher(vocabulary, _grammar(params), log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(f"structured_outputs: {params.kind}: {_line(matcher.get_error())}")

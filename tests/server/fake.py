@@ -80,6 +80,9 @@ class FakeEngine:
     async def stop(self, drain_seconds: float = 0) -> None:
         self._task.cancel()
 
+    async def prepare(self, params: SamplingParams) -> None:
+        """There is nothing to compile."""
+
     def add(
         self,
         prompt: Sequence[int],
