@@ -38,7 +38,7 @@ else:
         "quantize": "quantized",
     }
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module 'pallas_kernels' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"pallas_kernels.{_MODULES[name]}"), name)

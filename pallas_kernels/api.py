@@ -117,7 +117,7 @@ def attention(
         return_residuals,
     )
 
-    def call(arguments):
+    def call(arguments: tuple) -> tuple[Array, Array | None]:
         return choice.run(implementation, "attention", describe, arguments, options)
 
     if is_paged((*keys, *values)):

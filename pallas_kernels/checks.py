@@ -2,19 +2,26 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.sources import Source
 from pallas_kernels.stacked import Stacked
 
+_Arguments = TypeVar("_Arguments")
+_Result = TypeVar("_Result")
 
-def sources(name, given):
+
+def sources(name: str, given: object) -> tuple[Source, ...]:
     """A tuple of float arrays, `Quantized`, `Stacked` or `PagedStream` of one shape."""
     if not isinstance(given, tuple | list) or not given:
         raise ValueError(f"{name} must be a non-empty tuple of [B, S, K, H] arrays")
@@ -39,7 +46,7 @@ def sources(name, given):
     return given
 
 
-def fit(q, keys, values):
+def fit(q: Array, keys: Sequence[Source], values: Sequence[Source]) -> None:
     """Queries, keys and values belong together."""
     batch, _, heads, size = keys[0].shape
     queries(q, (batch, heads, size), "keys")
@@ -50,21 +57,21 @@ def fit(q, keys, values):
         )
 
 
-def floats(name, given):
+def floats(name: str, given: object) -> None:
     """Refuses what is no array of floats."""
-    if not hasattr(given, "ndim") or not jnp.issubdtype(given.dtype, jnp.floating):
-        what = getattr(given, "dtype", type(given).__name__)
-        raise ValueError(f"{name} is {what}; it must be a float array")
+    dtype = getattr(given, "dtype", type(given).__name__)
+    if not hasattr(given, "ndim") or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} is {dtype}; it must be a float array")
 
 
-def flags(**given):
+def flags(**given: object) -> None:
     """Refuses what is neither True nor False, such as a text."""
     for name, value in given.items():
         if not isinstance(value, bool | np.bool_):
             raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
-def queries(q, shape, name):
+def queries(q: Array, shape: tuple[int, int, int], name: str) -> None:
     """Float queries [B, T, N, H] for keys of B, K, H = `shape` in the argument `name`."""
     floats("q", q)
     if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
@@ -81,7 +88,9 @@ def queries(q, shape, name):
         )
 
 
-def weights(name, given, sources_name, count, shape):
+def weights(
+    name: str, given: ArrayLike | None, sources_name: str, count: int, shape: tuple[int, ...]
+) -> Array | None:
     """Float weights [J, K, H] for `count` sources of [K, H] = `shape`, or None for one source.
 
     One source with weights is a scaled source, which Lite with learnable weights trains.
@@ -106,7 +115,11 @@ def weights(name, given, sources_name, count, shape):
     return given
 
 
-def integers(name, array, shape) -> Any:
+@overload
+def integers(name: str, array: None, shape: tuple[int, ...]) -> None: ...
+@overload
+def integers(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array: ...
+def integers(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """An int32 array of `shape`, or None."""
     if array is None:
         return None
@@ -118,7 +131,7 @@ def integers(name, array, shape) -> Any:
     return array.astype(jnp.int32)
 
 
-def lengths(array, batch, most) -> Any:
+def lengths(array: ArrayLike | None, batch: int, most: int) -> Array | None:
     """int32 numbers of keys [B], 0 to `most` where they are known, or None."""
     array = integers("kv_lengths", array, (batch,))
     if array is None or isinstance(array, Tracer):
@@ -130,7 +143,7 @@ def lengths(array, batch, most) -> Any:
     return array
 
 
-def scores(window, softcap, scale=None):
+def scores(window: int | None, softcap: float | None, scale: float | None = None) -> None:
     """The numbers that shape the scores."""
     number = isinstance(window, int | float | np.integer) and not isinstance(window, bool)
     if window is not None and not (number and 1 <= window < math.inf and window == int(window)):
@@ -143,17 +156,19 @@ def scores(window, softcap, scale=None):
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
 
 
-def without_gradients(function, reason, arguments) -> Any:
+def without_gradients(
+    function: Callable[[_Arguments], _Result], reason: str, arguments: _Arguments
+) -> _Result:
     """function(arguments); differentiating it raises NotImplementedError with the reason."""
     return _call(function, reason, arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _call(function, reason, arguments):
+def _call(function: Callable[[_Arguments], _Result], reason: str, arguments: _Arguments) -> _Result:
     return function(arguments)
 
 
-def _refuse(function, reason, arguments):
+def _refuse(function: Callable, reason: str, arguments: object) -> NoReturn:
     raise NotImplementedError(reason)
 
 

@@ -8,7 +8,7 @@ published timings, the compiler's static schedules or arithmetic from data sheet
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -189,7 +189,11 @@ def check_name(implementation: Any) -> None:
 
 
 def run(
-    implementation: str, form: str, describe: Callable[[], CallTraits], arguments, options
+    implementation: str,
+    form: str,
+    describe: Callable[[], CallTraits],
+    arguments: tuple,
+    options: Mapping[str, object],
 ) -> Any:
     """Calls the named implementation, or for "auto" the first of the table that serves the call.
 
@@ -209,7 +213,7 @@ def run(
     raise NotImplementedError("no implementation serves this call; " + "; ".join(refusals))
 
 
-def _call(name: str, form: str, arguments, options) -> Any:
+def _call(name: str, form: str, arguments: tuple, options: Mapping[str, object]) -> Any:
     if form == "attention":
         q, keys, values, *rest = arguments
         kept = IN_PLACE.get(name, ())

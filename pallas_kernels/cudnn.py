@@ -4,17 +4,29 @@ The price is writing and reading the mixed K^ and V^ once a layer; the kernel is
 is on NVIDIA GPUs. With one source nothing is mixed.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
+from pallas_kernels.sources import Source
 
 
 def attention(
-    q, keys, values, key_weights, value_weights, mask: Mask, *, scale: float, softcap: float | None
-):
+    q: Array,
+    keys: Sequence[Source],
+    values: Sequence[Source],
+    key_weights: Array | None,
+    value_weights: Array | None,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, None]:
     """Arguments and output as in `reference.attention`; None in place of the lse.
 
     Raises:
@@ -35,7 +47,9 @@ def attention(
     return out, None
 
 
-def _refusal(q, keys, values, mask: Mask, softcap: float | None) -> str:
+def _refusal(
+    q: Array, keys: Sequence[Source], values: Sequence[Source], mask: Mask, softcap: float | None
+) -> str:
     """Why the call cannot go to cuDNN; empty if it can."""
     length, num_keys = q.shape[1], keys[0].shape[1]
     size, value_size = keys[0].shape[3], values[0].shape[3]

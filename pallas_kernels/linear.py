@@ -4,14 +4,21 @@ The reference does without: it is the yardstick, and autodiff differentiates it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.sources import Result, Source, as_array
 
 
-def mix(sources: Sequence[Any], weights: Any, dtype: Any, present: Any = None) -> Any:
+def mix(
+    sources: Sequence[Source],
+    weights: Array | None,
+    dtype: DTypeLike,
+    present: Array | np.ndarray | None = None,
+) -> Array:
     """The weighted sum of the sources [B, S, K, H], in float32 and rounded to `dtype` once.
 
     Args:
@@ -21,7 +28,7 @@ def mix(sources: Sequence[Any], weights: Any, dtype: Any, present: Any = None) -
       present: bool [B or 1, S, 1, 1], which keys are present; None for all. Absent keys become
         zero: their memory may hold NaN, and 0 * NaN would reach every row.
     """
-    plain = [x.dequantize() if isinstance(x, Quantized) else x for x in sources]
+    plain = [as_array(x) for x in sources]
     total = plain[0]
     if weights is not None:
         wide = weights.astype(jnp.float32)
@@ -33,7 +40,7 @@ def mix(sources: Sequence[Any], weights: Any, dtype: Any, present: Any = None) -
     return total.astype(dtype)
 
 
-def fold_queries(q: Any, weights: Any, factor: float = 1.0) -> Any:
+def fold_queries(q: Array, weights: Array | None, factor: float = 1.0) -> Array:
     """Queries for each source, [B, J, T, N, H] fp32: (sum_j a_j K_j) q = sum_j K_j (a_j q).
 
     Args:
@@ -53,7 +60,7 @@ def fold_queries(q: Any, weights: Any, factor: float = 1.0) -> Any:
     return wide.reshape(batch, -1, length, num, size)
 
 
-def fold_outputs(parts: Any, weights: Any) -> Any:
+def fold_outputs(parts: Array, weights: Array | None) -> Array:
     """The weighted sum of what each source gave, [B, J, T, N, H] fp32, as [B, T, N, H]."""
     if weights is None:
         return parts[:, 0]
@@ -64,7 +71,9 @@ def fold_outputs(parts: Any, weights: Any) -> Any:
     return wide.sum(1).reshape(batch, length, num, size)
 
 
-def statistics(out: Any, lse: Any, cotangents: Any, blind_lse: float) -> tuple[Any, Any, Any]:
+def statistics(
+    out: Array, lse: Array, cotangents: Result, blind_lse: float
+) -> tuple[Array, Array, Array]:
     """What a backward kernel reads of each row, with rows that see nothing made harmless.
 
     Args:
@@ -85,7 +94,12 @@ def statistics(out: Any, lse: Any, cotangents: Any, blind_lse: float) -> tuple[A
     return dout, jnp.where(blind, blind_lse, lse), delta
 
 
-def unmix(grad: Any, sources: Any, weights: Any, present: Any) -> tuple[Any, Any]:
+def unmix(
+    grad: Array,
+    sources: Sequence[Source],
+    weights: Array | None,
+    present: Array | np.ndarray | None,
+) -> tuple[tuple[Array, ...], Array | None]:
     """Gradients of the sources and of the weights from that of their mix.
 
     Args:
@@ -97,12 +111,13 @@ def unmix(grad: Any, sources: Any, weights: Any, present: Any) -> tuple[Any, Any
     Returns:
       J gradients in the types of the sources, and that of the weights, or None.
     """
+    plain = [as_array(x) for x in sources]
     if weights is None:
-        return (grad.astype(sources[0].dtype),), None
+        return (grad.astype(plain[0].dtype),), None
     wide = weights.astype(jnp.float32)
     # dX_j = w_j dM: kernels write one gradient, that of the mix, not one for each source.
-    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(wide, sources, strict=True))
+    dsources = tuple((w * grad).astype(x.dtype) for w, x in zip(wide, plain, strict=True))
     if present is not None:  # the memory of an absent key may hold NaN
-        sources = [jnp.where(present, x, 0) for x in sources]
-    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in sources]
+        plain = [jnp.where(present, x, 0) for x in plain]
+    dweights = [(x.astype(jnp.float32) * grad).sum((0, 1)) for x in plain]
     return dsources, jnp.stack(dweights).astype(weights.dtype)

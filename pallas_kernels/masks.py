@@ -86,7 +86,7 @@ def visible(
     kv_positions: Int[Integers, "_ S"],
     q_segment_ids: Int[Integers, "B T"] | None,
     kv_segment_ids: Int[Integers, "B S"] | None,
-):
+) -> Integers | None:
     """The rule, for any block: bool [B or 1, T or 1, S], or None if none is hidden."""
     rules = []
     queries, keys = q_positions[:, :, None], kv_positions[:, None, :]

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, choice, phases
 from pallas_kernels.quantized import EIGHT_BIT, quantize
+from pallas_kernels.sources import Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Pages:
             data = data.at[(*at, slice(start, stop))].set(new, mode="drop")
         return dataclasses.replace(self, data=data, scales=scales)
 
-    def _places(self, page_table, positions):
+    def _places(self, page_table: Array, positions: Array) -> tuple[Array, Array]:
         """Page and slot [B, T] of each token; a page past the last where it has none."""
         index = positions // self.page_size
         inside = (index >= 0) & (index < page_table.shape[1])
@@ -156,7 +158,13 @@ class Pages:
         pages = jnp.where(inside & (pages >= 0), pages, self.num_pages)
         return pages, positions % self.page_size
 
-    def _check_streams(self, keys, values, page_table, positions):
+    def _check_streams(
+        self,
+        keys: Sequence[Array | None],
+        values: Sequence[Array | None],
+        page_table: Array,
+        positions: Array,
+    ) -> None:
         """Refuses arrays that are not of the shapes of the pages, the table or each other."""
         for name, array in (("page_table", page_table), ("positions", positions)):
             shape, dtype = jnp.shape(array), getattr(array, "dtype", None)
@@ -177,19 +185,19 @@ class Pages:
                         f"{name}[{i}] has shape {jnp.shape(stream)}; it must be {(*lead, size)}"
                     )
 
-    def _check_write(self, page_table, positions):
+    def _check_write(self, page_table: Array, positions: Array) -> None:
         """Refuses tokens without a page, where tokens and table are known."""
         if isinstance(positions, Tracer) or isinstance(page_table, Tracer):
             return
-        table, positions = np.asarray(page_table), np.asarray(positions)
+        table, known = np.asarray(page_table), np.asarray(positions)
         held = table.shape[1] * self.page_size
-        if positions.size and positions.max() >= held:
+        if known.size and known.max() >= held:
             raise ValueError(
-                f"positions reach {positions.max()}; page_table has room for 0 to {held - 1} "
+                f"positions reach {known.max()}; page_table has room for 0 to {held - 1} "
                 f"({table.shape[1]} pages of {self.page_size}); give -1 to tokens to leave out"
             )
-        index = np.maximum(positions, 0) // self.page_size
-        pages = np.where(positions >= 0, np.take_along_axis(table, index, axis=1), 0)
+        index = np.maximum(known, 0) // self.page_size
+        pages = np.where(known >= 0, np.take_along_axis(table, index, axis=1), 0)
         bad = pages[(pages < 0) | (pages >= self.num_pages)]
         if bad.size:
             raise ValueError(
@@ -213,7 +221,7 @@ class Pages:
             raise ValueError(f"pages.scales has shape {self.scales.shape}; it must be {expected}")
 
 
-def _check_stored(name, dtype):
+def _check_stored(name: str, dtype: DTypeLike | None) -> None:
     """Pages hold floats of 16 bits and more as they are, and numbers of 8 bits with scales."""
     try:
         found = None if dtype is None else jnp.dtype(dtype)
@@ -288,7 +296,7 @@ def paged_attention(
         return_residuals,
     )
 
-    def call(arguments):
+    def call(arguments: tuple) -> Result:
         return choice.run(implementation, "paged_attention", describe, arguments, options)
 
     reason = "pages cannot be differentiated; train with `attention` over whole sequences"
@@ -296,7 +304,7 @@ def paged_attention(
     return (out, lse) if return_residuals else out
 
 
-def _check(q, pages, page_table, kv_lengths):
+def _check(q: Array, pages: Pages, page_table: Array, kv_lengths: Array) -> tuple[Array, Array]:
     """The table, clipped to pages that exist, and the lengths, both int32."""
     if not isinstance(pages, Pages):
         raise ValueError(f"pages is a {type(pages).__name__}; it must be a Pages")

@@ -63,7 +63,9 @@ class PagedStream:
         step = self.page_size
         pages = lax.dynamic_slice_in_dim(self.table, start // step, size // step, axis=1)
 
-        def gather(pool):  # the slot is an index like the pages: no stream is cut out of the pool
+        def gather(
+            pool: Array,
+        ) -> Array:  # the slot is an index like the pages: no stream is cut out of the pool
             found = pool.at[self.slot, pages].get(mode="clip")
             return found.reshape(pages.shape[0], size, self.shape[2], -1)
 

@@ -88,7 +88,7 @@ class Quantized:
         """`size` tokens from `start`, which may be traced; both multiples of the token group."""
         group = self.token_group
 
-        def cut(x, step):
+        def cut(x: Array, step: int) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start // step, size // step, axis=x.ndim - 3)
 
         zero = None if self.zero is None else cut(self.zero, group)
@@ -124,14 +124,14 @@ class Quantized:
                 f"{self.scale.shape}"
             )
 
-    def _grouped(self, x):
+    def _grouped(self, x: Array) -> Array:
         *batch, length, heads, size = self.shape
         groups, channels = self.scale.shape[-3], self.scale.shape[-1]
         return x.reshape(
             *batch, groups, length // groups, heads, channels, size // channels
         )  # [B, S/gt, gt, K, H/gc, gc]
 
-    def _per_group(self, x):
+    def _per_group(self, x: Array) -> Array:
         return jnp.expand_dims(x.astype(jnp.float32), (x.ndim - 2, x.ndim + 1))
 
 
@@ -199,12 +199,12 @@ def token_group(sources: Any) -> int:
     return math.lcm(*(x.token_group for x in sources if isinstance(x, Quantized)))
 
 
-def _positive(scale):
+def _positive(scale: Array) -> Array:
     """A group of equal numbers (all zero for 8 bits) has range 0: any scale will do."""
     return jnp.where(scale == 0, 1.0, scale)
 
 
-def _check_groups(dtype, shape, token_group, channel_group):
+def _check_groups(dtype: str, shape: tuple[int, ...], token_group: int, channel_group: int) -> None:
     if dtype not in FORMATS:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(FORMATS)}")
     length, size = shape[-3], shape[-1]

@@ -1,30 +1,41 @@
 """The plain definition of the operation: fp32, one full score matrix, ordinary autodiff."""
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.paged import Pages
+from pallas_kernels.sources import Source, as_array
 
 
-def _plain(source):
-    return source.dequantize() if isinstance(source, Quantized) else source
-
-
-def mixed(sources, weights):
+def mixed(sources: Sequence[Array], weights: Array | None) -> Array:
     """The weighted sum of the sources in fp32, [B, S, K, H]."""
     if weights is None:
         return sources[0].astype(jnp.float32)
-    return sum(
+    terms = (
         weight.astype(jnp.float32) * source.astype(jnp.float32)
         for weight, source in zip(weights, sources, strict=True)
     )
+    return functools.reduce(operator.add, terms)
 
 
 def attention(
-    q, keys, values, key_weights, value_weights, mask: Mask, *, scale: float, softcap: float | None
-):
+    q: Array,
+    keys: Sequence[Source],
+    values: Sequence[Source],
+    key_weights: Array | None,
+    value_weights: Array | None,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, Array]:
     """Attention by its formula; see `pallas_kernels.attention` for shapes.
 
     Memory grows as B * N * T * S: this is the yardstick of the tests, not something to run.
@@ -38,7 +49,7 @@ def attention(
     kv_positions = masks.key_positions(mask, num_keys)
     present = (kv_positions >= 0)[:, :, None, None]
     # The memory of an absent key may hold NaN, and 0 * NaN is NaN: remove it at the source.
-    keys, values = ([jnp.where(present, _plain(x), 0) for x in side] for side in (keys, values))
+    keys, values = ([jnp.where(present, as_array(x), 0) for x in side] for side in (keys, values))
     groups = num_heads // num_kv_heads
     key = jnp.repeat(mixed(keys, key_weights), groups, axis=2)  # [B, S, N, H]
     value = jnp.repeat(mixed(values, value_weights), groups, axis=2)  # [B, S, N, H']
@@ -68,12 +79,12 @@ def attention(
     return out.astype(q.dtype), lse.transpose(0, 2, 1)
 
 
-def gather(pages, page_table):
+def gather(pages: Pages, page_table: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The keys and the values of all rows as tuples of float32 [B, max_pages * page_size, K, H]."""
     batch, count = page_table.shape
     length = count * pages.page_size
 
-    def rows(x):  # [pages, K, page_size, .] to [B, S, K, .]
+    def rows(x: Array) -> Array:  # [pages, K, page_size, .] to [B, S, K, .]
         x = x[page_table].swapaxes(2, 3)
         return x.reshape(batch, length, pages.num_kv_heads, -1)
 
@@ -86,17 +97,17 @@ def gather(pages, page_table):
 
 
 def paged_attention(
-    q,
-    pages,
-    page_table,
-    kv_lengths,
-    key_weights,
-    value_weights,
+    q: Array,
+    pages: Pages,
+    page_table: Array,
+    kv_lengths: Array,
+    key_weights: Array | None,
+    value_weights: Array | None,
     *,
-    window,
+    window: int | None,
     scale: float,
     softcap: float | None,
-):
+) -> tuple[Array, Array]:
     """Paged attention by its definition: all pages in a row; see `paged.paged_attention`."""
     keys, values = gather(pages, page_table)
     mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)

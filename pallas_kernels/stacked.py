@@ -75,7 +75,7 @@ class Stacked:
         if self.scale is None and not jnp.issubdtype(self.data.dtype, jnp.floating):
             raise ValueError(f"{name}.scale is None; codes of {self.data.dtype} need one")
 
-    def _cut(self, array):
+    def _cut(self, array: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(array, self.slot, keepdims=False)
 
 

@@ -4,9 +4,11 @@ Nothing here imports triton before a kernel is launched.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import linear, masks
 from pallas_kernels.gpu import calls, operands
@@ -15,22 +17,26 @@ from pallas_kernels.gpu.lengths import Paging, lengths
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged import Pages
 from pallas_kernels.phases import DECODE, phase
+from pallas_kernels.quantized import is_quantized
+from pallas_kernels.sources import MixedSources, Result, Source
+
+_Residuals = tuple[Array, MixedSources, Mask, Array, Array]  # q, sources, mask, out, lse
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def attention(
-    q,
-    keys,
-    values,
-    key_weights,
-    value_weights,
+    q: Array,
+    keys: Sequence[Source],
+    values: Sequence[Source],
+    key_weights: Array | None,
+    value_weights: Array | None,
     mask: Mask,
     *,
     scale: float,
     softcap: float | None,
     device: GpuTarget | None = None,
-):
+) -> Result:
     """Attention as `pallas_kernels.attention` says; residuals are its arguments, out and lse.
 
     Args:
@@ -41,27 +47,26 @@ def attention(
     """
     device = current() if device is None else device
     _check(q)
-    if any(hasattr(x, "dequantize") for x in (*keys, *values)):
-        arguments = (device, scale, softcap, q, (keys, values, key_weights, value_weights), mask)
-        return _forward(*arguments)[0]
-    # Looked at before tracing, so that "auto" hears of a refusal.
-    _sides(q, (keys, values, key_weights, value_weights))
-    return _attend(device, scale, softcap, q, (keys, values, key_weights, value_weights), mask)
+    sources = MixedSources(keys, values, key_weights, value_weights)
+    if is_quantized((*keys, *values)):
+        return _forward(device, scale, softcap, q, sources, mask)[0]
+    _sides(q, sources)  # looked at before tracing, so that "auto" hears of a refusal
+    return _attend(device, scale, softcap, q, sources, mask)
 
 
 def paged_attention(
-    q,
+    q: Array,
     pages: Pages,
-    page_table,
-    kv_lengths,
-    key_weights,
-    value_weights,
+    page_table: Array,
+    kv_lengths: Array,
+    key_weights: Array | None,
+    value_weights: Array | None,
     *,
-    window,
+    window: int | None,
     scale: float,
     softcap: float | None,
     device: GpuTarget | None = None,
-):
+) -> Result:
     """Attention over pages as `pallas_kernels.paged_attention` says; no gradients.
 
     Args:
@@ -78,12 +83,12 @@ def paged_attention(
     return _run(device, q, keys, values, mask, paging, scale, softcap)
 
 
-def _check(q):
+def _check(q: Array) -> None:
     if str(q.dtype) not in _DTYPES:
         raise NotImplementedError(f"{q.dtype} queries; served are {', '.join(_DTYPES)}")
 
 
-def _sides(q, sources):
+def _sides(q: Array, sources: MixedSources) -> tuple[operands.Sources, operands.Sources]:
     keys, values, key_weights, value_weights = sources
     return (
         operands.contiguous(keys, key_weights, q.dtype),
@@ -91,7 +96,16 @@ def _sides(q, sources):
     )
 
 
-def _run(device, q, keys, values, mask: Mask, paging, scale: float, softcap: float | None):
+def _run(
+    device: GpuTarget,
+    q: Array,
+    keys: operands.Sources,
+    values: operands.Sources,
+    mask: Mask,
+    paging: Paging | None,
+    scale: float,
+    softcap: float | None,
+) -> Result:
     """(out, lse) by the kernel for this many queries."""
     stored = {str(x.dtype) for x in (*keys.arrays, *values.arrays)}
     needed = 89 if "float8_e4m3fn" in stored else 80
@@ -101,24 +115,44 @@ def _run(device, q, keys, values, mask: Mask, paging, scale: float, softcap: flo
             f"{device.kind} has {device.compute_capability / 10}"
         )
     shape = lengths(q, keys, paging)
-    few = phase(shape.rows, shape.queries, shape.keys) == DECODE
+    decodes = phase(shape.rows, shape.queries, shape.keys) == DECODE
     # The split kernel has no segments, which only whole sequences have.
-    kernel = calls.decode if few and mask.q_segment_ids is None else calls.forward
+    kernel = calls.decode if decodes and mask.q_segment_ids is None else calls.forward
     return kernel(device, q, keys, values, mask, paging, scale=scale, softcap=softcap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(device, scale: float, softcap: float | None, q, sources, mask: Mask):
+def _attend(
+    device: GpuTarget,
+    scale: float,
+    softcap: float | None,
+    q: Array,
+    sources: MixedSources,
+    mask: Mask,
+) -> Result:
     return _forward(device, scale, softcap, q, sources, mask)[0]
 
 
-def _forward(device, scale: float, softcap: float | None, q, sources, mask: Mask):
+def _forward(
+    device: GpuTarget,
+    scale: float,
+    softcap: float | None,
+    q: Array,
+    sources: MixedSources,
+    mask: Mask,
+) -> tuple[Result, _Residuals]:
     keys, values = _sides(q, sources)
     out, lse = _run(device, q, keys, values, mask, None, scale, softcap)
     return (out, lse), (q, sources, mask, out, lse)
 
 
-def _backward(device, scale: float, softcap: float | None, residuals, cotangents):
+def _backward(
+    device: GpuTarget,
+    scale: float,
+    softcap: float | None,
+    residuals: _Residuals,
+    cotangents: Result,
+) -> tuple[Array, MixedSources, None]:
     q, sources, mask, out, lse = residuals
     dout, lse, delta = linear.statistics(out, lse, cotangents, jnp.inf)  # exp(x - inf) = 0
     keys, values = _sides(q, sources)
@@ -129,9 +163,9 @@ def _backward(device, scale: float, softcap: float | None, residuals, cotangents
     if mask.ragged:
         present = masks.key_positions(mask, dkey.shape[1]) >= 0
         present = jnp.asarray(present)[:, :, None, None]
-    dkeys, dkey_weights = linear.unmix(dkey, sources[0], sources[2], present)
-    dvalues, dvalue_weights = linear.unmix(dvalue, sources[1], sources[3], present)
-    return dq, (dkeys, dvalues, dkey_weights, dvalue_weights), None
+    dkeys, dkey_weights = linear.unmix(dkey, sources.keys, sources.key_weights, present)
+    dvalues, dvalue_weights = linear.unmix(dvalue, sources.values, sources.value_weights, present)
+    return dq, MixedSources(dkeys, dvalues, dkey_weights, dvalue_weights), None
 
 
 _attend.defvjp(_forward, _backward)

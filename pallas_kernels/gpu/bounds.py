@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import masks
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import Integers, Mask
 
 _FAR = 2**30  # beyond every position and segment id
 
@@ -58,7 +58,7 @@ def tiles(
     return some, clear
 
 
-def _segments(q, k):
+def _segments(q: Array, k: Array) -> tuple[Array, Array]:
     """The same for segments [B, I, rows] and [B, J, keys]; negative ones are padding."""
     q_low = jnp.where(q < 0, _FAR, q).min(2)[:, :, None]
     k_low = jnp.where(k < 0, _FAR, k).min(2)[:, None, :]
@@ -84,14 +84,14 @@ def runs(some: Bool[Array, "B I J"], clear: Bool[Array, "B I J"]) -> Int[Array, 
     return jnp.stack([low, high, start, stop], -1).astype(jnp.int32)
 
 
-def _per_row(x, groups: int, rows: int):
+def _per_row(x: Integers, groups: int, rows: int) -> Array:
     """[B, T] to [B, blocks, rows]: each token once for each head of its group."""
     x = jnp.repeat(jnp.asarray(x), groups, axis=1)
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows)), mode="edge")
     return x.reshape(x.shape[0], -1, rows)
 
 
-def _blocks(x, size: int, fill: int):
+def _blocks(x: Integers, size: int, fill: int) -> Array:
     """[B, S] to [B, blocks, size]; a last block that is not full is not clear."""
     x = jnp.pad(jnp.asarray(x), ((0, 0), (0, -x.shape[1] % size)), constant_values=fill)
     return x.reshape(x.shape[0], -1, size)

@@ -2,20 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import masks
 from pallas_kernels.gpu import blocks, bounds
-from pallas_kernels.gpu.device import GpuTarget
+from pallas_kernels.gpu.device import Constants, GpuTarget
 from pallas_kernels.gpu.lengths import Lengths, Paging, lengths
 from pallas_kernels.gpu.operands import Sources, pointers
 from pallas_kernels.masks import Mask
+
+# Positions of queries and keys, then their segments.
+_Places = tuple[Array, Array, Array, Array]
 
 _LOG2E = 1.4426950408889634
 
 
 def chosen(
-    kernel: str, device: GpuTarget, q, keys: Sources, values: Sources, mask: Mask, rows: int
-):
+    kernel: str, device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask, rows: int
+) -> blocks.BlockSizes:
     """Block sizes for a call; see `blocks.choose`."""
     mixed = keys.weights is not None or values.weights is not None
     return blocks.choose(
@@ -35,8 +39,11 @@ def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
     return max(1, min(-(-2 * device.cores // programs), keys // (2 * tile)))
 
 
-def decode(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging | None, *,
-           scale: float, softcap: float | None, sizes=None, parts=None):  # fmt: skip
+def decode(
+    device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask,
+    paging: Paging | None, *, scale: float, softcap: float | None,
+    sizes: blocks.BlockSizes | None = None, parts: int | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; few queries."""
     shape = lengths(q, keys, paging)
     batch, rows, heads = shape.batch, shape.rows, shape.kv_heads
@@ -81,8 +88,11 @@ def decode(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging
     )  # fmt: skip
 
 
-def forward(device, q, keys: Sources, values: Sources, mask: Mask, paging: Paging | None, *,
-            scale: float, softcap: float | None, sizes=None):  # fmt: skip
+def forward(
+    device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask,
+    paging: Paging | None, *, scale: float, softcap: float | None,
+    sizes: blocks.BlockSizes | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Output [B, T, N, H'] and lse [B, T, N] by the tile kernel."""
     shape = lengths(q, keys, paging)
     sizes = sizes or chosen("forward", device, q, keys, values, mask, shape.rows)
@@ -109,8 +119,11 @@ def forward(device, q, keys: Sources, values: Sources, mask: Mask, paging: Pagin
     )  # fmt: skip
 
 
-def backward(device, q, keys: Sources, values: Sources, mask: Mask, lse, dout, delta, *,
-             scale: float, softcap: float | None, sizes=(None, None)):  # fmt: skip
+def backward(
+    device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask, lse: Array,
+    dout: Array, delta: Array, *, scale: float, softcap: float | None,
+    sizes: tuple[blocks.BlockSizes | None, blocks.BlockSizes | None] = (None, None),
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """dq [B, T, N, H], and float32 dK^ [B, S, K, H], dV^ [B, S, K, H'].
 
     `lse` is +inf or huge where a row sees nothing; `delta` is sum(out * dout) - dlse.
@@ -122,7 +135,12 @@ def backward(device, q, keys: Sources, values: Sources, mask: Mask, lse, dout, d
     for name in ("STRIDE_K", "STRIDE_V", "QUANTIZED_K", "QUANTIZED_V"):
         constants.pop(name, None)
 
-    def run(kernel, sizes, transposed, out):
+    def run(
+        kernel: str,
+        sizes: blocks.BlockSizes | None,
+        transposed: bool,
+        out: tuple[jax.ShapeDtypeStruct, ...],
+    ) -> tuple[Array, ...]:
         sizes = sizes or chosen(kernel, device, q, keys, values, mask, shape.rows)
         some, clear = _tiles(mask, shape, sizes)
         if transposed:
@@ -154,7 +172,9 @@ def backward(device, q, keys: Sources, values: Sources, mask: Mask, lse, dout, d
     return dq, dkey, dvalue
 
 
-def _outputs(q, shape: Lengths, values: Sources):
+def _outputs(
+    q: Array, shape: Lengths, values: Sources
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     lead = (shape.batch, shape.queries, shape.heads)
     return (
         jax.ShapeDtypeStruct((*lead, values.size), q.dtype),
@@ -162,13 +182,13 @@ def _outputs(q, shape: Lengths, values: Sources):
     )
 
 
-def _tiles(mask: Mask, shape: Lengths, sizes: blocks.BlockSizes):
+def _tiles(mask: Mask, shape: Lengths, sizes: blocks.BlockSizes) -> tuple[Array, Array]:
     return bounds.tiles(
         mask, shape.queries, shape.keys, shape.groups, sizes.rows, sizes.keys
     )  # fmt: skip
 
 
-def _places(mask: Mask, shape: Lengths):
+def _places(mask: Mask, shape: Lengths) -> _Places:
     """Positions and segments of queries and keys, as `forward` takes them."""
     q_at = jnp.asarray(masks.query_positions(mask, shape.queries, shape.keys))
     k_at = jnp.asarray(masks.key_positions(mask, shape.keys))
@@ -177,7 +197,7 @@ def _places(mask: Mask, shape: Lengths):
     return q_at, k_at, mask.q_segment_ids, mask.kv_segment_ids
 
 
-def _place_constants(mask: Mask, where, runs):
+def _place_constants(mask: Mask, where: _Places, runs: Array) -> Constants:
     return {
         "SEGMENTS": mask.q_segment_ids is not None,
         "K_ROWS": int(where[1].shape[0] > 1),
@@ -192,8 +212,8 @@ def _constants(
     mask: Mask,
     scale: float,
     softcap: float | None,
-    q_at,
-):
+    q_at: Array,
+) -> Constants:
     return {
         "K": shape.kv_heads,
         "G": shape.groups,
@@ -215,7 +235,7 @@ def _constants(
     }
 
 
-def _paging(paging: Paging | None, keys: Sources):
+def _paging(paging: Paging | None, keys: Sources) -> Constants:
     return {
         "PAGE": 0 if paging is None else paging.size,
         "PAGES": 0 if paging is None else paging.table.shape[1],
@@ -223,5 +243,5 @@ def _paging(paging: Paging | None, keys: Sources):
     }
 
 
-def _table(paging: Paging | None, unused):
+def _table(paging: Paging | None, unused: Array) -> Array:
     return unused if paging is None else paging.table

@@ -4,9 +4,13 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
+from jax import Array
+
+Constants = dict[str, bool | int | float]  # of a kernel, by its parameter
 
 _INSTALL = "pip install '.[gpu]'"
 
@@ -72,7 +76,7 @@ def kernel(name: str) -> Any:
 
 
 @functools.cache
-def _jax_triton():
+def _jax_triton() -> ModuleType:
     try:
         import jax_triton
     except ImportError as error:
@@ -80,7 +84,16 @@ def _jax_triton():
     return jax_triton
 
 
-def launch(name, arguments, out, grid, constants, warps, stages, device: GpuTarget):
+def launch(
+    name: str,
+    arguments: tuple[Array | int, ...],
+    out: tuple[jax.ShapeDtypeStruct, ...],
+    grid: tuple[int, ...],
+    constants: Constants,
+    warps: int,
+    stages: int,
+    device: GpuTarget,
+) -> tuple[Array, ...]:
     """Launches a kernel through jax-triton.
 
     jax-triton 0.3 passes Python floats as float64, so every float is among `constants`.

@@ -1,7 +1,8 @@
 """How long everything in a call is, and where the tokens of a paged cache are."""
 
 import dataclasses
-from typing import Any
+
+from jax import Array
 
 from pallas_kernels.gpu.operands import Sources
 
@@ -15,7 +16,7 @@ class Paging:
       size: tokens of a page.
     """
 
-    table: Any
+    table: Array
     size: int
 
 
@@ -40,7 +41,7 @@ class Lengths:
         return self.queries * self.groups
 
 
-def lengths(q, keys: Sources, paging: Paging | None) -> Lengths:
+def lengths(q: Array, keys: Sources, paging: Paging | None) -> Lengths:
     """The lengths of a call."""
     batch, length, heads, _ = q.shape
     if paging is None:

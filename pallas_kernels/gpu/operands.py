@@ -1,9 +1,15 @@
 """What kernels get: sources, their scales and weights, and the numbers that describe them."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels.paged import Pages
+from pallas_kernels.quantized import Quantized
+from pallas_kernels.sources import Source, as_array
 
 MOST = 4  # sources of keys, and of values, that the kernels have arguments for
 _STORED = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -22,9 +28,9 @@ class Sources:
       scale_stride: alike for scales.
     """
 
-    arrays: tuple[Any, ...]
-    scales: tuple[Any, ...]
-    weights: Any
+    arrays: tuple[Array, ...]
+    scales: tuple[Array, ...]
+    weights: Array | None
     size: int
     stride: int
     scale_stride: int
@@ -45,7 +51,7 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def contiguous(sources, weights, dtype) -> Sources:
+def contiguous(sources: Sequence[Source], weights: Array | None, dtype: np.dtype) -> Sources:
     """A side of `attention`: arrays [B, S, K, H], or `Quantized` with a scale a token and head.
 
     Raises:
@@ -53,7 +59,7 @@ def contiguous(sources, weights, dtype) -> Sources:
     """
     arrays, scales = [], []
     for source in sources:
-        if hasattr(source, "dequantize"):
+        if isinstance(source, Quantized):
             if not source.per_token or source.bits != 8:
                 raise NotImplementedError(
                     "the kernels read 8-bit sources with one scale a token and head, no groups"
@@ -62,8 +68,9 @@ def contiguous(sources, weights, dtype) -> Sources:
             scales.append(source.scale.astype(jnp.float32))
         else:
             # Wider sources carry gradients in float32, not values; XLA merges the casts.
-            wide = source.dtype.itemsize > dtype.itemsize
-            arrays.append(source.astype(dtype) if wide else source)
+            array = as_array(source)
+            wide = array.dtype.itemsize > dtype.itemsize
+            arrays.append(array.astype(dtype) if wide else array)
     if scales and len(scales) < len(arrays):
         raise NotImplementedError("the kernels read sources that are all quantized, or none")
     size = arrays[0].shape[-1]
@@ -79,7 +86,9 @@ def contiguous(sources, weights, dtype) -> Sources:
     )
 
 
-def paged(pages, key_weights, value_weights) -> tuple[Sources, Sources]:
+def paged(
+    pages: Pages, key_weights: Array | None, value_weights: Array | None
+) -> tuple[Sources, Sources]:
     """Both sides of `paged_attention`: slices of one record, which the kernels cut themselves."""
     streams, result, start = pages.num_keys + pages.num_values, [], 0
     for num, size, weights in (
@@ -99,7 +108,9 @@ def paged(pages, key_weights, value_weights) -> tuple[Sources, Sources]:
     return result[0], result[1]
 
 
-def pointers(keys: Sources, values: Sources, num_heads: int, dtype, unused, scaled: bool):
+def pointers(
+    keys: Sources, values: Sources, num_heads: int, dtype: np.dtype, unused: Array, scaled: bool
+) -> tuple[Array, ...]:
     """The arguments that come first in every kernel after q: weights, arrays, and scales."""
     sides = (keys, values)
     weights = [
@@ -112,7 +123,7 @@ def pointers(keys: Sources, values: Sources, num_heads: int, dtype, unused, scal
     return *weights, *arrays, *scales
 
 
-def _wide(weights):
+def _wide(weights: Array | None) -> Array | None:
     return None if weights is None else weights.astype(jnp.float32)
 
 

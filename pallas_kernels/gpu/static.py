@@ -12,15 +12,19 @@ import pathlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import gpu, quantize
-from pallas_kernels.gpu.device import GpuTarget, kernel, missing
+from pallas_kernels.gpu.device import Constants, GpuTarget, kernel, missing
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged import Pages
+from pallas_kernels.sources import Source
 
 SHARED_LIMIT = 232448  # bytes a program may have on an H100
 _H100 = {"kind": "NVIDIA H100", "cores": 132, "compute_capability": 90}
@@ -117,8 +121,17 @@ def launches(call: Workload) -> list[Launch]:
     """The launches of a call with 32 query heads and 8 KV heads, recorded while tracing."""
     found: list[Launch] = []
 
-    def record(name, arguments, out, grid, constants, warps, stages, device):
-        types = [_TYPES[str(x.dtype)] if hasattr(x, "dtype") else "i32" for x in (*arguments, *out)]
+    def record(
+        name: str,
+        arguments: tuple[Array | int, ...],
+        out: tuple[jax.ShapeDtypeStruct, ...],
+        grid: tuple[int, ...],
+        constants: Constants,
+        warps: int,
+        stages: int,
+        device: GpuTarget,
+    ) -> tuple[Array, ...]:
+        types = ["i32" if isinstance(x, int) else _TYPES[str(x.dtype)] for x in (*arguments, *out)]
         found.append(Launch(name, tuple(types), constants, warps, stages))
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out)
 
@@ -127,7 +140,7 @@ def launches(call: Workload) -> list[Launch]:
     return found
 
 
-def trace(call: Workload, device: GpuTarget):
+def trace(call: Workload, device: GpuTarget) -> tuple:
     """The call itself, to be traced or lowered: nothing of these sizes is ever computed."""
     count = max(1, call.sources)
     q = jnp.zeros((2, call.length, 32, call.size), call.dtype)
@@ -153,7 +166,7 @@ def trace(call: Workload, device: GpuTarget):
             mask, window=1024, q_segment_ids=segments[0], kv_segment_ids=segments[1]
         )
 
-    def run(q, sources):
+    def run(q: Array, sources: Sequence[Source]) -> tuple[Array, Array]:
         return gpu.attention(q, sources, sources, weights, weights, mask, **options)
 
     if not call.grad:
@@ -217,7 +230,7 @@ def compiled(launch: Launch, *, compute_capability: int = 90) -> dict[str, int]:
     }
 
 
-def _triton():
+def _triton() -> ModuleType:
     """Triton with its own folder as cache: jax-triton sets the variable to nothing."""
     if os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]

@@ -11,13 +11,17 @@ positions known only at run time, rows that see nothing, and gradients through t
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
+from jax import Array
 
 from pallas_kernels import checks
 from pallas_kernels.masks import Mask
+from pallas_kernels.paged import Pages
 from pallas_kernels.phases import DECODE, phase
 from pallas_kernels.quantized import is_quantized
+from pallas_kernels.sources import MixedSources, Result, Source
 from pallas_kernels.stacked import Stacked, is_stacked, read
 from pallas_kernels.tpu import (
     attend,
@@ -28,16 +32,28 @@ from pallas_kernels.tpu import (
     decode_stacked,
     folded,
 )
+from pallas_kernels.tpu.attend import Residuals
 from pallas_kernels.tpu.blocks import Blocks
+from pallas_kernels.tpu.how import How, Interpret
 from pallas_kernels.tpu.topology import compile_for, compiling_for
 
 __all__ = ["Blocks", "attention", "compile_for", "compiling_for", "paged_attention"]
 
 
 def attention(
-    q, keys, values, key_weights, value_weights, mask: Mask, *, scale: float, softcap: float | None,
-    chip: str | None = None, interpret=False, blocks: Blocks | None = None,
-):  # fmt: skip
+    q: Array,
+    keys: Sequence[Source],
+    values: Sequence[Source],
+    key_weights: Array | None,
+    value_weights: Array | None,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    chip: str | None = None,
+    interpret: Interpret = False,
+    blocks: Blocks | None = None,
+) -> Result:
     """Attention by the kernel that suits the chip and the phase; see `pallas_kernels.attention`.
 
     Args:
@@ -49,12 +65,13 @@ def attention(
       NotImplementedError: not a TPU, or nothing here serves the call; the reason is given.
     """
     how = attend.How(scale, softcap, chips.current(chip))
+    sources = MixedSources(keys, values, key_weights, value_weights)
     if is_stacked((*keys, *values)):
         try:
-            return _stacked(how, interpret, q, (keys, values, key_weights, value_weights), mask)
+            return _stacked(how, interpret, q, sources, mask)
         except NotImplementedError:
             keys, values = read(keys), read(values)
-    sources = (keys, values, key_weights, value_weights)
+            sources = sources._replace(keys=keys, values=values)
     widths = (keys[0].shape[3], values[0].shape[3])
     if is_quantized((*keys, *values)):
         decode_inputs.check_lanes(widths, "heads", interpret)
@@ -67,7 +84,7 @@ def attention(
     return _attend(how, blocks, interpret, q, sources, mask)
 
 
-def _stacked(how, interpret, q, sources, mask: Mask):
+def _stacked(how: How, interpret: Interpret, q: Array, sources: MixedSources, mask: Mask) -> Result:
     if not all(isinstance(x, Stacked) for side in sources[:2] for x in side):
         raise NotImplementedError("some sources are stacked and others are not")
     run = functools.partial(decode_stacked.stacked, how, interpret)
@@ -75,11 +92,13 @@ def _stacked(how, interpret, q, sources, mask: Mask):
     return checks.without_gradients(lambda arguments: run(*arguments), reason, (q, sources, mask))
 
 
-def _attend(how, blocks, interpret, q, sources, mask: Mask):
+def _attend(
+    how: How, blocks: Blocks, interpret: Interpret, q: Array, sources: MixedSources, mask: Mask
+) -> Result:
     _, length, heads, _ = q.shape
-    _, num_keys, kv_heads, _ = sources[0][0].shape
-    few = phase(length * heads // kv_heads, length, num_keys) == DECODE
-    if few and length * heads <= decode_inputs.MAX_ROWS:
+    _, num_keys, kv_heads, _ = sources.keys[0].shape
+    decodes = phase(length * heads // kv_heads, length, num_keys) == DECODE
+    if decodes and length * heads <= decode_inputs.MAX_ROWS:
         widths = [side[0].shape[3] for side in sources[:2]]
         decode_inputs.check_lanes(widths, "heads", interpret)
         try:
@@ -90,16 +109,22 @@ def _attend(how, blocks, interpret, q, sources, mask: Mask):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _decode(how, blocks, interpret, q, sources, mask: Mask):
+def _decode(
+    how: How, blocks: Blocks, interpret: Interpret, q: Array, sources: MixedSources, mask: Mask
+) -> Result:
     return decode_contiguous.contiguous(how, interpret, q, sources, mask)
 
 
-def _decode_forward(how, blocks, interpret, q, sources, mask: Mask):
+def _decode_forward(
+    how: How, blocks: Blocks, interpret: Interpret, q: Array, sources: MixedSources, mask: Mask
+) -> tuple[Result, Residuals]:
     out, lse = decode_contiguous.contiguous(how, interpret, q, sources, mask)
     return (out, lse), (q, sources, mask, out, lse)
 
 
-def _decode_backward(how, blocks, interpret, residuals, cotangents):
+def _decode_backward(
+    how: How, blocks: Blocks, interpret: Interpret, residuals: Residuals, cotangents: Result
+) -> tuple[Array, MixedSources, None]:
     return (*attend.gradients(how, blocks, interpret, residuals, cotangents), None)
 
 
@@ -107,10 +132,19 @@ _decode.defvjp(_decode_forward, _decode_backward)
 
 
 def paged_attention(
-    q, pages, page_table, kv_lengths, key_weights, value_weights, *, window, scale: float,
+    q: Array,
+    pages: Pages,
+    page_table: Array,
+    kv_lengths: Array,
+    key_weights: Array | None,
+    value_weights: Array | None,
+    *,
+    window: int | None,
+    scale: float,
     softcap: float | None,
-    chip: str | None = None, interpret=False,
-):  # fmt: skip
+    chip: str | None = None,
+    interpret: Interpret = False,
+) -> Result:
     """Attention of each row's last tokens over pages; see `pallas_kernels.paged_attention`."""
     how = attend.How(scale, softcap, chips.current(chip))
     weights = (key_weights, value_weights)

@@ -1,58 +1,24 @@
 """The differentiable call: arrays in the kernels' order, one `custom_vjp` for every kernel."""
 
-import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import Array
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources, Result, Source, as_array
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu import tile, tile_backward
 from pallas_kernels.tpu.blocks import Blocks
-from pallas_kernels.tpu.chips import Chip
+from pallas_kernels.tpu.how import How, Interpret
+
+Residuals = tuple[Array, MixedSources, Mask, Array, Array]  # q, sources, mask, out, lse
 
 
-@dataclasses.dataclass(frozen=True)
-class How:
-    """Static settings of a call.
-
-    Attributes:
-      scale, softcap: of the scores.
-      chip: what is compiled for.
-      full, partial: there may be tiles without, and with, hidden scores.
-      per_row: rows of the batch visit different tiles.
-      holes: some keys of the arrays may be absent.
-    """
-
-    scale: float
-    softcap: float | None
-    chip: Chip
-    full: bool = True
-    partial: bool = True
-    per_row: bool = False
-    holes: bool = False
-
-    @property
-    def query_factor(self) -> float:
-        """What the queries are multiplied with: base 2, unless a soft cap comes in between."""
-        return self.scale * (tile.LOG2E if self.softcap is None else 1.0)
-
-    def specialized(self, visited, full, holes: bool = False) -> "How":
-        """The settings for these tables of tiles."""
-        known = isinstance(visited, np.ndarray)
-        return dataclasses.replace(
-            self,
-            per_row=visited.shape[0] > 1,
-            full=bool(full.any()) if known else True,
-            partial=bool((visited & ~full).any()) if known else True,
-            holes=holes,
-        )
-
-
-def stack(x, heads: int, block: int, fill: float = 0.0):
+def stack(x: Array, heads: int, block: int, fill: float = 0.0) -> Array:
     """[B, T, N, H] to [B, K, blocks, G * block, H]: the heads of a group, then the tokens."""
     batch, length, num, size = x.shape
     x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)), constant_values=fill)
@@ -60,34 +26,57 @@ def stack(x, heads: int, block: int, fill: float = 0.0):
     return x.reshape(*x.shape[:3], -1, size)
 
 
-def unstack(x, block: int, length: int):
+def unstack(x: Array, block: int, length: int) -> Array:
     """The inverse of `stack`."""
     batch, heads, count, rows, size = x.shape
     x = x.reshape(batch, heads, count, rows // block, block, size).transpose(0, 2, 4, 1, 3, 5)
     return x.reshape(batch, count * block, -1, size)[:, :length]
 
 
-def scaled(q, how: How):
+def scaled(q: Array, how: How) -> Array:
     """Queries times their factor, rounded once."""
     return (q.astype(jnp.float32) * how.query_factor).astype(q.dtype)
 
 
-def kernel_order(q, sources):
+def kernel_order(q: Array, sources: MixedSources) -> MixedSources:
     """Sources as [B, K, S, H] in the dtype of q, weights as [K, J, H] fp32."""
-    keys, values, *weights = sources
-    sides = [tuple(x.astype(q.dtype).transpose(0, 2, 1, 3) for x in y) for y in (keys, values)]
-    flip = lambda x: None if x is None else x.astype(jnp.float32).transpose(1, 0, 2)  # noqa: E731
-    return *sides, *map(flip, weights)
+
+    def side(stored: Sequence[Source]) -> tuple[Array, ...]:
+        return tuple(as_array(x).astype(q.dtype).transpose(0, 2, 1, 3) for x in stored)
+
+    def by_head(weights: Array | None) -> Array | None:
+        return None if weights is None else weights.astype(jnp.float32).transpose(1, 0, 2)
+
+    return MixedSources(
+        side(sources.keys),
+        side(sources.values),
+        by_head(sources.key_weights),
+        by_head(sources.value_weights),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def tiled(how: How, both: tuple[Blocks, Blocks], interpret, q, sources, mask: Mask):
+def tiled(
+    how: How,
+    both: tuple[Blocks, Blocks],
+    interpret: Interpret,
+    q: Array,
+    sources: MixedSources,
+    mask: Mask,
+) -> Result:
     """(out, lse) by the tile kernel; arguments as of `reference.attention`."""
     return _forward(how, both, interpret, q, sources, mask)[0]
 
 
-def _forward(how: How, both, interpret, q, sources, mask: Mask):
-    blocks, (_, length, _, _), keys = both[0], q.shape, sources[0][0]
+def _forward(
+    how: How,
+    both: tuple[Blocks, Blocks],
+    interpret: Interpret,
+    q: Array,
+    sources: MixedSources,
+    mask: Mask,
+) -> tuple[Result, Residuals]:
+    blocks, (_, length, _, _), keys = both[0], q.shape, sources.keys[0]
     heads = keys.shape[2]
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
     rule = Mask(causal=mask.causal, window=mask.window)
@@ -100,17 +89,25 @@ def _forward(how: How, both, interpret, q, sources, mask: Mask):
     return (out, lse), (q, sources, mask, out, lse)
 
 
-def _backward(how: How, both, interpret, residuals, cotangents):
+def _backward(
+    how: How,
+    both: tuple[Blocks, Blocks],
+    interpret: Interpret,
+    residuals: Residuals,
+    cotangents: Result,
+) -> tuple[Array, MixedSources, None]:
     return (*gradients(how, both[1], interpret, residuals, cotangents), None)
 
 
 tiled.defvjp(_forward, _backward)
 
 
-def gradients(how: How, blocks, interpret, residuals, cotangents):
+def gradients(
+    how: How, blocks: Blocks, interpret: Interpret, residuals: Residuals, cotangents: Result
+) -> tuple[Array, MixedSources]:
     """Gradients of the queries and of the sources, by the tile kernel."""
     q, sources, mask, out, lse = residuals
-    length, keys = q.shape[1], sources[0][0]
+    length, keys = q.shape[1], sources.keys[0]
     heads = keys.shape[2]
     dout, lse, delta = linear.statistics(out, lse, cotangents, tile_backward.BLIND)
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
@@ -129,8 +126,11 @@ def gradients(how: How, blocks, interpret, residuals, cotangents):
     present = None
     if mask.ragged:  # an absent source may hold NaN
         present = (where.k_positions < steps_lib.FAR)[:, : keys.shape[1], None, None]
-    dkeys, dkey_weights = linear.unmix(dkey.transpose(0, 2, 1, 3), sources[0], sources[2], present)
-    dvalues, dvalue_weights = linear.unmix(
-        dvalue.transpose(0, 2, 1, 3), sources[1], sources[3], present
+    dkeys, dkey_weights = linear.unmix(
+        dkey.transpose(0, 2, 1, 3), sources.keys, sources.key_weights, present
     )
-    return unstack(dq, blocks.queries, length), (dkeys, dvalues, dkey_weights, dvalue_weights)
+    dvalues, dvalue_weights = linear.unmix(
+        dvalue.transpose(0, 2, 1, 3), sources.values, sources.value_weights, present
+    )
+    dsources = MixedSources(dkeys, dvalues, dkey_weights, dvalue_weights)
+    return unstack(dq, blocks.queries, length), dsources

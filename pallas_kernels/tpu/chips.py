@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import devices
 from pallas_kernels.devices import CHIPS, Chip
@@ -27,7 +28,7 @@ def current(name: str | None = None) -> Chip:
     return CHIPS[name]
 
 
-def check_storage(chip: Chip, dtype) -> None:
+def check_storage(chip: Chip, dtype: DTypeLike) -> None:
     """Refuses a cache type that the chip's matrix unit cannot read."""
     name = jnp.dtype(dtype).name
     if name not in ("bfloat16", "float32", *chip.storage):

@@ -14,17 +14,23 @@ into the queries and outputs, so a block meets the matrix unit as it was stored.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.blocks import LANES
-from pallas_kernels.tpu.tile import HIDDEN, LOG2E, NN, NT, dot, spread
+from pallas_kernels.tpu.how import How, Interpret
+from pallas_kernels.tpu.tile import HIDDEN, LOG2E, NN, NT, Refs, dot, spread
+
+Method = Literal["start", "wait"]  # of a copy
 
 _DEPTH = 3  # blocks in flight, the one at work included
 
@@ -75,7 +81,19 @@ class Memory:
     sems: Any
 
 
-def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, form):
+def _kernel(
+    codes: Ref,
+    table: Ref,
+    ends: Ref,
+    refs: Refs,
+    stored: Sequence[Ref],
+    out: Ref,
+    lse: Ref,
+    *scratch: Ref,
+    how: How,
+    rule: Mask,
+    form: CacheReader,
+) -> None:
     *buffers, sems, top, total, acc = scratch
     item, count = pl.program_id(0), pl.num_programs(0)
     code = codes[item]
@@ -83,31 +101,31 @@ def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, for
 
     memory = Memory(table, ends, stored, buffers, sems)
 
-    def copies(index, method):
+    def copies(index: int | Array, method: Method) -> None:
         step = codes[index]
         row, block = steps_lib.outer_block(step), steps_lib.inner_block(step)
 
         @pl.when(step & steps_lib.WORK != 0)
-        def _():
+        def _() -> None:
             form.copy(method, row, block, index % _DEPTH, memory)
 
     @pl.when(item == 0)
-    def _():
+    def _() -> None:
         for ahead in range(_DEPTH - 1):
             pl.when(ahead < count)(functools.partial(copies, ahead, "start"))
 
     @pl.when(item + _DEPTH - 1 < count)
-    def _():
+    def _() -> None:
         copies(item + _DEPTH - 1, "start")
 
     @pl.when(code & steps_lib.FIRST != 0)
-    def _():
-        top[...] = jnp.full_like(top, HIDDEN / 2)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
+    def _() -> None:
+        top[...] = jnp.full(top.shape, HIDDEN / 2, top.dtype)
+        total[...] = jnp.zeros(total.shape, total.dtype)
+        acc[...] = jnp.zeros(acc.shape, acc.dtype)
 
     @pl.when(working)
-    def _():
+    def _() -> None:
         copies(item, "wait")
         slot = item % _DEPTH
         # Memory of absent keys may hold NaN, and 0 * NaN is NaN.
@@ -116,14 +134,14 @@ def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, for
         absent = jnp.max(positions[...]) >= steps_lib.FAR
         pl.when(absent)(lambda: form.clear(row, block, slot, positions, memory))
 
-        def visit(head):
+        def visit(head: int | Array) -> None:
             for start in range(0, form.rows, form.chunk):
                 _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form)
 
         # Some heads in straight code, so that products of one overlap the softmax of another.
         straight = next(n for n in (4, 3, 2, 1) if form.heads % n == 0)
 
-        def several(group, _):
+        def several(group: int | Array, _: None) -> None:
             for index in range(straight):
                 visit(group * straight + index)
 
@@ -133,7 +151,7 @@ def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, for
             jax.lax.fori_loop(0, form.heads // straight, several, None)
 
     @pl.when(code & steps_lib.LAST != 0)
-    def _():
+    def _() -> None:
         some = total[...] > 0
         sure = jnp.where(some, total[...], 1.0)
         for index in range(len(form.outputs)):
@@ -141,11 +159,23 @@ def _kernel(codes, table, ends, refs, stored, out, lse, *scratch, how, rule, for
         lse[...] = jnp.where(some, (top[...] + jnp.log2(sure)) / LOG2E, -jnp.inf)
 
 
-def _spread3(column, width):
+def _spread3(column: Array, width: int) -> Array:
     return jnp.tile(column, (1, 1, pl.cdiv(width, LANES)))[:, :, :width]
 
 
-def _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form):
+def _visit(
+    refs: Refs,
+    buffers: Sequence[Ref],
+    slot: int | Array,
+    head: int | Array,
+    start: int,
+    top: Ref,
+    total: Ref,
+    acc: Ref,
+    how: How,
+    rule: Mask,
+    form: CacheReader,
+) -> None:
     """One chunk of a block: scores, online softmax, products with the values."""
     part = pl.ds(start, form.chunk)
     dtype = refs["q"].dtype
@@ -180,14 +210,25 @@ def _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form):
         acc[head, index] = spread(decay, grown) * acc[head, index] + grown
 
 
-def _scale(refs, head, term, part):
+def _scale(refs: Refs, head: int | Array, term: int, part: slice | pl.Slice) -> Array:
     """Scales of a chunk, [1, chunk], or [M, chunk] where rows belong to different heads."""
     if refs["own"] is None:
         return refs["scales"][head, pl.ds(term, 1), part]
     return dot(refs["own"][...], refs["scales"][term, :, part], NN)
 
 
-def run(how, rule, form: CacheReader, q, stored, table, ends, visited, arrays, interpret):
+def run(
+    how: How,
+    rule: Mask,
+    form: CacheReader,
+    q: Array,
+    stored: Sequence[Array],
+    table: Array,
+    ends: Array,
+    visited: Array,
+    arrays: Mapping[str, Array | np.ndarray | None],
+    interpret: Interpret,
+) -> tuple[Array, Array]:
     """The kernel.
 
     Args:
@@ -210,7 +251,7 @@ def run(how, rule, form: CacheReader, q, stored, table, ends, visited, arrays, i
     row = lambda i, codes, *_: steps_lib.outer_block(codes[i])  # noqa: E731
     block = lambda i, codes, *_: steps_lib.inner_block(codes[i])  # noqa: E731
 
-    def spec(shape, x, *letters):
+    def spec(shape: tuple[int | None, ...], x: Array | np.ndarray, *letters: str) -> pl.BlockSpec:
         maps = {"b": row, "i": block, "0": lambda *_: 0}
         chosen = ["0" if x.shape[0] == 1 and n == 0 else y for n, y in enumerate(letters)]
         return pl.BlockSpec(shape, lambda *args: tuple(maps[y](*args) for y in chosen))

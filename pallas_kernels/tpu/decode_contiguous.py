@@ -1,38 +1,49 @@
 """Decoding from contiguous arrays [B, S, K, H], with scales if they are stored in 8 bits."""
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear, masks
+from pallas_kernels.devices import Chip
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.sources import MixedSources, Result, Source, as_array
 from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import CacheReader, Term
+from pallas_kernels.tpu.decode import CacheReader, Memory, Method, Term
+from pallas_kernels.tpu.how import Interpret
 
 _CHUNK = 2048  # rows that are multiplied at once: bounds the score tile
 
 
-def _contiguous_copy(method, row, block, slot, memory, *, rows):
+def _contiguous_copy(
+    method: Method, row: Array, block: Array, slot: int | Array, memory: Memory, *, rows: int
+) -> None:
     start = pl.multiple_of(block * rows, rows)
     for stored, buffer in zip(memory.stored, memory.buffers, strict=True):
         source = stored.at[row, pl.ds(start, rows)]
         getattr(pltpu.make_async_copy(source, buffer.at[slot], memory.sems.at[slot]), method)()
 
 
-def _contiguous_read(buffer, slot, head, start, size, term):
+def _contiguous_read(
+    buffer: Ref, slot: int | Array, head: int | Array, start: int, size: int, term: Term
+) -> Array:
     del head, term
     return buffer[slot, pl.ds(start, size), :]
 
 
-def _contiguous_clear(row, block, slot, positions, memory):
+def _contiguous_clear(
+    row: Array, block: Array, slot: int | Array, positions: Ref, memory: Memory
+) -> None:
     del row, block
     there = positions[...].T < steps_lib.FAR  # [rows, 1]
     for buffer in memory.buffers:
@@ -54,7 +65,9 @@ def _block_tokens(length: int, heads: int, token_bytes: int) -> int:
     return tokens
 
 
-def contiguous(how: How, interpret, q, sources, mask: Mask):
+def contiguous(
+    how: How, interpret: Interpret, q: Array, sources: MixedSources, mask: Mask
+) -> Result:
     """(out, lse) of few queries over sources [B, S, K, H], arrays or `Quantized`."""
     keys, values, key_weights, value_weights = sources
     batch, length, num, _ = q.shape
@@ -121,10 +134,10 @@ def contiguous(how: How, interpret, q, sources, mask: Mask):
     return out, lse[:, 0, : length * num].reshape(batch, length, num)
 
 
-def _storage(sources, chip):
+def _storage(sources: Sequence[Source], chip: Chip) -> tuple[list[Array], list[Array] | None]:
     """The stored arrays and, if any is quantized, a [B, S, K, 1] scale for each."""
     if not any(isinstance(x, Quantized) for x in sources):
-        return list(sources), None
+        return [as_array(x) for x in sources], None
     stored, scales = [], []
     for x in sources:
         if isinstance(x, Quantized):
@@ -134,6 +147,6 @@ def _storage(sources, chip):
             stored.append(x.data)
             scales.append(x.scale)
         else:
-            stored.append(x)
+            stored.append(as_array(x))
             scales.append(jnp.ones((*x.shape[:3], 1), jnp.float32))
     return stored, scales

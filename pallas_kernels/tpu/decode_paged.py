@@ -1,31 +1,48 @@
 """Decoding from pages, in which one copy brings the records of all heads."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
+from pallas_kernels.paged import Pages
+from pallas_kernels.sources import Result
 from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import CacheReader, Term
+from pallas_kernels.tpu.decode import CacheReader, Memory, Method, Term
+from pallas_kernels.tpu.how import Interpret
+
+Spans = Sequence[tuple[int, int]]  # start and stop of each stream in a record
 
 
-def _paged_copy(method, row, block, slot, memory, *, pages, width, size):
+def _paged_copy(
+    method: Method,
+    row: Array,
+    block: Array,
+    slot: int | Array,
+    memory: Memory,
+    *,
+    pages: int,
+    width: int,
+    size: int,
+) -> None:
     (stored,), (buffer,) = memory.stored, memory.buffers
 
-    def page(index, _):
+    def page(index: Array, _: None) -> None:
         number = block * pages + index
 
         @pl.when(number * size < memory.ends[row])
-        def _():
+        def _() -> None:
             source = stored.at[memory.table[row * width + number]]
             target = buffer.at[slot, index]
             getattr(pltpu.make_async_copy(source, target, memory.sems.at[slot]), method)()
@@ -33,17 +50,28 @@ def _paged_copy(method, row, block, slot, memory, *, pages, width, size):
     jax.lax.fori_loop(0, pages, page, None)
 
 
-def _paged_read(buffer, slot, head, start, size, term):
+def _paged_read(
+    buffer: Ref, slot: int | Array, head: int | Array, start: int, size: int, term: Term
+) -> Array:
     del start
     part = buffer[slot, :, head, :, pl.ds(term.start, term.width)]
     return part.reshape(size, term.width)
 
 
-def _paged_clear(row, block, slot, positions, memory, *, pages, size):
+def _paged_clear(
+    row: Array,
+    block: Array,
+    slot: int | Array,
+    positions: Ref,
+    memory: Memory,
+    *,
+    pages: int,
+    size: int,
+) -> None:
     del positions
     (buffer,) = memory.buffers
 
-    def page(index, _):
+    def page(index: Array, _: None) -> None:
         first = (block * pages + index) * size
         token = first + jax.lax.broadcasted_iota(jnp.int32, (1, size, 1), 1)
         old = buffer[slot, index]
@@ -53,8 +81,16 @@ def _paged_clear(row, block, slot, positions, memory, *, pages, size):
 
 
 def paged(
-    how: How, interpret, q, pages, page_table, kv_lengths, key_weights, value_weights, window
-):
+    how: How,
+    interpret: Interpret,
+    q: Array,
+    pages: Pages,
+    page_table: Array,
+    kv_lengths: Array,
+    key_weights: Array | None,
+    value_weights: Array | None,
+    window: int | None,
+) -> Result:
     """(out, lse) of each row's last T tokens over its pages."""
     batch, length, num, size = q.shape
     heads, page_size, record = pages.data.shape[1:]
@@ -137,7 +173,7 @@ def paged(
     return out, lse.reshape(batch, length, num)
 
 
-def _terms(spans, record, separate):
+def _terms(spans: Spans, record: int, separate: bool) -> tuple[tuple[Term, ...], list[int]]:
     """The products of one side, and where each stream ends in the product that has it."""
     first, last = spans[0][0], spans[-1][1]
     aligned = all(x % LANES == 0 for span in spans for x in span)
@@ -149,7 +185,7 @@ def _terms(spans, record, separate):
     return (Term(0, start, stop - start),), [x - start for _, x in spans]
 
 
-def _place(queries, spans, terms, separate):
+def _place(queries: Array, spans: Spans, terms: Sequence[Term], separate: bool) -> Array:
     """Queries [B, J, ...] put at their stream's lanes of every product, [B, terms, ..., width]."""
     placed = []
     for j, (start, stop) in enumerate(spans):

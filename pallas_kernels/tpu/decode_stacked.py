@@ -9,54 +9,79 @@ H is: only K * H must be a multiple of 128.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear, masks
 from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources, Result
 from pallas_kernels.stacked import Stacked
 from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import CacheReader, Term
+from pallas_kernels.tpu.decode import CacheReader, Memory, Method, Term
+from pallas_kernels.tpu.how import Interpret
 
 _TOKENS = 2048  # of a block at most: bounds the score tile
 
 
-def _copy(method, row, block, slot, memory, *, tokens, size, tile):
+def _copy(
+    method: Method,
+    row: Array,
+    block: Array,
+    slot: int | Array,
+    memory: Memory,
+    *,
+    tokens: int,
+    size: int,
+    tile: int,
+) -> None:
     start = pl.multiple_of(_start(block, tokens, size), tile)
     for index, (stored, buffer) in enumerate(zip(memory.stored, memory.buffers, strict=True)):
         source = stored.at[memory.table[index], row, pl.ds(start, tokens)]
         getattr(pltpu.make_async_copy(source, buffer.at[slot], memory.sems.at[slot]), method)()
 
 
-def _start(block, tokens, size):
+def _start(block: Array, tokens: int, size: int) -> Array:
     """The first token of a block; the last block overlaps the one before it."""
     return jnp.minimum(block * tokens, size - tokens)
 
 
-def _read(buffer, slot, head, start, size, term):
+def _read(
+    buffer: Ref, slot: int | Array, head: int | Array, start: int, size: int, term: Term
+) -> Array:
     del head, term
     return buffer[slot, pl.ds(start, size), :]
 
 
-def _clear(row, block, slot, positions, memory, *, tokens, first):
+def _clear(
+    row: Array,
+    block: Array,
+    slot: int | Array,
+    positions: Ref,
+    memory: Memory,
+    *,
+    tokens: int,
+    first: int,
+) -> None:
     """Zeroes absent values, where there are any: scores of absent keys are masked anyway."""
     del row, block
     size = LANES if tokens % LANES == 0 else tokens
 
-    def piece(index, _):
+    def piece(index: Array, _: None) -> None:
         part = pl.ds(pl.multiple_of(index * size, size), size)
         there = positions[:, part]
 
         @pl.when(jnp.max(there) >= steps_lib.FAR)
-        def _():
+        def _() -> None:
             column = there.T < steps_lib.FAR  # [size, 1]
             for buffer in memory.buffers[first:]:
                 old = buffer[slot, part, :]
@@ -65,7 +90,7 @@ def _clear(row, block, slot, positions, memory, *, tokens, first):
     jax.lax.fori_loop(0, tokens // size, piece, None)
 
 
-def block_tokens(sources, size: int, interpret) -> tuple[int, int]:
+def block_tokens(sources: Sequence[Stacked], size: int, interpret: Interpret) -> tuple[int, int]:
     """(tokens of a block, tokens that every copy begins at a multiple of).
 
     Raises:
@@ -84,14 +109,14 @@ def block_tokens(sources, size: int, interpret) -> tuple[int, int]:
     return tokens, 1 if size % tile else tile
 
 
-def stacked(how: How, interpret, q, sources, mask: Mask):
+def stacked(how: How, interpret: Interpret, q: Array, sources: MixedSources, mask: Mask) -> Result:
     """(out, lse) of few queries over `Stacked` sources.
 
     Raises:
       NotImplementedError: too many queries, segments, or a storage that would have to be turned.
     """
     keys, values, key_weights, value_weights = sources
-    both: tuple[Stacked, ...] = (*keys, *values)
+    both = tuple(x for x in (*keys, *values) if isinstance(x, Stacked))
     batch, length, num, _ = q.shape
     size, heads = keys[0].shape[1:3]
     if length * num > inputs.MAX_ROWS:
@@ -150,7 +175,7 @@ def stacked(how: How, interpret, q, sources, mask: Mask):
     return out.astype(q.dtype), lse[:, 0, : length * num].reshape(batch, length, num)
 
 
-def _in_blocks(x, tokens: int, absent):
+def _in_blocks(x: Array, tokens: int, absent: int | float) -> Array:
     """[..., S] as the blocks are copied: those tokens of the last that came before are absent."""
     size = x.shape[-1]
     late = size % tokens
@@ -161,7 +186,7 @@ def _in_blocks(x, tokens: int, absent):
     return jnp.concatenate([x[..., : size - late], last], axis=-1)
 
 
-def _scales(both, k_positions, tokens: int):
+def _scales(both: Sequence[Stacked], k_positions: Array, tokens: int) -> Array | None:
     """Scales [B, terms, K, S'] where anything is stored in 8 bits; 0 * NaN is NaN."""
     if all(x.scale is None for x in both):
         return None

@@ -6,20 +6,34 @@ One product over J * H channels is free where that is no wider than the matrix u
 the weights come from the queries and from the outputs; only the attention inside is a kernel.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import linear
+from pallas_kernels.devices import Chip
+from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources, Result, Source, as_array
 from pallas_kernels.tpu import attend
+from pallas_kernels.tpu.blocks import Blocks
+from pallas_kernels.tpu.how import Interpret
 
 
-def _fold(side, weights, chip) -> bool:
+def _fold(side: Sequence[Source], weights: Array | None, chip: Chip) -> bool:
     """Several sources, together no wider than the matrix unit."""
     return weights is not None and len(side) * side[0].shape[3] <= chip.matrix
 
 
-def folded(how: attend.How, both, interpret, q, sources, mask):
+def folded(
+    how: attend.How,
+    both: tuple[Blocks, Blocks],
+    interpret: Interpret,
+    q: Array,
+    sources: MixedSources,
+    mask: Mask,
+) -> Result:
     """(out, lse) by the tile kernel, on whichever side folds; arguments as of `attend.tiled`."""
     keys, values, key_weights, value_weights = sources
     dtype = q.dtype
@@ -29,7 +43,7 @@ def folded(how: attend.How, both, interpret, q, sources, mask):
         keys, key_weights = _beside(keys), None
     if _fold(values, value_weights, how.chip):
         values, folded_values, value_weights = _beside(values), value_weights, None
-    sources = (keys, values, key_weights, value_weights)
+    sources = MixedSources(keys, values, key_weights, value_weights)
     found: Any = attend.tiled(how, both, interpret, q, sources, mask)
     out, lse = found
     if folded_values is not None:
@@ -37,17 +51,17 @@ def folded(how: attend.How, both, interpret, q, sources, mask):
     return out, lse
 
 
-def _beside(side):
-    return (jnp.concatenate(side, axis=-1),)
+def _beside(side: Sequence[Source]) -> tuple[Array]:
+    return (jnp.concatenate([as_array(x) for x in side], axis=-1),)
 
 
-def _side_by_side(parts):
+def _side_by_side(parts: Array) -> Array:
     """[B, J, T, N, H] to [B, T, N, J * H]."""
     parts = jnp.moveaxis(parts, 1, 3)
     return parts.reshape(*parts.shape[:3], -1)
 
 
-def _apart(wide, sources: int):
+def _apart(wide: Array, sources: int) -> Array:
     """The inverse of `_side_by_side`, in fp32."""
     wide = wide.astype(jnp.float32).reshape(*wide.shape[:3], sources, -1)
     return jnp.moveaxis(wide, 3, 1)

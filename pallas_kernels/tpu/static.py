@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import attend, chips, folded, topology
 from pallas_kernels.tpu.blocks import Blocks
 
@@ -58,7 +60,7 @@ def schedule(chip: str, kernel: str, keys: int, rows: int = _ROWS, size: int = _
         return _read(pathlib.Path(folder), done.stdout.split()[-1])
 
 
-def _read(folder: pathlib.Path, kernel: str) -> dict:
+def _read(folder: pathlib.Path, kernel: str) -> dict[str, int]:
     """The table of one kernel's slots, summed over its bundles."""
     pattern = f"*-{kernel}.*final_hlo-static-per-bundle-utilization.txt"
     path = max(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
@@ -119,7 +121,8 @@ def _compile(chip: str, kernel: str, keys: int, rows: int, size: int) -> str:
     side = (spec(1, _LENGTH, 1, size),) * sources
     weights = spec(sources, 1, size, dtype=jnp.float32) if sources > 1 else None
     call = lambda q, s: run(how, (blocks, blocks), False, q, s, Mask(causal=False))  # noqa: E731
-    topology.compile_for(chip, call, spec(1, _LENGTH, 1, size), (side, side, weights, weights))
+    read: Any = (side, side, weights, weights)  # of shapes
+    topology.compile_for(chip, call, spec(1, _LENGTH, 1, size), MixedSources(*read))
     return "tile_forward"
 
 

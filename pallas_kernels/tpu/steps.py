@@ -10,13 +10,19 @@ without WORK, which writes its zeros.
 """
 
 import dataclasses
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
+
+Table = Array | np.ndarray  # NumPy where it is known while tracing
+Step = Array | np.ndarray | np.integer  # one of the grid, or several
 
 FIRST, LAST, WORK, MASKED = 1, 2, 4, 8
 _INNER, _OUTER = 4, 18  # bit offsets: 4 flags, 14 bits of the inner block, 13 of the outer
@@ -41,12 +47,12 @@ class BlockedPlaces:
     holes: bool
 
 
-def _module(x) -> Any:
+def _module(x: Table) -> ModuleType:
     """NumPy for what is known while tracing, else jax.numpy."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
-def _pad(x, size, value):
+def _pad(x: Table, size: int, value: int) -> Table:
     xp = _module(x)
     return xp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
 
@@ -80,7 +86,13 @@ def queries(where: BlockedPlaces, cut: slice) -> BlockedPlaces:
     )
 
 
-def visible(mask: Mask, q_positions, k_positions, q_segments, k_segments):
+def visible(
+    mask: Mask,
+    q_positions: Table,
+    k_positions: Table,
+    q_segments: Table | None,
+    k_segments: Table | None,
+) -> Table:
     """The rule for a tile whose integers broadcast against each other."""
     limit = q_positions if mask.causal else FAR - 1
     seen = k_positions <= limit
@@ -91,13 +103,13 @@ def visible(mask: Mask, q_positions, k_positions, q_segments, k_segments):
     return seen
 
 
-def tables(mask: Mask, where: BlockedPlaces, block_q: int, block_k: int):
+def tables(mask: Mask, where: BlockedPlaces, block_q: int, block_k: int) -> tuple[Table, Table]:
     """(visited, full), bool [R, query blocks, key blocks]: tiles with anything, or nothing hidden.
 
     Decided by the extremes of each block: a visited tile may be empty, a dropped one always is.
     """
 
-    def extremes(x, block, absent, axis):
+    def extremes(x: Table, block: int, absent: Callable[[Table], Table], axis: int) -> list[Table]:
         xp = _module(x)
         x = x.reshape(x.shape[0], -1, block)
         low, high = x.min(2), x.max(2)
@@ -124,7 +136,7 @@ def tables(mask: Mask, where: BlockedPlaces, block_q: int, block_k: int):
     return visited, full & visited
 
 
-def listed(visited, full):
+def listed(visited: Table, full: Table) -> tuple[Array, int, int | Array]:
     """(steps [R * length] int32, length, count) of the tables [R, outer, inner], in order.
 
     `count` steps are to be run: the length itself if the tables are known while tracing, else
@@ -134,8 +146,8 @@ def listed(visited, full):
     rows, outer, inner = visited.shape
     if max(outer, inner) > LIMIT:
         raise NotImplementedError(f"{max(outer, inner)} blocks; at most {LIMIT} are served")
-    dumb = ~visited.any(2)
-    shown = visited | (dumb[:, :, None] & (xp.arange(inner) == 0))
+    empty = ~xp.any(visited, axis=2)
+    shown = visited | (empty[:, :, None] & (xp.arange(inner) == 0))
     before = xp.cumsum(shown, axis=2)
     flags = FIRST * (shown & (before == 1)) + LAST * (shown & (before == before[:, :, -1:]))
     flags = flags + xp.where(visited, WORK, 0) + xp.where(visited & ~full, MASKED, 0)
@@ -155,11 +167,11 @@ def listed(visited, full):
     return jnp.asarray(steps.reshape(-1).astype(np.int32)), length, count
 
 
-def outer_block(step):
+def outer_block(step: Step) -> Step:
     """The query block of a query-major step, the key block of a key-major one."""
     return step >> _OUTER
 
 
-def inner_block(step):
+def inner_block(step: Step) -> Step:
     """The other block."""
     return (step >> _INNER) & (2 ** (_OUTER - _INNER) - 1)

@@ -5,28 +5,44 @@ head are stacked into the rows of a block. Softmax in base 2: the queries carry 
 """
 
 import functools
-import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
+from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import steps as steps_lib
-from pallas_kernels.tpu.blocks import LANES
+from pallas_kernels.tpu.blocks import LANES, Blocks
+from pallas_kernels.tpu.how import LOG2E, How, Interpret
+from pallas_kernels.tpu.steps import Step, Table
 
-LOG2E = math.log2(math.e)
+DotDimensions = tuple[tuple[tuple[int], tuple[int]], tuple[tuple[()], tuple[()]]]
+IndexMap = Callable[..., tuple[Step | int, ...]]
+Refs = Mapping[str, Any]  # by name: a reference, a tuple of them for keys and values, or None
+
 HIDDEN = -0.7 * 3.4028235e38  # score of a masked key; half of it is the first maximum
 NT, NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 
 
-def dot(x, y, dims):
+def dot(x: Array, y: Array, dims: DotDimensions) -> Array:
     """Product with fp32 sums; full precision for fp32 operands only."""
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def mix(sources, weights, rows, dtype, present):
+def mix(
+    sources: Sequence[Ref],
+    weights: Ref | None,
+    rows: slice | pl.Slice,
+    dtype: DTypeLike,
+    present: steps_lib.Table | None,
+) -> Array:
     """Rows of the weighted sum of the sources, in fp32, rounded once; absent rows are zero."""
     if weights is None:
         mixed = sources[0][rows, :].astype(dtype)
@@ -37,31 +53,47 @@ def mix(sources, weights, rows, dtype, present):
     return mixed if present is None else jnp.where(present, mixed, jnp.zeros_like(mixed))
 
 
-def present_rows(column, offset, size, num_keys):
+def present_rows(
+    column: Ref | None, offset: int, size: int, edge: tuple[int, Step] | None
+) -> steps_lib.Table | None:
     """Which of `size` keys from `offset` of the block are there, [size, 1] bool, or None."""
     if column is not None:
         return column[pl.ds(offset, size), :1] < steps_lib.FAR
-    if num_keys is None:
+    if edge is None:
         return None
-    block, start = num_keys
-    return start + offset + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) < block
+    num_keys, start = edge
+    return start + offset + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) < num_keys
 
 
-def step_code(codes, length, per_row):
+def step_code(codes: Ref, length: int, per_row: bool) -> Array:
     """The packed step of this grid point, and of the index maps."""
     return codes[(pl.program_id(0) * length if per_row else 0) + pl.program_id(2)]
 
 
-def _forward_kernel(codes, refs, out, lse, top, total, acc, *, how, mask, blocks, length, tail):
+def _forward_kernel(
+    codes: Ref,
+    refs: Refs,
+    out: Ref,
+    lse: Ref,
+    top: Ref,
+    total: Ref,
+    acc: Ref,
+    *,
+    how: How,
+    mask: Mask,
+    blocks: Blocks,
+    length: int,
+    tail: int | None,
+) -> None:
     step = step_code(codes, length, how.per_row)
 
     @pl.when(step & steps_lib.FIRST != 0)
-    def _():
-        top[...] = jnp.full_like(top, HIDDEN / 2)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
+    def _() -> None:
+        top[...] = jnp.full(top.shape, HIDDEN / 2, top.dtype)
+        total[...] = jnp.zeros(total.shape, total.dtype)
+        acc[...] = jnp.zeros(acc.shape, acc.dtype)
 
-    def visit(masked):
+    def visit(masked: bool) -> None:
         start = steps_lib.inner_block(step) * blocks.keys
         query = refs["q"][...]
         rows, dtype = query.shape[0], query.dtype
@@ -93,7 +125,7 @@ def _forward_kernel(codes, refs, out, lse, top, total, acc, *, how, mask, blocks
         pl.when(working & masked)(functools.partial(visit, True))
 
     @pl.when(step & steps_lib.LAST != 0)
-    def _():
+    def _() -> None:
         some = total[...] > 0
         sure = jnp.where(some, total[...], 1.0)
         out[...] = (acc[...] * spread(1 / sure, acc)).astype(out.dtype)
@@ -101,27 +133,35 @@ def _forward_kernel(codes, refs, out, lse, top, total, acc, *, how, mask, blocks
         lse[...] = logs.T[:1, :]
 
 
-def spread(column, like):
+def spread(column: Array, like: Array | Ref) -> Array:
     """A lane-broadcast [rows, 128] to the width of `like`."""
     width = like.shape[-1]
     return jnp.tile(column, (1, pl.cdiv(width, LANES)))[:, :width]
 
 
-def _seen(refs, mask, part, rows):
+def _seen(refs: Refs, mask: Mask, part: slice | pl.Slice, rows: int) -> steps_lib.Table:
     """Visibility of a tile [rows, compute]; the integers of a token serve its G rows."""
-    repeat = (rows // refs["q_positions"].shape[0], part.size // LANES)
-    column = lambda x: None if x is None else jnp.tile(x[...], repeat)  # noqa: E731
-    row = lambda x: None if x is None else x[:, part]  # noqa: E731
+    k_positions = refs["k_positions"][:, part]
+    repeat = (rows // refs["q_positions"].shape[0], k_positions.shape[1] // LANES)
+    q_segments, k_segments = refs["q_segments"], refs["k_segments"]
     return steps_lib.visible(
         mask,
-        column(refs["q_positions"]),
-        row(refs["k_positions"]),
-        column(refs["q_segments"]),
-        row(refs["k_segments"]),
+        jnp.tile(refs["q_positions"][...], repeat),
+        k_positions,
+        None if q_segments is None else jnp.tile(q_segments[...], repeat),
+        None if k_segments is None else k_segments[:, part],
     )
 
 
-def forward(how, mask, blocks, q, sources, where, interpret):
+def forward(
+    how: How,
+    mask: Mask,
+    blocks: Blocks,
+    q: Array,
+    sources: MixedSources,
+    where: steps_lib.BlockedPlaces,
+    interpret: Interpret,
+) -> tuple[Array, Array]:
     """Attention of stacked queries.
 
     Args:
@@ -144,7 +184,7 @@ def forward(how, mask, blocks, q, sources, where, interpret):
     lanes = lambda x: broadcast_lanes(x)  # noqa: E731
     inputs, specs = {}, {}
 
-    def give(name, array, spec):
+    def give(name: str, array: Array | None, spec: pl.BlockSpec) -> None:
         inputs[name], specs[name] = array, None if array is None else spec
 
     give("q", q, pl.BlockSpec((None, None, None, rows, size), token("bhi00")))
@@ -199,7 +239,7 @@ def forward(how, mask, blocks, q, sources, where, interpret):
     )(codes, inputs)
 
 
-def compiler_params(how):
+def compiler_params(how: How) -> pltpu.CompilerParams:
     """Batch rows and heads are independent; three quarters of the vector memory are ours."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -207,16 +247,18 @@ def compiler_params(how):
     )
 
 
-def broadcast_lanes(x):
+def broadcast_lanes(x: Table) -> Array:
     """Integers [R, T] as [R, T, 128]."""
     return jnp.broadcast_to(jnp.asarray(x)[:, :, None], (*x.shape, LANES))
 
 
-def index_map(block_of, per_row, length):
+def index_map(
+    block_of: Callable[[Step], Step], per_row: bool, length: int
+) -> Callable[[str], IndexMap]:
     """Makes index maps from their letters: b batch, h KV head, i the step's block, 0."""
 
-    def make(letters):
-        def indices(b, h, s, codes):
+    def make(letters: str) -> IndexMap:
+        def indices(b: Array, h: Array, s: Array, codes: Ref) -> tuple[Step | int, ...]:
             block = block_of(codes[(b * length if per_row else 0) + s])
             return tuple({"b": b, "h": h, "i": block, "0": 0}[x] for x in letters)
 

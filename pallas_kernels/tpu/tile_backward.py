@@ -7,19 +7,26 @@ not fit, queries are taken in several calls.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import steps as steps_lib
-from pallas_kernels.tpu.blocks import LANES
+from pallas_kernels.tpu.blocks import LANES, Blocks
+from pallas_kernels.tpu.how import How, Interpret
+from pallas_kernels.tpu.steps import Table
 from pallas_kernels.tpu.tile import (
     HIDDEN,
     LOG2E,
     NN,
     NT,
+    Refs,
     broadcast_lanes,
     compiler_params,
     dot,
@@ -33,18 +40,33 @@ BLIND = 1e30  # log-sum-exp of rows that see nothing: exp2(anything - BLIND) = 0
 TN = (((0,), (0,)), ((), ()))
 
 
-def _kernel(codes, refs, dq, dkey, dvalue, key, value, dq_acc, *, how, mask, blocks, length, tail):
+def _kernel(
+    codes: Ref,
+    refs: Refs,
+    dq: Ref,
+    dkey: Ref,
+    dvalue: Ref,
+    key: Ref,
+    value: Ref,
+    dq_acc: Ref,
+    *,
+    how: How,
+    mask: Mask,
+    blocks: Blocks,
+    length: int,
+    tail: int | None,
+) -> None:
     step = step_code(codes, length, how.per_row)
     block = steps_lib.inner_block(step)
 
     @pl.when(pl.program_id(2) == 0)
-    def _():
+    def _() -> None:
         _each(dq_acc, lambda i: dq_acc.__setitem__(i, jnp.zeros(dq_acc.shape[1:], jnp.float32)))
 
     @pl.when(step & steps_lib.FIRST != 0)
-    def _():
-        dkey[...] = jnp.zeros_like(dkey)
-        dvalue[...] = jnp.zeros_like(dvalue)
+    def _() -> None:
+        dkey[...] = jnp.zeros(dkey.shape, dkey.dtype)
+        dvalue[...] = jnp.zeros(dvalue.shape, dvalue.dtype)
         start = steps_lib.outer_block(step) * blocks.keys
         for offset in range(0, blocks.keys, blocks.compute):
             part = pl.ds(offset, blocks.compute)
@@ -55,7 +77,7 @@ def _kernel(codes, refs, dq, dkey, dvalue, key, value, dq_acc, *, how, mask, blo
                 side, weights = refs[name + "s"], refs[name + "_weights"]
                 mixed[part, :] = mix(side, weights, part, mixed.dtype, present)
 
-    def visit(masked):
+    def visit(masked: bool) -> None:
         query, dout, lse, delta = (refs[x][...] for x in ("q", "dout", "lse", "delta"))
         for offset in range(0, blocks.keys, blocks.compute):
             part = pl.ds(offset, blocks.compute)
@@ -89,29 +111,36 @@ def _kernel(codes, refs, dq, dkey, dvalue, key, value, dq_acc, *, how, mask, blo
         pl.when(working & masked)(functools.partial(visit, True))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _():
+    def _() -> None:
         _each(dq, lambda i: dq.__setitem__(i, (dq_acc[i] * how.scale).astype(dq.dtype)))
 
 
-def _each(ref, write):
+def _each(ref: Ref, write: Callable[[Array], None]) -> None:
     """Runs `write` for every query block; a loop, as straight code would be long."""
     jax.lax.fori_loop(0, ref.shape[0], lambda i, _: write(i), None)
 
 
-def _seen(refs, mask, part):
+def _seen(refs: Refs, mask: Mask, part: slice | pl.Slice) -> steps_lib.Table:
     """Visibility of a transposed tile [compute, rows]."""
-    column = lambda x: None if x is None else x[part, :1]  # noqa: E731
-    row = lambda x: None if x is None else x[...]  # noqa: E731
+    q_segments, k_segments = refs["q_segments"], refs["k_segments"]
     return steps_lib.visible(
         mask,
-        row(refs["q_positions"]),
-        column(refs["k_column"]),
-        row(refs["q_segments"]),
-        column(refs["k_segments"]),
+        refs["q_positions"][...],
+        refs["k_column"][part, :1],
+        None if q_segments is None else q_segments[...],
+        None if k_segments is None else k_segments[part, :1],
     )
 
 
-def _call(how, mask, blocks, arrays, sources, where, interpret):
+def _call(
+    how: How,
+    mask: Mask,
+    blocks: Blocks,
+    arrays: Mapping[str, Array],
+    sources: MixedSources,
+    where: steps_lib.BlockedPlaces,
+    interpret: Interpret,
+) -> tuple[Array, Array, Array]:
     """One call of the kernel for the queries that are given."""
     keys, values, key_weights, value_weights = sources
     q = arrays["q"]
@@ -124,10 +153,12 @@ def _call(how, mask, blocks, arrays, sources, where, interpret):
     token, key = at(steps_lib.inner_block), at(steps_lib.outer_block)
     inputs, specs = {}, {}
 
-    def give(name, array, spec):
+    def give(name: str, array: Array | None, spec: pl.BlockSpec) -> None:
         inputs[name], specs[name] = array, None if array is None else spec
 
-    def rows_of(x):  # [R, T] integers as rows of the stacked heads, [R, blocks, 1, G * queries]
+    def rows_of(
+        x: Table,
+    ) -> Array:  # [R, T] integers as rows of the stacked heads, [R, blocks, 1, G * queries]
         x = jnp.asarray(x).reshape(x.shape[0], count_q, 1, blocks.queries)
         return jnp.tile(x, rows // blocks.queries)
 
@@ -183,7 +214,13 @@ def _call(how, mask, blocks, arrays, sources, where, interpret):
 
 
 def backward(
-    how, mask, blocks, arrays, sources, where, interpret
+    how: How,
+    mask: Mask,
+    blocks: Blocks,
+    arrays: Mapping[str, Array],
+    sources: MixedSources,
+    where: steps_lib.BlockedPlaces,
+    interpret: Interpret,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients from stacked queries, cotangents and statistics.
 

@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.stages import Compiled
 
 # Chips of one host of each kind: the smallest topologies without special cases.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
@@ -19,7 +22,7 @@ _ENVIRONMENT = {
 
 
 @functools.cache  # devices of two calls are not the same device
-def slice_devices(name: str):
+def slice_devices(name: str) -> Sequence[Any]:
     """The compile-only devices of a slice.
 
     Args:
@@ -39,13 +42,13 @@ def slice_devices(name: str):
         ) from error
 
 
-def devices(chip: str):
+def devices(chip: str) -> Sequence[Any]:
     """The compile-only devices of a host of this chip, as `slice_devices` gives them."""
     return slice_devices(TOPOLOGIES[chip])
 
 
 @contextlib.contextmanager
-def compiling_for(chip: str):
+def compiling_for(chip: str) -> Iterator[None]:
     """Within it, tracing chooses kernels for `chip`, whatever device the program runs on."""
     kind = devices(chip)[0]
     abstract = jax.sharding.AbstractDevice(kind.device_kind, getattr(kind, "num_cores", 1), "tpu")
@@ -55,7 +58,9 @@ def compiling_for(chip: str):
         yield
 
 
-def compile_for(chip: str, function, *specs, donate=()):
+def compile_for(
+    chip: str, function: Callable, *specs: object, donate: tuple[int, ...] = ()
+) -> Compiled:
     """`function` compiled for one device of `chip`; `specs` are trees of arrays or their shapes.
 
     `memory_analysis()` of the result gives the bytes of arguments, aliases and temporaries.

@@ -1,36 +1,42 @@
 """Attention in plain XLA operations, in linear memory: the CPU default and the fallback."""
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
+from jax import Array
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
+from pallas_kernels.paged import Pages
 from pallas_kernels.paged_stream import is_paged
 from pallas_kernels.quantized import is_quantized
+from pallas_kernels.sources import Result, Source
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
 from pallas_kernels.xla.plan import BlockPlan
-from pallas_kernels.xla.streams import ArraySources, PagedSources
+from pallas_kernels.xla.streams import ArraySources, PagedSources, Streams
 from pallas_kernels.xla.tiles import Scores
+
+_Arrays = tuple[ArraySources, Array | None, Array | None]  # and weights of keys and values
+_Residuals = tuple[Array, _Arrays, Mask, Array, Array]  # q, sources, mask, out, lse
 
 _FORWARD = {"rows": rows.forward, "blocks": blocks_schedule.forward, "decode": decode.forward}
 _BACKWARD = {"rows": rows.backward, "blocks": blocks_schedule.backward}
 
 
 def attention(
-    q,
-    keys,
-    values,
-    key_weights,
-    value_weights,
+    q: Array,
+    keys: Sequence[Source],
+    values: Sequence[Source],
+    key_weights: Array | None,
+    value_weights: Array | None,
     mask: Mask,
     *,
     scale: float,
     softcap: float | None,
-    blocks=None,
-) -> Any:
+    blocks: tuple[BlockPlan, BlockPlan] | None = None,
+) -> Result:
     """Attention without a [T, S] array; arguments and result as in `reference.attention`.
 
     Residuals of the backward pass are the arguments, the output and the lse; scores and mixed
@@ -49,29 +55,36 @@ def attention(
         blocks = (BlockPlan.choose(*shapes), BlockPlan.choose_backward(*shapes))
     how = Scores(scale=scale, softcap=softcap)
     quantized = is_quantized((*keys, *values))
-    blocks = tuple(x.fit(streams.group, quantized) for x in blocks)
-    return _attend(how, blocks, q, (streams, key_weights, value_weights), mask)
+    plans = (blocks[0].fit(streams.group, quantized), blocks[1].fit(streams.group, quantized))
+    return _attend(how, plans, q, (streams, key_weights, value_weights), mask)
 
 
 def paged_attention(
-    q,
-    pages,
-    page_table,
-    kv_lengths,
-    key_weights,
-    value_weights,
+    q: Array,
+    pages: Pages,
+    page_table: Array,
+    kv_lengths: Array,
+    key_weights: Array | None,
+    value_weights: Array | None,
     *,
-    window,
+    window: int | None,
     scale: float,
     softcap: float | None,
-):
+) -> Result:
     """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
     mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
     how = Scores(scale=scale, softcap=softcap)
     return _paged(q, PagedSources(pages, page_table), key_weights, value_weights, mask, how)
 
 
-def _paged(q, streams, key_weights, value_weights, mask: Mask, how):
+def _paged(
+    q: Array,
+    streams: Streams,
+    key_weights: Array | None,
+    value_weights: Array | None,
+    mask: Mask,
+    how: Scores,
+) -> Result:
     """The forward pass, which gathers a tile of tokens of all rows at a time."""
     shape = (q.shape[0], streams.length, streams.heads, q.shape[3])
     blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, streams.quantized)
@@ -83,15 +96,19 @@ def _paged(q, streams, key_weights, value_weights, mask: Mask, how):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(how, blocks, q, sources, mask: Mask):
+def _attend(
+    how: Scores, blocks: tuple[BlockPlan, BlockPlan], q: Array, sources: _Arrays, mask: Mask
+) -> Result:
     return _forward(how, blocks, q, sources, mask)[0]
 
 
-def _forward(how, both_blocks, q, sources, mask: Mask):
+def _forward(
+    how: Scores, both_blocks: tuple[BlockPlan, BlockPlan], q: Array, sources: _Arrays, mask: Mask
+) -> tuple[Result, _Residuals]:
     blocks = both_blocks[0]
     run = _FORWARD[blocks.schedule]
 
-    def chunk(arrays):
+    def chunk(arrays: tuple) -> tuple[Array, ...]:
         q, streams, (queries, where) = arrays
         sources_ = (streams, *sources[1:])
         out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources_, queries, where)
@@ -102,16 +119,18 @@ def _forward(how, both_blocks, q, sources, mask: Mask):
     return (out, lse), (q, sources, mask, out, lse)
 
 
-def _backward(how, both_blocks, residuals, cotangents):
+def _backward(
+    how: Scores, both_blocks: tuple[BlockPlan, BlockPlan], residuals: _Residuals, cotangents: Result
+) -> tuple[Array, _Arrays, None]:
     blocks = both_blocks[1]
     run = _BACKWARD[blocks.schedule]
     q, sources, mask, out, lse = residuals
     streams, key_weights, value_weights = sources
     places = tiles.places(mask, q.shape[1], streams.length)
 
-    def chunk(arrays):
-        q, streams, (queries, where), out, lse, *cotangents = arrays
-        dout, lse, delta = linear.statistics(out, lse, cotangents, -tiles.HIDDEN)
+    def chunk(arrays: tuple) -> tuple[Array, ...]:
+        q, streams, (queries, where), out, lse, dout, dlse = arrays
+        dout, lse, delta = linear.statistics(out, lse, (dout, dlse), -tiles.HIDDEN)
         sources_ = (streams, key_weights, value_weights)
         grads = run(
             how, mask, blocks.queries, blocks.keys, q, sources_, queries, where, lse,
@@ -130,7 +149,9 @@ def _backward(how, both_blocks, residuals, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _over_batch(function, chunk: int, arrays):
+def _over_batch(
+    function: Callable[[tuple], tuple[Array, ...]], chunk: int, arrays: tuple
+) -> tuple[Array, ...]:
     """Maps `function` over chunks of the leading axis; arrays of one row serve every chunk."""
     batch = arrays[0].shape[0]
     if chunk == batch:
@@ -143,9 +164,9 @@ def _over_batch(function, chunk: int, arrays):
         if not same
     ]
 
-    def step(parts):
-        parts = iter(parts)
-        merged = [x if same else next(parts) for x, same in zip(leaves, shared, strict=True)]
+    def step(parts: list[Array]) -> tuple[Array, ...]:
+        rest = iter(parts)
+        merged = [x if same else next(rest) for x, same in zip(leaves, shared, strict=True)]
         return function(jax.tree.unflatten(tree, merged))
 
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), jax.lax.map(step, split))

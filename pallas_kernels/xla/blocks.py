@@ -3,17 +3,19 @@ never visited, whatever hides them (causality, window, lengths, segments, ring o
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels import linear
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import Integers, Mask
 from pallas_kernels.xla import tiles
+from pallas_kernels.xla.streams import Weighted
 from pallas_kernels.xla.tiles import Places, Scores
 
 FAR = 2**30  # beyond every position and segment id
 
 
-def active(mask: Mask, queries: Places, keys: Places, block_q: int, block_k: int):
+def active(mask: Mask, queries: Places, keys: Places, block_q: int, block_k: int) -> Array:
     """Whether anything may be visible in a tile, bool [query blocks, key blocks].
 
     Decided by the extremes of positions and segments in each block over the rows of the
@@ -34,7 +36,7 @@ def active(mask: Mask, queries: Places, keys: Places, block_q: int, block_k: int
     return table
 
 
-def _extremes(numbers, valid, block: int):
+def _extremes(numbers: Integers, valid: Integers | None, block: int) -> tuple[Array, Array]:
     """Minimum and maximum of the valid numbers of each block; an empty one has FAR, -FAR."""
     low = numbers if valid is None else jnp.where(valid, numbers, FAR)
     high = numbers if valid is None else jnp.where(valid, numbers, -FAR)
@@ -44,12 +46,12 @@ def _extremes(numbers, valid, block: int):
     return low.min((0, 2)), high.max((0, 2))
 
 
-def visits(table):
+def visits(table: Array) -> tuple[Array, Array]:
     """For each row of a table: the columns that are set, in order, and how many there are."""
     return jnp.argsort(~table, axis=1, stable=True), table.sum(1, dtype=jnp.int32)
 
 
-def _split(x, block: int, heads: int):
+def _split(x: Array, block: int, heads: int) -> Array:
     """[B, T, N, H] to [blocks, B, K, G * block, H], zero rows at the end."""
     batch, length, num, size = x.shape
     x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
@@ -57,17 +59,17 @@ def _split(x, block: int, heads: int):
     return x.reshape(*x.shape[:3], -1, size)
 
 
-def _merge(x, block: int, length: int):
+def _merge(x: Array, block: int, length: int) -> Array:
     """The inverse of `_split`."""
     count, batch, heads, rows, size = x.shape
     x = x.reshape(count, batch, heads, rows // block, block, size).transpose(1, 0, 4, 2, 3, 5)
     return x.reshape(batch, count * block, -1, size)[:, :length]
 
 
-def _split_places(where: Places, block: int):
+def _split_places(where: Places, block: int) -> Places:
     """Places of [blocks, B or 1, block] queries; the added ones repeat the last."""
 
-    def split(x):
+    def split(x: Integers) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")
         return x.reshape(x.shape[0], -1, block).transpose(1, 0, 2)
 
@@ -81,12 +83,14 @@ class _KeyTiles:
     products, and leaves nothing of the sources' size in memory.
     """
 
-    def __init__(self, mask: Mask, dtype, sources, where, block: int):
+    def __init__(
+        self, mask: Mask, dtype: DTypeLike, sources: Weighted, where: Places, block: int
+    ) -> None:
         self.streams, self.key_weights, self.value_weights = sources
         self.mask, self.dtype, self.block, self.where = mask, dtype, block, where
         self.length = self.streams.length
 
-    def cut(self, index):
+    def cut(self, index: Array) -> tuple[Array, Array, Places, Array | None]:
         """Key [B, K, block, H] and value tile, and their places, the last tile moved back to
         end with the keys; `fresh` [block] marks what the tile before it does not have."""
         start = jnp.minimum(index * self.block, self.length - self.block)
@@ -101,24 +105,35 @@ class _KeyTiles:
             fresh = start + jnp.arange(self.block) >= index * self.block
         return mix(keys, self.key_weights), mix(values, self.value_weights), where, fresh
 
-    def seen(self, queries: Places, where: Places, fresh, groups: int):
+    def seen(
+        self, queries: Places, where: Places, fresh: Array | None, groups: int
+    ) -> Array | None:
         seen = tiles.hide(self.mask, queries, where, groups)
         if fresh is None:
             return seen
         return fresh[None, None, None] if seen is None else seen & fresh
 
 
-def forward(how: Scores, mask: Mask, block_q, block_k, q, sources, queries, where):
+def forward(
+    how: Scores,
+    mask: Mask,
+    block_q: int,
+    block_k: int,
+    q: Array,
+    sources: Weighted,
+    queries: Places,
+    where: Places,
+) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
     heads = sources[0].heads
     groups = q.shape[2] // heads
     cutter = _KeyTiles(mask, q.dtype, sources, where, block_k)
     order, count = visits(active(mask, queries, where, block_q, block_k))
 
-    def one_block(arrays):
+    def one_block(arrays: tuple[Array, Places, Array, Array]) -> tuple[Array, Array]:
         query, place, order, count = arrays
 
-        def visit(i, carry):
+        def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = carry
             key, value, key_place, fresh = cutter.cut(order[i])
             seen = cutter.seen(place, key_place, fresh, groups)
@@ -145,8 +160,18 @@ def forward(how: Scores, mask: Mask, block_q, block_k, q, sources, queries, wher
 
 
 def backward(
-    how: Scores, mask: Mask, block_q, block_k, q, sources, queries, where, lse, dout, delta
-):
+    how: Scores,
+    mask: Mask,
+    block_q: int,
+    block_k: int,
+    q: Array,
+    sources: Weighted,
+    queries: Places,
+    where: Places,
+    lse: Array,
+    dout: Array,
+    delta: Array,
+) -> tuple[Array, Array, Array]:
     """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32.
 
     Keys are the outer loop: a tile is mixed once, and its gradients never leave the loop.
@@ -161,11 +186,13 @@ def backward(
     )
     places = _split_places(queries, block_q)
 
-    def one_tile(dq, arrays):
+    def one_tile(
+        dq: Array, arrays: tuple[Array, Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
         index, order, count = arrays
         key, value, key_place, fresh = cutter.cut(index)
 
-        def visit(i, carry):
+        def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dkey, dvalue = carry
             block = order[i]
             at = lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False)  # noqa: E731
@@ -188,7 +215,7 @@ def backward(
     return _merge(dq, block_q, q.shape[1]), dkey, dvalue
 
 
-def _assemble(x, length: int):
+def _assemble(x: Array, length: int) -> Array:
     """[tiles, B, K, H, block] to [B, S, K, H]; the last tile overlaps the one before."""
     count, batch, heads, size, block = x.shape
     over = count * block - length

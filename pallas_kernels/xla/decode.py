@@ -14,16 +14,20 @@ import functools
 import operator
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.xla import blocks, tiles
-from pallas_kernels.xla.tiles import Scores
+from pallas_kernels.xla.streams import Weighted
+from pallas_kernels.xla.tiles import Places, Scores
+
+_Sums = tuple[Array, Array, tuple[Array, ...]]  # maximum, denominator, outputs of each source
 
 
-def _spread(x, weight, heads: int):
+def _spread(x: Array, weight: Array | None, heads: int) -> Array:
     """Queries [B, T, N, H] times weight [K, H] as [B, T * N, K * H], zero off the own head."""
     batch, length, num, size = x.shape
     x = x.reshape(batch, length, heads, num // heads, 1, size).astype(jnp.float32)
@@ -33,7 +37,7 @@ def _spread(x, weight, heads: int):
     return x.reshape(batch, length * num, heads * size)
 
 
-def _collect(x, weight, heads: int, length: int):
+def _collect(x: Array, weight: Array | None, heads: int, length: int) -> Array:
     """Outputs [B, T * N, K * H'] back to [B, T, N, H'], times weight [K, H']."""
     batch, rows, width = x.shape
     size = width // heads
@@ -45,12 +49,12 @@ def _collect(x, weight, heads: int, length: int):
     return x.reshape(batch, length, rows // length, size)
 
 
-def _product(x, y, contract_y: int):
+def _product(x: Array, y: Array, contract_y: int) -> Array:
     dims = (((2,), (contract_y,)), ((0,), (0,)))
     return lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def _per_row(scale, shape):
+def _per_row(scale: Array, shape: tuple[int, int, int, int]) -> Array:
     """Scales [B, S, K, 1] of tokens and heads for rows [B, T * N, S]: each its own head's."""
     batch, length, num, block = shape
     heads = scale.shape[2]
@@ -59,7 +63,7 @@ def _per_row(scale, shape):
     return scale.reshape(batch, length * num, block)
 
 
-def _scores(q, key, shape):
+def _scores(q: Array, key: Array | Quantized, shape: tuple[int, int, int, int]) -> Array:
     """Products [B, T * N, S] of the spread queries with one source."""
     scale = None
     if isinstance(key, Quantized) and key.per_token:
@@ -71,7 +75,13 @@ def _scores(q, key, shape):
     return score if scale is None else score * scale
 
 
-def _read(weight, value, present, shape, dtype):
+def _read(
+    weight: Array,
+    value: Array | Quantized,
+    present: Array | None,
+    shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
+) -> Array:
     """The sum of one source's values [B, T * N, K * H'] under the weights [B, T * N, S]."""
     if isinstance(value, Quantized) and value.per_token:
         scale, value = value.scale, value.codes(dtype)
@@ -85,7 +95,16 @@ def _read(weight, value, present, shape, dtype):
     return _product(weight.astype(dtype), value.reshape(*value.shape[:2], -1).astype(dtype), 1)
 
 
-def forward(how: Scores, mask: Mask, _, block, q, sources, queries, where):
+def forward(
+    how: Scores,
+    mask: Mask,
+    _: int,
+    block: int,
+    q: Array,
+    sources: Weighted,
+    queries: Places,
+    where: Places,
+) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
     streams, key_weights, value_weights = sources
     batch, length, num, _ = q.shape
@@ -95,7 +114,7 @@ def forward(how: Scores, mask: Mask, _, block, q, sources, queries, where):
     value_weights = [None] if value_weights is None else value_weights
     folded = [_spread(q, w, heads).astype(q.dtype) for w in key_weights]  # J x [B, T * N, K * H]
 
-    def visit(index, carry):
+    def visit(index: int | Array, carry: _Sums) -> _Sums:
         top, total, outs = carry
         start = jnp.minimum(index * block, num_keys - block)
         keys, values = streams.tile(start, block)
@@ -132,7 +151,8 @@ def forward(how: Scores, mask: Mask, _, block, q, sources, queries, where):
     else:
         order, count = blocks.visits(blocks.active(mask, queries, where, length, block))
         top, total, outs = lax.fori_loop(0, count[0], lambda i, c: visit(order[0, i], c), carry)
-    out = sum(_collect(x, w, heads, length) for x, w in zip(outs, value_weights, strict=True))
+    parts = (_collect(x, w, heads, length) for x, w in zip(outs, value_weights, strict=True))
+    out = functools.reduce(operator.add, parts)
     top, total = (x.reshape(batch, length, num, 1) for x in (top, total))
     out, lse = tiles.finish(top, total, out)
     return out, lse[..., 0]

@@ -5,15 +5,28 @@ are weighted and added. A matrix unit that is J * H channels wide does this in t
 nothing is mixed tile by tile.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import linear, xla
+from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import is_quantized
+from pallas_kernels.sources import Source, as_array
 
 
 def attention(
-    q, keys, values, key_weights, value_weights, mask, *, scale: float, softcap: float | None
-):
+    q: Array,
+    keys: Sequence[Source],
+    values: Sequence[Source],
+    key_weights: Array | None,
+    value_weights: Array | None,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, Array]:
     """Arguments and result as in `reference.attention`.
 
     Raises:
@@ -25,8 +38,8 @@ def attention(
     if key_weights is not None:
         q = jnp.moveaxis(linear.fold_queries(q, key_weights), 1, 3)  # [B, T, N, J, H]
         q = q.reshape(*q.shape[:3], -1).astype(dtype)
-    key = jnp.concatenate(keys, axis=-1)
-    value = jnp.concatenate(values, axis=-1)
+    key = jnp.concatenate([as_array(x) for x in keys], axis=-1)
+    value = jnp.concatenate([as_array(x) for x in values], axis=-1)
     out, lse = xla.attention(q, (key,), (value,), None, None, mask, scale=scale, softcap=softcap)
     if value_weights is None:
         return out, lse

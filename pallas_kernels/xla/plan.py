@@ -27,7 +27,9 @@ class BlockPlan:
     keys: int
 
     @classmethod
-    def choose(cls, q_shape, key_shape, mask: Mask) -> "BlockPlan":
+    def choose(
+        cls, q_shape: tuple[int, ...], key_shape: tuple[int, ...], mask: Mask
+    ) -> "BlockPlan":
         """Blocks for the forward pass of q [B, T, N, H] and keys [B, S, K, H].
 
         Tiles of about a MiB of scores stay in the cache between the product that writes them
@@ -41,7 +43,7 @@ class BlockPlan:
         return cls.choose_backward(q_shape, key_shape, mask)
 
     @classmethod
-    def choose_paged(cls, q_shape, key_shape) -> "BlockPlan":
+    def choose_paged(cls, q_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> "BlockPlan":
         """Blocks for keys in pages, of which a tile is gathered at a time."""
         batch, length, heads, _ = q_shape
         few = _decodes(q_shape, key_shape)
@@ -60,7 +62,9 @@ class BlockPlan:
         return dataclasses.replace(self, keys=max(group, keys // group * group))
 
     @classmethod
-    def choose_backward(cls, q_shape, key_shape, mask: Mask) -> "BlockPlan":
+    def choose_backward(
+        cls, q_shape: tuple[int, ...], key_shape: tuple[int, ...], mask: Mask
+    ) -> "BlockPlan":
         """Blocks for the backward pass, which "decode" does not have."""
         batch, length, heads, _ = q_shape
         num_keys = key_shape[1]
@@ -78,7 +82,7 @@ class BlockPlan:
         return cls(schedule=schedule, batch=chunk, queries=queries, keys=keys)
 
 
-def _decodes(q_shape, key_shape) -> bool:
+def _decodes(q_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> bool:
     """The call is one of decoding, and few enough rows for its schedule."""
     _, length, heads, _ = q_shape
     _, keys, kv_heads, _ = key_shape

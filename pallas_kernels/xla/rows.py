@@ -1,14 +1,19 @@
 """Schedule for short calls: a block of queries meets all its keys in one softmax."""
 
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.xla import tiles
-from pallas_kernels.xla.tiles import Scores
+from pallas_kernels.xla.streams import Weighted
+from pallas_kernels.xla.tiles import Places, Scores
 
 
-def spans(mask: Mask, num_queries: int, num_keys: int, block: int):
+def spans(
+    mask: Mask, num_queries: int, num_keys: int, block: int
+) -> list[tuple[int, int, int, int]]:
     """Blocks of queries with the keys they may see: (query start, stop, key start, stop).
 
     With static alignment the mask's bounds are known while tracing, so half of a causal call
@@ -28,7 +33,7 @@ def spans(mask: Mask, num_queries: int, num_keys: int, block: int):
     return result
 
 
-def _mixed(mask: Mask, sources, where, dtype):
+def _mixed(mask: Mask, sources: Weighted, where: Places, dtype: DTypeLike) -> tuple[Array, Array]:
     """The mixed key [B, K, S, H] and value [B, K, S, H']."""
     streams, key_weights, value_weights = sources
     keys, values = streams.tile(0, streams.length)
@@ -38,7 +43,16 @@ def _mixed(mask: Mask, sources, where, dtype):
     return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
 
 
-def forward(how: Scores, mask: Mask, block, _, q, sources, queries, where):
+def forward(
+    how: Scores,
+    mask: Mask,
+    block: int,
+    _: int,
+    q: Array,
+    sources: Weighted,
+    queries: Places,
+    where: Places,
+) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
     key, value = _mixed(mask, sources, where, q.dtype)
     batch, heads, num_keys, _ = key.shape
@@ -63,7 +77,19 @@ def forward(how: Scores, mask: Mask, block, _, q, sources, queries, where):
     return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)[..., 0]
 
 
-def backward(how: Scores, mask: Mask, block, _, q, sources, queries, where, lse, dout, delta):
+def backward(
+    how: Scores,
+    mask: Mask,
+    block: int,
+    _: int,
+    q: Array,
+    sources: Weighted,
+    queries: Places,
+    where: Places,
+    lse: Array,
+    dout: Array,
+    delta: Array,
+) -> tuple[Array, Array, Array]:
     """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32."""
     key, value = _mixed(mask, sources, where, q.dtype)
     heads, num_keys = key.shape[1:3]

@@ -5,10 +5,14 @@ import math
 from typing import Any
 
 import jax
-from jax import lax
+from jax import Array, lax
 
 from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized, token_group
+from pallas_kernels.sources import Source
+
+# Some tokens of the keys and of the values, tuples of [B, size, K, H].
+Tiles = tuple[tuple[Array | Quantized, ...], tuple[Array | Quantized, ...]]
 
 
 @jax.tree_util.register_dataclass
@@ -48,13 +52,15 @@ class ArraySources:
             isinstance(x, Quantized) or getattr(x, "scale", None) is not None for x in sources
         )
 
-    def tile(self, start, size: int):
+    def tile(self, start: int | Array, size: int) -> Tiles:
         """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
 
-        def cut(x):
-            if size == self.length and not _in_pages(x):
+        def cut(x: Array | Quantized | PagedStream) -> Array | Quantized:
+            if isinstance(x, PagedStream):
+                return x.tokens(start, size)
+            if size == self.length:
                 return x
-            if isinstance(x, Quantized | PagedStream):
+            if isinstance(x, Quantized):
                 return x.tokens(start, size)
             return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
@@ -94,12 +100,12 @@ class PagedSources:
         """Codes become numbers tile by tile."""
         return self.pages.scales is not None
 
-    def tile(self, start, size: int):
+    def tile(self, start: int | Array, size: int) -> Tiles:
         """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
         step = self.pages.page_size
         ids = lax.dynamic_slice_in_dim(self.table, start // step, size // step, axis=1)
 
-        def rows(x):  # [pages, K, page_size, .] to [B, size, K, .]
+        def rows(x: Array) -> Array:  # [pages, K, page_size, .] to [B, size, K, .]
             x = x[ids].swapaxes(2, 3)
             return x.reshape(ids.shape[0], size, *x.shape[3:])
 
@@ -111,5 +117,9 @@ class PagedSources:
         return tuple(streams[: self.pages.num_keys]), tuple(streams[self.pages.num_keys :])
 
 
-def _in_pages(source) -> bool:
+def _in_pages(source: Source) -> bool:
     return isinstance(source, PagedStream)
+
+
+Streams = ArraySources | PagedSources
+Weighted = tuple[Streams, Array | None, Array | None]  # and weights of the keys and values

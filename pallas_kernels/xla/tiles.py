@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels import masks
 from pallas_kernels.masks import Mask
@@ -32,7 +33,7 @@ class Places:
     positions: Any
     segment_ids: Any
 
-    def __getitem__(self, index) -> "Places":
+    def __getitem__(self, index: int | slice | tuple) -> "Places":
         segments = None if self.segment_ids is None else self.segment_ids[index]
         return Places(self.positions[index], segments)
 
@@ -43,7 +44,7 @@ def places(mask: Mask, num_queries: int, num_keys: int) -> tuple[Places, Places]
     return queries, Places(masks.key_positions(mask, num_keys), mask.kv_segment_ids)
 
 
-def hide(mask: Mask, queries: Places, keys: Places, groups: int):
+def hide(mask: Mask, queries: Places, keys: Places, groups: int) -> Array | None:
     """Visibility of the rows, [B or 1, 1, G * T or 1, S], or None if all is visible."""
     seen = masks.visible(
         mask, queries.positions, keys.positions, queries.segment_ids, keys.segment_ids
@@ -52,12 +53,12 @@ def hide(mask: Mask, queries: Places, keys: Places, groups: int):
         return None
     batch, length, num_keys = seen.shape
     if length == 1:  # one query, or only absence matters: the same for every row
-        return seen[:, None]
+        return jnp.asarray(seen[:, None])
     seen = jnp.broadcast_to(seen[:, None], (batch, groups, length, num_keys))
     return seen.reshape(batch, 1, groups * length, num_keys)
 
 
-def to_rows(x, num_kv_heads: int):
+def to_rows(x: Array, num_kv_heads: int) -> Array:
     """[B, T, N, H] to [B, K, G * T, H]."""
     batch, length, heads, size = x.shape
     groups = heads // num_kv_heads
@@ -65,44 +66,53 @@ def to_rows(x, num_kv_heads: int):
     return x.reshape(batch, num_kv_heads, groups * length, size)
 
 
-def from_rows(x, groups: int):
+def from_rows(x: Array, groups: int) -> Array:
     """[B, K, G * T, H] to [B, T, N, H]."""
     batch, num_kv_heads, rows, size = x.shape
     x = x.reshape(batch, num_kv_heads, groups, rows // groups, size).transpose(0, 3, 1, 2, 4)
     return x.reshape(batch, rows // groups, num_kv_heads * groups, size)
 
 
-def part(where: Places, start, size: int) -> Places:
+def part(where: Places, start: int | Array, size: int) -> Places:
     """The places of `size` keys from `start`."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), where)
 
 
-def product(x, y, contract_x: int, contract_y: int):
+def product(x: Array, y: Array, contract_x: int, contract_y: int) -> Array:
     """Batched matrix product of two [B, K, ., .] arrays, accumulated in fp32."""
     dims = (((contract_x,), (contract_y,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
-def cap(how: Scores, score):
+def cap(how: Scores, score: Array) -> Array:
     """Scaled and soft-capped scores."""
     score = score * how.scale
     return score if how.softcap is None else how.softcap * jnp.tanh(score / how.softcap)
 
 
-def logits(how: Scores, q, key, seen):
+def logits(how: Scores, q: Array, key: Array, seen: Array | None) -> Array:
     """Logits of the rows of q [B, K, R, H] for key [B, K, S, H], HIDDEN where not seen."""
     score = cap(how, product(q, key, 3, 3))  # [B, K, R, S]
     return score if seen is None else jnp.where(seen, score, HIDDEN)
 
 
-def finish(top, total, out):
+def finish(top: Array, total: Array, out: Array) -> tuple[Array, Array]:
     """Normalised output and lse from the running sums of a softmax; blind rows: 0 and -inf."""
     some = total > 0
     total = jnp.where(some, total, 1)
     return out / total, jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
-def gradients(how: Scores, q, key, value, seen, lse, dout, delta):
+def gradients(
+    how: Scores,
+    q: Array,
+    key: Array,
+    value: Array,
+    seen: Array | None,
+    lse: Array,
+    dout: Array,
+    delta: Array,
+) -> tuple[Array, Array, Array]:
     """Gradients of one block: dq [B, K, R, H], dkey [B, K, H, S], dvalue [B, K, H', S], fp32.
 
     The key gradients come transposed because the matrix library has no fast product that

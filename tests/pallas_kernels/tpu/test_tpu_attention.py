@@ -6,6 +6,7 @@ import pytest
 
 from pallas_kernels import tpu
 from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import attend, chips
 from pallas_kernels.tpu.blocks import Blocks
 from tests.pallas_kernels.attention_cases import AttentionCases
@@ -59,7 +60,8 @@ class Tile(Tpu):
         q, keys, values, *weights = arguments
         how = attend.How(scale, softcap, chips.CHIPS["v5e"])
         blocks = Blocks(16, 256, 128) if keys[0].shape[1] > 128 else Blocks(16, 128, 128)
-        return attend.tiled(how, (blocks, blocks), True, q, (keys, values, *weights), mask)
+        sources = MixedSources(keys, values, *weights)
+        return attend.tiled(how, (blocks, blocks), True, q, sources, mask)
 
 
 class TestTpu(Tpu, AttentionCases):

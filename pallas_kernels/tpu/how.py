@@ -1,0 +1,52 @@
+"""Static settings of a call on a TPU."""
+
+import dataclasses
+import math
+
+import numpy as np
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.devices import Chip
+
+LOG2E = math.log2(math.e)
+Interpret = bool | pltpu.InterpretParams  # run on any device; the second also simulates copies
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """Static settings of a call.
+
+    Attributes:
+      scale, softcap: of the scores.
+      chip: what is compiled for.
+      full, partial: there may be tiles without, and with, hidden scores.
+      per_row: rows of the batch visit different tiles.
+      holes: some keys of the arrays may be absent.
+    """
+
+    scale: float
+    softcap: float | None
+    chip: Chip
+    full: bool = True
+    partial: bool = True
+    per_row: bool = False
+    holes: bool = False
+
+    @property
+    def query_factor(self) -> float:
+        """What the queries are multiplied with: base 2, unless a soft cap comes in between."""
+        return self.scale * (LOG2E if self.softcap is None else 1.0)
+
+    def specialized(
+        self, visited: Array | np.ndarray, full: Array | np.ndarray, holes: bool = False
+    ) -> "How":
+        """The settings for these tables of tiles."""
+        known = isinstance(visited, np.ndarray)
+        return dataclasses.replace(
+            self,
+            per_row=visited.shape[0] > 1,
+            full=bool(full.any()) if known else True,
+            partial=bool((visited & ~full).any()) if known else True,
+            holes=holes,
+        )
