@@ -59,6 +59,7 @@ def _what_readers_have(folder: pathlib.Path) -> dict:
     import jax
     import jax.numpy as jnp
     from flax import nnx
+    from tokenizers import Tokenizer, models
 
     from fusedkv_jax.data import tokenizers
     from tests.interop.test_gguf_file import tensors, write
@@ -68,6 +69,8 @@ def _what_readers_have(folder: pathlib.Path) -> dict:
     )
     plain = fkv.Decoder(config.replace(layout="mha"), rngs=nnx.Rngs(0))
     fkv.interop.save_huggingface(plain, folder / "FOLDER")
+    words = models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    Tokenizer(words).save(str(folder / "FOLDER" / "tokenizer.json"))
     two = tensors()
     upper = {
         re.sub(r"blk\.(\d)", lambda m: f"blk.{int(m[1]) + 2}", name): two[name] for name in two
