@@ -185,7 +185,9 @@ for name, run in finished.items():
 axes.set_xlabel("cache, bytes per token")
 axes.set_ylabel("held-out bits per byte")
 axes.margins(0.2)
-plt.show()
+figure.savefig(workdir / "comparison.png", dpi=120)
+plt.close(figure)
+display(Image(workdir / "comparison.png"))
 
 # %% [markdown]
 # ## Going on

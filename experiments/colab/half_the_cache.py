@@ -54,6 +54,7 @@ import sysconfig
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+from IPython.display import Image, display
 
 import fusedkv_jax as fkv
 from experiments.common import runs
@@ -197,7 +198,9 @@ colors = ["tab:green" if "fitted" in n else "tab:gray" for n in names]
 axes.barh(names, [losses[n] for n in names], color=colors)
 axes.axvline(losses["original"], color="black", linewidth=1)
 axes.set_xlabel("held-out loss, nats per token")
-plt.show()
+figure.savefig(workdir / "losses.png", dpi=120)
+plt.close(figure)
+display(Image(workdir / "losses.png"))
 
 # %% [markdown]
 # The fit is a start, not the end: what is lost comes back with training, which begins from here.
