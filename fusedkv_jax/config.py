@@ -43,7 +43,7 @@ class RopeConfig:
         mscale: yarn, multiplies cos and sin by 0.1 * mscale * ln(factor) + 1 (over the same with
             `mscale_all_dim`, where that is not 0).
         mscale_all_dim: yarn as in DeepSeek; MLA multiplies its score scale by its squared term.
-        fraction: share of each head's channels that turn, the first ones (GPT-NeoX, Phi).
+        fraction: share of each head's channels that rotate, the first ones (GPT-NeoX, Phi).
     """
 
     theta: float = 10_000.0
@@ -306,7 +306,7 @@ class ModelConfig:
         """(heads, channels) of one token's cached `key` and `value` stream."""
         return self.geometry.stream_shapes
 
-    def replace(self, **changes: Any) -> ModelConfig:
+    def replace(self, **changes: object) -> ModelConfig:
         """A copy with other fields; a named layout follows a changed `num_layers`."""
         if "num_layers" in changes and "layout" not in changes and self.kv_layout.spec:
             changes["layout"] = self.kv_layout.spec
@@ -327,7 +327,7 @@ class ModelConfig:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+    def from_dict(cls, fields: Mapping[str, object]) -> ModelConfig:
         """Build a configuration from plain values.
 
         Raises:
@@ -337,12 +337,12 @@ class ModelConfig:
             raise ConfigError(f"model={fields!r}; use fields by name")
         fields = dict(fields)
         for name, kind in _PARTS.items():
-            if isinstance(fields.get(name), Mapping):
-                fields[name] = build(kind, fields[name], ConfigError, f"{name}.")
-        if isinstance(fields.get("nope_layers"), list):  # as JSON has it
-            fields["nope_layers"] = tuple(fields["nope_layers"])
-        if isinstance(fields.get("layout"), Mapping):
-            fields["layout"] = KVLayout.from_dict(fields["layout"])
+            if isinstance(part := fields.get(name), Mapping):
+                fields[name] = build(kind, part, ConfigError, f"{name}.")
+        if isinstance(layers := fields.get("nope_layers"), list):  # as JSON has it
+            fields["nope_layers"] = tuple(layers)
+        if isinstance(layout := fields.get("layout"), Mapping):
+            fields["layout"] = KVLayout.from_dict(layout)
         return build(cls, fields, ConfigError)
 
 
@@ -397,8 +397,8 @@ def _check_ropes(config: ModelConfig) -> None:
         for j in layer.key.sources:
             if config.layer_ropes[i] != config.layer_ropes[j]:
                 raise ConfigError(
-                    f"layer {i} reads the keys of layer {j}, which turn in another way; share keys"
-                    " only between layers of one rotary embedding"
+                    f"layer {i} reads the keys of layer {j}, which rotate in another way; share"
+                    " keys only between layers of one rotary embedding"
                 )
         if layer.key.weights not in (None, "scalar", "head") and fractions - {1.0}:
             raise ConfigError(

@@ -7,14 +7,13 @@ would be with that layout.
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from fusedkv_jax.config import ConfigError, MLAConfig, ModelConfig, RopeConfig
 from fusedkv_jax.layouts import KVLayout
 from fusedkv_jax.validation import check_type
 
 
-def _paper(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> dict[str, Any]:
+def _paper(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> dict[str, object]:
     """arXiv 2512.03870: Qwen3-style blocks, 128,000 untied tokens, context 8192, MHA."""
     return dict(
         vocab_size=128_000,
@@ -28,7 +27,7 @@ def _paper(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> dict[str
 
 def _qwen3(
     num_layers: int, d_model: int, num_heads: int, d_ff: int, *, tied: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Qwen3 (arXiv 2505.09388): 8 KV heads of 128 channels, norms on queries and keys."""
     return dict(
         vocab_size=151_936,
@@ -44,39 +43,33 @@ def _qwen3(
     )
 
 
-def _llama(
-    num_layers: int,
-    d_model: int,
-    num_heads: int,
-    d_ff: int,
-    *,
-    num_kv_heads: int,
-    vocab_size: int = 128_256,
-    max_length: int = 131_072,
-    tied: bool = False,
-    rope: RopeConfig,
-) -> dict[str, Any]:
-    """Llama blocks: no norms on queries and keys, epsilon 1e-5."""
+def _llama(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> dict[str, object]:
+    """Llama blocks: no norms on queries and keys, epsilon 1e-5; sizes of Llama 2."""
     return dict(
-        vocab_size=vocab_size,
+        vocab_size=32_000,
         num_layers=num_layers,
         d_model=d_model,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
         d_ff=d_ff,
-        max_length=max_length,
+        max_length=4096,
         qk_norm=False,
-        tie_embeddings=tied,
         norm_eps=1e-5,
-        rope=rope,
+        rope=RopeConfig(),
     )
 
 
-def _llama3_rope(factor: float) -> RopeConfig:
-    return RopeConfig(theta=500_000.0, scaling="llama3", factor=factor, original_length=8192)
+def _llama3(factor: float, *, tied: bool) -> dict[str, object]:
+    """What Llama 3 has otherwise: grouped heads, more tokens, and a context that is stretched."""
+    return dict(
+        vocab_size=128_256,
+        num_kv_heads=8,
+        max_length=131_072,
+        tie_embeddings=tied,
+        rope=RopeConfig(theta=500_000.0, scaling="llama3", factor=factor, original_length=8192),
+    )
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[str, dict[str, object]] = {
     # Bytes and two special tokens (`fusedkv_jax.data`), for a few minutes on two CPU cores.
     "demo": dict(vocab_size=258, num_layers=8, d_model=192, num_heads=6, d_ff=512, max_length=512),
     "332m": _paper(12, 1024, 16, 4096),
@@ -95,29 +88,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_8b": _qwen3(36, 4096, 32, 12_288, tied=False),
     "qwen3_14b": _qwen3(40, 5120, 40, 17_408, tied=False),
     "qwen3_32b": _qwen3(64, 5120, 64, 25_600, tied=False),
-    "llama2_7b": _llama(
-        32,
-        4096,
-        32,
-        11_008,
-        num_kv_heads=32,
-        vocab_size=32_000,
-        max_length=4096,
-        rope=RopeConfig(),
-    ),
-    "llama3_1_8b": _llama(32, 4096, 32, 14_336, num_kv_heads=8, rope=_llama3_rope(8.0)),
-    "llama3_2_1b": _llama(16, 2048, 32, 8192, num_kv_heads=8, tied=True, rope=_llama3_rope(32.0)),
-    "llama3_2_3b": _llama(28, 3072, 24, 8192, num_kv_heads=8, tied=True, rope=_llama3_rope(32.0)),
-    "tinyllama_1_1b": _llama(
-        22,
-        2048,
-        32,
-        5632,
-        num_kv_heads=4,
-        vocab_size=32_000,
-        max_length=2048,
-        rope=RopeConfig(),
-    ),
+    "llama2_7b": _llama(32, 4096, 32, 11_008) | dict(num_kv_heads=32),
+    "llama3_1_8b": _llama(32, 4096, 32, 14_336) | _llama3(8.0, tied=False),
+    "llama3_2_1b": _llama(16, 2048, 32, 8192) | _llama3(32.0, tied=True),
+    "llama3_2_3b": _llama(28, 3072, 24, 8192) | _llama3(32.0, tied=True),
+    "tinyllama_1_1b": _llama(22, 2048, 32, 5632) | dict(num_kv_heads=4, max_length=2048),
     # DeepSeek-V2 (arXiv 2405.04434), its dense first layer's feed-forward in every layer.
     "deepseek_v2_dense": dict(
         vocab_size=102_400,
@@ -144,7 +119,7 @@ def names() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def get(name: str, layout: str | KVLayout = "fusedkv", **overrides: Any) -> ModelConfig:
+def get(name: str, layout: str | KVLayout = "fusedkv", **overrides: object) -> ModelConfig:
     """Build a preset's configuration.
 
     Args:

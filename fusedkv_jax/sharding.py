@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from fusedkv_jax.mesh import AXES as AXES
 from fusedkv_jax.mesh import MeshConfig as MeshConfig
 from fusedkv_jax.mesh import MeshError as MeshError
+from fusedkv_jax.trees import Leaf
 from fusedkv_jax.validation import check_kind
+
+R = TypeVar("R")
 
 # Logical axis -> mesh axes. An axis whose size they do not divide stays whole.
 RULES: dict[str | None, tuple[str, ...]] = {
@@ -78,7 +84,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ) from None
 
 
-def automatic(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+def automatic(function: Callable[..., R], out_specs: PyTree) -> Callable[..., R]:
     """Let XLA choose shardings inside a function, under a mesh with explicit axes too.
 
     Args:
@@ -86,16 +92,17 @@ def automatic(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any
       out_specs: the partition of its results there, a tree or a prefix of one.
     """
 
-    def run(*arguments):
+    def run(*arguments: PyTree) -> R:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or not mesh.explicit_axes:
             return function(*arguments)
-        return jax.sharding.auto_axes(function, out_sharding=out_specs)(*arguments)
+        split = jax.sharding.auto_axes(function, out_sharding=out_specs)
+        return cast("Callable[..., R]", split)(*arguments)
 
     return run
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The partition of an array with these logical axes on a mesh."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
@@ -106,7 +113,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
     return P(*parts)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """A sharding for every array of a tree of parameters, gradients or optimizer state.
 
     Args:
@@ -115,7 +122,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
       mesh: the mesh.
     """
 
-    def of(path, leaf) -> NamedSharding:
+    def of(path: KeyPath, leaf: Leaf) -> NamedSharding:
         name = matrix_name(path)
         axes: tuple[str | None, ...] = ()
         if name is not None and len(leaf.shape) >= len(PARAMETERS[name]):
@@ -126,10 +133,10 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def serving_shardings(tree: Any, mesh: Mesh) -> Any:
+def serving_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """`parameter_shardings` for generation: whole along `context`, whose devices share prompts."""
 
-    def whole(axes: Any) -> Any:
+    def whole(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
         names = (axes,) if isinstance(axes, str) else axes or ()
         return tuple(name for name in names if name != "context") or None
 
@@ -139,7 +146,7 @@ def serving_shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def matrix_name(path: Sequence[Any]) -> str | None:
+def matrix_name(path: KeyPath) -> str | None:
     """The name in `PARAMETERS` of the leaf at this path of a tree, or None."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     return next((name for name in reversed(names) if name in PARAMETERS), None)
@@ -172,7 +179,7 @@ def check_batch(
         )
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: Mapping[str, ArrayLike], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of [B, T] arrays, as `process_rows` says, as global arrays."""
     sharding, (_, parts) = batch_sharding(mesh), process_rows(mesh)
     return {
@@ -209,7 +216,7 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def active_mesh() -> Any:
+def active_mesh() -> AbstractMesh | None:
     """The mesh that is set around the code being traced, or None if it does not split anything."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh

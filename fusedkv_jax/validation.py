@@ -13,13 +13,14 @@ import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 T = TypeVar("T")
+Hint = Any  # an annotation: a class, a union, a literal, a tuple
 
 
 def validate(
-    instance: Any,
+    instance: object,
     error: type[ValueError],
     *,
     least: Mapping[str, int] | None = None,
@@ -52,7 +53,7 @@ def validate(
 
 
 def check_count(
-    name: str, value: Any, error: type[ValueError] = ValueError, least: int = 1
+    name: str, value: object, error: type[ValueError] = ValueError, least: int = 1
 ) -> None:
     """Refuse what is not a whole number (NumPy's included) of at least `least`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
@@ -60,21 +61,23 @@ def check_count(
 
 
 def check_kind(
-    name: str, value: Any, kind: type, remedy: str, error: type[ValueError] = ValueError
+    name: str, value: object, kind: type, remedy: str, error: type[ValueError] = ValueError
 ) -> None:
     """Refuse what is not an instance of a class; the message says what to pass instead."""
     if not isinstance(value, kind):
         raise error(f"{name} is {type(value).__name__}; pass {remedy}")
 
 
-def check_type(name: str, value: Any, hint: Any, error: type[ValueError]) -> None:
+def check_type(name: str, value: object, hint: Hint, error: type[ValueError]) -> None:
     """Refuse a value that is not of an annotated type (see `validate`) or not finite."""
     advice = _advice(hint, value, "")
     if advice:
         raise error(f"{name}={value!r}; {advice}")
 
 
-def build(cls: type[T], fields: Mapping[str, Any], error: type[ValueError], prefix: str = "") -> T:
+def build(
+    cls: type[T], fields: Mapping[str, object], error: type[ValueError], prefix: str = ""
+) -> T:
     """A dataclass from plain values.
 
     Args:
@@ -96,19 +99,19 @@ def build(cls: type[T], fields: Mapping[str, Any], error: type[ValueError], pref
     return cls(**fields)
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """The part of a message that names what may have been meant; empty if nothing is near."""
     near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Hint]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _advice(hint: Any, value: Any, bound: str) -> str | None:
+def _advice(hint: Hint, value: object, bound: str) -> str | None:
     """What to do about a value of the wrong type; None for a right one."""
     if _fits(hint, value):
         return None
@@ -119,7 +122,7 @@ def _advice(hint: Any, value: Any, bound: str) -> str | None:
     return "use " + _describe(hint, bound)
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def _fits(hint: Hint, value: object) -> bool:
     if len(_parts(hint)) > 1:
         return any(_fits(part, value) for part in _parts(hint))
     if _literals(hint):
@@ -135,12 +138,12 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     """An int or a float, of which NumPy's float64 is one; a bool is neither."""
     return type(value) is int or isinstance(value, float)
 
 
-def _fit_all(hints: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+def _fit_all(hints: tuple[Hint, ...], values: tuple[object, ...]) -> bool:
     if hints[-1:] == (...,):
         hints = (hints[0],) * len(values)
     return len(hints) == len(values) and all(map(_fits, hints, values))
@@ -155,7 +158,7 @@ _WORDS = {
 }
 
 
-def _describe(hint: Any, bound: str = "", many: bool = False) -> str:
+def _describe(hint: Hint, bound: str = "", many: bool = False) -> str:
     if len(_parts(hint)) > 1:
         *others, last = (_describe(part, bound) for part in _parts(hint))
         return f"{', '.join(others)} or {last}"
@@ -169,10 +172,10 @@ def _describe(hint: Any, bound: str = "", many: bool = False) -> str:
     return (several if many else one) + (bound if hint in (int, float) else "")
 
 
-def _parts(hint: Any) -> tuple[Any, ...]:
+def _parts(hint: Hint) -> tuple[Hint, ...]:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if union else (hint,)
 
 
-def _literals(hint: Any) -> tuple[Any, ...]:
+def _literals(hint: Hint) -> tuple[Hint, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

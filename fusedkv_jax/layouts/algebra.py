@@ -296,7 +296,7 @@ class KVLayout:
         return self._stored[kind, layer]
 
 
-def _tuple(value: Any) -> Any:
+def _tuple(value: object) -> object:
     """Lists of JSON as tuples; anything else is left to validation."""
     return tuple(value) if isinstance(value, list) else value
 

@@ -309,7 +309,7 @@ def names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
-def get(name: str, num_layers: int, **options: Any) -> KVLayout:
+def get(name: str, num_layers: int, **options: object) -> KVLayout:
     """Build a named layout.
 
     `gqa`, `mqa` and `mla` give the layout of `mha`: as head geometries they are set in

@@ -57,7 +57,7 @@ def test_parameters_are_counted_and_configurations_survive(name):
     ("changes", "message"),
     [
         (dict(nope_layers=(6,)), "nope_layers has 6; the layers are 0 to 5"),
-        (dict(layout="cla", nope_layers=(1,)), "layer 1 reads the keys of layer 0, which turn"),
+        (dict(layout="cla", nope_layers=(1,)), "layer 1 reads the keys of layer 0, which rotate"),
         (
             dict(layout="fusedkv", rope=fkv.RopeConfig(fraction=0.5)),
             "weights key channels in rotary",
