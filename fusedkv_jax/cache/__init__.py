@@ -17,13 +17,20 @@ __all__ = [
     "LinearStore",
     "PagedCall",
     "PagedStore",
+    "MaskArguments",
     "Piece",
     "Reading",
     "RingStore",
+    "Rotation",
     "Rows",
     "SequenceStore",
+    "Slot",
+    "Source",
     "StackedStore",
+    "Storage",
     "Store",
+    "StreamWeights",
+    "View",
     "cache_plan",
     "cache_shardings",
     "check_int4",
@@ -46,8 +53,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fusedkv_jax.cache.cache import KVCache, check_int4
-    from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
+    from fusedkv_jax.cache.cache import KVCache, check_int4, unstacked
+    from fusedkv_jax.cache.calls import (
+        Call,
+        MaskArguments,
+        Piece,
+        Reading,
+        Rotation,
+        Rows,
+        Source,
+        StreamWeights,
+        View,
+    )
     from fusedkv_jax.cache.kivi import KiviStore
     from fusedkv_jax.cache.paged import (
         Lane,
@@ -61,8 +78,10 @@ if TYPE_CHECKING:
     from fusedkv_jax.cache.plan import CachePlan, Group, cache_plan, sequence_plan, split_plan
     from fusedkv_jax.cache.sequence import SequenceStore
     from fusedkv_jax.cache.shardings import cache_shardings, constrain_cache
-    from fusedkv_jax.cache.stacked import StackedStore, unstacked
+    from fusedkv_jax.cache.stacked import StackedStore
     from fusedkv_jax.cache.storage import (
+        Slot,
+        Storage,
         encode,
         ring_positions,
         select,
@@ -78,8 +97,19 @@ else:
         __name__,
         __all__,
         {
-            "cache": ["KVCache", "check_int4"],
-            "calls": ["Call", "Piece", "Reading", "Rows"],
+            "cache": ["KVCache", "check_int4", "unstacked"],
+            "calls": [
+                "Call",
+                "MaskArguments",
+                "Piece",
+                "Reading",
+                "Rotation",
+                "Rows",
+                "Slot",
+                "Source",
+                "StreamWeights",
+                "View",
+            ],
             "kivi": ["KiviStore"],
             "paged": [
                 "Lane",
@@ -93,8 +123,10 @@ else:
             "plan": ["CachePlan", "Group", "cache_plan", "sequence_plan", "split_plan"],
             "sequence": ["SequenceStore"],
             "shardings": ["cache_shardings", "constrain_cache"],
-            "stacked": ["StackedStore", "unstacked"],
+            "stacked": ["StackedStore"],
             "storage": [
+                "Slot",
+                "Storage",
                 "encode",
                 "ring_positions",
                 "select",

@@ -11,20 +11,21 @@ import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Int
 
 from fusedkv_jax.cache import kivi, stacked
 from fusedkv_jax.cache.plan import CachePlan, Group, StreamName, cache_plan
-from fusedkv_jax.cache.storage import empty, storage_type
-from fusedkv_jax.cache.stores import LinearStore, RingStore, Store
+from fusedkv_jax.cache.storage import Storage, empty, storage_type
+from fusedkv_jax.cache.stores import LinearStore, RingStore, Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
+from fusedkv_jax.trees import Leaf
 
 LOST = 1 << 30  # the length of a row that was given what it cannot hold: beyond any store
 
@@ -43,9 +44,8 @@ class KVCache:
         plan: which streams are where.
     """
 
-    # Not typed as stores and arrays: a pytree is also rebuilt around specifications and masks.
-    stores: tuple[Any, ...]
-    lengths: Any
+    stores: tuple[Store, ...]
+    lengths: Leaf
     plan: CachePlan
 
     @classmethod
@@ -84,14 +84,14 @@ class KVCache:
         return cls(stores, jnp.zeros(batch_size, jnp.int32), plan)
 
     @property
-    def keys(self) -> tuple[Any, ...]:
+    def keys(self) -> tuple[Storage, ...]:
         """Storage [P, B, S, K, H] of each group's keys; [P, B, S, K * H] in a `StackedStore`."""
-        return tuple(store.keys for store in self.stores)
+        return tuple(storage_of(store, "key") for store in self.stores)
 
     @property
-    def values(self) -> tuple[Any, ...]:
+    def values(self) -> tuple[Storage, ...]:
         """Storage [P, B, S, K, H'] of each group's values, likewise."""
-        return tuple(store.values for store in self.stores)
+        return tuple(storage_of(store, "value") for store in self.stores)
 
     @property
     def capacity(self) -> int | None:
@@ -99,21 +99,21 @@ class KVCache:
         limits = [store.capacity for store in self.stores]
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def overflows(self, lengths: Any) -> Any:
-        """Rows in which so many tokens, `lengths` int32 [B], are too many; bool [B]."""
+    def overflows(self, lengths: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Rows in which so many tokens are too many."""
         return functools.reduce(operator.or_, (store.overflows(lengths) for store in self.stores))
 
     @property
-    def overflowed(self) -> Any:
-        """Rows whose logits are NaN, as they were given what they cannot hold; bool [B].
+    def overflowed(self) -> Bool[Array, "B"]:
+        """Rows whose logits are NaN, as they were given what they cannot hold.
 
         That is more tokens than there is room for (those beyond are dropped), a number of tokens
         below 0 or above the columns of the call, or an id outside the vocabulary.
         """
         return self.overflows(self.lengths)
 
-    def advanced(self, valid: Any) -> KVCache:
-        """The cache after a call in which the rows that are not `valid`, bool [B], are lost."""
+    def advanced(self, valid: Bool[Array, "B"]) -> KVCache:
+        """The cache after a call in which the rows that are not `valid` are lost."""
         return dataclasses.replace(self, lengths=jnp.where(valid, self.lengths, LOST))
 
     def check(self, config: ModelConfig, batch_size: int) -> None:
@@ -179,6 +179,12 @@ def check_int4(config: ModelConfig) -> None:
             )
 
 
+def unstacked(cache: KVCache) -> KVCache:
+    """The cache with the heads of all streams apart, as compressors take it."""
+    stores = tuple(s.apart() if isinstance(s, stacked.StackedStore) else s for s in cache.stores)
+    return dataclasses.replace(cache, stores=stores)
+
+
 def _store(config: ModelConfig, group: Group, rows: int, max_length: int, dtype: str) -> Store:
     ring = group.window is not None and group.window <= max_length
     length = group.window if ring and group.window else max_length
@@ -189,9 +195,9 @@ def _store(config: ModelConfig, group: Group, rows: int, max_length: int, dtype:
     if dtype == "int4":
         old = kivi.quantized_tokens(max_length)
         if group.window is None and old:
-            codes = (kivi.empty_codes(kind, shape(kind, old)) for kind in KINDS)
-            exact = (jnp.zeros(shape(kind, kivi.PLACES), config.dtype) for kind in KINDS)
-            return kivi.KiviStore(*codes, *exact)
+            codes = [kivi.empty_codes(kind, shape(kind, old)) for kind in KINDS]
+            exact = [jnp.zeros(shape(kind, kivi.PLACES), config.dtype) for kind in KINDS]
+            return kivi.KiviStore(codes[0], codes[1], exact[0], exact[1])
         dtype = config.dtype
     keys, values = (empty(shape(kind, length), dtype) for kind in KINDS)
     if ring:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from fusedkv_jax.cache.storage import Slot
 from fusedkv_jax.layouts import Kind
+from fusedkv_jax.trees import Leaf
+from pallas_kernels import PagedStream, Quantized, Stacked
+
+Source = Array | Quantized | Stacked | PagedStream
+View = PyTree  # a source as a store's `view` gives it and its `pieces` take it, in any form
+StreamWeights = Float[Array, "_ _ _"] | None  # [J, K, H] of J sources; None where one is reused
+Rotation = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]  # cosines and sines
 
 
 @functools.partial(
@@ -30,10 +38,10 @@ class Call:
             only `SequenceStore` serves; None for one document a row.
     """
 
-    first: Any
-    count: Any
+    first: Any  # an array or None, which only those stores see that do not ask for it
+    count: Leaf
     length: int
-    segment_ids: Any = None
+    segment_ids: Leaf | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,6 +62,18 @@ class Call:
         return jnp.where(jnp.arange(self.length) < self.count[:, None], self.positions, -1)
 
 
+class MaskArguments(TypedDict, total=False):
+    """The masking arguments of `pallas_kernels.attention`; see there."""
+
+    causal: bool
+    window: int | None
+    q_positions: Int[Array, "B t"]
+    kv_positions: Int[Array, "B S"]
+    q_segment_ids: Int[Array, "B t"]
+    kv_segment_ids: Int[Array, "B S"]
+    kv_lengths: Int[Array, "B"]
+
+
 class Rows(NamedTuple):
     """The queries of one layer and what they may see.
 
@@ -63,15 +83,28 @@ class Rows(NamedTuple):
         strict: a token does not see itself: the layer reads one above it.
     """
 
-    positions: Any
+    positions: Int[Array, "B t"]
     window: int | None
     strict: bool
 
-    def mask(self) -> dict[str, Any]:
+    def mask(self) -> MaskArguments:
         """The queries' part of the masking arguments of `pallas_kernels.attention`."""
         # Without the token itself, a window of W positions begins one position before it.
         window = self.window - 1 if self.window and self.strict else self.window
         return {"causal": True, "window": window, "q_positions": self.positions - self.strict}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Queries of one lane among all: the `rows * columns` ones from `start` on."""
+
+    start: int
+    rows: int
+    columns: int
+
+    def take(self, q: Float[Array, "1 N *rest"]) -> Float[Array, "R T *rest"]:
+        part = q[0, self.start : self.start + self.rows * self.columns]
+        return part.reshape(self.rows, self.columns, *q.shape[2:])
 
 
 class Piece(NamedTuple):
@@ -80,18 +113,18 @@ class Piece(NamedTuple):
     Attributes:
         keys: J sources [B, S, K, H], arrays or `Quantized`.
         values: J' sources [B, S, K, H'].
-        mask: masking arguments of `pallas_kernels.attention`.
-        turn: cosines and sines [B, t, h/2] by which queries are rotated further before they read
-            this piece; None for not at all.
-        cut: which of the queries read it, a `paged.Cut`; None for all. Pieces with cuts are read by
-            different queries, so they have tokens in common.
+        mask: which of the tokens a query sees.
+        extra_rotation: cosines and sines [B, t, h/2] by which queries are rotated further before
+            they read this piece; None for not at all.
+        cut: which of the queries read it; None for all. Pieces with cuts are read by different
+            queries, so they have tokens in common.
     """
 
-    keys: tuple[Any, ...]
-    values: tuple[Any, ...]
-    mask: dict[str, Any]
-    turn: Any = None
-    cut: Any = None
+    keys: tuple[Source, ...]
+    values: tuple[Source, ...]
+    mask: MaskArguments
+    extra_rotation: Rotation | None = None
+    cut: Cut | None = None
 
 
 class Reading(NamedTuple):
@@ -108,9 +141,9 @@ class Reading(NamedTuple):
     """
 
     layer: int
-    slots: dict[Kind, tuple[Any, ...]]
-    weights: dict[Kind, Any]
-    q: Any
+    slots: dict[Kind, tuple[Slot, ...]]
+    weights: dict[Kind, StreamWeights]
+    q: Float[Array, "B t N H"]
     pieces: tuple[Piece, ...]
-    lse: Any
+    lse: Float[Array, "B t N"]
     rows: Rows

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache.calls import Call, Piece, Rows
-from fusedkv_jax.cache.storage import Slot, ring_positions, select, write, write_ring
+from fusedkv_jax.cache.calls import Call, MaskArguments, Piece, Rows, View
+from fusedkv_jax.cache.storage import Slot, Storage, ring_positions, select, write, write_ring
 from fusedkv_jax.cache.stores import Store, storage_of
 from fusedkv_jax.layouts import Kind
+from fusedkv_jax.trees import Leaf
 from pallas_kernels.quantized import Quantized, quantize
 
 GROUP = 32  # tokens that are quantized together, and channels of a value that share a scale
@@ -28,7 +29,11 @@ SCALE_TYPE = jnp.float16
 LEAST_CHANNELS = 8
 
 
-def quantized_tokens(seen: Any) -> Any:
+@overload
+def quantized_tokens(seen: int) -> int: ...
+@overload
+def quantized_tokens(seen: Array) -> Array: ...
+def quantized_tokens(seen: int | Array) -> int | Array:
     """How many of a row's tokens are in 4 bits once it has seen so many; numbers or arrays."""
     groups = (seen - RECENT) // GROUP
     return GROUP * (max(groups, 0) if isinstance(seen, int) else jnp.maximum(groups, 0))
@@ -85,17 +90,17 @@ class KiviStore(Store):
         recent_values: exact ring [P, B, 160, K, H'].
     """
 
-    keys: Any
-    values: Any
-    recent_keys: Any
-    recent_values: Any
+    keys: Storage
+    values: Storage
+    recent_keys: Leaf
+    recent_values: Leaf
 
-    def deferred(self, call: Call) -> bool:
+    def writes_at_end(self, call: Call) -> bool:
         return call.length > 1
 
     def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> KiviStore:
         store, ring = self, storage_of(self, kind, "recent_")
-        if not self.deferred(call):
+        if not self.writes_at_end(call):
             ring = write(ring, slot, new.astype(ring.dtype), call.first % PLACES, call.count)
             store = store._with(kind, ring, "recent_")
         begin = quantized_tokens(call.first)
@@ -108,13 +113,21 @@ class KiviStore(Store):
             codes = tokens()
         return store._with(kind, write(storage_of(self, kind), slot, codes, begin, due))
 
-    def _due(self, kind: Kind, slot: Slot, ring, new, begin, call: Call) -> Quantized:
+    def _due(
+        self,
+        kind: Kind,
+        slot: Slot,
+        ring: Float[Array, "P B E K H"],
+        new: Float[Array, "B T K H"],
+        begin: Int[Array, "B"],
+        call: Call,
+    ) -> Quantized:
         """The groups from position `begin` on in 4 bits, as many as this call can fill."""
         count = GROUP * -(-call.length // GROUP)
         position = begin[:, None] + jnp.arange(count)  # [B, count]
         exact = select(ring, slot)
         place = position % PLACES
-        if self.deferred(call):
+        if self.writes_at_end(call):
             exact = jnp.concatenate([exact, new.astype(exact.dtype)], axis=1)
             late = jnp.clip(position - call.first[:, None], 0, call.length - 1)
             place = jnp.where(position < call.first[:, None], place, PLACES + late)
@@ -122,17 +135,19 @@ class KiviStore(Store):
         groups = (GROUP, 1) if kind == "key" else (1, channel_group(kind, tokens.shape[-1]))
         return quantize(tokens, "int4", *groups, scale_dtype=SCALE_TYPE)
 
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> tuple[Any, Any]:
+    def view(
+        self, kind: Kind, slot: Slot, new: Array | None, call: Call
+    ) -> tuple[Quantized, Array]:
         codes = select(storage_of(self, kind), slot)
         exact = select(storage_of(self, kind, "recent_"), slot)
-        if self.deferred(call):
+        if new is not None:
             exact = jnp.concatenate([exact, new.astype(exact.dtype)], axis=1)
         return codes, exact
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -141,32 +156,36 @@ class KiviStore(Store):
             (tuple(view[i] for view in keys), tuple(view[i] for view in values)) for i in (0, 1)
         )
         quantized = quantized_tokens(rows.positions)
-        coded = {
+        coded: MaskArguments = {
             "causal": True,
             "q_positions": quantized - 1,
             "kv_lengths": quantized_tokens(call.first + call.count),
         }
         held = self._exact_positions(call)
-        if not self.deferred(call):
+        if not self.writes_at_end(call):
             return Piece(*old, coded), Piece(*exact, rows.mask() | {"kv_positions": held})
         # A query's exact tokens begin where its codes end: the last R/32 whole groups before its
         # own group, and its own group up to itself.
         block, groups = rows.positions // GROUP, held // GROUP
-        before = {
+        before: MaskArguments = {
             "causal": True,
             "window": RECENT // GROUP,
             "q_positions": block - 1,
             "kv_positions": groups,
         }
-        within = {"q_segment_ids": block, "kv_segment_ids": groups, "kv_positions": held}
+        within: MaskArguments = {
+            "q_segment_ids": block,
+            "kv_segment_ids": groups,
+            "kv_positions": held,
+        }
         return Piece(*old, coded), Piece(*exact, before), Piece(*exact, rows.mask() | within)
 
     def _exact_positions(self, call: Call) -> Int[Array, "B E"]:
         """Position of every exact token, negative for what is in 4 bits or not there."""
-        seen = call.first if self.deferred(call) else call.first + call.count
+        seen = call.first if self.writes_at_end(call) else call.first + call.count
         held = ring_positions(seen, PLACES)
         held = jnp.where(held >= quantized_tokens(call.first)[:, None], held, -1)
-        if not self.deferred(call):
+        if not self.writes_at_end(call):
             return held
         return jnp.concatenate([held, call.valid_positions], axis=1)
 

@@ -16,11 +16,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache.calls import Call, Piece, Rows
-from fusedkv_jax.cache.storage import Slot, empty, encode, storage_type
+from fusedkv_jax.cache.calls import Call, Cut, Piece, Rows, View
+from fusedkv_jax.cache.storage import Slot, Storage, Tree, empty, encode, storage_type
 from fusedkv_jax.cache.stores import Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
+from fusedkv_jax.trees import Leaf
 from pallas_kernels import PagedStream, Quantized
 
 
@@ -36,8 +37,8 @@ class Lane:
         positions: int32 [R, T], ascending in each row; -1 for padding, at its end.
     """
 
-    table: Any
-    positions: Any
+    table: Leaf | np.ndarray
+    positions: Leaf | np.ndarray
 
     @property
     def lengths(self) -> Int[Array, "R"]:
@@ -64,7 +65,8 @@ class PagedCall(Call):
     def of(cls, lanes: tuple[Lane, ...]) -> PagedCall:
         """The call of some lanes."""
         length = sum(lane.positions.size for lane in lanes)
-        return cls(None, np.full(1, length, np.int32), length, None, lanes)
+        count: Any = np.full(1, length, np.int32)  # known while tracing
+        return cls(None, count, length, None, lanes)
 
     @property
     def positions(self) -> Int[Array, "1 N"]:
@@ -84,7 +86,7 @@ class PagedCall(Call):
         positions = jnp.where(index < 0, -1, self._flat[index])
         return PagedCall.of((Lane(table, positions[:, None]),))
 
-    def places(self, page_size: int, num_pages: int) -> tuple[Any, Any]:
+    def places(self, page_size: int, num_pages: int) -> tuple[Array, Array]:
         """Page and place in it of each token, [N]; padding has a page that is not there."""
         pages = []
         for lane in self.lanes:
@@ -113,8 +115,8 @@ class PagedStore(Store):
         heads: K.
     """
 
-    keys: Any
-    values: Any
+    keys: Storage
+    values: Storage
     heads: int
 
     @classmethod
@@ -162,19 +164,19 @@ class PagedStore(Store):
         storage = storage_of(self, kind)
         pages, places = call.places(self.page_size, self.num_pages)
 
-        def put(pool, tokens):
+        def put(pool: Array, tokens: Array) -> Array:
             return pool.at[slot, pages, places].set(tokens[0], mode="drop")
 
         return self._with(kind, jax.tree.map(put, storage, _together(encode(new, storage), 2)))
 
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+    def view(self, kind: Kind, slot: Slot, new: Array | None, call: Call) -> Int[Array, ""]:
         # Not the pool: held from before a layer writes, it would have to be copied.
         return jnp.asarray(slot, jnp.int32)
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -200,24 +202,11 @@ class PagedStore(Store):
     def capacity(self) -> int | None:
         return self.num_pages * self.page_size
 
-    def _stream(self, storage: Any, slot: Any, table: Any) -> PagedStream:
+    def _stream(self, storage: Storage, slot: Slot, table: Array | np.ndarray) -> PagedStream:
         data, scale = storage, None
         if isinstance(storage, Quantized):
             data, scale = storage.data, storage.scale
         return PagedStream(data, slot, table, data.shape[3] // self.heads, scale)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Queries of one lane among all: the `rows * columns` ones from `start` on."""
-
-    start: int
-    rows: int
-    columns: int
-
-    def take(self, q: Float[Array, "1 N *rest"]) -> Float[Array, "R T *rest"]:
-        part = q[0, self.start : self.start + self.rows * self.columns]
-        return part.reshape(self.rows, self.columns, *q.shape[2:])
 
 
 def check_paged(config: ModelConfig, dtype: str) -> None:
@@ -239,7 +228,7 @@ def copy_pages(
 ) -> PagedStore:
     """The pool after the first `count` of some copies from page to page, one after the other."""
 
-    def copy(i, pools):
+    def copy(i: Array, pools: list[Array]) -> list[Array]:
         return [
             jax.lax.dynamic_update_slice_in_dim(
                 pool, jax.lax.dynamic_slice_in_dim(pool, sources[i], 1, axis=1), targets[i], axis=1
@@ -261,6 +250,6 @@ def put_pages(store: PagedStore, pages: Int[Array, "n"], new: PagedStore) -> Pag
     return jax.tree.map(lambda pool, part: pool.at[:, pages].set(part, mode="drop"), store, new)
 
 
-def _together(storage: Any, axis: int) -> Any:
+def _together(storage: Tree, axis: int) -> Tree:
     """All axes from `axis` on as one: the heads of a token."""
     return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1), storage)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache.calls import Call, Piece, Rows
+from fusedkv_jax.cache.calls import Call, Piece, Rows, View
 from fusedkv_jax.cache.storage import Slot
 from fusedkv_jax.cache.stores import Store
 from fusedkv_jax.layouts import Kind
@@ -23,15 +23,13 @@ class SequenceStore(Store):
 
     transient: ClassVar[bool] = True
 
-    def deferred(self, call: Call) -> bool:
+    def writes_at_end(self, call: Call) -> bool:
         return True
 
-    def write(
-        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call
-    ) -> SequenceStore:
-        return self
-
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Float[Array, "B T K H"]:
+    def view(
+        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call
+    ) -> Float[Array, "B T K H"]:
+        assert new is not None
         return new
 
     def shared(self, view: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
@@ -42,8 +40,8 @@ class SequenceStore(Store):
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,

@@ -6,20 +6,26 @@ Tokens are whole along `context`: a query of any row may read all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from fusedkv_jax.sharding import active_mesh, spec
+from fusedkv_jax.trees import Leaf
+
+Tree = TypeVar("Tree")
+Write = Callable[..., Array]  # storage, slot, new tokens, their start and count
 
 _STREAMS = (None, "batch", None, "kv_heads", None)  # of [P, B, S, K, H], codes and scales included
 _TOGETHER = (None, "batch", None, "kv_heads")  # of [P, B, S, K * H]
 
 
-def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+def cache_shardings(cache: PyTree, mesh: Mesh) -> PyTree:
     """A sharding for every array of a cache.
 
     Rows and KV heads that do not divide over the mesh are whole on every device, as are those of
@@ -35,7 +41,7 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     return _map(lambda leaf, heads: NamedSharding(mesh, _spec(leaf, mesh, heads)), cache)
 
 
-def constrain_cache(cache: Any) -> Any:
+def constrain_cache(cache: Tree) -> Tree:
     """Fix how a cache is split, under `jax.set_mesh`."""
     mesh = active_mesh()
     if mesh is None:
@@ -44,17 +50,17 @@ def constrain_cache(cache: Any) -> Any:
     return _map(lambda leaf, heads: fix(leaf, _spec(leaf, mesh, heads)), cache)
 
 
-def _map(place: Callable[[Any, int | None], Any], cache: Any) -> Any:
+def _map(place: Callable[[Leaf, int | None], object], cache: PyTree) -> PyTree:
     """`place(array, heads)` for all arrays; heads where they share an array's last axis."""
 
-    def of_store(node):
+    def of_store(node: PyTree) -> PyTree:
         heads = getattr(node, "heads", None)
         return jax.tree.map(lambda leaf: place(leaf, heads), node)
 
     return jax.tree.map(of_store, cache, is_leaf=lambda node: hasattr(node, "heads"))
 
 
-def local_rows(write: Callable[..., Any], heads: int | None = None) -> Callable[..., Any]:
+def local_rows(write: Write, heads: int | None = None) -> Write:
     """A write into storage of which every device does its own rows and heads.
 
     To XLA's partitioner a scatter into indexed rows needs all new tokens on every device.
@@ -65,7 +71,7 @@ def local_rows(write: Callable[..., Any], heads: int | None = None) -> Callable[
         heads: how many share the storage's last axis; None if they have one of their own.
     """
 
-    def run(array, slot, new, start, count):
+    def run(array: Array, slot: ArrayLike, new: Array, start: Array, count: Array) -> Array:
         mesh = active_mesh()
         if mesh is None:
             return write(array, slot, new, start, count)
@@ -78,7 +84,7 @@ def local_rows(write: Callable[..., Any], heads: int | None = None) -> Callable[
     return run
 
 
-def _spec(leaf: Any, mesh: Any, heads: int | None = None) -> P:
+def _spec(leaf: Leaf, mesh: Mesh | AbstractMesh, heads: int | None = None) -> P:
     rank = len(leaf.shape)
     if heads is not None:
         return spec(_TOGETHER, (*leaf.shape[:3], heads), mesh)

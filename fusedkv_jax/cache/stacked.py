@@ -1,27 +1,26 @@
 """A store whose kernel reads it in place: all heads of a token together, [P, B, S, K * H].
 
 On TPUs an array whose last axis is a head of 64, 80 or 96 channels is laid out with another axis in
-the lanes and turned round for every kernel, and a stream cut out of [P, B, S, K, H] is a copy. Here
+the lanes and transposed for every kernel, and a stream cut out of [P, B, S, K, H] is a copy. Here
 attention gets the whole array and a slot (`pallas_kernels.Stacked`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache.calls import Call, Piece, Rows
+from fusedkv_jax.cache.calls import Call, Source
 from fusedkv_jax.cache.storage import Slot, write
 from fusedkv_jax.cache.storage_types import FLOATS
 from fusedkv_jax.cache.stores import LinearStore, Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
+from fusedkv_jax.trees import Leaf
 from pallas_kernels import Stacked, choice
 
 LANES = 128  # of a TPU's vector unit: tokens fill whole ones
@@ -53,15 +52,17 @@ class StackedStore(Store):
         heads: K.
     """
 
-    keys: Any
-    values: Any
+    keys: Leaf
+    values: Leaf
     heads: int
 
     @classmethod
-    def of(cls, store: LinearStore) -> StackedStore:
+    def of(cls, store: Store) -> StackedStore:
         """An uncompressed store with each token's heads together."""
-        keys, values = (x.reshape(*x.shape[:3], -1) for x in (store.keys, store.values))
-        return cls(keys, values, store.keys.shape[3])
+        keys, values = (
+            x.reshape(*x.shape[:3], -1) for x in map(functools.partial(storage_of, store), KINDS)
+        )
+        return cls(keys, values, storage_of(store, "key").shape[3])
 
     def apart(self) -> LinearStore:
         """The same tokens with the heads on an axis of their own."""
@@ -77,32 +78,12 @@ class StackedStore(Store):
         new = new.reshape(*new.shape[:2], -1).astype(storage.dtype)
         return self._with(kind, write(storage, slot, new, call.first, call.count, self.heads))
 
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+    def view(self, kind: Kind, slot: Slot, new: Array | None, call: Call) -> Source:
         storage = storage_of(self, kind)
         slot = jnp.asarray(slot, jnp.int32)
         source = Stacked(storage, slot, storage.shape[3] // self.heads)
-        # Many queries turn a stream round anyway: cut it out once for all layers that read it.
+        # Many queries transpose a stream anyway: cut it out once for all layers that read it.
         return source if call.length <= IN_PLACE_TOKENS else source.read()
-
-    def pieces(
-        self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
-        q: Float[Array, "B t N H"],
-        rows: Rows,
-        call: Call,
-    ) -> tuple[Piece, ...]:
-        return (Piece(keys, values, rows.mask() | {"kv_lengths": call.first + call.count}),)
 
     def token_shape(self, kind: Kind) -> tuple[int, int]:
         return (self.heads, storage_of(self, kind).shape[3] // self.heads)
-
-    @property
-    def capacity(self) -> int | None:
-        return self.keys.shape[2]
-
-
-def unstacked(cache: Any) -> Any:
-    """A `KVCache` with the heads of all streams apart, as compressors take it."""
-    stores = tuple(s.apart() if isinstance(s, StackedStore) else s for s in cache.stores)
-    return dataclasses.replace(cache, stores=stores)

@@ -7,7 +7,7 @@ have their tokens on the third axis. Everything here works array by array, which
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,14 @@ from pallas_kernels.quantized import Quantized, quantize
 SCALE_TYPE = jnp.float32  # of 8-bit codes, one for each token and head
 SCATTERED = 32  # up to so many new tokens are put in one by one, without passing over the stream
 
+if TYPE_CHECKING:
+    Storage = Array | Quantized
+else:
+    Storage = object  # see `fusedkv_jax.trees`
+
 Slot = int | np.integer | Int[Array, ""]
+Tree = TypeVar("Tree")
+S = TypeVar("S", bound=Storage)
 
 
 def storage_type(dtype: DTypeLike) -> str:
@@ -42,28 +49,28 @@ def storage_type(dtype: DTypeLike) -> str:
     raise ValueError(f"dtype={dtype!r} is {problem}; use {', '.join(STORAGE_TYPES)}{hint}")
 
 
-def empty(shape: tuple[int, ...], dtype: str) -> Any:
+def empty(shape: tuple[int, ...], dtype: str) -> Storage:
     """An empty storage [P, B, S, K, H]."""
     if dtype in FLOATS:
         return jnp.zeros(shape, dtype)
     return Quantized(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 1), SCALE_TYPE))
 
 
-def encode(new: Float[Array, "B T K H"], storage: Any) -> Any:
+def encode(new: Float[Array, "B T K H"], storage: Storage) -> Storage:
     """New tokens as the storage holds them."""
     if isinstance(storage, Quantized):
         return quantize(new, storage.data.dtype.name, scale_dtype=SCALE_TYPE)
     return new.astype(storage.dtype)
 
 
-def select(storage: Any, slot: Slot) -> Any:
+def select(storage: Tree, slot: Slot) -> Tree:
     """One stream, [B, S, K, H]."""
     return jax.tree.map(
         lambda array: jax.lax.dynamic_index_in_dim(array, slot, keepdims=False), storage
     )
 
 
-def take_tokens(storage: Any, index: Int[Array, "*P B K C"]) -> Any:
+def take_tokens(storage: Tree, index: Int[Array, "*P B K C"]) -> Tree:
     """The named tokens of every KV head: a storage of C tokens, per-token codes included.
 
     Args:
@@ -80,13 +87,13 @@ def take_tokens(storage: Any, index: Int[Array, "*P B K C"]) -> Any:
 
 
 def write(
-    storage: Any,
+    storage: S,
     slot: Slot,
-    new: Any,
+    new: S,
     start: Int[Array, "B"],
     count: Int[Array, "B"],
     heads: int | None = None,
-) -> Any:
+) -> S:
     """Put each row's first `count` new tokens at places `start`, ... of one stream.
 
     Nothing else is touched: padding beyond `count`, and tokens beyond S, are dropped.
@@ -101,7 +108,7 @@ def write(
     """
     length = storage.shape[2]
 
-    def put(array, part):
+    def put(array: Array, part: Array) -> Array:
         group = length // array.shape[2]
         return local_rows(_write, heads)(array, slot, part, start // group, count // group)
 
@@ -138,10 +145,12 @@ def ring_positions(start: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
     return last - (last - jnp.arange(slots)) % slots
 
 
-def write_ring(ring: Any, new: Any, start: Int[Array, "B"], count: Int[Array, "B"]) -> Any:
+def write_ring(
+    ring: Storage, new: Storage, start: Int[Array, "B"], count: Int[Array, "B"]
+) -> Storage:
     """The ring [B, S, K, H] after each row's first `count` new tokens, at positions `start`, ..."""
 
-    def put(old, part):
+    def put(old: Array, part: Array) -> Array:
         position = ring_positions(start + count, old.shape[1])
         source = position - start[:, None]
         return _select(source, source >= 0, part, old)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows
+from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows, View
 from fusedkv_jax.cache.storage import (
     Slot,
+    Storage,
     encode,
     ring_positions,
     select,
@@ -20,8 +21,12 @@ from fusedkv_jax.cache.storage import (
     write_ring,
 )
 from fusedkv_jax.layouts import Kind
+from fusedkv_jax.trees import Leaf
 
 _ENDLESS = (1 << 30) - 1  # more tokens than any row is given; see `KVCache.overflowed`
+
+
+S = TypeVar("S")
 
 
 class Store:
@@ -29,54 +34,67 @@ class Store:
 
     A call writes every stream, layer by layer; layers read sources as views, which are made once
     for all layers that read them, and turned into pieces by each layer's queries.
+
+    What a subclass does not say otherwise is that of tokens in order: the one at position p sits in
+    place p of `keys` and `values`, storages [P, B, S, K, H].
     """
 
     watches: ClassVar[bool] = False  # `watch` wants to see what layers read
     transient: ClassVar[bool] = False  # nothing outlives the call, so that gradients can flow
 
-    def deferred(self, call: Call) -> bool:
+    def writes_at_end(self, call: Call) -> bool:
         """New tokens come to `finish`, and to `view` until then."""
         return False
 
-    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Any:
-        """The store with one layer's new stream; writing it again changes nothing."""
-        raise NotImplementedError
+    def place(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where a token is put."""
+        return position
 
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Store:
+        """The store with one layer's new stream; writing it again changes nothing."""
+        if self.writes_at_end(call):
+            return self
+        storage = storage_of(self, kind)
+        start = self.place(call.first)
+        return self._with(kind, write(storage, slot, encode(new, storage), start, call.count))
+
+    def view(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call) -> View:
         """One source as `pieces` takes it.
 
         Args:
             kind: keys or values.
             slot: the stream.
-            new: its new tokens [B, T, K, H] where they are deferred, else None.
+            new: its new tokens where they are written at the end of the call, else None.
             call: the tokens of this call.
         """
-        raise NotImplementedError
+        return select(storage_of(self, kind), slot)
 
-    def shared(self, view: Any) -> Any:
+    def shared(self, view: View) -> View:
         """A view that several layers will read."""
         return view
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
     ) -> tuple[Piece, ...]:
         """What a layer's queries attend to, given the views of its sources."""
-        raise NotImplementedError
+        mask = rows._replace(positions=self.place(rows.positions)).mask()
+        return (Piece(keys, values, mask | {"kv_lengths": self.place(call.first + call.count)}),)
 
-    def watch(self, reading: Reading, call: Call) -> Any:
+    def watch(self, reading: Reading, call: Call) -> Store:
         """The store after a layer has read it; called if `watches`."""
         return self
 
-    def finish(self, new: dict[Kind, Float[Array, "P B T K H"]], call: Call) -> Any:
+    def finish(self, new: dict[Kind, Float[Array, "P B T K H"]], call: Call) -> Store:
         """The store at the end of the call.
 
         Args:
-            new: where new tokens are deferred, those of all streams, in the order of slots.
+            new: where new tokens are written at the end, those of all streams, in the order of
+                slots.
             call: the tokens of this call.
         """
         return self
@@ -84,10 +102,10 @@ class Store:
     @property
     def capacity(self) -> int | None:
         """Tokens that a row can be given in all; None for any number."""
-        raise NotImplementedError
+        return storage_of(self, "key").shape[2]
 
-    def overflows(self, lengths: Int[Array, "B"]) -> Any:
-        """Rows that so many tokens are too many for, bool [B]."""
+    def overflows(self, lengths: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Rows that so many tokens are too many for."""
         return lengths > (_ENDLESS if self.capacity is None else self.capacity)
 
     def token_shape(self, kind: Kind) -> tuple[int, int]:
@@ -99,9 +117,8 @@ class Store:
         """Bytes of all arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
-    def _with(self, kind: Kind, storage: Any, prefix: str = "") -> Any:
-        field = prefix + ("keys" if kind == "key" else "values")
-        return dataclasses.replace(self, **{field: storage})  # type: ignore[type-var]
+    def _with(self: S, kind: Kind, storage: Storage, prefix: str = "") -> S:
+        return dataclasses.replace(self, **{_field(kind, prefix): storage})  # type: ignore[type-var]
 
 
 @functools.partial(
@@ -119,29 +136,19 @@ class LinearStore(Store):
             tokens follow them.
     """
 
-    keys: Any
-    values: Any
-    dropped: Any = None
+    keys: Storage
+    values: Storage
+    dropped: Leaf | None = None
 
-    def _place(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
+    def place(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
         if self.dropped is None:
             return position
         return position - self.dropped.reshape(-1, *(1,) * (position.ndim - 1))
 
-    def write(
-        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call
-    ) -> LinearStore:
-        storage = storage_of(self, kind)
-        start = self._place(call.first)
-        return self._with(kind, write(storage, slot, encode(new, storage), start, call.count))
-
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> Any:
-        return select(storage_of(self, kind), slot)
-
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -151,15 +158,10 @@ class LinearStore(Store):
                 f"window={rows.window} cannot be told in a store whose tokens were compressed;"
                 " compress streams that are read in full only"
             )
-        mask = rows._replace(positions=self._place(rows.positions)).mask()
-        return (Piece(keys, values, mask | {"kv_lengths": self._place(call.first + call.count)}),)
+        return super().pieces(keys, values, q, rows, call)
 
-    @property
-    def capacity(self) -> int | None:
-        return self.keys.shape[2]
-
-    def overflows(self, lengths: Int[Array, "B"]) -> Any:
-        return self._place(lengths) > self.keys.shape[2]
+    def overflows(self, lengths: Int[Array, "B"]) -> Bool[Array, "B"]:
+        return self.place(lengths) > self.keys.shape[2]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
@@ -176,29 +178,26 @@ class RingStore(Store):
         values: storage [P, B, S, K, H'].
     """
 
-    keys: Any
-    values: Any
+    keys: Storage
+    values: Storage
 
-    def deferred(self, call: Call) -> bool:
+    def writes_at_end(self, call: Call) -> bool:
         return call.length > 1
 
-    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> RingStore:
-        if self.deferred(call):
-            return self
-        storage = storage_of(self, kind)
-        # One token does not wrap around the end of the ring.
-        place = call.first % storage.shape[2]
-        return self._with(kind, write(storage, slot, encode(new, storage), place, call.count))
+    def place(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
+        return position % self.keys.shape[2]  # the one token of a call does not wrap around
 
-    def view(self, kind: Kind, slot: Slot, new: Any, call: Call) -> tuple[Any, ...]:
+    def view(
+        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call
+    ) -> tuple[Storage, ...]:
         storage = storage_of(self, kind)
         old = select(storage, slot)
-        return (old, encode(new, storage)) if self.deferred(call) else (old,)
+        return (old,) if new is None else (old, encode(new, storage))
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -206,7 +205,7 @@ class RingStore(Store):
         slots = self.keys.shape[2]
         # Positions say where in the past each place of the ring is, and which are still empty. Two
         # pieces instead of one array: putting the new tokens behind the ring would copy all of it.
-        if self.deferred(call):
+        if self.writes_at_end(call):
             held = (ring_positions(call.first, slots), call.valid_positions)
         else:
             held = (ring_positions(call.first + call.count, slots),)
@@ -224,7 +223,7 @@ class RingStore(Store):
         for kind, streams in new.items():
             storage = storage_of(self, kind)
 
-            def update(ring, tokens, storage=storage):
+            def update(ring: Storage, tokens: Array, storage: Storage = storage) -> Storage:
                 return write_ring(ring, encode(tokens, storage), call.first, call.count)
 
             # All streams at once, after the last layer has read: any of them may read any ring.
@@ -236,6 +235,10 @@ class RingStore(Store):
         return None
 
 
-def storage_of(store: Any, kind: Kind, prefix: str = "") -> Any:
+def storage_of(store: Store, kind: Kind, prefix: str = "") -> Any:
     """A store's storage of keys or values."""
-    return getattr(store, prefix + ("keys" if kind == "key" else "values"))
+    return getattr(store, _field(kind, prefix))
+
+
+def _field(kind: Kind, prefix: str) -> str:
+    return prefix + ("keys" if kind == "key" else "values")

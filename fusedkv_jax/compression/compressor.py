@@ -6,7 +6,7 @@ import abc
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from fusedkv_jax import validation
 from fusedkv_jax.cache import KiviStore, KVCache, unstacked
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.trees import Leaf
 
 
 class CompressionError(ValueError):
@@ -80,7 +81,10 @@ class Compressor(abc.ABC):
             raise CompressionError(f"chunk={chunk}; use at least 1, or None")
         graph, params = nnx.split(model)
         count = jnp.asarray(count, jnp.int32)
-        return _prefill(graph, self, params, tokens, count, unstacked(cache), chunk)
+        length = tokens.shape[1]
+        prompt = Prompt(tokens, count, min(chunk or length, length))
+        # The cache is not donated: what comes out has other shapes, so nothing could be reused.
+        return _prefill(graph, params, self, prompt, cache)
 
     @abc.abstractmethod
     def run(
@@ -89,6 +93,9 @@ class Compressor(abc.ABC):
         """`prefill`, inside a compiled program."""
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "count"], meta_fields=["chunk"]
+)
 @dataclass(frozen=True)
 class Prompt:
     """Prompts that are run in chunks, each row's last chunk as full as it can be.
@@ -99,8 +106,8 @@ class Prompt:
         chunk: columns that run at once.
     """
 
-    tokens: Any
-    count: Any
+    tokens: Leaf
+    count: Leaf
     chunk: int
 
     @property
@@ -112,7 +119,7 @@ class Prompt:
     def chunks(self) -> int:
         return -(-self.length // self.chunk)
 
-    def part(self, index: Any) -> tuple[Int[Array, "B t"], Int[Array, "B"]]:
+    def part(self, index: int | Int[Array, ""]) -> tuple[Int[Array, "B t"], Int[Array, "B"]]:
         """Tokens and counts of one chunk, which may be traced."""
         if self.chunks == 1:
             return self.tokens, self.count
@@ -129,7 +136,7 @@ class Prompt:
     def before_last(self, model: Decoder, cache: KVCache) -> KVCache:
         """The cache after all chunks but the last."""
 
-        def extend(index, cache):
+        def extend(index: Array, cache: KVCache) -> KVCache:
             return model.extend(*self.part(index), cache, rows="none")[1]
 
         if self.chunks == 1:
@@ -144,11 +151,15 @@ class Prompt:
         return logits, cache
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "compressor", "chunk"))
-def _prefill(graph, compressor, params, tokens, count, cache, chunk):
-    length = tokens.shape[1]
-    prompt = Prompt(tokens, count, min(chunk or length, length))
-    return compressor.run(nnx.merge(graph, params), prompt, cache)
+@functools.partial(jax.jit, static_argnames=("graph", "compressor"))
+def _prefill(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    compressor: Compressor,
+    prompt: Prompt,
+    cache: KVCache,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    return compressor.run(nnx.merge(graph, params), prompt, unstacked(cache))
 
 
 def check_count(compressor: Compressor, *names: str, least: int = 1) -> None:
@@ -168,7 +179,7 @@ def check_flags(compressor: Compressor, *names: str) -> None:
         validation.check_type(title, getattr(compressor, name), bool, CompressionError)
 
 
-def check_choice(compressor: Compressor, name: str, choices: tuple[Any, ...]) -> None:
+def check_choice(compressor: Compressor, name: str, choices: tuple[object, ...]) -> None:
     """Raises CompressionError unless the field has one of the values."""
     value = getattr(compressor, name)
     if value not in choices:

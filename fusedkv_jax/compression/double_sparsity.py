@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,13 @@ from fusedkv_jax.cache import (
     Piece,
     Reading,
     Rows,
+    Slot,
+    Store,
+    View,
+    storage_of,
     unstacked,
 )
+from fusedkv_jax.cache.storage import Tree
 from fusedkv_jax.compression.compressor import (
     CompressionError,
     Compressor,
@@ -179,7 +185,9 @@ class DoubleSparsity(Compressor):
         }
         return functools.reduce(jnp.multiply, (factors[part] for part in self.mode))
 
-    def _best(self, layout: KVLayout, group: Group, found: Any) -> Int[Array, "P B K c"]:
+    def _best(
+        self, layout: KVLayout, group: Group, found: Sequence[Array]
+    ) -> Int[Array, "P B K c"]:
         """The most important channels of every key stream, for all layers that read it."""
         channels = []
         for layer in group.keys:
@@ -206,7 +214,12 @@ class DoubleSparsity(Compressor):
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "compressor"))
-def _calibrated(graph, params, compressor, tokens) -> Int[Array, "P K c"]:
+def _calibrated(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    compressor: DoubleSparsity,
+    tokens: Int[Array, "B T"],
+) -> Int[Array, "P K c"]:
     model = nnx.merge(graph, params)
     layout = model.config.kv_layout
     batch, length = tokens.shape
@@ -232,27 +245,27 @@ class LabelStore(LinearStore):
         budget: tokens that a query reads.
     """
 
-    labels: Any = None
+    labels: Labels | None = None
     budget: int = 0
 
-    def write(self, kind: Kind, slot: Any, new: Float[Array, "B T K H"], call: Call) -> LabelStore:
-        store: Any = super().write(kind, slot, new, call)
-        if kind == "value":
-            return store
-        labels = self.labels.write(slot, new, call.first, call.count)
-        return dataclasses.replace(store, labels=labels)
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Store:
+        store = self
+        if kind == "key" and self.labels is not None:
+            labels = self.labels.write(slot, new, call.first, call.count)
+            store = dataclasses.replace(self, labels=labels)
+        return super(LabelStore, store).write(kind, slot, new, call)
 
-    def view(self, kind: Kind, slot: Any, new: Any, call: Call) -> Any:
+    def view(self, kind: Kind, slot: Slot, new: Array | None, call: Call) -> View:
         if call.length > 1:
             return super().view(kind, slot, new, call)
         # Not the stream itself: reading it would cost what is to be saved.
-        labels = self.labels.select(slot) if kind == "key" else None
-        return (self.keys if kind == "key" else self.values), slot, labels
+        labels = self.labels.select(slot) if self.labels and kind == "key" else None
+        return storage_of(self, kind), slot, labels
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -280,7 +293,7 @@ def _are_indices(channels: Channels) -> bool:
     return array.ndim == 3 and np.issubdtype(array.dtype, np.integer)
 
 
-def _tokens(storage: Any, slot: Any, index: Int[Array, "B K C"]) -> Any:
+def _tokens(storage: Tree, slot: Slot, index: Int[Array, "B K C"]) -> Tree:
     """Some tokens of each KV head of one stream, [B, C, K, H]."""
     batch, heads, _ = index.shape
     rows, places = jnp.arange(batch)[:, None, None], index.swapaxes(1, 2)

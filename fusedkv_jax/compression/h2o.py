@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ from fusedkv_jax.cache import (
     Piece,
     Reading,
     Rows,
+    Slot,
+    Storage,
     Store,
+    View,
     encode,
-    select,
     storage_of,
     take_tokens,
 )
@@ -44,6 +46,9 @@ from fusedkv_jax.compression.token_sets import (
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.trees import Leaf
+
+Masses = list[Float[Array, "B K S"]]  # attention received by each token, for each set of streams
 
 
 @dataclass(frozen=True)
@@ -99,15 +104,16 @@ class H2O(Compressor):
         if not groups or capacity is None or self.budget >= capacity:
             return prompt.whole(model, cache)
 
-        def observe(index, cache, masses):
+        def observe(
+            index: int | Array, cache: KVCache, masses: Masses
+        ) -> tuple[Array, KVCache, Masses]:
             tokens, count = prompt.part(index)
             end = cache.lengths + count
 
             def watch(reading: Reading) -> Float[Array, "B K S"]:
                 keys, place = read_keys(reading), reading.rows.positions
                 place = jnp.where(place < end[:, None], place, -1)
-                scale = reading.q.shape[-1] ** -0.5
-                mass = scoring.received(reading.q, keys, reading.lse, place, end, scale=scale)
+                mass = scoring.received(reading.q, keys, reading.lse, place, end)
                 return scoring.per_kv_head(mass, keys.shape[2])
 
             logits, cache, found = model.observe(tokens, count, cache, watch, rows=prompt.chunk)
@@ -124,7 +130,7 @@ class H2O(Compressor):
         logits, cache, masses = observe(prompt.chunks - 1, cache, masses)
         return logits, self._compressed(cache, groups, masses)
 
-    def _compressed(self, cache: KVCache, groups: Sequence[Group], masses) -> KVCache:
+    def _compressed(self, cache: KVCache, groups: Sequence[Group], masses: Masses) -> KVCache:
         whole = next(group for group in cache.plan.groups if group.window is None)
         index = [scoring.keep(mass, cache.lengths, self.budget, self.window) for mass in masses]
         sets = {
@@ -146,7 +152,7 @@ class H2O(Compressor):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "mass", "positions", "place"],
+    data_fields=["keys", "values", "mass", "positions", "next_place"],
     meta_fields=["key_sets", "value_sets", "recent", "accumulate"],
 )
 @dataclass(frozen=True)
@@ -158,18 +164,18 @@ class HeavyStore(Store):
         values: storage [P, B, C, K, H'].
         mass: attention received by each token, float32 [M, B, K, C].
         positions: of the tokens, int32 [M, B, K, C].
-        place: where the next token goes, int32 [M, B, K].
+        next_place: where the next token goes, int32 [M, B, K].
         key_sets: the set of each key stream.
         value_sets: the set of each value stream.
         recent: last tokens, the next one included, that are not overwritten.
         accumulate: later queries add to the mass.
     """
 
-    keys: Any
-    values: Any
-    mass: Any
-    positions: Any
-    place: Any
+    keys: Storage
+    values: Storage
+    mass: Leaf
+    positions: Leaf
+    next_place: Leaf
     key_sets: tuple[int, ...]
     value_sets: tuple[int, ...]
     recent: int
@@ -177,33 +183,30 @@ class HeavyStore(Store):
 
     watches: ClassVar[bool] = True
 
-    def _set(self, kind: Kind, slot: Any) -> Int[Array, ""]:
+    def _set(self, kind: Kind, slot: Slot) -> Int[Array, ""]:
         sets = self.key_sets if kind == "key" else self.value_sets
         return jnp.asarray(sets, jnp.int32)[slot]
 
-    def write(self, kind: Kind, slot: Any, new: Float[Array, "B T K H"], call: Call) -> HeavyStore:
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> HeavyStore:
         if call.length != 1:
             raise CompressionError(
                 f"H2O evicts after every token, but {call.length} came at once; decode without"
                 " speculation"
             )
         storage = storage_of(self, kind)
-        place = self.place[self._set(kind, slot)]  # [B, K]
+        place = self.next_place[self._set(kind, slot)]  # [B, K]
         place = jnp.where(call.count[:, None] > 0, place, storage.shape[2])  # dropped
         rows, heads = (jnp.arange(size) for size in place.shape)
 
-        def put(array, part):
+        def put(array: Array, part: Array) -> Array:
             return array.at[slot, rows[:, None], place, heads].set(part[:, 0], mode="drop")
 
         return self._with(kind, jax.tree.map(put, storage, encode(new, storage)))
 
-    def view(self, kind: Kind, slot: Any, new: Any, call: Call) -> Any:
-        return select(storage_of(self, kind), slot)
-
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -215,15 +218,15 @@ class HeavyStore(Store):
         if not self.accumulate:
             return self
         end = jnp.full_like(reading.rows.positions, self.keys.shape[2])  # whatever is there
-        held = reading.pieces[0].mask["kv_lengths"]
-        scale = reading.q.shape[-1] ** -0.5
-        mass = scoring.received(reading.q, read_keys(reading), reading.lse, end, held, scale=scale)
+        mask = reading.pieces[0].mask
+        assert "kv_lengths" in mask
+        mass = scoring.received(reading.q, read_keys(reading), reading.lse, end, mask["kv_lengths"])
         mass = scoring.per_kv_head(mass, self.mass.shape[2])
         mass = jnp.where(call.count[:, None, None] > 0, mass, 0)
         found = self._set("key", reading.slots["key"][0])
         return dataclasses.replace(self, mass=self.mass.at[found].add(mass))
 
-    def finish(self, new: Any, call: Call) -> HeavyStore:
+    def finish(self, new: dict[Kind, Array], call: Call) -> HeavyStore:
         return self.prepared(call.first + call.count, call.count)
 
     def prepared(self, lengths: Int[Array, "B"], count: Int[Array, "B"]) -> HeavyStore:
@@ -233,13 +236,13 @@ class HeavyStore(Store):
         old = self.positions <= lengths[..., None] - self.recent
         least = jnp.argmin(jnp.where(old, self.mass, jnp.inf), axis=3)
         place = jnp.where(lengths < slots, lengths, least).astype(jnp.int32)
-        place = jnp.where(count[None, :, None] > 0, place, self.place)
+        place = jnp.where(count[None, :, None] > 0, place, self.next_place)
         chosen = (jnp.arange(slots) == place[..., None]) & (count[None, :, None, None] > 0)
         return dataclasses.replace(
             self,
             mass=jnp.where(chosen, 0, self.mass),
             positions=jnp.where(chosen, lengths[..., None], self.positions),
-            place=place,
+            next_place=place,
         )
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from fusedkv_jax.cache import Slot
+from fusedkv_jax.trees import Leaf
 
 SCALE_TYPE = jnp.float16
 
@@ -30,10 +32,10 @@ class Labels:
         channels: which channels of a key, int32 [P, B, K, c].
     """
 
-    codes: Any
-    scale: Any
-    zero: Any
-    channels: Any
+    codes: Leaf
+    scale: Leaf
+    zero: Leaf
+    channels: Leaf
 
     @classmethod
     def of(cls, keys: Float[Array, "P B S K H"], channels: Int[Array, "P B K c"]) -> Labels:
@@ -44,7 +46,7 @@ class Labels:
 
     def write(
         self,
-        slot: Any,
+        slot: Slot,
         new: Float[Array, "B T K H"],
         start: Int[Array, "B"],
         count: Int[Array, "B"],
@@ -57,14 +59,14 @@ class Labels:
         place = jnp.where(step < count[:, None], start[:, None] + step, self.scale.shape[-1])
         rows = jnp.arange(batch)[:, None]
 
-        def put(array, part):
+        def put(array: Array, part: Array) -> Array:
             part = jnp.moveaxis(part, -1, 1)  # [B, T, K, ...]
             return array.at[slot, rows, ..., place].set(part, mode="drop")
 
         codes, scale, zero = map(put, (self.codes, self.scale, self.zero), parts)
         return Labels(codes, scale, zero, self.channels)
 
-    def select(self, slot: Any) -> Labels:
+    def select(self, slot: Slot) -> Labels:
         """Those of one stream, without the first axis."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), self)
 

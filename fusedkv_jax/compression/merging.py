@@ -24,8 +24,8 @@ def merge(
         heads: parts R into which a token is cut: 1 for its whole width, or K.
 
     Returns:
-        Directions; norms of the lower and the upper layers in turn [2P, B, S, R]; and the angle
-        between the layers over pi.
+        Directions; norms [2P, B, S, R], of lower and upper layers alternately; and the
+        angle between the layers over pi.
     """
     shape = lower.shape
     pair = [x.astype(jnp.float32).reshape(*shape[:-2], heads, -1) for x in (lower, upper)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from fusedkv_jax.cache import (
     Group,
     KVCache,
     LinearStore,
-    Piece,
-    Rows,
+    Slot,
+    Storage,
     Store,
     encode,
     select,
@@ -30,6 +30,7 @@ from fusedkv_jax.compression.token_sets import merged, storages
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.trees import Leaf
 from pallas_kernels import Quantized
 
 
@@ -139,11 +140,11 @@ class MiniCache(Compressor):
         return MergedStore(**fields, share=self.share)
 
 
-def _encoded(tokens: Float[Array, "P B T K H"], storage: Any) -> Any:
+def _encoded(tokens: Float[Array, "P B T K H"], storage: Storage) -> Storage:
     return jax.vmap(lambda stream: encode(stream, storage))(tokens)
 
 
-def _plain(storage: Any) -> Any:
+def _plain(storage: Storage) -> Float[Array, "*P B S K H"]:
     return storage.dequantize() if isinstance(storage, Quantized) else storage
 
 
@@ -171,23 +172,23 @@ class MergedStore(Store):
         share: of the upper layer in the interpolation.
     """
 
-    keys: Any
-    values: Any
-    norm_keys: Any
-    norm_values: Any
-    exact_keys: Any
-    exact_values: Any
-    place_keys: Any
-    place_values: Any
+    keys: Storage
+    values: Storage
+    norm_keys: Leaf
+    norm_values: Leaf
+    exact_keys: Storage
+    exact_values: Storage
+    place_keys: Leaf
+    place_values: Leaf
     share: float
 
-    def deferred(self, call: Call) -> bool:
+    def writes_at_end(self, call: Call) -> bool:
         return True  # both layers of a pair are needed
 
-    def write(self, kind: Kind, slot: Any, new: Any, call: Call) -> MergedStore:
-        return self
-
-    def view(self, kind: Kind, slot: Any, new: Any, call: Call) -> Float[Array, "B S K H"]:
+    def view(
+        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call
+    ) -> Float[Array, "B S K H"]:
+        assert new is not None
         direction = _plain(select(storage_of(self, kind), slot // 2)).astype(jnp.float32)
         tokens = restore(direction, select(storage_of(self, kind, "norm_"), slot))
         exact = _plain(select(storage_of(self, kind, "exact_"), slot)).astype(jnp.float32)
@@ -195,16 +196,6 @@ class MergedStore(Store):
         rows = jnp.arange(place.shape[0])[:, None]
         tokens = tokens.at[rows, place].set(exact, mode="drop").astype(new.dtype)
         return write(tokens[None], 0, new, call.first, call.count)[0]
-
-    def pieces(
-        self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
-        q: Float[Array, "B t N H"],
-        rows: Rows,
-        call: Call,
-    ) -> tuple[Piece, ...]:
-        return (Piece(keys, values, rows.mask() | {"kv_lengths": call.first + call.count}),)
 
     def finish(self, new: dict[Kind, Float[Array, "P B T K H"]], call: Call) -> MergedStore:
         store = self
@@ -216,15 +207,11 @@ class MergedStore(Store):
             store = store._with(kind, storage)._with(kind, norms, "norm_")
         return store
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
 
-
-def _extended(storage: Any, new: Any, call: Call) -> Any:
+def _extended(storage: Storage, new: Storage, call: Call) -> Storage:
     """All streams of a storage with the call's tokens at their positions."""
 
-    def put(stream, part):
+    def put(stream: Storage, part: Storage) -> Storage:
         whole = jax.tree.map(lambda x: x[None], stream)
         return jax.tree.map(lambda x: x[0], write(whole, 0, part, call.first, call.count))
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from fusedkv_jax import costs
 from fusedkv_jax.cache import KVCache, unstacked
@@ -141,7 +140,14 @@ def prune_sources(
 class _Pruning:
     """A model with direct weights, and what dropping sources does to it."""
 
-    def __init__(self, model: Decoder, calibration, refit: bool, length: int | None, dtype: Any):
+    def __init__(
+        self,
+        model: Decoder,
+        calibration: Int[Array, "B T"],
+        refit: bool,
+        length: int | None,
+        dtype: DTypeLike,
+    ):
         self.model, self.config = model, model.config
         self.layout = model.config.kv_layout
         self.length, self.dtype = length or calibration.shape[1], dtype
@@ -160,7 +166,9 @@ class _Pruning:
         target = reference(split[1], tokens)
 
         @jax.jit
-        def divergence(params, arrays, tokens, target):
+        def divergence(
+            params: nnx.State, arrays: list[Array], tokens: Array, target: Array
+        ) -> Array:
             found = _log_probs(split[0], params, tokens, arrays)
             return jnp.mean(jnp.sum(jnp.exp(target) * (target - found), axis=-1))
 
@@ -252,7 +260,12 @@ def _fused(layout: KVLayout) -> Iterator[tuple[StreamName, Stream]]:
                 yield (kind, i), stream
 
 
-def _log_probs(graph, params, tokens, weights=None) -> Array:
+def _log_probs(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    weights: list[Array] | None = None,
+) -> Float[Array, "B T V"]:
     model = nnx.merge(graph, params)
     if weights is not None:
         for parameter, value in zip(model.mixing.weights, weights, strict=True):
@@ -268,7 +281,7 @@ def _grams(
     cache = unstacked(KVCache.create(model.config, batch_size=rows, max_length=length))
 
     @jax.jit
-    def fill(params, tokens, cache):
+    def fill(params: nnx.State, tokens: Array, cache: KVCache) -> KVCache:
         count = jnp.full(rows, length, jnp.int32)
         return nnx.merge(graph, params).extend(tokens, count, cache, "none")[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,22 @@ from fusedkv_jax.model.stack import Options, Queries, run_layers
 from fusedkv_jax.model.streams import Streams
 
 _LAST_WEIGHT = 1.2  # of the newest query in the scores; the oldest has 1
+
+
+class _Tokens(NamedTuple):
+    """Tokens on their way up.
+
+    Attributes:
+        x: hidden states.
+        positions: places in the prompt.
+        held: how many each row still has.
+        recent: how many of these always stay.
+    """
+
+    x: Float[Array, "B T D"]
+    positions: Int[Array, "B T"]
+    held: Int[Array, "B"]
+    recent: Int[Array, "B"]
 
 
 @dataclass(frozen=True)
@@ -84,16 +100,20 @@ class PyramidInfer(Compressor):
         room = cache.keys[0].shape[2] - most
         cuts = [i for i in range(layers) if i == 0 or (table[:, i] != table[:, i - 1]).any()]
         spans = list(zip(cuts, [*cuts[1:], layers], strict=True))
-        x = model.embed(prompt.tokens)
-        positions = jnp.broadcast_to(jnp.arange(most), prompt.tokens.shape)
         newest = recent_tokens(np.arange(most + 1))
-        recent = jnp.asarray(newest, jnp.int32)[prompt.count]
+        tokens = _Tokens(
+            model.embed(prompt.tokens),
+            jnp.broadcast_to(jnp.arange(most), prompt.tokens.shape),
+            prompt.count,
+            jnp.asarray(newest, jnp.int32)[prompt.count],
+        )
         groups, stores = [], []
         for first, last in spans:
             held = jnp.asarray(table[:, first], jnp.int32)[prompt.count]
-            x, cache, found = self._layers(
-                model, x, positions, held, recent, cache, (first, last), int(newest[-1])
-            )
+            tokens = tokens._replace(held=held)
+            span = first, last
+            x, cache, found = self._layers(model, tokens, cache, span, int(newest[-1]))
+            tokens = tokens._replace(x=x)
             groups.append(Group(None, *(tuple(range(first, last)),) * 2))
             width = int(widths[first])
             keys, values = (
@@ -103,16 +123,21 @@ class PyramidInfer(Compressor):
             stores.append(LinearStore(keys, values, prompt.count - held))
             if last < layers:
                 after = jnp.asarray(table[:, last], jnp.int32)[prompt.count]
-                index = _survivors(found, held, recent, after, int(widths[last]))
-                x = jnp.take_along_axis(x, index[..., None], axis=1)
-                positions = jnp.take_along_axis(positions, index, axis=1)
-        end = jnp.maximum(held - 1, 0)[:, None, None]
-        logits = model.logits(model.normed(jnp.take_along_axis(x, end, axis=1)))[:, 0]
+                index = _survivors(found, tokens, after, int(widths[last]))
+                tokens = tokens._replace(
+                    x=jnp.take_along_axis(x, index[..., None], axis=1),
+                    positions=jnp.take_along_axis(tokens.positions, index, axis=1),
+                )
+        end = jnp.maximum(tokens.held - 1, 0)[:, None, None]
+        logits = model.logits(model.normed(jnp.take_along_axis(tokens.x, end, axis=1)))[:, 0]
         cache = KVCache(cache.stores, prompt.count, cache.plan)
         return logits, merged(cache, groups, stores)
 
-    def _layers(self, model, x, positions, held, recent, cache, span, rows):
+    def _layers(
+        self, model: Decoder, tokens: _Tokens, cache: KVCache, span: tuple[int, int], rows: int
+    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B S"]]:
         """Hidden states through some layers; and the scores of the tokens in the last of them."""
+        x, positions, held, recent = tokens
 
         def watch(reading: Reading) -> Float[Array, "B S"]:
             return _scores(reading, held, recent, rows)
@@ -138,19 +163,15 @@ def _scores(
     place = jnp.maximum(column, 0)
     q = jnp.take_along_axis(reading.q, place[..., None, None], axis=1)
     lse = jnp.take_along_axis(reading.lse, place[..., None], axis=1)
-    scale = q.shape[-1] ** -0.5
-    mass = scoring.received(q, keys, lse, column, held, scale=scale, weights=weights)
+    mass = scoring.received(q, keys, lse, column, held, weights)
     return mass.mean(1)
 
 
 def _survivors(
-    scores: Float[Array, "B S"],
-    held: Int[Array, "B"],
-    recent: Int[Array, "B"],
-    after: Int[Array, "B"],
-    width: int,
+    scores: Float[Array, "B S"], tokens: _Tokens, after: Int[Array, "B"], width: int
 ) -> Int[Array, "B M"]:
     """Slots of the tokens that go on to the next layers, in order; padding after them."""
+    held, recent = tokens.held, tokens.recent
     slot = jnp.arange(scores.shape[1])
     certain = (slot < FIRST_TOKENS) | (slot >= (held - recent)[:, None])
     scores = jnp.where(certain, jnp.inf, scores)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
 
 from fusedkv_jax import compression
 
@@ -60,7 +59,7 @@ def parse(spec: str) -> compression.Compressor:
     return found(**options)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> str | int | float | bool | None:
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]

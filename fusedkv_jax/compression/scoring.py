@@ -24,13 +24,12 @@ def received(
     lse: Float[Array, "B t N"],
     positions: Int[Array, "B t"],
     lengths: Int[Array, "B"],
-    *,
-    scale: float,
     weights: Float[Array, "B t"] | None = None,
 ) -> Float[Array, "B N S"]:
     """Attention probability that each token receives, summed over the given queries.
 
-    The probabilities of attention that has been computed already: exp(scale q k - lse), in tiles.
+    The probabilities of attention that has been computed already: exp(q k / sqrt(H) - lse), in
+    tiles.
 
     Args:
         q: queries.
@@ -38,7 +37,6 @@ def received(
         lse: log-sum-exp of each query's scores.
         positions: positions of the queries; negative ones count for nothing.
         lengths: number of keys present.
-        scale: factor of the scores.
         weights: of the queries in the sum, 1 by default.
     """
     batch, rows, heads, size = q.shape
@@ -54,15 +52,15 @@ def received(
     lse = lse.reshape(batch, -1, tall, kv_heads, heads // kv_heads)
     positions, weights = (x.reshape(batch, -1, tall) for x in (positions, weights))
 
-    def columns(start):
+    def columns(start: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(keys, start, wide, 1).astype(jnp.float32)
         slot = (start + jnp.arange(wide))[None, None]
 
-        def add(total, block):
+        def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
             q, lse, place, weight = block  # [B, tall, K, G, H], [B, tall, K, G], [B, tall] twice
             place, weight = place[:, :, None], weight[:, :, None, None, None]
             seen = (slot <= place) & (slot < lengths[:, None, None])
-            score = jnp.einsum("BtKGH,BsKH->BtKGs", q.astype(jnp.float32), part) * scale
+            score = jnp.einsum("BtKGH,BsKH->BtKGs", q.astype(jnp.float32), part) * size**-0.5
             seen = seen[:, :, None, None]
             mass = weight * jnp.exp(jnp.where(seen, score - lse[..., None], -jnp.inf))
             return total + jnp.where(seen, mass, 0).sum(1), None

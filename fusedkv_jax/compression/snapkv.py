@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import Group, KVCache, Reading
 from fusedkv_jax.compression import scoring
@@ -28,7 +28,7 @@ from fusedkv_jax.compression.token_sets import (
     token_sets,
 )
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.layouts import KINDS
+from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.model import Decoder
 
 
@@ -109,7 +109,7 @@ class SnapKV(Compressor):
         q = jnp.take_along_axis(reading.q, column[..., None, None], axis=1)
         lse = jnp.take_along_axis(reading.lse, column[..., None], axis=1)
         positions = jnp.where(valid, wanted - reading.rows.strict, -1)
-        mass = scoring.received(q, keys, lse, positions, lengths, scale=q.shape[-1] ** -0.5)
+        mass = scoring.received(q, keys, lse, positions, lengths)
         older = jnp.maximum(lengths - self.window, 0)
         pooled = scoring.pool(mass, older, self.kernel, self.pooling)
         return scoring.per_kv_head(pooled, keys.shape[2], self.grouping)
@@ -153,7 +153,9 @@ def _room(cache: KVCache, prompt: Prompt) -> int:
     return 0 if cache.capacity is None else cache.capacity - prompt.length
 
 
-def _compressed(cache: KVCache, groups: tuple[Group, ...], indices, room: int) -> KVCache:
+def _compressed(
+    cache: KVCache, groups: tuple[Group, ...], indices: list[Int[Array, "B K C"]], room: int
+) -> KVCache:
     """The cache with the named tokens of each group; one store if all keep as many."""
     if len({index.shape[-1] for index in indices}) > 1:
         stores = [
@@ -161,7 +163,7 @@ def _compressed(cache: KVCache, groups: tuple[Group, ...], indices, room: int) -
         ]
         return merged(cache, groups, stores)
     whole = next(group for group in cache.plan.groups if group.window is None)
-    chosen = {
+    chosen: dict[Kind, Array] = {
         kind: jnp.stack(
             [
                 index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,15 @@ from jaxtyping import Array, Float, Int
 from fusedkv_jax.cache import (
     Call,
     KVCache,
-    LinearStore,
+    MaskArguments,
     Piece,
     RingStore,
+    Rotation,
     Rows,
+    Slot,
+    Storage,
+    Store,
+    View,
     encode,
     select,
     storage_of,
@@ -26,7 +31,7 @@ from fusedkv_jax.compression.compressor import CompressionError, Compressor, Pro
 from fusedkv_jax.config import ModelConfig, RopeConfig
 from fusedkv_jax.layouts import Kind
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.model.rotary import Rotation, turn
+from fusedkv_jax.model.rotary import extra_rotation
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,15 @@ class StreamingLLM(Compressor):
         )
         return prompt.whole(model, KVCache(stores, cache.lengths, cache.plan))
 
-    def _store(self, config: ModelConfig, store: LinearStore) -> RingStore:
-        def empty(length: int) -> tuple[Any, Any]:
-            def zeros(array):
+    def _store(self, config: ModelConfig, store: Store) -> RingStore:
+        def empty(length: int) -> tuple[Storage, Storage]:
+            def zeros(array: Array) -> Array:
                 return jnp.zeros((*array.shape[:2], length, *array.shape[3:]), array.dtype)
 
-            return jax.tree.map(zeros, store.keys), jax.tree.map(zeros, store.values)
+            return (
+                jax.tree.map(zeros, storage_of(store, "key")),
+                jax.tree.map(zeros, storage_of(store, "value")),
+            )
 
         keys, values = empty(self.budget - self.sinks)
         if not self.sinks:
@@ -108,7 +116,7 @@ class SinkStore(RingStore):
     """A ring of the last W tokens, and the first s tokens beside it.
 
     A query at position p sees the sinks 0..s-1 and positions p-W+1..p. Counted in the cache the
-    sinks are p + 1 - s - W positions nearer, once tokens are missing: the query is turned back by
+    sinks are p + 1 - s - W positions nearer, once tokens are missing: the query is rotated back by
     so many positions before it reads them, which rotation makes the same as moving the keys (and
     fusion weights, equal within each rotary pair, do not change).
 
@@ -122,8 +130,8 @@ class SinkStore(RingStore):
         reindex: count positions in the cache.
     """
 
-    sink_keys: Any
-    sink_values: Any
+    sink_keys: Storage
+    sink_values: Storage
     rope: RopeConfig
     channels: int
     reindex: bool
@@ -132,19 +140,21 @@ class SinkStore(RingStore):
     def sinks(self) -> int:
         return self.sink_keys.shape[2]
 
-    def write(self, kind: Kind, slot: Any, new: Float[Array, "B T K H"], call: Call) -> SinkStore:
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Store:
         sinks = storage_of(self, kind, "sink_")
         sinks = write(sinks, slot, encode(new, sinks), call.first, call.count)  # later ones drop
         return super().write(kind, slot, new, call)._with(kind, sinks, "sink_")
 
-    def view(self, kind: Kind, slot: Any, new: Any, call: Call) -> tuple[Any, ...]:
+    def view(
+        self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call
+    ) -> tuple[Storage, ...]:
         sinks = select(storage_of(self, kind, "sink_"), slot)
         return (*super().view(kind, slot, new, call), sinks)
 
     def pieces(
         self,
-        keys: tuple[Any, ...],
-        values: tuple[Any, ...],
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
         q: Float[Array, "B t N H"],
         rows: Rows,
         call: Call,
@@ -161,16 +171,17 @@ class SinkStore(RingStore):
             tuple(view[-1] for view in keys),
             tuple(view[-1] for view in values),
             rows.mask() | {"kv_lengths": held},
-            self._turn(rows.positions) if self.reindex else None,
+            self._extra_rotation(rows.positions) if self.reindex else None,
         )
         return (*recent, first)
 
-    def _without_sinks(self, mask: dict[str, Any]) -> dict[str, Any]:
+    def _without_sinks(self, mask: MaskArguments) -> MaskArguments:
+        assert "kv_positions" in mask
         held = mask["kv_positions"]
         return mask | {"kv_positions": jnp.where(held < self.sinks, -1, held)}
 
-    def _turn(self, positions: Int[Array, "B t"]) -> Rotation:
+    def _extra_rotation(self, positions: Int[Array, "B t"]) -> Rotation:
         missing = jnp.maximum(positions + 1 - self.sinks - self.keys.shape[2], 0)
-        parts = turn(self.rope, self.channels, -missing.reshape(-1))
+        parts = extra_rotation(self.rope, self.channels, -missing.reshape(-1))
         cos, sin = (part.reshape(*positions.shape, -1) for part in parts)
         return cos, sin

@@ -7,10 +7,10 @@ layers that read any of them; FusedKV's layers 0 and mid and all upper layers, f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import (
@@ -19,13 +19,19 @@ from fusedkv_jax.cache import (
     KVCache,
     LinearStore,
     Reading,
+    Source,
+    Storage,
+    Store,
     split_plan,
     storage_of,
     take_tokens,
 )
-from fusedkv_jax.layouts import KINDS, KVLayout
+from fusedkv_jax.cache.storage import Tree
+from fusedkv_jax.layouts import KINDS, Kind, KVLayout
 from fusedkv_jax.model.mixing import mix
 from pallas_kernels import Quantized
+
+Index = Int[Array, "*P B K C"]
 
 
 def token_sets(layout: KVLayout) -> tuple[Group, ...]:
@@ -56,20 +62,24 @@ def refuse_windows(title: str, layout: KVLayout, error: type[ValueError]) -> Non
 
 def read_keys(reading: Reading) -> Float[Array, "B S K H"]:
     """The keys that a layer has just read, dequantized and fused."""
-    sources = [
-        x.dequantize(reading.q.dtype) if isinstance(x, Quantized) else x
-        for x in reading.pieces[0].keys
-    ]
+    sources = [_numbers(source, reading.q.dtype) for source in reading.pieces[0].keys]
     weights = reading.weights["key"]
     return sources[0] if weights is None else mix(weights, sources)
 
 
-def mean_scores(layout: KVLayout, group: Group, found: Sequence[Any]) -> Float[Array, "B K S"]:
+def _numbers(source: Source, dtype: DTypeLike) -> Float[Array, "B S K H"]:
+    if isinstance(source, Quantized):
+        return source.dequantize(dtype)
+    assert isinstance(source, Array)
+    return source
+
+
+def mean_scores(layout: KVLayout, group: Group, found: Sequence[Array]) -> Float[Array, "B K S"]:
     """The group's score: the mean over the layers that read it."""
     return jnp.stack([found[i] for i in readers(layout, group)]).mean(0)
 
 
-def merged(cache: KVCache, groups: Sequence[Group], stores: Sequence[Any]) -> KVCache:
+def merged(cache: KVCache, groups: Sequence[Group], stores: Sequence[Store]) -> KVCache:
     """The cache with all full-length streams held by other stores, rings as they are."""
     kept = [
         (group, store)
@@ -80,7 +90,7 @@ def merged(cache: KVCache, groups: Sequence[Group], stores: Sequence[Any]) -> KV
     return KVCache((*stores, *(store for _, store in kept)), cache.lengths, plan)
 
 
-def storages(cache: KVCache, group: Group) -> dict[str, Any]:
+def storages(cache: KVCache, group: Group) -> dict[Kind, Storage]:
     """The storage of a group's keys and values, from wherever the cache has them."""
     found = {}
     for kind in KINDS:
@@ -92,17 +102,17 @@ def storages(cache: KVCache, group: Group) -> dict[str, Any]:
     return found
 
 
-def lengthened(storage: Any, extra: int) -> Any:
+def lengthened(storage: Tree, extra: int) -> Tree:
     """A storage with `extra` empty tokens at its end."""
 
-    def pad(array):
+    def pad(array: Array) -> Array:
         return jnp.pad(array, ((0, 0), (0, 0), (0, extra), *((0, 0),) * (array.ndim - 3)))
 
     return jax.tree.map(pad, storage)
 
 
 def retain(
-    cache: KVCache, group: Group, index: Int[Array, "P B K C"] | Any, room: int
+    cache: KVCache, group: Group, index: Index | dict[Kind, Index], room: int
 ) -> LinearStore:
     """A store of the named tokens of a group's streams, with room for more.
 

@@ -13,16 +13,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import Piece
+from fusedkv_jax.cache import Piece, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
-from fusedkv_jax.model.layers import LayerNorm, RMSNorm, add_bias, make_norm
+from fusedkv_jax.model.layers import Norm, add_bias, make_norm
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate
 from fusedkv_jax.model.sharded_attention import attention
 from pallas_kernels.combining import combine
 
-StreamWeights = Float[Array, "J K H"] | None
+Lse = Float[Array, "B T N"] | None  # of the scores; None where nobody asks for it
 
 
 class Attention(nnx.Module):
@@ -74,7 +74,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         weight: nnx.Param,
         bias: nnx.Param | None,
-        norm: RMSNorm | LayerNorm | None,
+        norm: Norm | None,
         rotation: Rotation,
         scale: float = 1.0,
     ) -> Float[Array, "B T N H"]:
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         pieces: tuple[Piece, ...],
         weights: dict[Kind, StreamWeights],
         with_lse: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], Lse]:
         """Attention output, projected back to the model's width, and the scores' log-sum-exp.
 
         Args:
@@ -110,14 +110,14 @@ class Attention(nnx.Module):
         pieces: tuple[Piece, ...],
         weights: dict[Kind, StreamWeights],
         with_lse: bool = False,
-    ) -> tuple[Float[Array, "B T N H"], Any]:
+    ) -> tuple[Float[Array, "B T N H"], Lse]:
         """What `attend` projects: each head's weighted sum of values, and the log-sum-exp."""
         options: dict[str, Any] = {"implementation": self.implementation}
         options["softcap"] = self.softcap
         options["return_residuals"] = needs_residuals(pieces, with_lse)
         found = []
         for piece in pieces:
-            queries = q if piece.turn is None else rotate(q, piece.turn)
+            queries = q if piece.extra_rotation is None else rotate(q, piece.extra_rotation)
             queries = queries if piece.cut is None else piece.cut.take(queries)
             sources = piece.keys, piece.values, weights["key"], weights["value"]
             found.append(attention(queries, *sources, **piece.mask, **options))
@@ -129,14 +129,14 @@ def needs_residuals(pieces: tuple[Piece, ...], with_lse: bool) -> bool:
     return with_lse or len(pieces) > 1 and pieces[0].cut is None
 
 
-def merged(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
+def merged(found: list[Any], with_lse: bool) -> tuple[Array, Lse]:
     """What attention gave for each piece, as attention over all of them, and its lse."""
     if len(found) > 1:
         return combine(found)
     return found[0] if with_lse else (found[0], None)
 
 
-def joined(found: list[Any], with_lse: bool) -> tuple[Array, Any]:
+def joined(found: list[Any], with_lse: bool) -> tuple[Array, Lse]:
     """What attention gave for the queries of each lane, [R, T, ...], side by side, [1, N, ...]."""
 
     def join(parts: tuple[Array, ...]) -> Array:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import Piece
+from fusedkv_jax.cache import Piece, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
-from fusedkv_jax.model.attention import Attention
+from fusedkv_jax.model.attention import Attention, Lse
 from fusedkv_jax.model.latent import LatentAttention
-from fusedkv_jax.model.layers import FeedForward, make_norm
+from fusedkv_jax.model.layers import FeedForward, Norm, make_norm
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.rotary import Rotation
 from fusedkv_jax.sharding import constrain
@@ -52,9 +49,9 @@ class Block(nnx.Module):
         self,
         q: Float[Array, "B T N H"],
         pieces: tuple[Piece, ...],
-        weights: dict[Kind, Any],
+        weights: dict[Kind, StreamWeights],
         with_lse: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], Lse]:
         """Attention over what the streams gave; see `Attention.attend`."""
         return self.attention.attend(q, pieces, weights, with_lse)
 
@@ -70,10 +67,10 @@ class Block(nnx.Module):
         out = self.mlp(self._before(self.mlp_norm, x))
         return self._after(self.mlp_norm, self.mlp_out_norm, out)
 
-    def _before(self, norm: Callable[[Array], Array], x: Array) -> Array:
+    def _before(self, norm: Norm, x: Array) -> Array:
         return x if self.config.norm_placement == "post" else norm(x)
 
-    def _after(self, norm: Any, out_norm: Any, out: Array) -> Array:
+    def _after(self, norm: Norm, out_norm: Norm | None, out: Array) -> Array:
         """What a branch adds to the hidden states."""
         if self.config.norm_placement != "pre":
             out = norm(out) if out_norm is None else out_norm(out)

@@ -6,18 +6,18 @@ the row's cache is used (`KVCache.overflowed`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.config import ModelConfig
 
 
-def known(x: Any) -> np.ndarray | None:
+def known(x: ArrayLike) -> np.ndarray | None:
     """The values of an array, or None while tracing and for what other processes hold."""
     if isinstance(x, Tracer):
         return None
@@ -26,16 +26,18 @@ def known(x: Any) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def check_integers(name: str, given: Any, axes: str) -> None:
+def check_integers(name: str, given: object, axes: str) -> None:
     """Raises ValueError unless it is an array of integers with so many axes, such as "B T"."""
-    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.integer):
-        what = getattr(given, "dtype", type(given).__name__)
+    dtype = getattr(given, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        what = type(given).__name__ if dtype is None else dtype
         raise ValueError(f"{name} is {what}; use an array of int32")
-    if jnp.ndim(given) != len(axes.split()):
-        raise ValueError(f"{name} has shape {jnp.shape(given)}; use [{axes.replace(' ', ', ')}]")
+    shape = getattr(given, "shape", ())
+    if len(shape) != len(axes.split()):
+        raise ValueError(f"{name} has shape {shape}; use [{axes.replace(' ', ', ')}]")
 
 
-def check_tokens(tokens: Any, vocab_size: int, present: np.ndarray | None = None) -> None:
+def check_tokens(tokens: ArrayLike, vocab_size: int, present: np.ndarray | None = None) -> None:
     """Raises ValueError for a token id outside the vocabulary.
 
     Args:
@@ -55,7 +57,7 @@ def check_tokens(tokens: Any, vocab_size: int, present: np.ndarray | None = None
         )
 
 
-def check_room(config: ModelConfig, tokens: Any, lengths: Any, cache: KVCache) -> None:
+def check_room(config: ModelConfig, tokens: Array, lengths: Array, cache: KVCache) -> None:
     """Raises ValueError where a model cannot put rows of new tokens into a cache.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fusedkv_jax.cache import Call, KVCache
 from fusedkv_jax.config import ModelConfig
@@ -22,7 +22,7 @@ from fusedkv_jax.model.mixing import FusionWeights
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import rotation
-from fusedkv_jax.model.stack import Layers, Options, Queries, Walked, Watch, run_layers
+from fusedkv_jax.model.stack import Angles, Layers, Options, Queries, Walked, Watch, run_layers
 from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.sharding import active_mesh, automatic, constrain, spec
 from fusedkv_jax.validation import check_kind
@@ -49,7 +49,9 @@ class Decoder(nnx.Module):
         self.config = config
         init = Initializer(config)
         self.embedding = init.matrix(config.vocab_size, config.d_model)
-        self.runs = nnx.List([nnx.List(_blocks(init, run)) for run in runs(config.kv_layout)])
+        self.runs: nnx.List = nnx.List(
+            [nnx.List(_blocks(init, run)) for run in runs(config.kv_layout)]
+        )
         self.mixing = FusionWeights(init)
         self.final_norm = make_norm(init, config.d_model)
         untied = not config.tie_embeddings
@@ -177,7 +179,7 @@ class Decoder(nnx.Module):
         cache: KVCache,
         watch: Watch,
         rows: int = 1,
-    ) -> tuple[Float[Array, "B V"], KVCache, tuple[Any, ...]]:
+    ) -> tuple[Float[Array, "B V"], KVCache, tuple[PyTree, ...]]:
         """Add new tokens to a cache and look at what each layer reads.
 
         Args:
@@ -203,7 +205,7 @@ class Decoder(nnx.Module):
         cache: KVCache,
         rows: int,
         watch: Watch | None = None,
-    ) -> tuple[Array | None, KVCache, dict[int, Any]]:
+    ) -> tuple[Array | None, KVCache, dict[int, PyTree]]:
         """Logits of all tokens, or of the last `rows` of each row where those are fewer."""
         config, depth = self.config, self.config.kv_layout.prefill_depth
         cache.check(config, tokens.shape[0])
@@ -239,7 +241,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return constrain(x, "batch", "sequence", None)
 
-    def rotation(self, positions: Int[Array, "B T"]) -> Any:
+    def rotation(self, positions: Int[Array, "B T"]) -> Angles:
         """Rotary angles of tokens at these positions; of all kinds, stacked, if there are more."""
         channels = self.config.geometry.rotary
         kinds = [rotation(rope, channels, positions) for rope in self.config.rope_kinds]
@@ -255,7 +257,7 @@ class Decoder(nnx.Module):
         return Layers(self.config, graphs, params, self.mixing())
 
 
-def _split(block: Any) -> tuple[nnx.GraphDef[Block], Any]:
+def _split(block: Block | nnx.List) -> tuple[nnx.GraphDef[Block], PyTree]:
     """Structure and parameters of equal layers, the latter stacked, or a tuple if unrolled."""
     if not isinstance(block, nnx.List):
         return nnx.split(block)
@@ -283,8 +285,10 @@ def _blocks(init: Initializer, run: Run) -> list[Block]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(graph: nnx.GraphDef[Decoder], out_spec: P, *arrays) -> Array:
-    def forward(state, tokens, segment_ids, positions):
+def _forward(graph: nnx.GraphDef[Decoder], out_spec: P, *arrays: PyTree) -> Array:
+    def forward(
+        state: nnx.State, tokens: Array, segment_ids: Array | None, positions: Array | None
+    ) -> Array:
         model = nnx.merge(graph, state)
         return model.logits(model.hidden(tokens, segment_ids, positions))
 

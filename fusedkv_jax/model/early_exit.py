@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from fusedkv_jax.cache import Call, KiviStore, KVCache, LinearStore, RingStore, 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers
-from fusedkv_jax.model.streams import Bank, StreamPlan, Streams
+from fusedkv_jax.model.stream_plan import Bank, StreamPlan
+from fusedkv_jax.model.streams import Streams
 
 # What a rejected draft leaves behind in these is never read, or can be undone.
 _REWINDABLE = (LinearStore, StackedStore, RingStore, KiviStore)
@@ -35,7 +36,7 @@ class Draft(NamedTuple):
     """
 
     cache: KVCache
-    hidden: Any
+    hidden: Float[Array, "B T D"]
     bank: Bank
 
 
@@ -94,11 +95,11 @@ def extend_draft(
     x = model.embed(tokens[:, None])
     x, streams, *_ = run_layers(model.layers(), x, streams, queries, (0, exit_layer))
 
-    def put(array, new, axis):
+    def put(array: Array, new: Array, axis: int) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(array, new, place, axis)
 
     bank: Bank = {
-        kind: None if new is None else put(draft.bank[kind], new, 2)
+        kind: None if new is None or (old := draft.bank[kind]) is None else put(old, new, 2)
         for kind, new in streams.bank.items()
     }
     return x[:, 0], Draft(streams.close(), put(draft.hidden, x, 1), bank)
@@ -134,11 +135,11 @@ def verify_draft(
     # What is written at the end of a call begins with what was there before the draft; the others
     # hold the draft, whose rejected tokens lie beyond the lengths and are overwritten.
     stores = tuple(
-        old if old.deferred(streams.call) else new
+        old if old.writes_at_end(streams.call) else new
         for old, new in zip(cache.stores, draft.cache.stores, strict=True)
     )
     streams = dataclasses.replace(streams, stores=stores, bank=draft.bank)
-    streams = _repeat_deferred_writes(streams, exit_layer)
+    streams = _write_lower_layers(streams, exit_layer)
     positions = streams.call.positions
     queries, upper = Queries(model.rotation(positions), positions), (exit_layer, config.num_layers)
     x, streams, *_ = run_layers(model.layers(), draft.hidden, streams, queries, upper)
@@ -155,11 +156,11 @@ def _later(config: ModelConfig, cache: KVCache, count: Array, length: int) -> St
     return Streams.of_cache(config, cache, Call(cache.lengths, count, length))
 
 
-def _repeat_deferred_writes(streams: Streams, exit_layer: int) -> Streams:
-    """Tell deferred stores of the lower layers' streams, as a call through all layers would."""
+def _write_lower_layers(streams: Streams, exit_layer: int) -> Streams:
+    """Give stores that write at the end the lower layers' streams, as a call through all would."""
     stores = list(streams.stores)
     for (kind, i), (group, slot) in streams.plan.groups.places.items():
-        if i < exit_layer and stores[group].deferred(streams.call):
+        if i < exit_layer and stores[group].writes_at_end(streams.call):
             new = streams.banked(kind, i)
             stores[group] = stores[group].write(kind, slot, new, streams.call)
     return dataclasses.replace(streams, stores=tuple(stores))

@@ -11,17 +11,19 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import Piece
+from fusedkv_jax.cache import Piece, Source, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
-from fusedkv_jax.model.attention import merged, needs_residuals
+from fusedkv_jax.model.attention import Lse, merged, needs_residuals
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.mixing import mix
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate, yarn_temperature
 from fusedkv_jax.model.sharded_attention import attention
+from pallas_kernels.combining import Part
 from pallas_kernels.quantized import Quantized
 
 
@@ -70,9 +72,9 @@ class LatentAttention(nnx.Module):
         self,
         q: Float[Array, "B T N H"],
         pieces: tuple[Piece, ...],
-        weights: dict[Kind, Any],
+        weights: dict[Kind, StreamWeights],
         with_lse: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], Lse]:
         """Attention output, projected back to the model's width, and the scores' log-sum-exp.
 
         A single query per row reads the latents as they are (the up-projections are absorbed into
@@ -92,24 +94,30 @@ class LatentAttention(nnx.Module):
         attend = self._attend_absorbed if one else self._attend_expanded
         found = []
         for piece in pieces:
-            queries = q if piece.turn is None else self._turn(q, piece.turn)
+            queries = q if piece.extra_rotation is None else self._rotate(q, piece.extra_rotation)
             keys, values = (
                 [_plain(x, dtype) for x in sources] for sources in (piece.keys, piece.values)
             )
-            fusion = weights["key"], weights["value"]
-            found.append(attend(queries, keys, values, *fusion, **piece.mask, **options))
+            found.append(attend(queries, (keys, values), weights, {**piece.mask, **options}))
         context, lse = merged(found, with_lse)
         if one:
             context = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
             context = context.astype(dtype)
         return project(context, self.o_proj[...], 2), lse
 
-    def _turn(self, q: Array, rotation: Rotation) -> Array:
+    def _rotate(self, q: Array, rotation: Rotation) -> Array:
         """Rotate the last channels further."""
-        still, turning = jnp.split(q, [q.shape[-1] - self.mla.rope_dim], axis=-1)
-        return jnp.concatenate([still, rotate(turning, rotation)], axis=-1)
+        still, rotating = jnp.split(q, [q.shape[-1] - self.mla.rope_dim], axis=-1)
+        return jnp.concatenate([still, rotate(rotating, rotation)], axis=-1)
 
-    def _attend_expanded(self, q, keys, values, key_weights, value_weights, **options):
+    def _attend_expanded(
+        self,
+        q: Float[Array, "B T N R"],
+        sources: tuple[list[Array], list[Array]],
+        weights: dict[Kind, StreamWeights],
+        options: dict[str, Any],
+    ) -> Part | Array:
+        (keys, values), (key_weights, value_weights) = sources, (weights["key"], weights["value"])
         rope_key = keys[0] if key_weights is None else mix(key_weights, keys)
         latent = values[0] if value_weights is None else mix(value_weights, values)
         both = project(latent[:, :, 0], self.kv_b_proj[...])
@@ -118,15 +126,25 @@ class LatentAttention(nnx.Module):
         k = jnp.concatenate([k_nope, shared], axis=-1)
         return attention(q, (k,), (v,), **options)
 
-    def _attend_absorbed(self, q, keys, values, key_weights, value_weights, **options):
+    def _attend_absorbed(
+        self,
+        q: Float[Array, "B T N R"],
+        sources: tuple[list[Array], list[Array]],
+        weights: dict[Kind, StreamWeights],
+        options: dict[str, Any],
+    ) -> Part | Array:
         """Queries and outputs are latents: [B, T, N, C + R] and [B, T, N, C]."""
-        weights = None
+        (keys, values), (key_weights, value_weights) = sources, (weights["key"], weights["value"])
+        joined = None
         if key_weights is not None and value_weights is not None:
-            weights = jnp.concatenate([value_weights, key_weights], axis=-1)
+            joined = jnp.concatenate([value_weights, key_weights], axis=-1)
         both = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True))
-        return attention(q, both, tuple(values), weights, value_weights, **options)
+        return attention(q, both, tuple(values), joined, value_weights, **options)
 
 
-def _plain(source: Any, dtype: Any) -> Array:
+def _plain(source: Source, dtype: DTypeLike) -> Array:
     """A source [B, S, 1, C] as numbers: latents are expanded or joined before attention."""
-    return source.dequantize(dtype) if isinstance(source, Quantized) else source.astype(dtype)
+    if isinstance(source, Quantized):
+        return source.dequantize(dtype)
+    assert isinstance(source, Array)
+    return source.astype(dtype)

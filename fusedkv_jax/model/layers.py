@@ -49,7 +49,10 @@ class LayerNorm(nnx.Module):
         return (normed * scale + bias).astype(x.dtype)
 
 
-def make_norm(init: Initializer, size: int) -> RMSNorm | LayerNorm:
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(init: Initializer, size: int) -> Norm:
     """The norm that the configuration names."""
     return (LayerNorm if init.config.block.norm == "layer" else RMSNorm)(init, size)
 

@@ -106,7 +106,7 @@ def recursion(draws: Float[Array, "C J *size"], anchor: int) -> Float[Array, "C 
     if not others:
         return draws
 
-    def step(weights, draw):
+    def step(weights: Array, draw: Array) -> tuple[Array, Array]:
         fresh = draw[anchor]
         factors = draw.at[anchor].set(draw[others[0]])
         weights = (factors * weights).at[anchor].add(fresh)

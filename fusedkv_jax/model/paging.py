@@ -41,9 +41,15 @@ def extend_pages(
     x = model.embed(tokens[None])
     x, streams, _, _ = run_layers(layers, x, streams, queries, (0, depth))
     if not sampled.shape[0]:
-        return None, streams.stores[0]
+        return None, _pool(streams)
     above = call.take(sampled)
     queries = Queries(model.rotation(above.positions), above.positions)
     x, streams = x[:, sampled], streams.narrowed(above)
     x, streams, _, _ = run_layers(layers, x, streams, queries, (depth, config.num_layers))
-    return model.logits(model.normed(x))[0], streams.stores[0]
+    return model.logits(model.normed(x))[0], _pool(streams)
+
+
+def _pool(streams: Streams) -> PagedStore:
+    (pool,) = streams.stores
+    assert isinstance(pool, PagedStore)
+    return pool

@@ -6,15 +6,17 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from fusedkv_jax.config import ModelConfig
+
+Param = TypeVar("Param", bound=nnx.Param)
 
 
 class NoDecayParam(nnx.Param):
@@ -70,12 +72,12 @@ class Initializer:
 
     def normal(
         self,
-        kind: type[nnx.Param],
+        kind: type[Param],
         shape: tuple[int, ...],
         std: float,
         dtype: str,
         finish: Callable[[Array], Array] | None = None,
-    ) -> Any:
+    ) -> Param:
         """A normal parameter; `finish` is applied to what was drawn."""
         parameter = kind(jax.ShapeDtypeStruct(shape, dtype))
         self.pending.append(_Draw(parameter, shape, std, dtype, finish))
@@ -108,7 +110,7 @@ def _normals(key: Array, specs: tuple[tuple[tuple[int, ...], float, str], ...]) 
     ]
 
 
-def weight_decay_mask(params: Any) -> Any:
+def weight_decay_mask(params: PyTree) -> PyTree:
     """True where weight decay applies: everything but norm scales, biases and fusion weights.
 
     Args:

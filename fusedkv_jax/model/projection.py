@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
 def project(
-    x: Float[Array, "..."], weight: Float[Array, "..."], axes: int = 1, dtype: Any = None
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    axes: int = 1,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """Contract the last `axes` axes of tokens with the first ones of a parameter.
 
@@ -29,18 +31,22 @@ def project(
     return _project(x, weight, axes, dtype)
 
 
-def _product(x, weight, axes, dtype):
+def _product(x: Array, weight: Array, axes: int, dtype: DTypeLike | None) -> Array:
     weight = weight.astype(x.dtype)
     inner = tuple(range(x.ndim - axes, x.ndim))
     dims = ((inner, tuple(range(axes))), ((), ()))
     return lax.dot_general(x, weight, dims, preferred_element_type=dtype)
 
 
-def _forward(x, weight, axes, dtype):
+def _forward(
+    x: Array, weight: Array, axes: int, dtype: DTypeLike | None
+) -> tuple[Array, tuple[Array, Array]]:
     return _product(x, weight, axes, dtype), (x, weight)
 
 
-def _backward(axes, dtype, residuals, gradient):
+def _backward(
+    axes: int, dtype: DTypeLike | None, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     x, weight = residuals
     batch = tuple(range(x.ndim - axes))
     outer = tuple(range(len(batch), gradient.ndim)), tuple(range(axes, weight.ndim))
@@ -52,5 +58,5 @@ def _backward(axes, dtype, residuals, gradient):
     return dx.astype(x.dtype), dweight.astype(weight.dtype)
 
 
-_project: Any = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
+_project = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
 _project.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split: channel c turns with channel c + H/2."""
+"""Rotary position embedding, half-split: channel c rotates with channel c + H/2."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fusedkv_jax.cache import Rotation
 from fusedkv_jax.config import RopeConfig
-
-Rotation = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
 
 
 def frequencies(rope: RopeConfig, channels: int) -> np.ndarray:
     """Angle per position of each channel pair, scaled for long contexts.
 
     Returns:
-        float64 [r / 2] for the r channels of a head that turn, the first `rope.fraction` of them.
+        float64 [r / 2] for the r channels of a head that rotate, the first `rope.fraction` of them.
     """
     channels = rotated_channels(rope, channels)
     exponent = np.arange(0, channels, 2) / channels
@@ -32,7 +31,7 @@ def frequencies(rope: RopeConfig, channels: int) -> np.ndarray:
 
 
 def rotated_channels(rope: RopeConfig, channels: int) -> int:
-    """How many of a head's channels turn."""
+    """How many of a head's channels rotate."""
     return int(channels * rope.fraction)
 
 
@@ -45,14 +44,14 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, plain: np.ndarray, channels: int) -> np.ndarray:
-    """YaRN's "NTK by parts": channels that turn often are kept, slow ones interpolated."""
+    """YaRN's "NTK by parts": channels that rotate often are kept, slow ones interpolated."""
 
-    def channel_turning(turns: float) -> float:
+    def channel_of(turns: float) -> float:
         wavelengths = rope.original_length / (turns * 2 * math.pi)
         return channels * math.log(wavelengths) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(channel_turning(rope.beta_fast)), 0)
-    high = min(math.ceil(channel_turning(rope.beta_slow)), channels - 1)
+    low = max(math.floor(channel_of(rope.beta_fast)), 0)
+    high = min(math.ceil(channel_of(rope.beta_slow)), channels - 1)
     ramp = np.clip((np.arange(channels // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     return plain * ((1 - ramp) + ramp / rope.factor)
 
@@ -72,7 +71,7 @@ def yarn_temperature(factor: float, mscale: float) -> float:
 
 
 def rotation(rope: RopeConfig | None, channels: int, positions: Int[Array, "B T"]) -> Rotation:
-    """Cosines and sines of each token's angles, float32 [B, T, r / 2]; without a rope, no turn."""
+    """Cosines and sines of each token's angles, float32 [B, T, r / 2]; without a rope, none."""
     if rope is None:
         shape = (*positions.shape, channels // 2)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
@@ -83,7 +82,7 @@ def rotation(rope: RopeConfig | None, channels: int, positions: Int[Array, "B T"
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def turn(rope: RopeConfig, channels: int, shift: Int[Array, "B"]) -> Rotation:
+def extra_rotation(rope: RopeConfig, channels: int, shift: Int[Array, "B"]) -> Rotation:
     """What rotates queries `shift` positions further: cosines and sines, [B, 1, channels / 2]."""
     angles = shift[:, None, None].astype(jnp.float32) * jnp.asarray(
         frequencies(rope, channels), jnp.float32
@@ -92,14 +91,14 @@ def turn(rope: RopeConfig, channels: int, shift: Int[Array, "B"]) -> Rotation:
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
-    """Turn every head of every token by its position's angles, in float32.
+    """Rotate every head of every token by its position's angles, in float32.
 
     With fewer angles than channel pairs the channels after them stay as they are.
     """
     cos, sin = (part[:, :, None, :] for part in angles)
-    turning = 2 * cos.shape[-1]
-    if turning < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :turning], angles), x[..., turning:]], axis=-1)
+    rotating = 2 * cos.shape[-1]
+    if rotating < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :rotating], angles), x[..., rotating:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

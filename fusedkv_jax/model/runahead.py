@@ -11,24 +11,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from fusedkv_jax.cache import (
+    CachePlan,
     Call,
     KVCache,
     LinearStore,
     StackedStore,
+    Storage,
+    Store,
     select,
     storage_of,
     unstacked,
 )
-from fusedkv_jax.cache.storage import Slot
+from fusedkv_jax.cache.storage import Slot, Tree
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Kind
 from fusedkv_jax.model.decoder import Decoder
@@ -80,13 +82,13 @@ def extend_in_parts(
     lower = jax.shard_map(
         functools.partial(_lower_layers, graph, ends, cache.plan),
         mesh=mesh,
-        in_specs=(P(), rows, rows, stores),
+        in_specs=(P(), (rows, rows), stores),
         out_specs=(rows, stores),
         axis_names={AXIS, *RULES["batch"]},
         check_vma=False,
     )
     together = [isinstance(store, StackedStore) for store in cache.stores]
-    x, stores = lower(params, tokens, count, unstacked(cache).stores)
+    x, stores = lower(params, (tokens, count), unstacked(cache).stores)
     pairs = zip(stores, together, strict=True)
     stores = tuple(StackedStore.of(store) if stack else store for store, stack in pairs)
     cache = dataclasses.replace(cache, stores=stores)
@@ -130,18 +132,25 @@ class PartStore(LinearStore):
 
     ends: tuple[int, ...] = ()
 
-    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> PartStore:
-        store: Any = super().write(kind, slot, new, call)
+    def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Store:
+        store = super().write(kind, slot, new, call)
         return store._with(kind, _hand_on(storage_of(store, kind), slot, self.ends))
 
 
-def _lower_layers(graph, ends, plan, params, tokens, count, stores) -> tuple[Array, tuple]:
+def _lower_layers(
+    graph: nnx.GraphDef[Decoder],
+    ends: tuple[int, ...],
+    plan: CachePlan,
+    params: nnx.State,
+    prompts: tuple[Int[Array, "B T"], Int[Array, "B"]],
+    stores: tuple[Store, ...],
+) -> tuple[Float[Array, "B 1 D"], tuple[Store, ...]]:
     """One worker: its part through the layers below `prefill_depth`.
 
     Returns:
-        What they gave for each row's last token, [B, 1, D], and the stores; the same everywhere.
+        What they gave for each row's last token, and the stores; the same everywhere.
     """
-    model = nnx.merge(graph, params)
+    model, (tokens, count) = nnx.merge(graph, params), prompts
     starts = (0, *ends[:-1])
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
     me, width = jax.lax.axis_index(AXIS), max(sizes)
@@ -149,7 +158,7 @@ def _lower_layers(graph, ends, plan, params, tokens, count, stores) -> tuple[Arr
     padded = jnp.pad(tokens, ((0, 0), (0, width)))  # a slice beyond the end would move back
     own = jax.lax.dynamic_slice_in_dim(padded, start, width, 1)
     call = Call(jnp.full_like(count, start), jnp.clip(count - start, 0, size), width)
-    parts = tuple(PartStore(store.keys, store.values, ends=ends) for store in stores)
+    parts = tuple(PartStore(*_storages(store), ends=ends) for store in stores)
     cache = KVCache(parts, jnp.zeros_like(count), plan)
     streams = Streams.of_cache(model.config, cache, call)
     x = model.embed(own)
@@ -161,16 +170,20 @@ def _lower_layers(graph, ends, plan, params, tokens, count, stores) -> tuple[Arr
     place = jnp.clip(last, 0, width - 1)[:, None, None]
     mine = ((last >= 0) & (last < size))[:, None, None]
     found = jnp.where(mine, jnp.take_along_axis(x, place, axis=1).astype(jnp.float32), 0)
-    plain = tuple(LinearStore(store.keys, store.values) for store in streams.stores)
+    plain = tuple(LinearStore(*_storages(store)) for store in streams.stores)
     stores = jax.tree.map(functools.partial(_hand_back, ends=ends), plain)
     return jax.lax.psum(found, AXIS).astype(x.dtype), stores
 
 
-def _hand_on(storage: Any, slot: Slot, ends: tuple[int, ...]) -> Any:
+def _storages(store: Store) -> tuple[Storage, Storage]:
+    return storage_of(store, "key"), storage_of(store, "value")
+
+
+def _hand_on(storage: Tree, slot: Slot, ends: tuple[int, ...]) -> Tree:
     """One stream down the chain: worker i sends exactly its first end_i tokens."""
     me = jax.lax.axis_index(AXIS)
 
-    def through(stream):  # [B, S, ...]
+    def through(stream: Shaped[Array, "B S *rest"]) -> Array:
         for i, end in enumerate(ends[:-1]):
             before = stream[:, :end]
             sent = jax.lax.ppermute(before, AXIS, [(i, i + 1)])

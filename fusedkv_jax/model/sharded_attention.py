@@ -7,30 +7,33 @@ sequence is split over `context` are gathered there, and only there: they stay s
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 import pallas_kernels
+from fusedkv_jax.cache.calls import Source, StreamWeights
 from fusedkv_jax.sharding import RULES, spec
 from pallas_kernels import Stacked, stacked
 
-Sources = tuple[Any, ...]  # [B, S, K, H] arrays, or `Quantized` or `Stacked` of pallas_kernels
+Sources = tuple[Source, ...]
+Weights = tuple[StreamWeights, StreamWeights]
 
 
 def attention(
     q: Float[Array, "B T N H"],
     keys: Sources,
     values: Sources,
-    key_weights: Any = None,
-    value_weights: Any = None,
+    key_weights: StreamWeights = None,
+    value_weights: StreamWeights = None,
     *,
     return_residuals: bool = False,
     **options: Any,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """`pallas_kernels.attention`, split over the mesh that is set, if one is."""
     mesh, free = _free_axes()
     options |= {"return_residuals": return_residuals}
@@ -50,10 +53,10 @@ def attention(
     if heads is not None and kv_heads is None:
         keys, values = stacked.read(keys), stacked.read(values)  # each device cuts out its head
 
-    def part(x, *axes):
+    def part(x: Array, *axes: str | None) -> P:
         return spec([axis if set(RULES[axis]) <= free else None for axis in axes], x.shape, mesh)
 
-    def source(x):
+    def source(x: Array | Stacked) -> PyTree:
         if isinstance(x, Stacked):
             axes = (None, "batch", None, kv_heads)
             return jax.tree.map(lambda array: part(array, *axes[: array.ndim]), x)
@@ -69,13 +72,11 @@ def attention(
         jax.tree.map(lambda x: part(x, None, kv_heads, None), weights),
         {name: part(x, *names[name]) for name, x in arrays.items()},
     )
-    local = functools.partial(
-        _local,
-        groups=q.shape[2] // keys[0].shape[2],
-        gather=tokens is not None and mesh.shape["context"] > 1,
-        select=heads is not None and kv_heads is None,
-        options=options,
+    part_of_device = _LocalPart(
+        gathers=tokens is not None and mesh.shape["context"] > 1,
+        groups=q.shape[2] // keys[0].shape[2] if heads is not None and kv_heads is None else None,
     )
+    local = functools.partial(_local, local=part_of_device, options=options)
     out_specs = (q_spec, P(*q_spec[:3])) if return_residuals else q_spec
     run = jax.shard_map(
         local,
@@ -88,7 +89,7 @@ def attention(
     return run(q, sources, weights, arrays)
 
 
-def _free_axes() -> tuple[Any, set[str]]:
+def _free_axes() -> tuple[AbstractMesh | None, set[str]]:
     """The mesh that is set and those of its axes that are left to split; None if there are none.
 
     Where prompts are prefilled in parts, only `tensor` is left.
@@ -117,17 +118,37 @@ def _head_axes(heads: int, kv_heads: int, parts: int) -> tuple[str | None, str |
     return None, None
 
 
-def _local(q, sources, weights, arrays, *, groups, gather, select, options):
+class _LocalPart(NamedTuple):
+    """What a device has to do to its part of the keys and values before it attends.
+
+    Attributes:
+        gathers: fetch the tokens that others hold along `context`.
+        groups: where each device has all KV heads and needs one: query heads that share it.
+    """
+
+    gathers: bool
+    groups: int | None
+
+
+def _local(
+    q: Array,
+    sources: tuple[Sources, Sources],
+    weights: Weights,
+    arrays: dict[str, Array],
+    *,
+    local: _LocalPart,
+    options: dict[str, Any],
+) -> Array | tuple[Array, Array]:
     """Attention of one device's rows and heads."""
-    if gather:
+    if local.gathers:
         whole = functools.partial(jax.lax.all_gather, axis_name="context", axis=1, tiled=True)
         sources = jax.tree.map(whole, sources)
         if "kv_segment_ids" in arrays:
             arrays = arrays | {"kv_segment_ids": whole(arrays["kv_segment_ids"])}
-    if select:
-        mine = jax.lax.axis_index("tensor") * q.shape[2] // groups
+    if local.groups is not None:
+        mine = jax.lax.axis_index("tensor") * q.shape[2] // local.groups
 
-        def own(x, axis):
+        def own(x: Array, axis: int) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, mine, 1, axis)
 
         sources = jax.tree.map(lambda x: own(x, 2), sources)

@@ -7,24 +7,32 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fusedkv_jax.cache import Reading
+from fusedkv_jax.cache import Reading, Store, StreamWeights
+from fusedkv_jax.cache.plan import StreamName
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, Run, runs
 from fusedkv_jax.model.block import Block
 from fusedkv_jax.model.mixing import Weights
 from fusedkv_jax.model.rotary import Rotation
+from fusedkv_jax.model.stream_plan import Bank
 from fusedkv_jax.model.streams import Streams
+from fusedkv_jax.trees import Leaf
 
 Hidden = Float[Array, "B T D"]
-Watch = Callable[[Reading], Any]
+Watch = Callable[[Reading], PyTree]
+Angles = tuple[Float[Array, "*kinds B T h"], Float[Array, "*kinds B T h"]]  # see `Queries`
+Tree = TypeVar("Tree")
+
+Stores = tuple[Store, ...]
+State = tuple[Hidden, Bank, Stores]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -46,7 +54,7 @@ class Layers(NamedTuple):
 
     config: ModelConfig
     graphs: list[list[nnx.GraphDef[Block]]]
-    params: list[list[Any]]
+    params: list[list[PyTree]]
     weights: Weights
 
 
@@ -57,7 +65,7 @@ class Queries:
     Where layers differ in their rotary embedding, the rotation has those of all kinds, stacked.
     """
 
-    rotation: Any
+    rotation: Angles
     positions: Int[Array, "B T"] | None = None
 
 
@@ -87,10 +95,10 @@ class Walked(NamedTuple):
         outputs: what the layers gave, runs of them in order, [layers, B, T, D] each.
     """
 
-    x: Any
+    x: Hidden
     streams: Streams
-    seen: dict[int, Any]
-    outputs: tuple[Any, ...]
+    seen: dict[int, PyTree]
+    outputs: tuple[Array, ...]
 
 
 @functools.partial(
@@ -111,12 +119,12 @@ class LayerInputs:
         rope: which of the rotary embeddings is its own; None where there is one.
     """
 
-    params: Any
-    weights: dict[Kind, Any]
-    slots: dict[Kind, Any]
-    bank_slots: dict[Kind, Any]
-    kept: Any = None
-    rope: Any = None
+    params: PyTree
+    weights: dict[Kind, Leaf]
+    slots: dict[Kind, Leaf]
+    bank_slots: dict[Kind, Leaf]
+    kept: Leaf | None = None
+    rope: Leaf | np.ndarray | None = None
 
 
 def run_layers(
@@ -149,7 +157,7 @@ def run_layers(
 
 def run_layer(
     block: Block, layer: int, x: Hidden, streams: Streams, inputs: LayerInputs, walk: Walk
-) -> tuple[Hidden, Streams, Any]:
+) -> tuple[Hidden, Streams, PyTree]:
     """One layer: hidden states, the streams with its own, and what was observed.
 
     Args:
@@ -162,7 +170,7 @@ def run_layer(
     """
     watch, positions = walk.options.watch, walk.queries.positions
     kv = walk.layers.config.kv_layout.layers[layer]
-    fused: dict[Kind, Any] = {
+    fused: dict[Kind, StreamWeights] = {
         kind: inputs.weights.get(kind) if kv.stream(kind).is_fused else None for kind in KINDS
     }
     observed = watch is not None or streams.watches(layer)
@@ -174,6 +182,7 @@ def run_layer(
     seen = None
     if observed:
         rows = streams.rows(layer, positions)
+        assert lse is not None
         reading = Reading(layer, streams.locate(layer), fused, q, pieces, lse, rows)
         streams = streams.observe(reading)
         seen = None if watch is None else watch(reading)
@@ -188,7 +197,9 @@ class Walk:
     queries: Queries
     options: Options
 
-    def parts(self, streams: Streams, first: int, last: int) -> Iterator[tuple[Any, int, range]]:
+    def parts(
+        self, streams: Streams, first: int, last: int
+    ) -> Iterator[tuple[tuple[int, int] | None, int, range]]:
         """(cyclic group or None, run, repeats) of all that lies in first..last-1, upwards."""
         layout = self.layers.config.kv_layout
         for r, run in enumerate(runs(layout)):
@@ -221,7 +232,7 @@ class Walk:
             )
             frozen = Walk(Layers(config, graphs, params, weights), self.queries, silent)
 
-            def free_pass(_, held):
+            def free_pass(_: Array, held: tuple[Bank, Stores]) -> tuple[Bank, Stores]:
                 inside = dataclasses.replace(streams, bank=held[0], stores=held[1])
                 passed = frozen.through(parts, Walked(start, inside, {}, ())).streams
                 return passed.bank, passed.stores
@@ -251,7 +262,7 @@ class Walk:
         # under differentiation would keep a copy of them for every layer. The bank and the stores
         # have to be in it, as layers write them; each layer updates one slot in place, and the
         # backward pass needs only the cotangents of what was written, not old banks.
-        def body(state, inputs):
+        def body(state: State, inputs: list[LayerInputs]) -> tuple[State, tuple]:
             x, bank, stores = state
             inside, seen, outputs = dataclasses.replace(streams, bank=bank, stores=stores), [], []
             for place, layer in enumerate(inputs):
@@ -319,14 +330,17 @@ class Walk:
 
     def layer(
         self, r: int, i: int, place: int, inputs: LayerInputs, x: Hidden, streams: Streams
-    ) -> tuple[Hidden, Streams, Any]:
+    ) -> tuple[Hidden, Streams, PyTree]:
         """`run_layer`, computed again in the backward pass if so configured."""
         remat, graph = self.layers.config.remat, self.layers.graphs[r][place]
 
         # What a layer makes of its own is an argument or a result, as the backward pass keeps the
         # arguments and computes the rest. The bank stays outside: what is written there is not
         # computed again.
-        def compute(params, weights, x, stores, views, new):
+        def compute(
+            params: PyTree, weights: dict[Kind, Array], x: Hidden, read: tuple
+        ) -> tuple[Hidden, Stores, dict[StreamName, Array], PyTree]:
+            stores, views, new = read
             inside = dataclasses.replace(streams, stores=stores, views=views, new=new)
             given = dataclasses.replace(inputs, params=params, weights=weights)
             x, inside, seen = run_layer(nnx.merge(graph, params), i, x, inside, given, self)
@@ -336,8 +350,8 @@ class Walk:
         # A call that adds to a cache has no backward pass.
         if remat != "none" and streams.transient:
             compute = jax.checkpoint(compute, policy=_REMAT_POLICIES[remat])
-        arrays = inputs.params, inputs.weights, x, streams.stores, streams.views, streams.new
-        x, stores, own, seen = compute(*arrays)
+        read = streams.stores, streams.views, streams.new
+        x, stores, own, seen = compute(inputs.params, inputs.weights, x, read)
         streams = dataclasses.replace(
             streams,
             stores=stores,
@@ -354,7 +368,7 @@ def _within(run: Run, repeats: range, first: int, last: int) -> range:
     return range(max(repeats.start, begin), min(repeats.stop, end))
 
 
-def _at(tree: Any, index: int | slice) -> Any:
+def _at(tree: Tree, index: int | slice) -> Tree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import (
-    CachePlan,
     Call,
     KVCache,
     PagedCall,
@@ -31,75 +31,21 @@ from fusedkv_jax.cache import (
     Reading,
     Rows,
     SequenceStore,
+    Slot,
+    Source,
+    Store,
+    View,
     constrain_cache,
     sequence_plan,
 )
+from fusedkv_jax.cache.plan import StreamName
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Run, exported, runs
+from fusedkv_jax.layouts import KINDS, Kind, Run
 from fusedkv_jax.model.mixing import mix
+from fusedkv_jax.model.stream_plan import Bank, StreamPlan
 from pallas_kernels import PagedStream, Quantized, Stacked
 
-Slot = int | np.integer | Array
-StreamName = tuple[Kind, int]
 New = Float[Array, "B T K H"]  # the tokens of this call
-Bank = dict[Kind, Array | None]
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """Where the streams of a call are; static, as a compiled program depends on it.
-
-    Attributes:
-        config: of the model.
-        groups: which streams share a store.
-        banked: layers whose new keys, and whose new values, wait in the bank.
-    """
-
-    config: ModelConfig
-    groups: CachePlan
-    banked: tuple[tuple[int, ...], tuple[int, ...]]
-
-    @classmethod
-    def of(
-        cls, config: ModelConfig, groups: CachePlan, stores: tuple[Any, ...], call: Call
-    ) -> StreamPlan:
-        """The plan of one call, whose stores say which streams have to wait."""
-        keys, values = (_banked(config.kv_layout, kind, groups, stores, call) for kind in KINDS)
-        return cls(config, groups, (keys, values))
-
-    @property
-    def layout(self) -> KVLayout:
-        return self.config.kv_layout
-
-    def banked_layers(self, kind: Kind) -> tuple[int, ...]:
-        return self.banked[KINDS.index(kind)]
-
-    def group_of(self, layer: int) -> int:
-        """The group that the attention of a layer reads."""
-        return self.groups.places["key", self.layout.attended("key", layer)[0]][0]
-
-    def empty_bank(self, rows: int, length: int) -> Bank:
-        """Zeros [slots, B, T, K, H] per kind; None where no stream waits."""
-        bank: Bank = {}
-        for kind in KINDS:
-            kept = self.banked_layers(kind)
-            # A scan writes all its layers: those that nobody reads share one more slot. So only
-            # what is read takes memory: FusedKV banks those of two layers, whatever its depth.
-            spill = any(
-                0 < len(set(run.layers(place)) & set(kept)) < run.repeats
-                for run in runs(self.layout)
-                for place in range(run.period)
-            )
-            shape = (len(kept) + spill, rows, length, *self.config.stream_shapes[kind])
-            bank[kind] = jnp.zeros(shape, self.config.dtype) if kept else None
-        return bank
-
-    def bank_slots(self, kind: Kind, layers: range) -> list[int] | None:
-        """Bank slot of each layer at one place of a run's body; None if all are unread."""
-        kept = self.banked_layers(kind)
-        if not set(layers) & set(kept):
-            return None
-        return [kept.index(i) if i in kept else len(kept) for i in layers]
 
 
 @functools.partial(
@@ -122,11 +68,11 @@ class Streams:
     """
 
     bank: Bank
-    stores: tuple[Any, ...]
+    stores: tuple[Store, ...]
     call: Call
-    views: dict[StreamName, Any]
-    new: dict[StreamName, Any]
-    slots: dict[StreamName, Any]
+    views: dict[StreamName, View]
+    new: dict[StreamName, Array]
+    slots: dict[StreamName, Slot]
     plan: StreamPlan
 
     @classmethod
@@ -141,7 +87,7 @@ class Streams:
             segment_ids: document of each token.
         """
         rows, length = shape
-        count = np.full(rows, length, np.int32)
+        count: Any = np.full(rows, length, np.int32)  # known while tracing
         call, stores = Call(None, count, length, segment_ids), (SequenceStore(),)
         plan = StreamPlan.of(config, sequence_plan(config.kv_layout), stores, call)
         return cls._start(plan, stores, call)
@@ -178,7 +124,7 @@ class Streams:
         return dataclasses.replace(self, call=call)
 
     @classmethod
-    def _start(cls, plan: StreamPlan, stores: tuple[Any, ...], call: Call) -> Streams:
+    def _start(cls, plan: StreamPlan, stores: tuple[Store, ...], call: Call) -> Streams:
         bank = plan.empty_bank(*call.shape)
         return cls(bank, stores, call, {}, {}, {}, plan)
 
@@ -188,7 +134,7 @@ class Streams:
         self,
         layer: int,
         own: dict[Kind, Array],
-        slots: dict[Kind, Any],
+        slots: Mapping[Kind, Slot],
         weights: dict[Kind, Array],
     ) -> Streams:
         """With a layer's new streams, its residuals mixed in, in the stores and at hand.
@@ -205,7 +151,7 @@ class Streams:
             if stream.is_residual:
                 terms = [self.new[kind, j] for j in stream.sources]
                 # Mixed before it is stored: a residual costs nothing when it is read, and those who
-                # read it in turn see what this layer attends to.
+                # read it see what this layer attends to.
                 tokens = mix(weights[kind], [*terms, tokens])
             group = self.plan.groups.places[kind, layer][0]
             store = streams.stores[group].write(kind, slots[kind], tokens, self.call)
@@ -245,12 +191,9 @@ class Streams:
 
     def locate(self, layer: int) -> dict[Kind, tuple[Slot, ...]]:
         """Places in their store of the sources that a layer reads."""
-        places = self.plan.groups.places
+        layout = self.plan.layout
         return {
-            kind: tuple(
-                self.slots.get((kind, j), places[kind, j][1])
-                for j in self.plan.layout.attended(kind, layer)
-            )
+            kind: tuple(self._slot((kind, j)) for j in layout.attended(kind, layer))
             for kind in KINDS
         }
 
@@ -316,7 +259,7 @@ class Streams:
         assert array is not None
         return array[self.plan.banked_layers(kind).index(layer)]
 
-    def keep(self, new: dict[StreamName, Array], slots: dict[Kind, Any]) -> Streams:
+    def keep(self, new: dict[StreamName, Array], slots: Mapping[Kind, Slot]) -> Streams:
         """With new streams in the bank, at the named slots."""
         bank = dict(self.bank)
         for (kind, _), tokens in new.items():
@@ -351,7 +294,7 @@ class Streams:
         stores = []
         for store, group in zip(self.stores, self.plan.groups.groups, strict=True):
             new = {}
-            for kind in KINDS if store.deferred(self.call) else ():
+            for kind in KINDS if store.writes_at_end(self.call) else ():
                 kept, bank = self.plan.banked_layers(kind), self.bank[kind]
                 if bank is not None:
                     new[kind] = bank[np.asarray([kept.index(i) for i in group.layers(kind)])]
@@ -359,48 +302,33 @@ class Streams:
         lengths = self.call.first + self.call.count
         return constrain_cache(KVCache(tuple(stores), lengths, self.plan.groups))
 
-    def _view(self, kind: Kind, layer: int) -> Any:
+    def _slot(self, name: StreamName) -> Slot:
+        return self.slots[name] if name in self.slots else self.plan.groups.places[name][1]
+
+    def _view(self, kind: Kind, layer: int) -> View:
         """A stream that a layer reads: of its own body, or from outside."""
         name = kind, layer
         if name not in self.slots:
             return self.views[name]
         store = self.stores[self.plan.groups.places[name][0]]
-        new = self.new[name] if store.deferred(self.call) else None
+        new = self.new[name] if store.writes_at_end(self.call) else None
         return store.view(kind, self.slots[name], new, self.call)
 
-    def _outer_view(self, kind: Kind, layer: int) -> Any:
+    def _outer_view(self, kind: Kind, layer: int) -> View:
         group, slot = self.plan.groups.places[kind, layer]
         store = self.stores[group]
-        new = self.banked(kind, layer) if store.deferred(self.call) else None
+        new = self.banked(kind, layer) if store.writes_at_end(self.call) else None
         return store.shared(store.view(kind, slot, new, self.call))
 
-    def _with_store(self, group: int, store: Any) -> Streams:
+    def _with_store(self, group: int, store: Store) -> Streams:
         stores = (*self.stores[:group], store, *self.stores[group + 1 :])
         return dataclasses.replace(self, stores=stores)
 
 
-def _banked(
-    layout: KVLayout, kind: Kind, groups: CachePlan, stores: tuple[Any, ...], call: Call
-) -> tuple[int, ...]:
-    """Layers whose new streams have to wait for others, or for the end of the call."""
-    outside, residual = set(exported(layout, kind)), set()
-    for run in runs(layout):
-        for i in range(run.start, run.stop):
-            stream = layout.layers[i].stream(kind)
-            if stream.is_residual:
-                residual |= {j for j in stream.sources if not run.is_local(i, j)}
-    found = set(residual)
-    for i in layout.cached(kind):
-        store = stores[groups.places[kind, i][0]]
-        if store.deferred(call) and (i in outside or not store.transient):
-            found.add(i)
-    return tuple(sorted(found))
-
-
-def _cast(piece: Piece, dtype: Any) -> Piece:
+def _cast(piece: Piece, dtype: DTypeLike) -> Piece:
     """Arrays in the type of the queries; codes stay as they are."""
 
-    def cast(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    def cast(sources: tuple[Source, ...]) -> tuple[Source, ...]:
         stored = (Quantized, Stacked, PagedStream)
         return tuple(x if isinstance(x, stored) else x.astype(dtype) for x in sources)
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from fusedkv_jax.layouts import Kind, KVLayout, LayerKV, Mixing, Stream, runs
+from fusedkv_jax.model.block import Block
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.mixing import chains, direct_weights
 from fusedkv_jax.model.parameters import FusionWeight
 from fusedkv_jax.validation import check_kind
 
-Layer = tuple[Any, Any]  # structure and parameters of one block
+Layer = tuple[nnx.GraphDef[Block], PyTree]  # structure and parameters of one block
 Forms = MutableMapping[
     Decoder, tuple[list[Array], Decoder]
 ]  # parameters, and what was made of them
@@ -32,7 +32,7 @@ _unrolled: Forms = weakref.WeakKeyDictionary()
 
 def layers_of(model: Decoder) -> list[Layer]:
     """Every layer by itself, from the bottom up."""
-    found: list[Any] = [None] * model.config.num_layers
+    found: dict[int, Layer] = {}
     for run, blocks in zip(runs(model.config.kv_layout), model.runs, strict=True):
         for place, block in enumerate(blocks):
             for repeat, i in enumerate(run.layers(place)):
@@ -41,7 +41,7 @@ def layers_of(model: Decoder) -> list[Layer]:
                     continue
                 graph, params = nnx.split(block)
                 found[i] = graph, jax.tree.map(lambda leaf, r=repeat: leaf[r], params)
-    return found
+    return [found[i] for i in range(model.config.num_layers)]
 
 
 def rebuild(
@@ -186,9 +186,9 @@ def _remembered(forms: Forms, make: Callable[[Decoder], Decoder], model: Decoder
     return form
 
 
-def _stacked(layers: list[Layer]) -> Any:
+def _stacked(layers: list[Layer]) -> Block | nnx.List:
     return nnx.merge(layers[0][0], jax.tree.map(lambda *x: jnp.stack(x), *[p for _, p in layers]))
 
 
-def _apart(layers: list[Layer]) -> Any:
+def _apart(layers: list[Layer]) -> Block | nnx.List:
     return nnx.List([nnx.merge(*layer) for layer in layers])

@@ -27,12 +27,13 @@ def test_received_attention_equals_that_of_a_full_softmax(rows, slots):
             for t in range(rows):
                 if positions[b, t] < 0:
                     continue
-                scores = keys[b, : positions[b, t] + 1, n // 2].astype(float) @ q[b, t, n] * 0.3
+                scores = (
+                    keys[b, : positions[b, t] + 1, n // 2].astype(float) @ q[b, t, n] * size**-0.5
+                )
                 lse[b, t, n] = np.log(np.exp(scores).sum())
                 expected[b, n, : len(scores)] += weights[b, t] * np.exp(scores - lse[b, t, n])
     found = scoring.received(
         *map(jnp.asarray, (q, keys, lse.astype("f"), positions, lengths)),
-        scale=0.3,
         weights=jnp.asarray(weights, jnp.float32),
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -75,11 +75,12 @@ def step(window, store, first, count, q, keys, values):
     for kind, stream in new.items():
         store = store.write(kind, 0, stream, call)
     views = [
-        (store.view(kind, 0, new[kind] if store.deferred(call) else None, call),) for kind in new
+        (store.view(kind, 0, new[kind] if store.writes_at_end(call) else None, call),)
+        for kind in new
     ]
     pieces = store.pieces(*views, q, Rows(call.positions, window, False), call)
     outs = [attention(q, p.keys, p.values, **p.mask, return_residuals=True) for p in pieces]
-    bank = {kind: x[None] for kind, x in new.items()} if store.deferred(call) else {}
+    bank = {kind: x[None] for kind, x in new.items()} if store.writes_at_end(call) else {}
     return store.finish(bank, call), combine(outs)[0]
 
 
