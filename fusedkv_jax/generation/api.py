@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from fusedkv_jax.generation.buckets import SHORTEST_BUCKET
 from fusedkv_jax.generation.engine import Engine, group
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.prefix import prefill_prefix, shared_prefix
-from fusedkv_jax.generation.requests import OnError, Request, TokenizerLike, make_requests
+from fusedkv_jax.generation.requests import OnError, Prompt, Request, TokenizerLike, make_requests
 from fusedkv_jax.generation.results import Completion, Delta, Rates
 from fusedkv_jax.generation.settings import (
     EngineSettings,
@@ -30,7 +30,7 @@ _VISIT_EVERY = 16  # tokens between visits where a stop text may come or progres
 @takes_settings
 def generate(
     model: Decoder,
-    prompts: Sequence[Any],
+    prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     tokenizer: TokenizerLike | None = None,
@@ -96,7 +96,7 @@ def generate(
 @takes_settings
 def stream(
     model: Decoder,
-    prompts: Sequence[Any],
+    prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     tokenizer: TokenizerLike | None = None,
@@ -184,7 +184,12 @@ def warm_up(
     return buckets
 
 
-def _engine(model: Decoder, tokenizer: Any, settings: Any, progress: Any = None) -> Engine:
+def _engine(
+    model: Decoder,
+    tokenizer: TokenizerLike | None,
+    settings: Settings,
+    progress: Callable[[Rates], None] | None = None,
+) -> Engine:
     check_model(model)
     if progress is not None and not callable(progress):
         raise ValueError(f"progress={progress!r}; pass a function that takes the rates, or None")

@@ -6,12 +6,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation import loop
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
 from fusedkv_jax.generation.engine import Engine
@@ -88,7 +89,7 @@ class Batch:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache, once the batch has begun."""
-        assert self._state is not None
+        assert self._state is not None and self._state.cache is not None
         return self._state.cache.nbytes
 
     def step(self, tokens: int | None = None) -> list[NewTokens]:
@@ -125,11 +126,11 @@ class Batch:
         start = time.perf_counter()
         programs = self.engine.programs
         logits, cache = self._prefill()
-        self._inputs, arrays = self._arrays()
+        self._inputs, tokens, bounds = self._arrays()
         buffers = None
         if self.k is not None:
             buffers = Logprobs.empty(self.size, self.length, self.k)
-        self._state = programs.begin(logits, *arrays, cache, self._inputs, buffers)
+        self._state = programs.begin(logits, tokens, bounds, cache, self._inputs, buffers)
         jax.block_until_ready(self._state.lengths)
         rates = self.engine.rates
         rates.prompt_tokens += sum(len(r.prompt) for r in self.requests)
@@ -160,7 +161,7 @@ class Batch:
         lengths[: len(self.rows)] = [len(r.prompt) for r, _ in self.rows]
         return lengths
 
-    def _arrays(self) -> tuple[SamplerInputs, tuple]:
+    def _arrays(self) -> tuple[SamplerInputs, Array, loop.Bounds]:
         tokens = np.zeros((self.size, self.length), np.int32)
         limits = np.zeros(self.size, np.int32)
         most = max(len(r.stops) for r in self.requests)
@@ -172,10 +173,10 @@ class Batch:
             limits[row] = request.limit
             stops[row, : len(request.stops)] = request.stops
             params[row], words[row] = _numbered(request.params, number), request.bad_words
-        arrays = (tokens, self._lengths(), limits, stops)
-        return SamplerInputs.create(params, words), tuple(map(jnp.asarray, arrays))
+        bounds = loop.Bounds(*map(jnp.asarray, (self._lengths(), limits, stops)))
+        return SamplerInputs.create(params, words), jnp.asarray(tokens), bounds
 
-    def _prefill(self) -> tuple[Any, Any]:
+    def _prefill(self) -> tuple[Array, KVCache]:
         """Logits that follow each row's prompt, and the cache; one prefill for a request's rows."""
         programs, shared = self.engine.programs, self.prefix
         prompts = self._prompt_arrays(0 if shared is None else len(shared.tokens))
@@ -185,6 +186,7 @@ class Batch:
         else:
             cache, _ = programs.repeat_rows(shared.cache, None, np.zeros(rows))
         logits, cache, scores = programs.prefill(prompts, cache, self._plan(prompts))
+        assert logits is not None
         if scores is not None:
             self._keep_scores(scores)
         if rows == self.size and all(r.params.n == 1 for r in self.requests):
@@ -193,6 +195,7 @@ class Batch:
         counts = [r.params.n for r in self.requests]
         places[: len(self.rows)] = np.repeat(np.arange(len(self.requests)), counts)
         cache, logits = programs.repeat_rows(cache, logits, places)
+        assert logits is not None
         return logits, cache
 
     def _capacity(self, columns: int) -> int:

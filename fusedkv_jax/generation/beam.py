@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 import numpy as np
 
-from fusedkv_jax.generation.beam_loop import Beams, Limits
+from fusedkv_jax.generation.beam_loop import Beams, Limits, Sizes
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
 from fusedkv_jax.generation.engine import Engine
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.requests import (
+    Prompt,
     PromptError,
     Request,
     TokenizerLike,
@@ -33,7 +34,7 @@ from fusedkv_jax.model import Decoder
 @takes_settings
 def beam_search(
     model: Decoder,
-    prompts: Sequence[Any],
+    prompts: Sequence[Prompt],
     params: BeamSearchParams | None = None,
     *,
     tokenizer: TokenizerLike | None = None,
@@ -101,15 +102,16 @@ def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchPar
     plan = PrefillPlan(buckets.width(rows), ends=buckets.ends(longest))
     logits, cache, _ = programs.prefill(prompts, programs.empty_cache(rows, total), plan)
     cache, logits = programs.repeat_rows(cache, logits, np.repeat(np.arange(rows), width))
+    assert logits is not None
     early = 2 if params.early_stopping == "never" else int(params.early_stopping)
     bounds = Limits(
         jnp.asarray(limits),
         jnp.asarray(stops),
         jnp.float32(params.length_penalty),
         jnp.int32(early),
+        jnp.asarray(prompts.lengths == 0),
     )
-    ended = jnp.asarray(prompts.lengths == 0)
-    return programs.search(logits, ended, cache, bounds, width=width, most=most)
+    return programs.search(logits, cache, bounds, Sizes(width, most))
 
 
 def _completion(

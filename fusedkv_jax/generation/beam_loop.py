@@ -5,15 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.rows import take_rows
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.trees import Leaf
+
+
+class Sizes(NamedTuple):
+    """Static sizes of a search: beams of each prompt W, and room for output tokens M."""
+
+    width: int
+    most: int
+
 
 _IMPOSSIBLE = -1e30  # a sum of log-probabilities that no sequence has
 
@@ -38,19 +48,20 @@ class Beams:
         cache: one row for each beam, B * W rows.
     """
 
-    tokens: Any
-    sums: Any
-    length: Any
-    done: Any
-    done_sums: Any
-    done_scores: Any
-    done_lengths: Any
-    ended: Any
-    cache: Any
+    tokens: Leaf
+    sums: Leaf
+    length: Leaf
+    done: Leaf
+    done_sums: Leaf
+    done_scores: Leaf
+    done_lengths: Leaf
+    ended: Leaf
+    cache: KVCache
 
     @classmethod
-    def create(cls, rows: int, width: int, most: int, ended: Array, cache: Any) -> Beams:
+    def create(cls, sizes: Sizes, ended: Bool[Array, "B"], cache: KVCache) -> Beams:
         """The search before its first token: one beam, the others impossible."""
+        rows, (width, most) = ended.shape[0], sizes
         tokens = jnp.zeros((rows, width, most), jnp.int32)
         none = jnp.full((rows, width), _IMPOSSIBLE)
         lengths = jnp.zeros((rows, width), jnp.int32)
@@ -61,7 +72,7 @@ class Beams:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["most", "stops", "penalty", "early"],
+    data_fields=["most", "stops", "penalty", "early", "ended"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -73,25 +84,24 @@ class Limits:
         stops: tokens that end an output, padded with -1, [n].
         penalty: exponent of the length, [].
         early: `early_stopping`: 0 False, 1 True, 2 "never", [].
+        ended: rows that only pad the batch, [B].
     """
 
-    most: Any
-    stops: Any
-    penalty: Any
-    early: Any
+    most: Leaf
+    stops: Leaf
+    penalty: Leaf
+    early: Leaf
+    ended: Leaf
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "width", "most"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("graph", "sizes"), donate_argnames="cache")
 def search(
     graph: nnx.GraphDef[Decoder],
-    params: Any,
+    params: nnx.State,
     logits: Float[Array, "R V"],
-    ended: Bool[Array, "B"],
-    cache: Any,
+    cache: KVCache,
     limits: Limits,
-    *,
-    width: int,
-    most: int,
+    sizes: Sizes,
 ) -> Beams:
     """Search until it has ended for all prompts.
 
@@ -99,11 +109,9 @@ def search(
         graph: structure of the model.
         params: its parameters.
         logits: what prefill gave, a row for each beam.
-        ended: rows that only pad the batch.
         cache: what prefill gave, a row for each beam; it is donated.
         limits: what ends the search.
-        width: beams of each prompt.
-        most: room for output tokens.
+        sizes: of its arrays.
     """
     model = nnx.merge(graph, params)
 
@@ -115,7 +123,7 @@ def search(
         assert logits is not None
         return grow(dataclasses.replace(beams, cache=cache), logits, limits)
 
-    start = Beams.create(ended.shape[0], width, most, ended, cache)
+    start = Beams.create(sizes, limits.ended, cache)
     first = grow(start, logits, limits)
     return jax.lax.while_loop(lambda beams: ~jnp.all(beams.ended), step, first)
 
@@ -145,7 +153,7 @@ def grow(beams: Beams, logits: Float[Array, "R V"], limits: Limits) -> Beams:
     kept = jnp.take_along_axis(tokens, order[:, :, None], axis=1)
     parents = jnp.take_along_axis(parent, order, axis=1)
 
-    def unless_ended(new, old):
+    def unless_ended(new: Array, old: Array) -> Array:
         ended = beams.ended.reshape(-1, *[1] * (new.ndim - 1))
         return jnp.where(ended, old, new)
 

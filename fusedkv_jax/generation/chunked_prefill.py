@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.generation.steps import Rows, extend, extend_parts
 from fusedkv_jax.model import Decoder
 
-Split = tuple[nnx.GraphDef[Decoder], Any]  # structure and parameters of a model
+Split = tuple[nnx.GraphDef[Decoder], nnx.State]  # structure and parameters of a model
 
 
 class PromptArrays(NamedTuple):
@@ -39,8 +41,8 @@ class Prefilled(NamedTuple):
         scores: of the prompts' tokens, arrays on the host: place i holds those of token i + 1.
     """
 
-    logits: Any
-    cache: Any
+    logits: Float[Array, "B V"] | None
+    cache: KVCache
     scores: Logprobs | None = None
 
 
@@ -61,7 +63,7 @@ class PrefillPlan:
     ends: tuple[int, ...] | None = None
 
 
-def run_chunks(split: Split, prompts: PromptArrays, cache: Any, plan: PrefillPlan) -> Prefilled:
+def run_chunks(split: Split, prompts: PromptArrays, cache: KVCache, plan: PrefillPlan) -> Prefilled:
     """Prefill whole prompts, in chunks or, into an empty cache, in parts.
 
     Args:
@@ -108,41 +110,37 @@ def _columns(tokens: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
     return np.take_along_axis(tokens, places, axis=1)
 
 
-def _run_and_score(split: Split, prompts: PromptArrays, cache: Any, size: int, k: int) -> Prefilled:
+def _run_and_score(
+    split: Split, prompts: PromptArrays, cache: KVCache, size: int, k: int
+) -> Prefilled:
     tokens, lengths = prompts
     following = np.roll(tokens, -1, axis=1)
-    logits, scores = None, _empty_scores(tokens.shape, k)
+    logits, scores = None, jax.tree.map(np.array, Logprobs.empty(len(tokens), tokens.shape[1], k))
     for starts, counts in chunks(lengths, size):
         part, targets = (jnp.asarray(_columns(x, starts, size)) for x in (tokens, following))
-        count = jnp.asarray(counts)
-        logits, found, cache = _extend_and_score(*split, part, targets, count, cache, k)
+        chunk = ScoredChunk(part, jnp.asarray(counts), targets)
+        logits, found, cache = _extend_and_score(*split, chunk, cache, k)
         for row, (start, length) in enumerate(zip(starts, counts, strict=True)):
             for kept, new in zip(jax.tree.leaves(scores), jax.tree.leaves(found), strict=True):
                 kept[row, start : start + length] = new[row, :length]
     return Prefilled(logits, cache, scores)
 
 
+class ScoredChunk(NamedTuple):
+    """A chunk of prompts [B, T], the number of its tokens in each row, and what follows each."""
+
+    tokens: Int[Array, "B T"]
+    count: Int[Array, "B"]
+    targets: Int[Array, "B T"]
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
-def _extend_and_score(graph, params, tokens, targets, count, cache, k):
+def _extend_and_score(
+    graph: nnx.GraphDef[Decoder], params: nnx.State, chunk: ScoredChunk, cache: KVCache, k: int
+) -> tuple[Float[Array, "B V"], Logprobs, KVCache]:
     """Logits of each row's last token, and log-probabilities of the tokens that come next."""
+    tokens, count, targets = chunk
     logits, cache = nnx.merge(graph, params).extend(tokens, count, cache, "all")
+    assert logits is not None
     last = jnp.maximum(count - 1, 0)[:, None, None]
     return jnp.take_along_axis(logits, last, axis=1)[:, 0], score(logits, targets, k), cache
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "compression", "chunk"))
-def compress(graph, params, compression, tokens, count, cache, chunk):
-    """Prefill by a compressor: whole prompts in, the logits and a smaller cache out.
-
-    The cache is not donated: what comes out has other shapes, so nothing could be reused.
-    """
-    return compression.prefill(nnx.merge(graph, params), tokens, count, cache, chunk)
-
-
-def _empty_scores(shape: tuple[int, ...], k: int) -> Logprobs:
-    return Logprobs(
-        np.zeros(shape, np.float32),
-        np.zeros(shape, np.int32),
-        np.zeros((*shape, k), np.float32),
-        np.zeros((*shape, k), np.int32),
-    )

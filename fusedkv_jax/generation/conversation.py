@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, Message
 from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.generation.api import generate
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.generation.requests import OnError
+from fusedkv_jax.generation.requests import OnError, TokenizerLike
 from fusedkv_jax.generation.results import Completion
 from fusedkv_jax.generation.settings import Settings, takes_settings
 from fusedkv_jax.model import Decoder
@@ -22,7 +22,7 @@ def chat(
     conversations: Sequence[Message] | Sequence[Sequence[Message]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
-    tokenizer: Any,
+    tokenizer: TokenizerLike,
     template: ChatTemplate,
     on_error: OnError = "raise",
     **settings: Unpack[Settings],

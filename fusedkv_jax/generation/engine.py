@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.buckets import Buckets
 from fusedkv_jax.generation.parts import part_ends
 from fusedkv_jax.generation.programs import GenerationPrograms
-from fusedkv_jax.generation.requests import Codec, Request
+from fusedkv_jax.generation.requests import Codec, Request, TokenizerLike
 from fusedkv_jax.generation.results import Rates
 from fusedkv_jax.generation.settings import EngineSettings
 from fusedkv_jax.model import Decoder, check_parts
@@ -29,7 +28,7 @@ class Engine:
     """
 
     model: Decoder
-    tokenizer: Any = None
+    tokenizer: TokenizerLike | None = None
     settings: EngineSettings = EngineSettings()
     rates: Rates = field(default_factory=Rates)
 

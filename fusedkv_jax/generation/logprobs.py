@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.generation.results import Logprob
+from fusedkv_jax.trees import Leaf
 
 
 @functools.partial(
@@ -34,10 +34,10 @@ class Logprobs:
         top_ids: their int32 ids, [..., S, k].
     """
 
-    chosen: Any
-    ranks: Any
-    top: Any
-    top_ids: Any
+    chosen: Leaf
+    ranks: Leaf
+    top: Leaf
+    top_ids: Leaf
 
     @classmethod
     def empty(cls, rows: int, places: int, k: int) -> Logprobs:

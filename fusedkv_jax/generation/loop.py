@@ -11,16 +11,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.sampling import NO_TOKEN, SamplerInputs, sample
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.trees import Leaf
+
+
+class Bounds(NamedTuple):
+    """Where the output of each row begins, and what ends it.
+
+    Attributes:
+        lengths: tokens in each prompt, [B]; 0 for a row that only pads the batch.
+        limits: tokens at which each row ends, [B].
+        stops: tokens that end each row, padded with -1, [B, n].
+    """
+
+    lengths: Int[Array, "B"]
+    limits: Int[Array, "B"]
+    stops: Int[Array, "B n"]
 
 
 @functools.partial(
@@ -58,26 +74,24 @@ class DecodeState:
         extra: what a speculative decoder carries along, or None.
     """
 
-    tokens: Any
-    prompts: Any
-    lengths: Any
-    limits: Any
-    stops: Any
-    finished: Any
-    seen: Any
-    counts: Any
-    cache: Any
+    tokens: Leaf
+    prompts: Leaf
+    lengths: Leaf
+    limits: Leaf
+    stops: Leaf
+    finished: Leaf
+    seen: Leaf
+    counts: Leaf
+    cache: KVCache | None
     logprobs: Logprobs | None = None
-    extra: Any = None
+    extra: PyTree = None
 
     @classmethod
     def create(
         cls,
         tokens: Int[Array, "B C"],
-        lengths: Int[Array, "B"],
-        limits: Int[Array, "B"],
-        stops: Int[Array, "B n"],
-        cache: Any,
+        bounds: Bounds,
+        cache: KVCache | None,
         vocab_size: int,
         logprobs: Logprobs | None = None,
     ) -> DecodeState:
@@ -85,14 +99,12 @@ class DecodeState:
 
         Args:
             tokens: the buffer, with the prompts in it.
-            lengths: tokens in each prompt; 0 for a row that only pads the batch.
-            limits: tokens at which each row ends.
-            stops: tokens that end each row.
+            bounds: where each row's output begins and ends.
             cache: holds the prompts.
             vocab_size: V.
             logprobs: empty arrays to record into.
         """
-        size, capacity = tokens.shape
+        (size, capacity), (lengths, limits, stops) = tokens.shape, bounds
         inside = jnp.arange(capacity) < lengths[:, None]
         seen = jnp.zeros((size, vocab_size), bool)
         seen = seen.at[jnp.arange(size)[:, None], jnp.where(inside, tokens, vocab_size)].set(
@@ -108,15 +120,13 @@ class DecodeState:
 def begin(
     logits: Float[Array, "B V"],
     tokens: Int[Array, "B C"],
-    lengths: Int[Array, "B"],
-    limits: Int[Array, "B"],
-    stops: Int[Array, "B n"],
-    cache: Any,
+    bounds: Bounds,
+    cache: KVCache,
     inputs: SamplerInputs,
     logprobs: Logprobs | None = None,
 ) -> DecodeState:
     """Choose each row's first token from the logits of prefill; see `DecodeState.create`."""
-    state = DecodeState.create(tokens, lengths, limits, stops, cache, logits.shape[1], logprobs)
+    state = DecodeState.create(tokens, bounds, cache, logits.shape[1], logprobs)
     return advance(state, logits, inputs)
 
 
@@ -125,7 +135,7 @@ def begin(
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def decode(
     graph: nnx.GraphDef[Decoder],
-    params: Any,
+    params: nnx.State,
     state: DecodeState,
     inputs: SamplerInputs,
     steps: Int[Array, ""] | int | None = None,
@@ -133,18 +143,19 @@ def decode(
     """Decode until every row has ended, or for `steps` tokens a row."""
     model = nnx.merge(graph, params)
 
-    def goes_on(carry):
+    def goes_on(carry: tuple[DecodeState, Array]) -> Bool[Array, ""]:
         state, done = carry
         # On the device: asking the host after each token would make both wait for each other.
         more = True if steps is None else done < steps
         return more & ~jnp.all(state.finished)
 
-    def step(carry):
+    def step(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, done = carry
         last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
         # Rows that have ended still run, as shapes are fixed, but with no token: they add nothing
         # to the cache, and what they compute is dropped.
         running = (~state.finished).astype(jnp.int32)
+        assert state.cache is not None
         logits, cache = model.extend(last, running, state.cache)
         assert logits is not None
         return advance(dataclasses.replace(state, cache=cache), logits, inputs), done + 1
@@ -192,13 +203,13 @@ class History(Protocol):
     """What has come so far in each row: the fields of `DecodeState` of these names."""
 
     @property
-    def tokens(self) -> Any: ...
+    def tokens(self) -> Int[Array, "B C"]: ...
     @property
-    def prompts(self) -> Any: ...
+    def prompts(self) -> Int[Array, "B"]: ...
     @property
-    def lengths(self) -> Any: ...
+    def lengths(self) -> Int[Array, "B"]: ...
     @property
-    def stops(self) -> Any: ...
+    def stops(self) -> Int[Array, "B stops"]: ...
 
 
 def forbidden(state: History, inputs: SamplerInputs) -> Int[Array, "B n"]:
@@ -224,9 +235,9 @@ def forbidden(state: History, inputs: SamplerInputs) -> Int[Array, "B n"]:
 class Snapshot:
     """What the host reads of a batch: lengths, ended rows, and a window of each row's places."""
 
-    lengths: Any
-    finished: Any
-    tokens: Any
+    lengths: Leaf
+    finished: Leaf
+    tokens: Leaf
     logprobs: Logprobs | None
 
 
@@ -236,7 +247,7 @@ def snapshot(state: DecodeState, starts: Int[Array, "B"], *, size: int) -> Snaps
     places = starts[:, None] + jnp.arange(size)
     places = jnp.minimum(places, state.tokens.shape[1] - 1)
 
-    def window(array):
+    def window(array: Array) -> Array:
         index = places.reshape(*places.shape, *[1] * (array.ndim - 2))
         return jnp.take_along_axis(array, index, axis=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -172,7 +172,7 @@ def _set(params: object, name: str, value: object) -> None:
     object.__setattr__(params, name, value)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
@@ -181,14 +181,14 @@ def _fail(name: str, value: object, bounds: str) -> NoReturn:
 
 
 def _whole(
-    name: str, value: Any, least: int, most: float = math.inf, bounds: str | None = None
+    name: str, value: object, least: int, most: float = math.inf, bounds: str | None = None
 ) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not least <= int(value) <= most:
+    whole = int(value) if isinstance(value, numbers.Integral) else None
+    if whole is None or isinstance(value, bool) or not least <= whole <= most:
         _fail(name, value, bounds or f"at least {least}")
 
 
-def _number(name: str, value: Any, bounds: str, holds) -> None:
+def _number(name: str, value: object, bounds: str, holds: Callable[[Any], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         _fail(name, value, f"a number, {bounds}")
     # Programs compute in float32, where a tiny number may be 0 and a large one infinite.
@@ -201,12 +201,12 @@ def _number(name: str, value: Any, bounds: str, holds) -> None:
         _fail(name, value, bounds)
 
 
-def _flag(name: str, value: Any) -> None:
+def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool | np.bool_):
         _fail(name, value, "True or False")
 
 
-def _items(name: str, value: Any, bounds: str) -> tuple[Any, ...]:
+def _items(name: str, value: object, bounds: str) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
@@ -214,7 +214,7 @@ def _items(name: str, value: Any, bounds: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _texts(name: str, value: Any) -> tuple[str, ...]:
+def _texts(name: str, value: object) -> tuple[str, ...]:
     bounds = "texts of at least one character"
     texts = (value,) if isinstance(value, str) else _items(name, value, bounds)
     if not all(isinstance(text, str) and text for text in texts):
@@ -222,7 +222,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return texts
 
 
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
     bounds = "a list of token ids, 0 or more"
     ids = _items(name, value, bounds)
     if not all(_is_id(token) for token in ids):
@@ -230,7 +230,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(int(token) for token in ids)
 
 
-def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+def _bias(value: object) -> tuple[tuple[int, float], ...]:
     bounds = "a mapping from token ids to numbers from -100 to 100"
     items = value.items() if isinstance(value, Mapping) else _items("logit_bias", value, bounds)
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from fusedkv_jax.cache import KVCache, cache_shardings
@@ -51,11 +51,11 @@ class Placement:
         types = (AxisType.Auto,) * len(mesh.axis_names)
         return cls(Mesh(mesh.devices, mesh.axis_names, axis_types=types))
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
+    def active(self) -> contextlib.AbstractContextManager[object]:
         """What programs run under."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def parameters(self, params: Any) -> Any:
+    def parameters(self, params: nnx.State) -> nnx.State:
         """Parameters where they belong; those that are there already are not copied."""
         if self.mesh is None:
             return params
@@ -66,8 +66,7 @@ class Placement:
     ) -> KVCache:
         """An empty cache, as `KVCache.create` makes it, but never whole on one device."""
         if self.mesh is None:
-            sizes: Any = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
-            return KVCache.create(config, **sizes)
+            return KVCache.create(config, batch_size=batch_size, max_length=max_length, dtype=dtype)
         return _allocation(self.mesh, config, batch_size, max_length, dtype)()
 
     @property

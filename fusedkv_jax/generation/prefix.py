@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.buckets import SHORTEST_BUCKET
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
 from fusedkv_jax.generation.engine import Engine
@@ -26,7 +26,7 @@ class Prefix:
 
     tokens: tuple[int, ...]
     length: int
-    cache: Any
+    cache: KVCache
 
 
 def shared_prefix(engine: Engine, requests: Sequence[Request]) -> Prefix | None:

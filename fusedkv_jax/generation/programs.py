@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.stages import Lowered
+from jaxtyping import Array, Float, Int, PyTree
 
 from fusedkv_jax.cache import KVCache, cache_shardings
 from fusedkv_jax.config import ModelConfig
@@ -24,9 +27,9 @@ from fusedkv_jax.generation.chunked_prefill import (
     PrefillPlan,
     PromptArrays,
     Split,
-    compress,
     run_chunks,
 )
+from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.placement import Placement
 from fusedkv_jax.generation.sampling import SamplerInputs
@@ -34,6 +37,8 @@ from fusedkv_jax.generation.settings import EngineSettings
 from fusedkv_jax.generation.steps import extend
 from fusedkv_jax.model import Decoder, fold_fusion, for_decoding
 from fusedkv_jax.sharding import batch_sharding, serving_shardings, spec
+
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -81,33 +86,49 @@ class GenerationPrograms:
 
     def empty_cache(self, batch_size: int, length: int) -> KVCache:
         """A cache of `length` tokens a row."""
-        dtype = self.settings.cache_dtype
-        sizes: Any = {"batch_size": batch_size, "max_length": length, "dtype": dtype}
         with self.placement.active():
-            return self.placement.cache(self.model.config, **sizes)
+            return self.placement.cache(
+                self.model.config,
+                batch_size=batch_size,
+                max_length=length,
+                dtype=self.settings.cache_dtype,
+            )
 
-    def prefill(self, prompts: PromptArrays, cache: Any, plan: PrefillPlan) -> Prefilled:
+    def prefill(self, prompts: PromptArrays, cache: KVCache, plan: PrefillPlan) -> Prefilled:
         """Run prompts. The cache is donated, unless a compressor runs them."""
         compression = self.settings.compression
         with self.placement.active():
             if compression is None:
                 return run_chunks(self.split, prompts, cache, plan)
+            model = nnx.merge(*self.split)
             arrays = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
-            found = compress(*self.split, compression, *arrays, cache, plan.width)
-            return Prefilled(*found)
+            return Prefilled(*compression.prefill(model, *arrays, cache, plan.width))
 
-    def repeat_rows(self, cache: Any, logits: Any, index: Any) -> tuple[Any, Any]:
+    def repeat_rows(
+        self, cache: KVCache, logits: Array | None, index: np.ndarray
+    ) -> tuple[KVCache, Array | None]:
         """Rows of a cache and of the logits that follow it, by their numbers."""
         with self.placement.active():
             return rows.repeat_rows(cache, logits, jnp.asarray(index, jnp.int32))
 
-    def begin(self, *arguments: Any) -> loop.DecodeState:
+    def begin(
+        self,
+        logits: Float[Array, "B V"],
+        tokens: Int[Array, "B C"],
+        bounds: loop.Bounds,
+        cache: KVCache,
+        inputs: SamplerInputs,
+        logprobs: Logprobs | None = None,
+    ) -> loop.DecodeState:
         """Each row's first token; arguments as for `loop.begin`."""
         with self.placement.active():
-            return loop.begin(*arguments)
+            return loop.begin(logits, tokens, bounds, cache, inputs, logprobs)
 
     def decode(
-        self, state: loop.DecodeState, inputs: SamplerInputs, steps: Any = None
+        self,
+        state: loop.DecodeState,
+        inputs: SamplerInputs,
+        steps: Int[Array, ""] | int | None = None,
     ) -> loop.DecodeState:
         """Decode until every row has ended, or for `steps` steps. The state is donated."""
         speculation = self.settings.speculation
@@ -115,12 +136,18 @@ class GenerationPrograms:
         with self.placement.active():
             return decode(*self.split, state, inputs, steps)
 
-    def search(self, *arguments: Any, **sizes: int) -> beam_loop.Beams:
+    def search(
+        self,
+        logits: Float[Array, "R V"],
+        cache: KVCache,
+        limits: beam_loop.Limits,
+        sizes: beam_loop.Sizes,
+    ) -> beam_loop.Beams:
         """Beam search from the logits of prefill; arguments as for `beam_loop.search`."""
         with self.placement.active():
-            return beam_loop.search(*self.split, *arguments, **sizes)
+            return beam_loop.search(*self.split, logits, cache, limits, sizes)
 
-    def lower_prefill(self, batch_size: int, length: int) -> Any:
+    def lower_prefill(self, batch_size: int, length: int) -> Lowered:
         """The program that reads prompts of `length` tokens, ready to `compile()`."""
         mesh = self.placement.mesh
         tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
@@ -130,15 +157,15 @@ class GenerationPrograms:
         with self.placement.active():
             return extend.lower(*self.split, tokens, count, cache)
 
-    def lower_decode(self, batch_size: int, length: int) -> Any:
+    def lower_decode(self, batch_size: int, length: int) -> Lowered:
         """The decode loop over caches of `length` tokens, ready to `compile()`."""
 
         def start() -> loop.DecodeState:
             ones = jnp.ones(batch_size, jnp.int32)
             buffer = jnp.zeros((batch_size, length), jnp.int32)
-            stops = jnp.zeros((batch_size, 4), jnp.int32)
+            bounds = loop.Bounds(ones, ones, jnp.zeros((batch_size, 4), jnp.int32))
             vocab_size = self.model.config.vocab_size
-            return loop.DecodeState.create(buffer, ones, ones, stops, None, vocab_size)
+            return loop.DecodeState.create(buffer, bounds, None, vocab_size)
 
         state = self._rows(jax.eval_shape(start))
         state = dataclasses.replace(state, cache=self.cache_shapes(batch_size, length))
@@ -149,35 +176,39 @@ class GenerationPrograms:
         with self.placement.active():
             return loop.decode.lower(*self.split, state, inputs)
 
-    def cache_shapes(self, batch_size: int, length: int) -> Any:
+    def cache_shapes(self, batch_size: int, length: int) -> KVCache:
         """Shapes, dtypes and shardings of a cache."""
-        sizes: Any = {"batch_size": batch_size, "max_length": length}
-        dtype = self.settings.cache_dtype
-        create = functools.partial(KVCache.create, self.model.config, **sizes, dtype=dtype)
+        create = functools.partial(
+            KVCache.create,
+            self.model.config,
+            batch_size=batch_size,
+            max_length=length,
+            dtype=self.settings.cache_dtype,
+        )
         mesh = self.placement.mesh
         with self.placement.active():  # the storage suits the device that is compiled for
             shapes = jax.eval_shape(create)
         return _placed(shapes, mesh and cache_shardings(shapes, mesh))
 
-    def _rows(self, tree: Any) -> Any:
+    def _rows(self, tree: Tree) -> Tree:
         """Shapes with one row for each sequence, split as the batch is."""
         mesh = self.placement.mesh
         if mesh is None:
             return tree
 
-        def place(leaf: Any) -> Any:
+        def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             axes = ("batch", *(None,) * (len(leaf.shape) - 1))
-            return _placed(leaf, jax.NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
+            return _placed(leaf, NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
 
         return jax.tree.map(place, tree)
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def _placed(shapes: Tree, shardings: PyTree) -> Tree:
     """Shapes that lie somewhere; as they are if that is None."""
     if shardings is None:
         return shapes
 
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, shapes, shardings)

@@ -6,7 +6,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from fusedkv_jax.data.encoding import encode_prompt
 from fusedkv_jax.generation.params import SamplingParams
 
 OnError = Literal["raise", "return"]
+
+if TYPE_CHECKING:
+    import jax
+
+    Prompt = str | Sequence[int] | np.ndarray | jax.Array  # a text, or token ids
+else:
+    Prompt = object  # whatever is given is checked here
 
 
 class PromptError(ValueError):
@@ -130,7 +137,7 @@ class Request:
 
 def make_requests(
     config: ModelConfig,
-    prompts: Sequence[Any],
+    prompts: object,
     params: SamplingParams | Sequence[SamplingParams] | None,
     codec: Codec,
     on_error: OnError = "raise",
@@ -155,7 +162,7 @@ def make_requests(
     return requests, errors
 
 
-def _check_prompts(prompts: Any) -> Sequence[Any]:
+def _check_prompts(prompts: object) -> list[object]:
     if isinstance(prompts, str | bytes):
         raise PromptError(f"prompts is one {type(prompts).__name__}; pass a list of prompts")
     if isinstance(prompts, Mapping | set) or not isinstance(prompts, Iterable):
@@ -166,11 +173,11 @@ def _check_prompts(prompts: Any) -> Sequence[Any]:
     return prompts
 
 
-def _is_token(value: Any) -> bool:
+def _is_token(value: object) -> bool:
     return isinstance(value, numbers.Integral) or getattr(value, "shape", None) == ()
 
 
-def _check_params(params: Any, count: int) -> Sequence[SamplingParams]:
+def _check_params(params: object, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if not isinstance(params, Sequence) or isinstance(params, str):
@@ -184,7 +191,7 @@ def _check_params(params: Any, count: int) -> Sequence[SamplingParams]:
 
 
 def _request(
-    config: ModelConfig, number: int, prompt: Any, params: SamplingParams, codec: Codec
+    config: ModelConfig, number: int, prompt: object, params: SamplingParams, codec: Codec
 ) -> Request:
     ids = _tokens(number, prompt, codec)
     if not ids:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import constrain_cache
+from fusedkv_jax.cache import KVCache, constrain_cache
 
 
-def take_rows(cache: Any, rows: Int[Array, "R"]) -> Any:
+def take_rows(cache: KVCache, rows: Int[Array, "R"]) -> KVCache:
     """The cache whose row i is row `rows[i]` of this one.
 
     Streams are stored as [P, B, ...], what belongs to a row alone (its length) as [B].
@@ -22,6 +21,8 @@ def take_rows(cache: Any, rows: Int[Array, "R"]) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=())
-def repeat_rows(cache: Any, logits: Array | None, rows: Int[Array, "R"]) -> tuple[Any, Any]:
+def repeat_rows(
+    cache: KVCache, logits: Float[Array, "B V"] | None, rows: Int[Array, "R"]
+) -> tuple[KVCache, Float[Array, "R V"] | None]:
     """`take_rows` of a cache, and the logits that follow it, as a program of its own."""
     return take_rows(cache, rows), None if logits is None else logits[rows]

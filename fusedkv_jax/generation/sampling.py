@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.generation.params import SamplingError, SamplingParams
 from fusedkv_jax.sharding import constrain
+from fusedkv_jax.trees import Leaf
 
 __all__ = [
     "NO_TOKEN",
@@ -66,18 +66,18 @@ class SamplerInputs:
         bad_words: tokens of each bad word, right-aligned and padded with -1, [B, words, tokens].
     """
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    repetition: Any
-    frequency: Any
-    presence: Any
-    seed: Any
-    min_tokens: Any
-    bias_ids: Any
-    bias: Any
-    bad_words: Any
+    temperature: Leaf
+    top_k: Leaf
+    top_p: Leaf
+    min_p: Leaf
+    repetition: Leaf
+    frequency: Leaf
+    presence: Leaf
+    seed: Leaf
+    min_tokens: Leaf
+    bias_ids: Leaf
+    bias: Leaf
+    bad_words: Leaf
 
     @classmethod
     def create(
@@ -94,7 +94,7 @@ class SamplerInputs:
             least: room for biases, for bad words and for tokens of a bad word, if no row has more.
         """
 
-        def stack(dtype, values):
+        def stack(dtype: type[np.number], values: Iterable[float]) -> Array:
             return jnp.asarray(np.asarray(list(values), dtype))
 
         ids, bias = _bias_arrays(params, least[0])
@@ -205,7 +205,7 @@ def adjust(
 ) -> Float[Array, "B V"]:
     """Logits after exclusions, bias and penalties; arguments as for `sample`."""
 
-    def at(row, ids):  # padding, -1, would count from the end
+    def at(row: Array, ids: Array):  # padding, -1, would count from the end
         return row.at[jnp.where(ids < 0, row.shape[0], ids)]
 
     if forbidden is not None:
@@ -214,7 +214,7 @@ def adjust(
     add = jax.vmap(lambda row, ids, bias: at(row, ids).add(bias, mode="drop"))
     logits = add(logits, inputs.bias_ids, inputs.bias)
 
-    def penalize(logits):
+    def penalize(logits: Array) -> Array:
         penalty = inputs.repetition[:, None]
         scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(seen, scaled, logits)
@@ -223,7 +223,7 @@ def adjust(
         logits = logits - inputs.frequency[:, None] * counts
         return logits - inputs.presence[:, None] * (counts > 0)
 
-    def used(of):
+    def used(of: SamplerInputs) -> Array:
         return (of.repetition != 1) | (of.frequency != 0) | (of.presence != 0)
 
     return jax.lax.cond(inputs.any(used), penalize, lambda logits: logits, logits)
@@ -235,14 +235,14 @@ def scaled(logits: Float[Array, "B V"], inputs: SamplerInputs) -> Float[Array, "
     temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
     logits = logits / temperature[:, None]
 
-    def restricted(of):
+    def restricted(of: SamplerInputs) -> Array:
         return (of.top_k > 0) | (of.top_p < 1) | (of.min_p > 0)
 
     return jax.lax.cond(inputs.any(restricted), restrict, lambda x, _: x, logits, inputs)
 
 
 def _draw(logits: Array, inputs: SamplerInputs, positions: Array) -> Int[Array, "B"]:
-    def draw(seed, position, row):
+    def draw(seed: Array, position: Array, row: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)
 
     return jax.vmap(draw)(inputs.seed, positions, scaled(logits, inputs)).astype(jnp.int32)

@@ -6,19 +6,23 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.generation.loop import DecodeState
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.parts import Parts
+from fusedkv_jax.generation.sampling import SamplerInputs
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.validation import check_kind
 
@@ -59,8 +63,13 @@ class Speculation(Protocol):
         ...
 
     def decode(
-        self, graph: Any, params: Any, state: Any, inputs: Any, steps: Any = None
-    ) -> Any: ...
+        self,
+        graph: nnx.GraphDef[Decoder],
+        params: nnx.State,
+        state: DecodeState,
+        inputs: SamplerInputs,
+        steps: Int[Array, ""] | int | None = None,
+    ) -> DecodeState: ...
 
 
 class Settings(TypedDict, total=False):
@@ -155,29 +164,30 @@ class EngineSettings:
             if extension is not None:
                 extension.check(config)
         if self.cache_dtype is not None:
-            sizes: Any = {"batch_size": 1, "max_length": config.max_length}
-            jax.eval_shape(lambda: KVCache.create(config, **sizes, dtype=self.cache_dtype))
+            create = functools.partial(KVCache.create, config, dtype=self.cache_dtype)
+            jax.eval_shape(lambda: create(batch_size=1, max_length=config.max_length))
 
 
 _COMPRESSION = "a compressor, such as fusedkv_jax.compression.SnapKV(budget=1024)"
 
 
-def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raises ValueError unless a setting is a whole number within the bounds."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or int(value) < least or (most is not None and int(value) > most):
+    whole = int(value) if isinstance(value, numbers.Integral) else None
+    bounded = math.inf if most is None else most
+    if whole is None or isinstance(value, bool) or not least <= whole <= bounded:
         bounds = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}={value!r}; use {bounds}")
 
 
-def _check_kind(name: str, value: Any, kind: type, remedy: str) -> None:
+def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
     # A class has the methods of its instances, so a protocol alone would take it.
     if value is None or (isinstance(value, kind) and not isinstance(value, type)):
         return
     raise ValueError(f"{name}={value!r}; pass {remedy}, or None")
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raises ValueError unless it is a model."""
     check_kind(
         "model",
@@ -210,7 +220,7 @@ def takes_settings(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def _unknown(name: str, value: Any, known: list[str]) -> str:
+def _unknown(name: str, value: object, known: list[str]) -> str:
     for kind in (SamplingParams, BeamSearchParams):
         if name in (field.name for field in dataclasses.fields(kind)):
             return (

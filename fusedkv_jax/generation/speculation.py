@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,9 @@ class Acceptance(NamedTuple):
         rounds: rounds of a draft and its verification, int32 [B].
     """
 
-    drafted: Any
-    accepted: Any
-    rounds: Any
+    drafted: Int[Array, "B"]
+    accepted: Int[Array, "B"]
+    rounds: Int[Array, "B"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class SelfSpeculation:
     def decode(
         self,
         graph: nnx.GraphDef[Decoder],
-        params: Any,
+        params: nnx.State,
         state: DecodeState,
         inputs: SamplerInputs,
         steps: Int[Array, ""] | int | None = None,
@@ -128,19 +128,25 @@ class SelfSpeculation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
-def _decode(speculation: SelfSpeculation, graph, params, state, inputs, steps) -> DecodeState:
+def _decode(
+    speculation: SelfSpeculation,
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    state: DecodeState,
+    inputs: SamplerInputs,
+    steps: Int[Array, ""] | int | None,
+) -> DecodeState:
     model = nnx.merge(graph, params)
-    exit_layer = speculation.layers(model.config)
-    model = split_at(model, exit_layer)
+    drafter = _Drafter(speculation, split_at(model, speculation.layers(model.config)))
 
-    def goes_on(carry):
+    def goes_on(carry: tuple[DecodeState, Array]) -> Bool[Array, ""]:
         state, done = carry
         more = True if steps is None else done < steps
         return more & ~jnp.all(state.finished)
 
-    def one_round(carry):
+    def one_round(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, done = carry
-        return _round(speculation, model, exit_layer, state, inputs), done + 1
+        return _round(drafter, state, inputs), done + 1
 
     return jax.lax.while_loop(goes_on, one_round, (state, jnp.zeros((), jnp.int32)))[0]
 
@@ -160,19 +166,32 @@ class _Drafting(NamedTuple):
     """
 
     draft: Draft
-    token: Any
-    running: Any
-    place: Any
-    count: Any
-    tokens: Any
-    q: Any
-    chance: Any
+    token: Int[Array, "B"]
+    running: Bool[Array, "B"]
+    place: Int[Array, ""]
+    count: Int[Array, "B"]
+    tokens: Int[Array, "B k"]
+    q: Float[Array, "B k V"]
+    chance: Float[Array, "B"]
 
 
-def _round(speculation, model, exit_layer, state: DecodeState, inputs) -> DecodeState:
+class _Drafter(NamedTuple):
+    """A model that drafts for itself, its layers grouped so that it can stop at the exit."""
+
+    speculation: SelfSpeculation
+    model: Decoder
+
+    @property
+    def exit_layer(self) -> int:
+        return self.speculation.layers(self.model.config)
+
+
+def _round(drafter: _Drafter, state: DecodeState, inputs: SamplerInputs) -> DecodeState:
+    assert state.cache is not None
     running = ~state.finished
-    drafted = _draft(speculation, model, exit_layer, state, inputs)
+    drafted = _draft(drafter, state, inputs)
     count = jnp.where(running, drafted.count + 1, 0)
+    model, exit_layer = drafter.model, drafter.exit_layer
     logits, keep = verify_draft(model, state.cache, drafted.draft, count, exit_layer)
     before, stats = state.lengths, state.extra
     state = dataclasses.replace(state, cache=None)
@@ -185,7 +204,9 @@ def _round(speculation, model, exit_layer, state: DecodeState, inputs) -> Decode
     return dataclasses.replace(state, cache=keep(state.lengths - before), extra=stats)
 
 
-def _draft(speculation, model, exit_layer, state: DecodeState, inputs) -> _Drafting:
+def _draft(drafter: _Drafter, state: DecodeState, inputs: SamplerInputs) -> _Drafting:
+    assert state.cache is not None
+    (speculation, model), exit_layer = drafter, drafter.exit_layer
     size, vocab_size = state.seen.shape
     k = speculation.draft_tokens
     # The last of the tokens that a row may still get needs no draft: verification gives it.
@@ -196,7 +217,7 @@ def _draft(speculation, model, exit_layer, state: DecodeState, inputs) -> _Draft
         x, draft = extend_draft(model, now.draft, now.token, now.running, now.place, exit_layer)
         running = now.running & (now.place < room) & (now.chance >= worth)
 
-        def choose():
+        def choose() -> tuple[Array, Array, Array]:
             # The context of penalties is that of the round's start: q may be any distribution.
             excluded = loop.forbidden(state, inputs)
             logits = exit_logits(model, x)
@@ -206,7 +227,7 @@ def _draft(speculation, model, exit_layer, state: DecodeState, inputs) -> _Draft
             sure = jnp.where(inputs.temperature > 0, q.max(-1), jax.nn.softmax(logits).max(-1))
             return token, q, sure
 
-        def nothing():
+        def nothing() -> tuple[Array, Array, Array]:
             none = jnp.zeros((size, vocab_size), jnp.float32)
             return now.token, none, jnp.ones(size, jnp.float32)
 
@@ -236,6 +257,9 @@ def _draft(speculation, model, exit_layer, state: DecodeState, inputs) -> _Draft
     return jax.lax.while_loop(lambda now: jnp.any(now.running), step, start)
 
 
+_Accepting = tuple[DecodeState, Array, Array, Array]  # place, rows that go on, tokens accepted
+
+
 def _accept(
     state: DecodeState, drafted: _Drafting, logits: Float[Array, "B T V"], inputs: SamplerInputs
 ) -> tuple[DecodeState, Int[Array, "B"]]:
@@ -245,10 +269,10 @@ def _accept(
     """
     last = drafted.tokens.shape[1] - 1
 
-    def goes_on(carry):
+    def goes_on(carry: _Accepting) -> Bool[Array, ""]:
         return jnp.any(carry[2])
 
-    def step(carry):
+    def step(carry: _Accepting) -> _Accepting:
         state, place, going, accepted = carry
         here = jnp.minimum(place, last)
         guess, q = drafted.tokens[:, here], drafted.q[:, here]
@@ -303,7 +327,7 @@ def accept_or_replace(
     rows = jnp.arange(p.shape[0])
     greedy = jnp.argmax(p, axis=-1).astype(jnp.int32)
 
-    def draw():
+    def draw() -> tuple[Array, Array]:
         uniform = jax.vmap(jax.random.uniform)(_keys(_ACCEPT, inputs, positions))
         right = guessed & (uniform * q[rows, guess] < p[rows, guess])
         rest = jnp.maximum(p - jnp.where(guessed[:, None], q, 0.0), 0.0)
@@ -327,17 +351,19 @@ def _distribution(adjusted: Float[Array, "B V"], inputs: SamplerInputs) -> Float
     """What a token is drawn from, given adjusted logits; of greedy rows, all in the likeliest."""
     best = jax.nn.one_hot(jnp.argmax(adjusted, axis=-1), adjusted.shape[-1], dtype=jnp.float32)
 
-    def soft():
+    def soft() -> Array:
         drawn = jax.nn.softmax(scaled(adjusted, inputs), axis=-1)
         return jnp.where((inputs.temperature > 0)[:, None], drawn, best)
 
     return jax.lax.cond(inputs.any(lambda of: of.temperature > 0), soft, lambda: best)
 
 
-def _draw(purpose: int, p: Float[Array, "B V"], inputs: SamplerInputs, positions) -> Array:
+def _draw(
+    purpose: int, p: Float[Array, "B V"], inputs: SamplerInputs, positions: Int[Array, "B"]
+) -> Int[Array, "B"]:
     """A token of each row from (unnormalized) probabilities."""
 
-    def draw():
+    def draw() -> Array:
         keys = _keys(purpose, inputs, positions)
         return jax.vmap(jax.random.categorical)(keys, jnp.log(p)).astype(jnp.int32)
 
@@ -354,7 +380,7 @@ def _keys(purpose: int, inputs: SamplerInputs, positions: Int[Array, "B"]) -> Ar
     Whether a position is reached depends on draws of earlier positions only, so its own are fresh.
     """
 
-    def key(seed, position):
+    def key(seed: Array, position: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), purpose)
 
     return jax.vmap(key)(inputs.seed, positions)

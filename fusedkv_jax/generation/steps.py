@@ -8,12 +8,13 @@ log-probabilities of the prompt are wanted does every token pass through all lay
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
@@ -104,10 +105,10 @@ def decode_step(
     return extend(graph, state, tokens[:, None], one, cache)
 
 
-def _check_call(model: Any, tokens: Any, axes: str, cache: Any) -> None:
+def _check_call(model: object, tokens: ArrayLike, axes: str, cache: object) -> None:
     """Raises ValueError where the arguments are not what they are called."""
     check_model(model)
-    if not hasattr(cache, "check_present"):
+    if not isinstance(cache, KVCache):
         raise ValueError(
             f"cache is a {type(cache).__name__}; use KVCache.create(model.config, ...)"
         )
@@ -120,12 +121,12 @@ def _check_call(model: Any, tokens: Any, axes: str, cache: Any) -> None:
 @functools.partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames="cache")
 def extend(
     graph: nnx.GraphDef[Decoder],
-    params: Any,
+    params: nnx.State,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
-    cache: Any,
+    cache: KVCache,
     rows: Rows = "last",
-) -> Any:
+) -> tuple[Array | None, KVCache]:
     """`Decoder.extend` as a program of its own."""
     return nnx.merge(graph, params).extend(tokens, count, cache, rows)
 
@@ -133,11 +134,11 @@ def extend(
 @functools.partial(jax.jit, static_argnames=("graph", "ends"), donate_argnames="cache")
 def extend_parts(
     graph: nnx.GraphDef[Decoder],
-    params: Any,
+    params: nnx.State,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
-    cache: Any,
+    cache: KVCache,
     ends: tuple[int, ...],
-) -> Any:
+) -> tuple[Float[Array, "B V"], KVCache]:
     """`extend_in_parts` as a program of its own."""
     return extend_in_parts(nnx.merge(graph, params), tokens, count, cache, ends)

@@ -21,9 +21,11 @@ def test_cache_is_aliased_and_not_copied(spec):
     cache = fkv.KVCache.create(config, batch_size=ROWS, max_length=LENGTH)
     state = loop.DecodeState.create(
         jnp.zeros((ROWS, LENGTH), jnp.int32),
-        jnp.ones(ROWS, jnp.int32),
-        jnp.full(ROWS, 9, jnp.int32),
-        jnp.full((ROWS, 4), -1, jnp.int32),
+        loop.Bounds(
+            jnp.ones(ROWS, jnp.int32),
+            jnp.full(ROWS, 9, jnp.int32),
+            jnp.full((ROWS, 4), -1, jnp.int32),
+        ),
         cache,
         small.VOCAB,
     )

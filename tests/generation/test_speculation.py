@@ -44,9 +44,8 @@ def _state(model, rows, total=32, params=None, cache_dtype=None):
     limits = jnp.minimum(jnp.asarray(lengths) + 12, total)
     stops = jnp.full((rows, 4), -1, jnp.int32)
     inputs = SamplerInputs.create([params or GREEDY] * rows)
-    state = loop.begin(
-        logits, jnp.asarray(tokens), jnp.asarray(lengths), limits, stops, cache, inputs
-    )
+    bounds = loop.Bounds(jnp.asarray(lengths), limits, stops)
+    state = loop.begin(logits, jnp.asarray(tokens), bounds, cache, inputs)
     return state, inputs
 
 
@@ -180,7 +179,7 @@ def test_sampled_pairs_of_tokens_have_the_models_distribution():
     _, cache = fkv.prefill(model, jnp.broadcast_to(prompt[:2], (rows, 2)), lengths, cache)
     buffer = jnp.zeros((rows, 8), jnp.int32).at[:, :3].set(prompt)
     stops, limits = jnp.full((rows, 4), -1, jnp.int32), jnp.full(rows, 6, jnp.int32)
-    state = loop.DecodeState.create(buffer, lengths + 1, limits, stops, cache, 7)
+    state = loop.DecodeState.create(buffer, loop.Bounds(lengths + 1, limits, stops), cache, 7)
     state = jax.tree.map(jnp.copy, state)  # donated: no array may be in it twice
     state = SelfSpeculation(draft_tokens=2).decode(*nnx.split(model), state, inputs, 99)
     found = np.asarray(state.tokens)[:, 3:5]
