@@ -1,8 +1,9 @@
 """Evaluate a trained model: python -m experiments.evaluate --workdir=DIR [--suite=longcontext].
 
 The suite `perplexity` is the loss on held-out text, `length` the same by position and storage type
-of the cache, and `longcontext` recall from compressed caches. Prints a table, and as its last line
-one JSON document with the same figures. Exit code 2 with one line for a mistake in the command.
+of the cache, and `longcontext` recall and RULER's tasks from compressed caches. Prints a table, and
+as its last line one JSON document with the same figures. Exit code 2 with one line for a mistake in
+the command.
 """
 
 import json
@@ -43,10 +44,21 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "compression",
         [],
-        "A compressor with its fields, as in snapkv:budget=64; repeatable; default all that there "
-        f"are at several budgets: {', '.join(compression.names())}.",
+        "A compressor with its fields, as in snapkv:budget=64, or none for the whole cache alone; "
+        "repeatable; default all that there are at several budgets: "
+        f"{', '.join(compression.names())}.",
     )
-    flags.DEFINE_list("tasks", [], "Tasks of the suite longcontext; default all.")
+    flags.DEFINE_list(
+        "tasks",
+        [],
+        "Tasks of the suite longcontext, `ruler` for RULER's thirteen; default the recall tasks, "
+        "and held-out text where there is some.",
+    )
+    flags.DEFINE_string(
+        "essays", None, "File or folder of text in which RULER's needles are hidden."
+    )
+    flags.DEFINE_string("squad", None, "SQuAD 2.0's JSON file, for RULER's task qa_1.")
+    flags.DEFINE_string("hotpotqa", None, "HotpotQA's JSON file (distractors), for RULER's qa_2.")
     flags.DEFINE_enum(
         "question",
         "inside",
@@ -60,6 +72,7 @@ def define_flags() -> None:
     cli.only_with("step", suite=("perplexity", "length"))
     cli.only_with("length examples cache_dtype", suite=("length", "longcontext"))
     cli.only_with("compression tasks question seed output", suite="longcontext")
+    cli.only_with("essays squad hotpotqa", suite="longcontext")
 
 
 def main() -> None:
@@ -116,19 +129,14 @@ def length() -> dict[str, Any]:
 
 
 def long_context() -> dict[str, Any]:
-    """Recall from compressed caches, for one or several runs."""
+    """Recall from compressed caches, for one or several runs, or another's model."""
     from experiments.suites import longcontext, longcontext_methods, longcontext_report
     from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
 
-    if flags.FLAGS.model:
-        raise ValueError("--suite=longcontext reads training runs only; name one with --workdir")
-    workdirs = cli.require("workdir")
-    names = [name for name in workdirs.split(",") if name]
-    if not names:
-        raise ValueError(f"--workdir={workdirs} names no run")
+    sources = longcontext.sources()
     output = flags.FLAGS.output and cli.check_output(flags.FLAGS.output, folder=True)
     chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)
-    size = flags.FLAGS.length or training.load_model(names[0])[1].data.seq_len
+    size = flags.FLAGS.length or sources[0].config.data.seq_len
     methods = (
         longcontext_methods.methods(flags.FLAGS.compression, flags.FLAGS.cache_dtype)
         if chosen
@@ -140,8 +148,11 @@ def long_context() -> dict[str, Any]:
         examples=flags.FLAGS.examples,
         seed=flags.FLAGS.seed,
         question=flags.FLAGS.question,
+        essays=flags.FLAGS.essays,
+        squad=flags.FLAGS.squad,
+        hotpotqa=flags.FLAGS.hotpotqa,
     )
-    results = longcontext.run(names, methods, settings, strict=chosen)
+    results = longcontext.run(sources, methods, settings, strict=chosen)
     print(longcontext_report.markdown(results))
     if output:
         longcontext_report.write(results, output)

@@ -88,10 +88,7 @@ def load(mesh: Mesh | None = None, source: str | None = None, layout: str | None
     Raises:
       ValueError: neither or both of --workdir and --model, and what loading raises.
     """
-    workdir, model = flags.FLAGS.workdir, flags.FLAGS.model
-    if bool(workdir) == bool(model):
-        what = "both given; name one" if workdir else "missing; name a run, or give --model"
-        raise ValueError(f"--workdir and --model are {what}" if workdir else f"--workdir is {what}")
+    workdir, model = named()
     if model:
         loaded = load_pretrained(model, layout, tokenizer=flags.FLAGS.tokenizer)
         if mesh is not None:
@@ -102,6 +99,19 @@ def load(mesh: Mesh | None = None, source: str | None = None, layout: str | None
         return loaded
     data = dataclasses.replace(loaded.config.data, source=source, holdout_fraction=1.0)
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
+
+
+def named() -> tuple[str, str]:
+    """--workdir and --model, one of them empty.
+
+    Raises:
+      ValueError: neither or both are given.
+    """
+    workdir, model = flags.FLAGS.workdir or "", flags.FLAGS.model or ""
+    if bool(workdir) == bool(model):
+        what = "both given; name one" if workdir else "missing; name a run, or give --model"
+        raise ValueError(f"--workdir and --model are {what}" if workdir else f"--workdir is {what}")
+    return workdir, model
 
 
 def load_run(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> Loaded:

@@ -7,56 +7,102 @@ are: accuracy, KL, top-1 agreement, and the bytes of the arrays that hold its ca
 import dataclasses
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from experiments.common import models
 from experiments.suites.longcontext_methods import refusal
-from fusedkv_jax import processes, training
+from fusedkv_jax import processes
 from fusedkv_jax.evaluation import Method, Score, evaluate_case
-from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings, cases, default_tasks
+from fusedkv_jax.evaluation.longcontext_cases import (
+    TEXT,
+    LongContextSettings,
+    cases,
+    default_tasks,
+)
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.training import ExperimentConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that has not been loaded.
+
+    Attributes:
+      where: the work directory, folder or file.
+      config: of its run; of another's model, the model's own with default data settings.
+      load: reads it.
+      is_run: whether it is a training run, which has held-out text.
+    """
+
+    where: str
+    config: ExperimentConfig
+    load: Callable[[], models.Loaded]
+    is_run: bool
+
+
+def sources() -> list[Source]:
+    """The runs of --workdir, or the model of --model.
+
+    Raises:
+      ValueError: neither or both are given, or what reading their configurations raises.
+    """
+    workdir, model = models.named()
+    if model:
+        loaded = models.load()
+        return [Source(model, loaded.config, lambda: loaded, is_run=False)]
+    names = [name for name in workdir.split(",") if name]
+    if not names:
+        raise ValueError(f"--workdir={workdir} names no run")
+    return [
+        Source(name, models.run_config(name), lambda name=name: models.load_run(name), is_run=True)
+        for name in names
+    ]
+
+
 def run(
-    workdirs: Sequence[str],
+    places: Sequence[Source],
     methods: Sequence[Method],
     settings: LongContextSettings,
     *,
     strict: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoints of runs; returns the results.
+    """Evaluate the newest checkpoints of runs, or another's model; returns the results.
 
     Args:
-      workdirs: of training runs, each of another layout or recipe.
+      places: training runs, each of another layout or recipe, or a model.
       methods: what to compare, the whole cache among them.
       settings: what is evaluated.
       strict: refuse a method that no model can use; otherwise it is only named in the results.
 
     Raises:
-      ValueError: such a method, and what `cases` and `load_model` raise.
+      ValueError: such a method, held-out text of a model that has none, and what `cases` and
+        loading raise.
     """
+    for place in places:
+        if TEXT in settings.tasks and not place.is_run:
+            raise ValueError(f"{place.where} has no held-out text; leave task {TEXT} out")
     if strict:  # before anything runs
-        configs = [training.load_model(workdir)[1].model for workdir in workdirs]
         for method in methods:
-            reasons = [refusal(method, config) for config in configs]
+            reasons = [refusal(method, place.config.model) for place in places]
             if all(reasons):
                 raise ValueError(f"compression={method.name} serves no model: {reasons[0]}")
-    rows, models = [], {}
-    for workdir in workdirs:
-        model, config, step = training.load_model(workdir)
-        tasks = settings.tasks or default_tasks(config)
+    rows, described = [], {}
+    for place in places:
+        loaded = place.load()
+        model, config = loaded.model, loaded.config
+        tasks = settings.tasks or default_tasks(config, heldout=place.is_run)
         name = config.model.kv_layout.spec or config.name
-        name = name if name not in models else f"{name} ({workdir})"
-        models[name] = {"experiment": config.name, "step": step, "tasks": tasks}
+        name = name if name not in described else f"{name} ({place.where})"
+        described[name] = {"experiment": config.name, "step": loaded.step, "tasks": tasks}
         own = dataclasses.replace(settings, tasks=tasks)
         rows += evaluate_model(name, model, config, methods, own)
         jax.clear_caches()  # the programs of one model are of no use to the next
     return {
         "suite": "longcontext",
-        "models": models,
+        "models": described,
         "settings": dataclasses.asdict(settings),
         "environment": processes.environment(),
         "rows": rows,

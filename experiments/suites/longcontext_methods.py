@@ -17,8 +17,8 @@ def methods(specs: Sequence[str], dtypes: Sequence[str]) -> list[Method]:
     """Every compressor with every storage type; the whole cache first.
 
     Args:
-      specs: compressors, as `fusedkv_jax.compression.parse` reads them; with none, the storage
-        types alone are compared.
+      specs: compressors, as `fusedkv_jax.compression.parse` reads them, or "none"; without any,
+        the storage types alone are compared.
       dtypes: storage types; with none, the model's activation type.
 
     Raises:
@@ -30,7 +30,7 @@ def methods(specs: Sequence[str], dtypes: Sequence[str]) -> list[Method]:
             known = f"did you mean {' or '.join(near)}?" if near else ", ".join(STORAGE_TYPES)
             raise ValueError(f"cache_dtype={dtype} is unknown; {known}")
     found = [WHOLE]
-    for spec in specs or [""]:
+    for spec in ("" if spec == "none" else spec for spec in specs or [""]):
         compressor = compression.parse(spec) if spec else None
         for dtype in dtypes or [None]:
             name = " ".join(filter(None, (spec, dtype)))

@@ -23,7 +23,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         "Bytes are those of the arrays that hold the cache, room for the answers included, over "
         "the whole cache's. KL (nats) and top-1 agreement compare the predictions of the answers "
-        "with those of the whole cache; columns of tasks are accuracies, for text the perplexity.",
+        "with those of the whole cache; columns of tasks are accuracies, for text the perplexity, "
+        "for RULER's tasks the share of right answers in the text that the model writes.",
     ]
     for layout, model in results["models"].items():
         tasks = list(model["tasks"])

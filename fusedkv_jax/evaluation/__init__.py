@@ -5,9 +5,11 @@ from fusedkv_jax.evaluation.longcontext import (
     Case,
     Method,
     Score,
+    Writing,
     equal_shapes,
     evaluate_case,
     recall_case,
+    ruler_case,
     text_case,
 )
 from fusedkv_jax.evaluation.perplexity import Perplexity, at_length, total
@@ -21,6 +23,7 @@ __all__ = [
     "Replay",
     "Score",
     "Split",
+    "Writing",
     "agreement",
     "at_length",
     "equal_shapes",
@@ -28,6 +31,7 @@ __all__ = [
     "exact_matches",
     "recall_case",
     "replay",
+    "ruler_case",
     "split",
     "text_case",
     "total",

@@ -1,6 +1,8 @@
-"""The long-context cases of a run: recall in the form that it was trained on, and held-out text."""
+"""The long-context cases of a model: recall in the form that it was trained on, RULER's tasks, and
+held-out text."""
 
 import dataclasses
+import difflib
 
 import numpy as np
 
@@ -9,11 +11,13 @@ from fusedkv_jax.data import recall_tasks, tokenizers
 from fusedkv_jax.data.recall import RecallSequences
 from fusedkv_jax.data.recall_forms import TextForm, TokenForm
 from fusedkv_jax.data.sources import RECALL
+from fusedkv_jax.evaluation import ruler
 from fusedkv_jax.evaluation.longcontext import (
     Case,
     Question,
     equal_shapes,
     recall_case,
+    ruler_case,
     text_case,
 )
 from fusedkv_jax.training import ExperimentConfig
@@ -27,12 +31,19 @@ class LongContextSettings:
     """What is evaluated.
 
     Attributes:
-      tasks: names of recall tasks, and "text": held-out text of the run, whose last tokens are
-        predicted; empty for all that suit the run.
+      tasks: names of recall tasks and of RULER's ("ruler" for all of these), and "text": held-out
+        text of the run, whose last tokens are predicted; empty for recall and text as they suit
+        the run.
       length: tokens of an example.
       examples: examples of each task.
       seed: which examples.
-      question: "inside" the prompt that is compressed, or "after" it.
+      question: "inside" the prompt that is compressed, or "after" it; RULER's is inside.
+      essays: file or folder of text, which some of RULER's tasks hide needles in.
+      squad, hotpotqa: JSON files of these data sets, for qa_1 and qa_2.
+
+    Raises:
+      ValueError: an unknown task, a file that a task needs and that is not named, or RULER's tasks
+        asked after the prompt.
     """
 
     tasks: tuple[str, ...] = ()
@@ -40,20 +51,42 @@ class LongContextSettings:
     examples: int = 32
     seed: int = 0
     question: Question = "inside"
+    essays: str | None = None
+    squad: str | None = None
+    hotpotqa: str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "tasks", ruler.expand(self.tasks))
         for task in self.tasks:
-            if task != TEXT:
-                recall_tasks.check(task)
+            if task in ruler.TASKS:
+                if self.question != "inside":
+                    raise ValueError(f"question={self.question}: {task} asks inside the prompt")
+            else:
+                _check(task)
+        ruler.check_files(self.tasks, **self.files)
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """Paths of what RULER's tasks read."""
+        return {"essays": self.essays, "squad": self.squad, "hotpotqa": self.hotpotqa}
 
 
-def default_tasks(config: ExperimentConfig) -> tuple[str, ...]:
-    """All recall tasks; and text, for a model that was trained on text."""
-    return recall_tasks.names() + (() if config.data.source == RECALL else (TEXT,))
+def _check(task: str) -> None:
+    known = (*recall_tasks.names(), TEXT, ruler.ALL, *ruler.TASKS)
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(known)}"
+        raise ValueError(f"task={task} is unknown; {hint}")
+
+
+def default_tasks(config: ExperimentConfig, heldout: bool = True) -> tuple[str, ...]:
+    """All recall tasks; and text, for a model that was trained on text and has some held out."""
+    text = heldout and config.data.source != RECALL
+    return recall_tasks.names() + ((TEXT,) if text else ())
 
 
 def cases(config: ExperimentConfig, settings: LongContextSettings) -> list[Case]:
-    """The texts of every task, in the form that the model was trained on.
+    """The texts of every task, in the form that the model was trained on; RULER's last.
 
     Raises:
       ValueError: a length that the model or a task cannot have, or too little held-out text.
@@ -61,24 +94,29 @@ def cases(config: ExperimentConfig, settings: LongContextSettings) -> list[Case]
     limit = config.model.max_length
     if not 1 < settings.length <= limit:
         raise ValueError(f"length={settings.length}; use 2 to the model's max_length={limit}")
+    rulers = [task for task in settings.tasks if task in ruler.TASKS]
     if config.data.source == RECALL:
-        form = TokenForm(config.model.vocab_size)
+        form, tokenizer = TokenForm(config.model.vocab_size), None
+        if rulers:
+            raise ValueError(f"task {rulers[0]} is text, and a run on {RECALL!r} knows none")
     else:
-        form = TextForm(tokenizers.load(config.data.tokenizer))
-    found = [
+        tokenizer = tokenizers.load(config.data.tokenizer)
+        form = TextForm(tokenizer)
+    size = {"length": settings.length, "count": settings.examples}
+    others = [
         _text(config, settings)
         if task == TEXT
-        else recall_case(
-            task,
-            form,
-            length=settings.length,
-            count=settings.examples,
-            seed=settings.seed,
-            question=settings.question,
-        )
+        else recall_case(task, form, seed=settings.seed, question=settings.question, **size)
         for task in settings.tasks
+        if task not in ruler.TASKS
     ]
-    return equal_shapes(found)
+    found = equal_shapes(others) if others else []
+    material = ruler.load_material(rulers, **settings.files)
+    for task in rulers:
+        assert tokenizer is not None
+        case = ruler_case(task, tokenizer, seed=settings.seed, material=material, **size)
+        found.append(case)
+    return found
 
 
 def heldout_texts(config: ExperimentConfig, length: int, count: int) -> np.ndarray:

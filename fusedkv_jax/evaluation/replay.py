@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.model import Decoder, fold_fusion
@@ -80,14 +80,21 @@ class Replay:
     Attributes:
       logits: [B, C, V] float32, of each token of `Split.tokens`.
       cache_bytes: bytes of the arrays that hold the prompts' and the later tokens' cache.
+      written: [B, W] int32, what the model writes by itself after the prompts, likeliest tokens.
     """
 
     logits: Float[Array, "B C V"]
     cache_bytes: int
+    written: Int[Array, "B W"]
 
 
 def replay(
-    model: Decoder, parts: Split, *, compression: Any = None, cache_dtype: str | None = None
+    model: Decoder,
+    parts: Split,
+    *,
+    compression: Any = None,
+    cache_dtype: str | None = None,
+    write: int = 0,
 ) -> Replay:
     """Prefill the prompts, compress, and feed what follows one token at a time.
 
@@ -96,19 +103,21 @@ def replay(
       parts: prompts and what follows.
       compression: a compressor of `fusedkv_jax.compression`, or None for the whole cache.
       cache_dtype: storage type of the cache, by default the model's activation type.
+      write: tokens that the model writes by itself after each prompt, from the same cache.
 
     Raises:
       ValueError: the text is longer than the model's context, or the compressor or storage type
         cannot serve this model.
     """
     model = fold_fusion(model)
-    longest = int((parts.lengths + parts.counts).max())
+    longest = int((parts.lengths + np.maximum(parts.counts, write)).max())
     if longest > model.config.max_length:
         raise ValueError(
             f"the text has {longest} tokens, more than the model's max_length="
             f"{model.config.max_length}; use shorter examples"
         )
-    size, total = len(parts.prompts), parts.prompts.shape[1] + parts.tokens.shape[1]
+    size, width = parts.prompts.shape
+    total = width + max(parts.tokens.shape[1], write)
     cache = KVCache.create(model.config, batch_size=size, max_length=total, dtype=cache_dtype)
     prompts, lengths = jnp.asarray(parts.prompts), jnp.asarray(parts.lengths)
     if compression is None:
@@ -119,7 +128,10 @@ def replay(
     logits = _follow(
         *nnx.split(model), first, cache, jnp.asarray(parts.tokens), jnp.asarray(parts.counts)
     )
-    return Replay(logits, held)
+    written = jnp.zeros((size, 0), jnp.int32)
+    if write:
+        written = _write(*nnx.split(model), first, cache, write)
+    return Replay(logits, held, written)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
@@ -139,3 +151,17 @@ def _follow(graph: nnx.GraphDef[Decoder], params: Any, first, cache, tokens, cou
 
     _, later = jax.lax.scan(step, cache, jnp.arange(tokens.shape[1] - 1))
     return jnp.concatenate([first[:, None], jnp.swapaxes(later, 0, 1)], axis=1)  # [B, C, V]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _write(graph: nnx.GraphDef[Decoder], params: Any, first, cache, count: int) -> Array:
+    model = nnx.merge(graph, params)
+    ones = jnp.ones(len(first), jnp.int32)
+
+    def step(carry, _):
+        logits, cache = carry
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+        return model.extend(token[:, None], ones, cache), token
+
+    _, tokens = jax.lax.scan(step, (first, cache), length=count)
+    return tokens.T  # [B, W]
