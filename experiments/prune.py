@@ -85,11 +85,8 @@ def save(model: fkv.Decoder, config: ExperimentConfig, workdir: pathlib.Path) ->
     from flax import nnx
 
     config = dataclasses.replace(config, model=model.config)
-    state = training.create_state(
-        config.model,
-        training.make_optimizer(config.optimizer, config.train.steps),
-        config.train.seed,
-    )
+    optimizer = training.run_optimizer(config)
+    state = training.create_state(config.model, optimizer, config.train.seed)
     params = nnx.state(model, nnx.Param)
     state = dataclasses.replace(state, params=params)
     with training.Checkpoints(workdir, keep=1) as checkpoints:

@@ -32,6 +32,7 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_train_step",
+    "run_optimizer",
     "save_model",
     "sum_cross_entropy",
     "train",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.training.program import TrainProgram
     from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
     from fusedkv_jax.training.step import make_train_step
+    from fusedkv_jax.training.trainable import run_optimizer
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -87,5 +89,6 @@ else:
             "program": ["TrainProgram"],
             "state": ["TrainState", "abstract_model", "abstract_state", "create_state"],
             "step": ["make_train_step"],
+            "trainable": ["run_optimizer"],
         },
     )

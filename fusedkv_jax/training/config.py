@@ -14,6 +14,7 @@ from fusedkv_jax.validation import validate
 
 LOGITS_MIB = 512  # of float32 logits at a time
 GradientType = Literal["float32", "bfloat16"]
+Trainable = Literal["all", "changed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class TrainConfig:
       gradient_dtype: "float32"; or "bfloat16", which differentiates a bfloat16 copy of the
         matrices: gathered weights and reduced gradients are half as large. Sums over
         microbatches, the optimizer's state and the parameters themselves stay as they are.
+      trainable: "all" parameters; or "changed", for a model that was converted to its layout:
+        stream weights, and layers that read other layers' keys or values. The others keep their
+        values and have no gradients and no optimizer state.
       logits_mib: MiB of float32 logits that a device holds at a time; larger batches compute the
         loss in chunks. Each chunk reads and writes the gradient of the output head once, so more is
         faster where there is memory.
@@ -47,6 +51,7 @@ class TrainConfig:
     steps: int = 1000
     grad_accumulation: int = 1
     gradient_dtype: GradientType = "float32"
+    trainable: Trainable = "all"
     logits_mib: int = LOGITS_MIB
     seed: int = 0
     log_every: int = 10
@@ -63,9 +68,10 @@ class TrainConfig:
             _check_integer(name, getattr(self, name), 1)
         for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
             _check_integer(name, getattr(self, name), 0)
-        if self.gradient_dtype not in get_args(GradientType):
-            known = " or ".join(get_args(GradientType))
-            raise ValueError(f"train.gradient_dtype={self.gradient_dtype!r}; choose {known}")
+        for name, kind in (("gradient_dtype", GradientType), ("trainable", Trainable)):
+            if getattr(self, name) not in get_args(kind):
+                known = " or ".join(get_args(kind))
+                raise ValueError(f"train.{name}={getattr(self, name)!r}; choose {known}")
         validate(self, ValueError, prefix="train.")
         if self.checkpoint_minutes < 0:
             raise ValueError(

@@ -14,9 +14,10 @@ from fusedkv_jax.sharding import automatic, batch_sharding, check_batch
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.loss import Batch, Objective, batch_loss
-from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fusedkv_jax.training.optimizer import learning_rate_schedule
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
 from fusedkv_jax.training.step import BATCH_KEYS, Step, make_train_step
+from fusedkv_jax.training.trainable import chosen_parameters, run_optimizer
 
 
 class TrainProgram:
@@ -31,6 +32,7 @@ class TrainProgram:
 
     Raises:
       MeshError: the batch does not divide over the mesh.
+      ValueError: the layout has no layer that `train.trainable` speaks of.
     """
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh):
@@ -38,7 +40,7 @@ class TrainProgram:
         check_batch(mesh, config.data.batch_size, config.data.seq_len, train.grad_accumulation)
         self.config, self.mesh = config, mesh
         self.graphdef, _ = abstract_model(config.model)
-        self.optimizer = make_optimizer(config.optimizer, train.steps)
+        self.optimizer = run_optimizer(config)
 
     def create(self, params: nnx.State | None = None) -> TrainState:
         """The initial state.
@@ -92,6 +94,7 @@ class TrainProgram:
             self._objective(),
             None if train.gradient_dtype == "float32" else train.gradient_dtype,
             config.optimizer.skip_spikes,
+            chosen_parameters(config.model.kv_layout, train.trainable),
         )
         if config.optimizer.offload:
             step = _brings_to_device(step)

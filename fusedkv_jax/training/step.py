@@ -89,6 +89,7 @@ def make_train_step(
     objective: Objective | None = None,
     gradient_dtype: Any = None,
     skip_spikes: float = 0.0,
+    chosen: nnx.filterlib.Filter = None,
 ) -> Step:
     """Build the train step; compile it with `jax.jit(step, donate_argnums=0)`.
 
@@ -105,12 +106,20 @@ def make_train_step(
         cross-entropy of the model's output.
       gradient_dtype: as `dtype` of `accumulate_gradients`.
       skip_spikes: as for `is_spike`; 0 skips none.
+      chosen: the parameters that are trained, by default all. The others have no gradient, and
+        count in no norm; `optimizer` takes the chosen ones alone.
     """
+    chosen = True if chosen is None else chosen
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch, loss_of = (batch, batch_loss) if objective is None else objective(state.step, batch)
+        trained, frozen = nnx.split_state(state.params, chosen, ...)
+
+        def loss_of_all(graphdef: nnx.GraphDef, params: nnx.State, part: Batch):
+            return loss_of(graphdef, nnx.merge_state(params, frozen), part)
+
         loss, grads = accumulate_gradients(
-            graphdef, state.params, batch, microbatches, loss_of, gradient_dtype
+            graphdef, trained, batch, microbatches, loss_of_all, gradient_dtype
         )
         grad_norm = optax.tree.norm(grads)
         new = {"loss": loss, "grad_norm": grad_norm}
@@ -118,8 +127,8 @@ def make_train_step(
         if skip_spikes:
             spikes = [is_spike(state.recent[name], new[name], skip_spikes) for name in new]
             accepted &= ~jnp.any(jnp.stack(spikes))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        trained = select(accepted, optax.apply_updates(trained, updates), trained)
         skipped = state.skipped + jnp.where(accepted, 0, 1).astype(jnp.int32)
         metrics = {
             **new,
@@ -130,7 +139,7 @@ def make_train_step(
             step=state.step + 1,
             skipped=skipped,
             recent={name: _record(state, name, value) for name, value in new.items()},
-            params=select(accepted, params, state.params),
+            params=nnx.merge_state(trained, frozen),
             opt_state=select(accepted, opt_state, state.opt_state),
         )
         return new_state, metrics
