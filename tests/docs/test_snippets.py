@@ -69,8 +69,10 @@ def _what_readers_have(folder: pathlib.Path) -> dict:
     )
     plain = fkv.Decoder(config.replace(layout="mha"), rngs=nnx.Rngs(0))
     fkv.interop.save_huggingface(plain, folder / "FOLDER")
-    words = models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    words = models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")
     Tokenizer(words).save(str(folder / "FOLDER" / "tokenizer.json"))
+    named = folder / "FOLDER" / "tokenizer_config.json"
+    named.write_text('{"eos_token": "</s>"}')
     two = tensors()
     upper = {
         re.sub(r"blk\.(\d)", lambda m: f"blk.{int(m[1]) + 2}", name): two[name] for name in two
