@@ -11,10 +11,13 @@ import difflib
 import importlib
 import json
 import sys
+from collections.abc import Iterable
 
 from absl import flags
 
 from experiments.common import cli
+
+FLAGS = flags.FLAGS
 
 # Modules of experiments.benchmarks.
 SUITES = ("cpu", "kernels", "accelerator", "generation", "training")
@@ -39,23 +42,23 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    suite, quick = flags.FLAGS.suite, flags.FLAGS.quick
+    suite, quick = FLAGS.suite, FLAGS.quick
     _check("suite", suite, SUITES)
-    if flags.FLAGS.output:  # OUTPUT.json and OUTPUT.md
+    if FLAGS.output:  # OUTPUT.json and OUTPUT.md
         for end in (".json", ".md"):
-            cli.check_output(flags.FLAGS.output + end)
+            cli.check_output(FLAGS.output + end)
     from experiments.benchmarks import report
 
     measurements = importlib.import_module(f"experiments.benchmarks.{suite}").measurements(
-        quick=quick, rounds=flags.FLAGS.rounds, torch_compile=flags.FLAGS.torch_compile
+        quick=quick, rounds=FLAGS.rounds, torch_compile=FLAGS.torch_compile
     )
-    for name in flags.FLAGS.only:
+    for name in FLAGS.only:
         _check("only", name, measurements)
-    document = {"suite": suite, "quick": quick, "rounds": flags.FLAGS.rounds}
+    document = {"suite": suite, "quick": quick, "rounds": FLAGS.rounds}
     document |= report.environment()
     document["measurements"] = {}
     tables = []
-    for name in flags.FLAGS.only or measurements:
+    for name in FLAGS.only or measurements:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         measurement = measurements[name]()
         print(measurement.text(), end="\n\n", flush=True)
@@ -64,12 +67,12 @@ def main() -> None:
     targets = [t for found in document["measurements"].values() for t in found["targets"]]
     document["targets_met"] = sum(target["met"] for target in targets)
     document["targets"] = len(targets)
-    if flags.FLAGS.output:
-        report.write(flags.FLAGS.output, document, tables)
+    if FLAGS.output:
+        report.write(FLAGS.output, document, tables)
     print(json.dumps(document))
 
 
-def _check(flag: str, value: str, known) -> None:
+def _check(flag: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"

@@ -11,6 +11,8 @@ are those that a formula expects most of, unless --config.FIELD=VALUE sets one o
 compiles the best few by that formula and reports the fastest.
 """
 
+from __future__ import annotations
+
 import json
 from typing import Any
 
@@ -19,12 +21,11 @@ from absl import flags
 from experiments.common import cli
 from experiments.common.overrides import apply_overrides
 from experiments.common.paper import inference, paper_run
+from fusedkv_jax import compile_ahead as ahead
 from fusedkv_jax import presets
-from fusedkv_jax.compile_ahead import programs, report, search, text
 from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
-from fusedkv_jax.sharding import AXES, make_mesh
+from fusedkv_jax.mesh import AXES
 from fusedkv_jax.training import ExperimentConfig
-from pallas_kernels.tpu.topology import slice_devices
 
 PROGRAMS = ("train", "prefill", "decode")
 _SEARCHED = ("mesh.", "model.remat=", "train.grad_accumulation=")
@@ -69,28 +70,35 @@ def experiment(place: Slice, devices: Any) -> ExperimentConfig:
         raise ValueError("--preset and --config both name a model; give one of them")
     config = apply_overrides(paper_run(FLAGS.preset, FLAGS.layout), FLAGS.override)
     chosen = [name for name in FLAGS.override if name.startswith(_SEARCHED)]
-    return config if chosen else search.candidates(config, place, devices)[0].apply(config)
+    return config if chosen else ahead.search.candidates(config, place, devices)[0].apply(config)
 
 
-def _train(config: ExperimentConfig, place: Slice, devices: Any) -> tuple[report.Report, list[str]]:
+def _train(
+    config: ExperimentConfig, place: Slice, devices: Any
+) -> tuple[ahead.report.Report, list[str]]:
     if not FLAGS.search:
-        program = programs.train(config, make_mesh(config.mesh, devices))
-        return report.make_report(program, place), []
-    trials = search.search(
+        from fusedkv_jax.sharding import make_mesh
+
+        program = ahead.programs.train(config, make_mesh(config.mesh, devices))
+        return ahead.report.make_report(program, place), []
+    trials = ahead.search.search(
         config,
         place,
         devices,
         wanted=FLAGS.trials,
-        progress=lambda trial: print(text.describe_trials([trial]).splitlines()[1], flush=True),
+        progress=lambda trial: print(
+            ahead.text.describe_trials([trial]).splitlines()[1], flush=True
+        ),
     )
     best = trials[0]
     if best.report is None:
-        raise report.DoesNotFit(
+        raise ahead.report.DoesNotFit(
             f"no settings fit {place.name}; of those tried, {best.candidate} lacks the least: "
-            f"{best.missing:,} bytes ({report.gib(best.missing)}) a device; take a larger slice",
+            f"{best.missing:,} bytes ({ahead.report.gib(best.missing)}) a device; "
+            "take a larger slice",
             best.missing,
         )
-    print(f"tried, the fastest first\n{text.describe_trials(trials)}\n")
+    print(f"tried, the fastest first\n{ahead.text.describe_trials(trials)}\n")
     print(f"the fastest: {' '.join(_as_flags(best.candidate))}\n")
     return best.report, [str(trial.candidate) for trial in trials]
 
@@ -104,7 +112,7 @@ def _settings(config: ExperimentConfig, place: Slice) -> str:
     )
 
 
-def _as_flags(best: search.Candidate) -> list[str]:
+def _as_flags(best: ahead.search.Candidate) -> list[str]:
     mesh = {f"mesh.{axis}": getattr(best.mesh, axis) for axis in AXES}
     settings = mesh | {
         "model.remat": best.remat,
@@ -119,12 +127,15 @@ def main() -> None:
     if unknown:
         raise ValueError(f"--programs={unknown.pop()} is unknown; choose {', '.join(PROGRAMS)}")
     output = FLAGS.json and cli.check_output(FLAGS.json)
+    from pallas_kernels.tpu.topology import slice_devices
+
     try:
         devices = slice_devices(place.name)
     except NotImplementedError as error:
         raise ValueError(str(error)) from None
     config = experiment(place, devices)
-    print(f"{config.name}, {config.model.to_dict()['layout']}, on {text.describe_slice(place)}\n")
+    layout = config.model.to_dict()["layout"]
+    print(f"{config.name}, {layout}, on {ahead.text.describe_slice(place)}\n")
     if "train" in FLAGS.programs:
         print(f"{_settings(config, place)}\n", flush=True)
     reports: list[dict[str, Any]] = []
@@ -134,8 +145,8 @@ def main() -> None:
             made, tried = _train(config, place, devices)
         else:
             sizes = {"tensor": FLAGS.tensor, "rows": FLAGS.rows, "length": FLAGS.length}
-            made = report.make_report(inference(name, config.model, devices, **sizes), place)
-        print(text.describe(made) + "\n", flush=True)
+            made = ahead.report.make_report(inference(name, config.model, devices, **sizes), place)
+        print(ahead.text.describe(made) + "\n", flush=True)
         reports.append(made.to_dict())
     document = {"topology": place.name, "name": config.name, "tried": tried, "reports": reports}
     if output:

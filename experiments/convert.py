@@ -26,6 +26,8 @@ from fusedkv_jax.training.monitoring.metrics import step_of
 if TYPE_CHECKING:
     import numpy as np
 
+FLAGS = flags.FLAGS
+
 TEXT = "The quick brown fox jumps over the lazy dog, and the cache of 3072 bytes is full again."
 NEW_TOKENS = 30
 
@@ -50,16 +52,16 @@ def define_flags() -> None:
 def main() -> int:
     output = pathlib.Path(cli.require("output")).expanduser()
     # A run may hold what was made of it; a folder of others stays as it is.
-    outputs.check_new_folder("--output", output, [flags.FLAGS.model] if flags.FLAGS.model else [])
-    kind = flags.FLAGS.format or ("workdir" if flags.FLAGS.model else "huggingface")
-    loaded = models.load(layout=flags.FLAGS.layout)
+    outputs.check_new_folder("--output", output, [FLAGS.model] if FLAGS.model else [])
+    kind = FLAGS.format or ("workdir" if FLAGS.model else "huggingface")
+    loaded = models.load(layout=FLAGS.layout)
     with outputs.complete_folder("--output", output) as folder:
         loaded = _write(loaded, kind, folder, output)
     count = costs.parameter_count(loaded.model.config)
     print(f"{loaded.where} -> {output}: {count:,} parameters, {_layout(loaded.model)}")
     report: dict[str, Any] = {"output": str(output), "format": kind, "parameters": count}
     same = True
-    if flags.FLAGS.check:
+    if FLAGS.check:
         rows = _check(loaded, output, kind)
         _print_table(rows)
         report["check"] = rows
@@ -108,7 +110,7 @@ def _check(loaded: models.Loaded, output: pathlib.Path, kind: str) -> list[dict[
     import numpy as np
 
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)
-    ids = tokenizer.encode(flags.FLAGS.text)[: loaded.model.config.max_length - NEW_TOKENS]
+    ids = tokenizer.encode(FLAGS.text)[: loaded.model.config.max_length - NEW_TOKENS]
     if not ids:
         raise ValueError("--text has no tokens; give more of it")
     if kind == "workdir":
@@ -152,7 +154,10 @@ def _transformers(path: str) -> Any:
         import transformers
     except ImportError:
         return None
-    folder, options = (place.parent, {"gguf_file": place.name}) if place.is_file() else (place, {})
+    # Of a folder only safetensors are read, here as by ours: a pickle could run code.
+    folder, options = place, {"use_safetensors": True}
+    if place.is_file():
+        folder, options = place.parent, {"gguf_file": place.name}
     if place.is_dir() and not (place / "config.json").is_file():
         return None
     try:
@@ -160,7 +165,7 @@ def _transformers(path: str) -> Any:
         if place.is_dir() and interop.is_own_format(place):
             from fusedkv_jax.interop.pytorch.modeling_fusedkv import FusedKVForCausalLM as Reader
 
-            return Reader.from_pretrained(folder).float().eval()
+            return Reader.from_pretrained(folder, use_safetensors=True).float().eval()
         reader = transformers.AutoModelForCausalLM
         return reader.from_pretrained(folder, trust_remote_code=False, **options).float().eval()
     except (ValueError, KeyError, ImportError):

@@ -24,6 +24,8 @@ from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.encoding import encode_prompt
 from fusedkv_jax.training import ExperimentConfig
 
+FLAGS = flags.FLAGS
+
 BASELINE = "mha"
 PROMPT = "import os\n\n\nclass Reader:\n    def __init__(self, path):\n"
 SAMPLING = fkv.SamplingParams(
@@ -52,7 +54,7 @@ class Timing:
     new_tokens: int = 64
     repeats: int = 7
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("prompt_length", 1), ("new_tokens", 2), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; use {least} or more")
@@ -163,7 +165,7 @@ def define_flags() -> None:
 
 def main() -> int:
     names = [field.name for field in dataclasses.fields(Timing)]
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     timing = Timing(**values)
     workdir, config = pathlib.Path(cli.require("workdir")), cli.load_config()
     cli.check_results_file(workdir / RESULTS_FILE)

@@ -7,6 +7,7 @@ the command.
 """
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -15,6 +16,8 @@ from experiments.common import cli, models
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.training.monitoring.progress import Progress
+
+FLAGS = flags.FLAGS
 
 SUITES = ("perplexity", "length", "longcontext")
 
@@ -77,7 +80,7 @@ def define_flags() -> None:
 
 def main() -> None:
     suites = {"perplexity": perplexity, "length": length, "longcontext": long_context}
-    report = suites[flags.FLAGS.suite]()
+    report = suites[FLAGS.suite]()
     print(json.dumps(report))
 
 
@@ -85,9 +88,9 @@ def perplexity() -> dict[str, Any]:
     """Loss on held-out text."""
     from flax import nnx
 
-    loaded = models.load(source=flags.FLAGS.source)
+    loaded = models.load(source=FLAGS.source)
     config = models.with_text(loaded).config
-    batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
+    batches = data.make_eval_batches(config.data, FLAGS.max_batches)
     graphdef, params = nnx.split(loaded.model, nnx.Param)
     eval_step = training.make_eval_step(graphdef, config.train.grad_accumulation)
     with Progress(len(batches), label="evaluating", unit="batch") as progress:
@@ -96,7 +99,7 @@ def perplexity() -> dict[str, Any]:
         "name": config.name,
         "workdir": loaded.where,
         "step": loaded.step,
-        "source": flags.FLAGS.source or "held-out split",
+        "source": FLAGS.source or "held-out split",
         "tokens": result.num_tokens,
         "bytes": result.num_bytes,
         **result.metrics,
@@ -110,12 +113,12 @@ def length() -> dict[str, Any]:
     from fusedkv_jax.evaluation import at_length, total
     from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
 
-    loaded = models.load(source=flags.FLAGS.source)
+    loaded = models.load(source=FLAGS.source)
     model, config, step = loaded.model, models.with_text(loaded).config, loaded.step
-    size = flags.FLAGS.length or config.data.seq_len
-    texts = heldout_texts(config, size, flags.FLAGS.examples)
+    size = FLAGS.length or config.data.seq_len
+    texts = heldout_texts(config, size, FLAGS.examples)
     rows = []
-    for dtype in flags.FLAGS.cache_dtype or [model.config.dtype]:
+    for dtype in FLAGS.cache_dtype or [model.config.dtype]:
         parts = at_length(model, texts, chunk=max(1, size // 8), cache_dtype=dtype)
         rows.append(
             {
@@ -134,23 +137,23 @@ def long_context() -> dict[str, Any]:
     from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
 
     sources = longcontext.sources()
-    output = flags.FLAGS.output and cli.check_output(flags.FLAGS.output, folder=True)
-    chosen = bool(flags.FLAGS.compression or flags.FLAGS.cache_dtype)
+    output = flags.FLAGS.output and cli.check_output(FLAGS.output, folder=True)
+    chosen = bool(FLAGS.compression or FLAGS.cache_dtype)
     size = flags.FLAGS.length or sources[0].config.data.seq_len
     methods = (
-        longcontext_methods.methods(flags.FLAGS.compression, flags.FLAGS.cache_dtype)
+        longcontext_methods.methods(FLAGS.compression, FLAGS.cache_dtype)
         if chosen
         else longcontext_methods.defaults(size)
     )
     settings = LongContextSettings(
-        tasks=tuple(flags.FLAGS.tasks),
+        tasks=tuple(FLAGS.tasks),
         length=size,
-        examples=flags.FLAGS.examples,
-        seed=flags.FLAGS.seed,
-        question=flags.FLAGS.question,
-        essays=flags.FLAGS.essays,
-        squad=flags.FLAGS.squad,
-        hotpotqa=flags.FLAGS.hotpotqa,
+        examples=FLAGS.examples,
+        seed=FLAGS.seed,
+        question=FLAGS.question,
+        essays=FLAGS.essays,
+        squad=FLAGS.squad,
+        hotpotqa=FLAGS.hotpotqa,
     )
     results = longcontext.run(sources, methods, settings, strict=chosen)
     print(longcontext_report.markdown(results))
@@ -167,7 +170,9 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {shown}")
 
 
-def _counted(batches, progress: Progress):
+def _counted(
+    batches: Iterable[Mapping[str, Any]], progress: Progress
+) -> Iterator[Mapping[str, Any]]:
     for batch in batches:
         yield batch
         progress.advance()

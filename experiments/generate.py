@@ -26,6 +26,8 @@ from fusedkv_jax.data.chat import read_text
 from fusedkv_jax.generation import BeamSearchParams, Rates
 from fusedkv_jax.generation.parts import Parts
 
+FLAGS = flags.FLAGS
+
 _SETTINGS = ("batch_size", "cache_dtype", "max_num_batched_tokens", "enable_prefix_caching")
 
 
@@ -92,17 +94,17 @@ def _define_rules() -> None:
 
 def run_settings() -> dict[str, Any]:
     """How to run, of the command line. Raises ValueError on a bad value."""
-    settings = {name: flags.FLAGS[name].value for name in _SETTINGS}
+    settings = {name: FLAGS[name].value for name in _SETTINGS}
     settings["mesh"] = cli.load_mesh()
-    if flags.FLAGS.prefill_parts is not None:
-        settings["prefill_parts"] = _parts(flags.FLAGS.prefill_parts)
-    if flags.FLAGS.compression is not None:
-        settings["compression"] = parse(flags.FLAGS.compression)
-    if flags.FLAGS.draft_tokens:
+    if FLAGS.prefill_parts is not None:
+        settings["prefill_parts"] = _parts(FLAGS.prefill_parts)
+    if FLAGS.compression is not None:
+        settings["compression"] = parse(FLAGS.compression)
+    if FLAGS.draft_tokens:
         settings["speculation"] = fkv.SelfSpeculation(
-            draft_tokens=flags.FLAGS.draft_tokens,
-            exit_layer=flags.FLAGS.exit_layer,
-            adaptive=flags.FLAGS.adaptive_draft,
+            draft_tokens=FLAGS.draft_tokens,
+            exit_layer=FLAGS.exit_layer,
+            adaptive=FLAGS.adaptive_draft,
         )
     return settings
 
@@ -153,7 +155,7 @@ def _define_sampling_flags() -> None:
 def sampling_params() -> fkv.SamplingParams:
     """The parameters of the command line. Raises ValueError on a bad value."""
     names = [f.name for f in dataclasses.fields(fkv.SamplingParams)]
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     bias = {}
     for entry in values["logit_bias"] or ():
         token, _, number = entry.partition(":")
@@ -169,9 +171,9 @@ def sampling_params() -> fkv.SamplingParams:
 
 def read_prompts() -> list[str]:
     """The prompts of --prompt and --prompt_file. Raises ValueError if there are none."""
-    prompts = list(flags.FLAGS.prompt)
-    if flags.FLAGS.prompt_file is not None:
-        path = cli.check_readable(flags.FLAGS.prompt_file)
+    prompts = list(FLAGS.prompt)
+    if FLAGS.prompt_file is not None:
+        path = cli.check_readable(FLAGS.prompt_file)
         for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
             if path.suffix == ".jsonl":
                 line = _json_string(path, number, line)
@@ -212,23 +214,23 @@ class LiveRates:
 def main() -> None:
     # Before the model is read, so that a bad value is reported at once.
     params = sampling_params()
-    early: Any = {"true": True, "false": False, "never": "never"}[flags.FLAGS.early_stopping]
+    early: Any = {"true": True, "false": False, "never": "never"}[FLAGS.early_stopping]
     beams = None
-    if flags.FLAGS.beam_width:
+    if FLAGS.beam_width:
         beams = BeamSearchParams(
-            beam_width=flags.FLAGS.beam_width,
+            beam_width=FLAGS.beam_width,
             n=params.n,
             max_tokens=params.max_tokens or 1,
-            length_penalty=flags.FLAGS.length_penalty,
+            length_penalty=FLAGS.length_penalty,
             early_stopping=early,
             ignore_eos=params.ignore_eos,
             stop_token_ids=params.stop_token_ids,
         )
-    prompts = [] if flags.FLAGS.chat else read_prompts()
+    prompts = [] if FLAGS.chat else read_prompts()
     settings = run_settings()
     loaded = models.load(settings["mesh"])
     model, tokenizer = loaded.model, tokenizers.load(loaded.config.data.tokenizer)
-    if flags.FLAGS.chat:
+    if FLAGS.chat:
         chat.converse(model, tokenizer, params, settings)
         return
     rates = LiveRates()
@@ -240,7 +242,7 @@ def main() -> None:
         completions = continue_texts(model, tokenizer, prompts, params, **settings)
     rates.close()
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        if flags.FLAGS.format == "json":
+        if FLAGS.format == "json":
             print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}))
             continue
         for output in completion.outputs:

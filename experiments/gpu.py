@@ -23,6 +23,8 @@ from experiments.common import cli
 if TYPE_CHECKING:
     from experiments.benchmarks.steps import Step
 
+FLAGS = flags.FLAGS
+
 PARTS = ("numerics", "kernels", "models", "study")
 _ROOT = pathlib.Path(__file__).parents[1]
 _TESTS = "tests/pallas_kernels/gpu"
@@ -52,16 +54,15 @@ def define_flags() -> None:
 def main() -> int:
     from experiments.benchmarks import steps
 
-    values = flags.FLAGS
-    quick, rounds = values.quick, values.rounds
-    parts = _parts(values.parts)
-    output = values.output or ("runs/gpu_quick" if quick else "experiments/results/gpu")
+    quick, rounds = FLAGS.quick, FLAGS.rounds
+    parts = _parts(FLAGS.parts)
+    output = FLAGS.output or ("runs/gpu_quick" if quick else "experiments/results/gpu")
     device = _device(quick)
     name = re.sub(r"\W+", "_", device.lower())
     folder = cli.check_output(pathlib.Path(output) / name, folder=True).resolve()
     logs = cli.check_output(folder / "logs", folder=True)
     plan = make_plan(parts, quick=quick, rounds=rounds, study=_study(folder / "study"))
-    end = None if values.minutes is None else time.monotonic() + 60 * values.minutes
+    end = None if FLAGS.minutes is None else time.monotonic() + 60 * FLAGS.minutes
     failed, left = [], []
     for step in plan:
         found = steps.read(step, folder)
@@ -139,9 +140,9 @@ def _parts(names: list[str]) -> list[str]:
 
 def _study(output: pathlib.Path) -> list[str] | None:
     """Arguments for the study; None, which leaves it out, without text."""
-    sizes, data = ",".join(flags.FLAGS.sizes), flags.FLAGS.data
+    sizes, data = ",".join(FLAGS.sizes), FLAGS.data
     if data is None:
-        if "study" in flags.FLAGS.parts:
+        if "study" in FLAGS.parts:
             print("the study is left out: name its text with --data=FOLDER", file=sys.stderr)
         return None
     where = pathlib.Path(data).expanduser().resolve()

@@ -16,6 +16,8 @@ from experiments.common import cli
 from experiments.common.preparation import Preparation, advice, prepare
 from fusedkv_jax.data import shards
 
+FLAGS = flags.FLAGS
+
 
 def define_flags() -> None:
     """Defines one flag for each field of `Preparation`."""
@@ -54,7 +56,7 @@ def main() -> None:
     """Prepares what the flags say and prints what came of it."""
     cli.require("output_dir")
     names = [field.name for field in dataclasses.fields(Preparation)]
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     settings = Preparation(**values)
     if not settings.input:
         raise ValueError("--input is missing; name a file, a glob or a folder of text")

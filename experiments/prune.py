@@ -22,6 +22,8 @@ from experiments.common import cli
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.training import ExperimentConfig
 
+FLAGS = flags.FLAGS
+
 NEW_TOKENS = 33
 
 
@@ -47,10 +49,10 @@ def define_flags() -> None:
 def main() -> None:
     workdir = cli.require("workdir")
     model, config, step = training.load_model(workdir)
-    output = cli.check_output(flags.FLAGS.output or f"{workdir}/pruned", folder=True)
-    if len(set(flags.FLAGS.budget)) < len(flags.FLAGS.budget):
+    output = cli.check_output(FLAGS.output or f"{workdir}/pruned", folder=True)
+    if len(set(FLAGS.budget)) < len(FLAGS.budget):
         raise ValueError("--budget is given twice with one value; give it once")
-    folders = {budget: output / f"budget_{budget:g}" for budget in sorted(flags.FLAGS.budget)}
+    folders = {budget: output / f"budget_{budget:g}" for budget in sorted(FLAGS.budget)}
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder} exists already; remove it, or name another --output")
@@ -58,8 +60,8 @@ def main() -> None:
 
     from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
 
-    texts = jnp.asarray(heldout_texts(config, config.data.seq_len, flags.FLAGS.texts))
-    options = {"group": flags.FLAGS.group, "refit": flags.FLAGS.refit}
+    texts = jnp.asarray(heldout_texts(config, config.data.seq_len, FLAGS.texts))
+    options = {"group": FLAGS.group, "refit": FLAGS.refit}
     models: dict[str, fkv.Decoder] = {"whole": fkv.fold_fusion(model)}
     reads: dict[str, float] = {}
     report: Any = None
@@ -112,12 +114,12 @@ def _rows(
 
     from experiments.benchmarks import latency
 
-    prompt = np.arange(flags.FLAGS.length, dtype=np.int32) % config.model.vocab_size
-    times = latency.measure(models, prompt, new_tokens=NEW_TOKENS, repeats=flags.FLAGS.rounds)
+    prompt = np.arange(FLAGS.length, dtype=np.int32) % config.model.vocab_size
+    times = latency.measure(models, prompt, new_tokens=NEW_TOKENS, repeats=FLAGS.rounds)
     rows = []
     for name, model in models.items():
         graphdef, params = nnx.split(model, nnx.Param)
-        batches = data.make_eval_batches(config.data, flags.FLAGS.max_batches)
+        batches = data.make_eval_batches(config.data, FLAGS.max_batches)
         result = training.evaluate(training.make_eval_step(graphdef), params, batches)
         rows.append(
             {

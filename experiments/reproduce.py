@@ -24,6 +24,8 @@ from experiments.study import command
 from fusedkv_jax import costs, processes, training
 from fusedkv_jax.training import ExperimentConfig
 
+FLAGS = flags.FLAGS
+
 
 def run_config(config: ExperimentConfig, name: str, seed: int) -> ExperimentConfig:
     """The configuration of one row and seed; the seed draws parameters and order of the data.
@@ -218,11 +220,11 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    if flags.FLAGS.study is not None:
+    if FLAGS.study is not None:
         return command.main()
-    names, seeds = read_names(flags.FLAGS.layouts), read_seeds(flags.FLAGS.seeds)
-    _check_overrides(flags.FLAGS.override)
-    config, (workdir, output) = cli.load_config(), places(flags.FLAGS.workdir, flags.FLAGS.output)
+    names, seeds = read_names(FLAGS.layouts), read_seeds(FLAGS.seeds)
+    _check_overrides(FLAGS.override)
+    config, (workdir, output) = cli.load_config(), places(FLAGS.workdir, FLAGS.output)
     results_file = cli.check_results_file(pathlib.Path(f"{output}.json"))
     table_file = cli.check_output(f"{output}.md")
     try:

@@ -20,6 +20,8 @@ from fusedkv_jax import serving
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
 
+FLAGS = flags.FLAGS
+
 _log = logging.getLogger("fusedkv_jax.serve")
 _SETTINGS = (
     *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"),
@@ -60,11 +62,10 @@ def main() -> None:
         raise ValueError(f"{missing[0]} is missing; install fusedkv_jax with its extra 'serve'")
     from fusedkv_jax.server import Server, ServerSettings, listen, run
 
-    values = flags.FLAGS
-    chosen: dict[str, Any] = {name: values[name].value for name in _SETTINGS}
+    chosen: dict[str, Any] = {name: FLAGS[name].value for name in _SETTINGS}
     settings = serving.ServingSettings(**chosen)
-    limits = ServerSettings(api_keys=_keys(), max_body_bytes=values.max_body_bytes)
-    sock = listen(values.host, values.port)  # before the model is read
+    limits = ServerSettings(api_keys=_keys(), max_body_bytes=FLAGS.max_body_bytes)
+    sock = listen(FLAGS.host, FLAGS.port)  # before the model is read
     loaded = models.load()
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)
     template = _template(tokenizer)
@@ -74,11 +75,11 @@ def main() -> None:
     _log.info("%d programs are compiled", engine.warm_up())
     front = serving.AsyncEngine(
         engine,
-        model_name=values.served_model_name or loaded.config.name,
-        max_queued=values.max_queued,
-        max_queued_tokens=values.max_queued_tokens,
+        model_name=FLAGS.served_model_name or loaded.config.name,
+        max_queued=FLAGS.max_queued,
+        max_queued_tokens=FLAGS.max_queued_tokens,
     )
-    run(Server(front, template, limits), sock, values.shutdown_timeout)
+    run(Server(front, template, limits), sock, FLAGS.shutdown_timeout)
 
 
 def _log_to_stderr() -> None:
@@ -93,9 +94,9 @@ def _log_to_stderr() -> None:
 
 def _keys() -> list[str]:
     """Keys of the command line, the file and the environment. Raises ValueError."""
-    keys = list(flags.FLAGS.api_key)
-    if flags.FLAGS.api_key_file is not None:
-        path = cli.check_readable(flags.FLAGS.api_key_file)
+    keys = list(FLAGS.api_key)
+    if FLAGS.api_key_file is not None:
+        path = cli.check_readable(FLAGS.api_key_file)
         found = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not found:
             raise ValueError(f"{path}: there is no key in it; write one a line")
@@ -107,7 +108,7 @@ def _keys() -> list[str]:
 
 def _template(tokenizer: tokenizers.Tokenizer) -> ChatTemplate | None:
     """The chat template; None, and a line that says why, for a model without one."""
-    file = flags.FLAGS.chat_template
+    file = FLAGS.chat_template
     try:
         return chat.load_template(tokenizer, file)
     except ChatError as error:

@@ -11,14 +11,12 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 from absl import flags
 
 from experiments.common import cli
 from experiments.common.paper import inference, paper_run
-from fusedkv_jax.compile_ahead import report, search, text
+from fusedkv_jax import compile_ahead as ahead
 from fusedkv_jax.compile_ahead.chips import Slice
-from pallas_kernels.tpu.topology import TOPOLOGIES, slice_devices
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
@@ -42,8 +40,10 @@ def define_flags() -> None:
 
 def train(preset: str, layout: str, place: Slice) -> dict[str, Any]:
     """The first settings of the search that fit, and their report."""
+    from pallas_kernels.tpu.topology import slice_devices
+
     config = paper_run(preset, layout)
-    trials = search.search(config, place, slice_devices(place.name), wanted=1)
+    trials = ahead.search.search(config, place, slice_devices(place.name), wanted=1)
     best = trials[0]
     row: dict[str, Any] = {"settings": str(best.candidate), "compiled": len(trials)}
     if best.report is None:
@@ -53,18 +53,22 @@ def train(preset: str, layout: str, place: Slice) -> dict[str, Any]:
 
 def serve(preset: str, layout: str, place: Slice, program: str) -> dict[str, Any]:
     """Prefill or decoding on one host, a row for each device."""
+    from pallas_kernels.tpu.topology import TOPOLOGIES, slice_devices
+
     host = Slice.parse(TOPOLOGIES[place.chip.name])
     sizes = {"tensor": _TENSOR, "rows": None, "length": _LENGTH}
     model = paper_run(preset, layout).model
     try:
         made = inference(program, model, slice_devices(host.name), **sizes)
-        return report.make_report(made, host).to_dict()
-    except report.DoesNotFit as error:
+        return ahead.report.make_report(made, host).to_dict()
+    except ahead.report.DoesNotFit as error:
         return {"missing": error.missing}
 
 
 def compute(results: dict[str, Any], path: pathlib.Path) -> None:
     """Fill in what is missing, the training steps first."""
+    import jax
+
     wanted = [
         (program, preset, layout, name)
         for programs in (("train",), ("prefill", "decode"))
@@ -89,6 +93,8 @@ def compute(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def tables(results: dict[str, Any]) -> str:
     """Training, then prefill and decoding."""
+    from pallas_kernels.tpu.topology import TOPOLOGIES
+
     train_rows, serve_rows = [], []
     for key, row in results.items():
         program, preset, layout, name = key.split()
@@ -108,12 +114,12 @@ def tables(results: dict[str, Any]) -> str:
 
 def _figures(row: dict[str, Any], place: Slice) -> list[str]:
     if "missing" in row:
-        return [f"does not fit: {report.gib(row['missing'])} missing", "", "", ""]
+        return [f"does not fit: {ahead.report.gib(row['missing'])} missing", "", "", ""]
     estimate = row["estimate"]
     peak = f"{row['peak'] / 2**30:.1f}" if "peak" in row else "not known yet"
     return [
         f"{peak} / {place.chip.hbm / 2**30:.1f}",
-        text.milliseconds(estimate["seconds"]),
+        ahead.text.milliseconds(estimate["seconds"]),
         f"{estimate['utilization']:.0%}",
         estimate["bound"],
     ]

@@ -18,6 +18,8 @@ import fusedkv_jax as fkv
 from experiments.common import cli, models
 from fusedkv_jax import processes, training
 
+FLAGS = flags.FLAGS
+
 
 def define_flags() -> None:
     """Define the flags."""
@@ -52,18 +54,18 @@ def main() -> int:
     from fusedkv_jax.training.monitoring.metrics import finite_or_none
 
     config, initial = _start()
-    workdir, profile_steps = cli.require("workdir"), _steps(flags.FLAGS.profile_steps)
+    workdir, profile_steps = cli.require("workdir"), _steps(FLAGS.profile_steps)
     processes.initialize(
-        flags.FLAGS.coordinator,
-        flags.FLAGS.num_processes,
-        flags.FLAGS.process_id,
-        connect_seconds=flags.FLAGS.connect_seconds,
+        FLAGS.coordinator,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        connect_seconds=FLAGS.connect_seconds,
     )
     result = training.train(
         config,
         workdir,
         profile_steps=profile_steps,
-        wandb_project=flags.FLAGS.wandb_project,
+        wandb_project=FLAGS.wandb_project,
         initial=initial,
     )
     if processes.is_first():
@@ -74,7 +76,7 @@ def main() -> int:
 
 def _start() -> "tuple[training.ExperimentConfig, Callable[[], fkv.Decoder] | None]":
     """The experiment, and what gives the model that it starts from, if not from drawn weights."""
-    source = flags.FLAGS.init_from
+    source = FLAGS.init_from
     if source is None:
         return cli.load_config(), None
     workdir = pathlib.Path(cli.require("workdir")).expanduser()

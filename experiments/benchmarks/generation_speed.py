@@ -13,6 +13,7 @@ from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
 from experiments.common import runs
 from fusedkv_jax import training
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.compression import Compressor
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
@@ -34,7 +35,9 @@ def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Mea
     prompts = PromptArrays(_random_tokens(config, prompt), np.full(1, prompt, np.int32))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-    def all_layers(graph, params, tokens, count, cache):
+    def all_layers(
+        graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, count: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
         # All layers for all tokens, the head for the last one alone: no program that users run.
         model = nnx.merge(graph, params)
         return model.observe(tokens, count, cache, lambda reading: None, rows=prompt)[:2]
@@ -48,7 +51,7 @@ def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Mea
     logits: dict[str, Any] = {}
 
     def contestant(name: str, early: bool) -> Callable[[], Any]:
-        def call():
+        def call() -> None:
             logits[name] = jax.block_until_ready(prefill(early))
 
         return call
@@ -88,7 +91,7 @@ def measure_speculation(
     outputs: dict[str, list] = {}
 
     def contestant(name: str) -> Callable[[], Any]:
-        def call():
+        def call() -> None:
             found = generate(model, prompts, params, batch_size=1, speculation=ways[name])
             outputs[name] = [completion.token_ids for completion in found]
 
@@ -157,7 +160,9 @@ def measure_long_cache(
 class _Runner:
     """A prefilled request of `generate` that goes on by some greedy steps at each call of `run`."""
 
-    def __init__(self, model: Decoder, compressor: Compressor | None, tokens: int, room: int):
+    def __init__(
+        self, model: Decoder, compressor: Compressor | None, tokens: int, room: int
+    ) -> None:
         engine = Engine(model, settings=EngineSettings(compression=compressor, bucketing=False))
         prompt = tuple(_random_tokens(model.config, tokens)[0].tolist())
         greedy = SamplingParams(temperature=0.0, ignore_eos=True)

@@ -40,17 +40,20 @@ class AttentionShape:
         pairs = self.queries * self.keys - hidden
         return 4 * self.batch * self.heads * self.size * pairs
 
-    def draw(self, sources: int, dtype: Any = jnp.bfloat16):
+    def draw(
+        self, sources: int, dtype: Any = jnp.bfloat16
+    ) -> tuple[
+        jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array | None, jax.Array | None
+    ]:
         """Normal queries, keys, values, and weights, None for one source."""
         keys = jax.random.split(jax.random.key(0), 2 * sources + 3)
         normal = jax.random.normal
         lead = (self.batch, self.keys, self.kv_heads, self.size)
         q = normal(keys[0], (self.batch, self.queries, self.heads, self.size), dtype)
         streams = [normal(key, lead, dtype) for key in keys[3:]]
-        weights = [normal(key, (sources, *lead[2:])) for key in keys[1:3]]
-        if sources == 1:
-            weights = [None, None]
-        return q, tuple(streams[:sources]), tuple(streams[sources:]), *weights
+        a, b = (normal(key, (sources, *lead[2:])) for key in keys[1:3])
+        sides = tuple(streams[:sources]), tuple(streams[sources:])
+        return (q, *sides, None, None) if sources == 1 else (q, *sides, a, b)
 
 
 def repeated(function: Callable, count: int) -> Callable:
@@ -60,12 +63,12 @@ def repeated(function: Callable, count: int) -> Callable:
     that the compiler neither merges the calls nor mixes the sources once for all of them.
     """
 
-    def vary(x, one):
+    def vary(x: jax.Array, one: jax.Array) -> jax.Array:
         return x * one if getattr(x, "ndim", 0) == 3 else x  # weights [J, K, H]
 
     @jax.jit
-    def run(q, *rest):
-        def step(_, q):
+    def run(q: jax.Array, *rest: jax.Array) -> jax.Array:
+        def step(_: jax.Array, q: jax.Array) -> jax.Array:
             one = 1 + 1e-6 * q.reshape(-1)[0].astype(jnp.float32)
             out = function(q, *(vary(x, one) for x in rest))
             return q + (1e-6 * out.astype(jnp.float32)).astype(q.dtype)
@@ -75,7 +78,9 @@ def repeated(function: Callable, count: int) -> Callable:
     return run
 
 
-def seconds(contestants: dict[str, tuple[Callable, tuple]], count: int, rounds: int):
+def seconds(
+    contestants: dict[str, tuple[Callable, tuple]], count: int, rounds: int
+) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of one execution of each contestant, and why the others take no part."""
     ready, refused = {}, {}
     for name, (function, arguments) in contestants.items():
@@ -111,7 +116,7 @@ def ceilings(quick: bool, rounds: int) -> dict[str, float]:
 def gradients(function: Callable) -> Callable:
     """A step of training: the sum of all gradients in the shape of q, so that none is dropped."""
 
-    def step(q, *rest):
+    def step(q: jax.Array, *rest: jax.Array) -> jax.Array:
         leaves = jax.grad(lambda *x: function(*x).astype(jnp.float32).sum(), range(len(rest) + 1))
         dq, *others = jax.tree.leaves(leaves(q, *rest))
         return dq + jnp.stack([x.astype(jnp.float32).mean() for x in others]).sum().astype(dq.dtype)
@@ -221,13 +226,22 @@ def measure_decode(
     )
 
 
-def _attend_pages(q, pages, table, lengths, *weights, implementation):
+def _attend_pages(
+    q: jax.Array,
+    pages: Pages,
+    table: jax.Array,
+    lengths: jax.Array,
+    *weights: jax.Array | None,
+    implementation: str,
+) -> jax.Array:
     return pallas_kernels.paged_attention(
         q, pages, table, lengths, *weights, implementation=implementation
     )
 
 
-def _paged(shape: AttentionShape, keys, values, page_size: int):
+def _paged(
+    shape: AttentionShape, keys: Sequence[jax.Array], values: Sequence[jax.Array], page_size: int
+) -> tuple[Pages, jax.Array]:
     """The same tokens in shuffled pages."""
     count = shape.keys // page_size
     pages = Pages.create(

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks.report import Measurement
@@ -44,14 +45,14 @@ def _main(sizes: dict[str, int], rounds: int, compiled: bool) -> None:
     sources = [draw(kv_heads, sizes["keys"]) for _ in range(4)]
     weights = [torch.randn(kv_heads, 1, sizes["size"], device="cuda") for _ in range(4)]
 
-    def mixed(x, y, a, b):
+    def mixed(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a * x.float() + b * y.float()).to(x.dtype)
 
-    def rebuilt(attend):
+    def rebuilt(attend: Callable[..., Any]) -> torch.Tensor:
         key = mixed(*sources[:2], *weights[:2])
         return attend(key, mixed(*sources[2:], *weights[2:]))
 
-    def sdpa(key, value):
+    def sdpa(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
             q, key, value, is_causal=True, enable_gqa=True
         )
@@ -61,7 +62,7 @@ def _main(sizes: dict[str, int], rounds: int, compiled: bool) -> None:
     )
     call = torch.compile(flex.flex_attention) if compiled else flex.flex_attention
 
-    def flexible(key, value):
+    def flexible(key: torch.Tensor, value: torch.Tensor) -> Any:
         return call(q, key, value, block_mask=mask, enable_gqa=True)
 
     attends = {"sdpa": sdpa} | ({"flex": flexible} if compiled else {})

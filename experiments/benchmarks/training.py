@@ -146,10 +146,10 @@ def measure_loss(
     mask = jnp.ones((rows, length))
     mib = rows * length * vocabulary * 4 / 2**20
 
-    def whole(x, head):
+    def whole(x: jax.Array, head: jax.Array) -> jax.Array:
         return sum_cross_entropy(jnp.einsum("btd,dv->btv", x, head), targets, mask)[0]
 
-    def chunked(x, head):
+    def chunked(x: jax.Array, head: jax.Array) -> jax.Array:
         return head_cross_entropy(x, head, targets, mask, mib / 8)[0]
 
     compiled, temporary = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -14,6 +15,8 @@ from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
 from fusedkv_jax.data.tokenizers import ByteTokenizer
 from fusedkv_jax.generation import Rates
+
+FLAGS = flags.FLAGS
 
 _HELP = "An empty line or the end of the input leaves, /reset begins a new conversation."
 
@@ -48,8 +51,8 @@ def converse(
     Raises:
       ValueError: there is no chat template. What is wrong with a single message is printed.
     """
-    template = load_template(tokenizer, flags.FLAGS.chat_template)
-    system = flags.FLAGS.system
+    template = load_template(tokenizer, FLAGS.chat_template)
+    system = FLAGS.system
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
     print(_HELP, file=sys.stderr)
@@ -66,7 +69,14 @@ def converse(
         messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(model, tokenizer, template, messages, params, settings) -> str:
+def _answer(
+    model: fkv.Decoder,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: list[dict[str, str]],
+    params: fkv.SamplingParams,
+    settings: Mapping[str, Any],
+) -> str:
     prompt = encode_chat(tokenizer, template, messages)
     last = Rates()
 

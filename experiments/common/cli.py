@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags, logging
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from fusedkv_jax.mesh import MeshConfig
     from fusedkv_jax.training import ExperimentConfig
+
+FLAGS = flags.FLAGS
 
 _CONFIG_FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -87,10 +90,10 @@ def load_config(
       ValueError: no such configuration, an unknown field or a bad value.
       FileNotFoundError: a path that does not exist.
     """
-    if not flags.FLAGS.config:
+    if not FLAGS.config:
         raise ValueError(f"--config is missing; choose {', '.join(config_names())}, or a path")
-    config = _named_config(flags.FLAGS.config)
-    return apply_overrides(change(config) if change else config, flags.FLAGS.override)
+    config = _named_config(FLAGS.config)
+    return apply_overrides(change(config) if change else config, FLAGS.override)
 
 
 def _named_config(name: str) -> "ExperimentConfig":
@@ -154,13 +157,11 @@ def read_mesh() -> "MeshConfig | None":
     """
     from fusedkv_jax.mesh import MeshConfig
 
-    if not flags.FLAGS.mesh:
+    if not FLAGS.mesh:
         return None
     placed = dataclasses.make_dataclass("Placed", [("mesh", MeshConfig)], frozen=True)
     try:
-        chosen = apply_overrides(
-            placed(MeshConfig()), [f"mesh.{each}" for each in flags.FLAGS.mesh]
-        )
+        chosen = apply_overrides(placed(MeshConfig()), [f"mesh.{each}" for each in FLAGS.mesh])
     except ValueError as error:
         raise ValueError(str(error).replace("--config.", "--")) from None
     return chosen.mesh
@@ -177,13 +178,13 @@ def require(name: str) -> str:
     Raises:
       ValueError: it was not.
     """
-    value = flags.FLAGS[name].value
+    value = FLAGS[name].value
     if not value:
-        raise ValueError(f"--{name} is missing; {flags.FLAGS[name].help}")
+        raise ValueError(f"--{name} is missing; {FLAGS[name].help}")
     return value
 
 
-def _load_module(name: str):
+def _load_module(name: str) -> ModuleType:
     path = pathlib.Path(name).expanduser()
     if path.suffix == ".py":
         path = check_readable(path)
@@ -202,9 +203,9 @@ def _load_module(name: str):
 
 def _spell_out(argv: list[str]) -> list[str]:
     """--config.FIELD=VALUE and --mesh.AXIS=SIZE as values of flags."""
-    if "mesh" in flags.FLAGS:
+    if "mesh" in FLAGS:
         argv = [re.sub(r"^--?mesh\.", "--mesh=", arg) for arg in argv]
-    if "config" in flags.FLAGS:
+    if "config" in FLAGS:
         argv = [re.sub(r"^--?config\.", "--override=", arg) for arg in argv]
     return argv
 
@@ -212,12 +213,12 @@ def _spell_out(argv: list[str]) -> list[str]:
 def _settable() -> dict[str, Any]:
     """The configurations whose fields the command line sets, for --help."""
     found: dict[str, Any] = {}
-    if "config" in flags.FLAGS:
+    if "config" in FLAGS:
         from fusedkv_jax.training.config import ExperimentConfig
 
-        default = flags.FLAGS["config"].default
+        default = FLAGS["config"].default
         found["config"] = _named_config(default) if default else ExperimentConfig
-    if "mesh" in flags.FLAGS:
+    if "mesh" in FLAGS:
         from fusedkv_jax.mesh import MeshConfig
 
         found["mesh"] = MeshConfig

@@ -16,6 +16,8 @@ from absl import flags
 
 from experiments.common import overrides, parsing, wording
 
+FLAGS = flags.FLAGS
+
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -182,7 +184,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _ways_to_save() -> list[str]:
-    return [advice for name, advice in _MEMORY_FLAGS if name in flags.FLAGS]
+    return [advice for name, advice in _MEMORY_FLAGS if name in FLAGS]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

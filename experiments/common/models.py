@@ -25,6 +25,8 @@ from fusedkv_jax.training import ExperimentConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+FLAGS = flags.FLAGS
+
 # What training may change of a model that it starts from.
 _CHANGEABLE = (
     "layout",
@@ -90,11 +92,11 @@ def load(mesh: Mesh | None = None, source: str | None = None, layout: str | None
     """
     workdir, model = named()
     if model:
-        loaded = load_pretrained(model, layout, tokenizer=flags.FLAGS.tokenizer)
+        loaded = load_pretrained(model, layout, tokenizer=FLAGS.tokenizer)
         if mesh is not None:
             loaded = dataclasses.replace(loaded, model=_placed(loaded.model, mesh))
     else:
-        loaded = load_run(workdir, flags.FLAGS.step, mesh)
+        loaded = load_run(workdir, FLAGS.step, mesh)
     if source is None:
         return loaded
     data = dataclasses.replace(loaded.config.data, source=source, holdout_fraction=1.0)
@@ -107,7 +109,7 @@ def named() -> tuple[str, str]:
     Raises:
       ValueError: neither or both are given.
     """
-    workdir, model = flags.FLAGS.workdir or "", flags.FLAGS.model or ""
+    workdir, model = flags.FLAGS.workdir or "", FLAGS.model or ""
     if bool(workdir) == bool(model):
         what = "both given; name one" if workdir else "missing; name a run, or give --model"
         raise ValueError(f"--workdir and --model are {what}" if workdir else f"--workdir is {what}")
@@ -184,7 +186,7 @@ class Start:
       tokenizer: path of its tokenizer, or "byte".
     """
 
-    def __init__(self, path: str, folder: pathlib.Path):
+    def __init__(self, path: str, folder: pathlib.Path) -> None:
         self.path = path
         if is_run(path):
             found = run_config(path)

@@ -1,13 +1,15 @@
 """The paper's runs and the programs that serve its models, as they are compiled ahead of time."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
 from experiments.configs import paper_332m
+from fusedkv_jax import compile_ahead as ahead
 from fusedkv_jax import presets
-from fusedkv_jax.compile_ahead import programs
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.sharding import MeshConfig, make_mesh
+from fusedkv_jax.mesh import MeshConfig
 from fusedkv_jax.training import ExperimentConfig
 
 
@@ -20,8 +22,11 @@ def paper_run(preset: str, layout: str) -> ExperimentConfig:
 
 def inference(
     name: str, model: ModelConfig, devices: Any, *, tensor: int, rows: int | None, length: int
-) -> programs.Program:
+) -> ahead.programs.Program:
     """Prefill or decoding with bfloat16 parameters, `tensor` parts of the model."""
+    from fusedkv_jax.sharding import make_mesh
+
+    programs = ahead.programs
     mesh = make_mesh(MeshConfig(data=-1, tensor=tensor), devices)
     make = programs.prefill if name == "prefill" else programs.decode
     model = model.replace(param_dtype="bfloat16")

@@ -7,6 +7,8 @@ from typing import Any
 
 from absl import flags
 
+FLAGS = flags.FLAGS
+
 # Flag -> other flag -> what its value must be for the first one to have an effect.
 _RULES: dict[str, dict[str, Any]] = {}
 # Texts to go on from, and the system message that replaces a template's own.
@@ -37,7 +39,7 @@ def rules(name: str) -> dict[str, Any]:
 def own_flags() -> dict[str, flags.Flag]:
     """The flags that the program defines, by name; those of libraries are not for its users."""
     found = {}
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    for module, defined in FLAGS.flags_by_module_dict().items():
         # absl names the module that is run after its file.
         if module.startswith("experiments.") or module == sys.argv[0]:
             found |= {flag.name: flag for flag in defined}
@@ -74,7 +76,7 @@ def parse(argv: list[str]) -> tuple[list[str], flags.FlagValues]:
         raise ValueError(f"unknown flag --{error.flagname}; {hint}") from None
     except flags.IllegalFlagValueError as error:
         raise ValueError(_plain(str(error))) from None
-    flags.FLAGS.mark_as_parsed()
+    FLAGS.mark_as_parsed()
     if not (values["help"].value or values["version"].value):
         for name in values:
             _check(name, values[name])
@@ -125,11 +127,11 @@ def _check(name: str, flag: flags.Flag) -> None:
 
 def _check_effects() -> None:
     for name, conditions in _RULES.items():
-        if name not in flags.FLAGS or not flags.FLAGS[name].present:
+        if name not in FLAGS or not FLAGS[name].present:
             continue
         written = _WRITTEN.get(name, name)
         for other, wanted in conditions.items():
-            value = flags.FLAGS[other].value
+            value = FLAGS[other].value
             if wanted is True and not value:
                 raise ValueError(
                     f"--{written} has no effect without --{other}; "

@@ -35,7 +35,7 @@ class Preparation:
     max_document_mib: int = 64
     errors: str = "strict"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.num_shards <= _MOST_SHARDS:
             raise ValueError(
                 f"num_shards must be from 1 to {_MOST_SHARDS}, got {self.num_shards}; all are open "
@@ -150,7 +150,7 @@ def _describe(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
 class _Report:
     """The progress bar over the bytes of all inputs, or a line every ten seconds."""
 
-    def __init__(self, total_bytes: int):
+    def __init__(self, total_bytes: int) -> None:
         self.documents = self.tokens = 0
         self._progress = Progress(-(-total_bytes // _KB), label="tokenising", unit="kB")
         self._start = self._last = time.monotonic()
@@ -158,7 +158,7 @@ class _Report:
     def __enter__(self) -> "_Report":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._progress.__exit__(*exc_info)
 
     def update(self, bytes_read: int, tokens: int) -> None:

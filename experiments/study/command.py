@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from experiments.study.statistics import Estimate
     from experiments.study.worker import Worker
 
+FLAGS = flags.FLAGS
+
 STUDIES = ("scaling",)
 
 
@@ -49,23 +51,23 @@ def main() -> int:
     from experiments.study import corpus
     from experiments.study.worker import Worker
 
-    study = load(flags.FLAGS.study)
-    workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{study.name}")
-    output = pathlib.Path(flags.FLAGS.output or workdir / "results")
-    if flags.FLAGS.report:
+    study = load(FLAGS.study)
+    workdir = pathlib.Path(FLAGS.workdir or f"runs/{study.name}")
+    output = pathlib.Path(FLAGS.output or workdir / "results")
+    if FLAGS.report:
         return _report(study, output)
     worker = Worker(
         study,
         corpus.Texts.find(pathlib.Path(cli.require("data"))),
         workdir,
         output / "records",
-        _known("sizes", flags.FLAGS.sizes, study.sizes),
-        _known("layouts", flags.FLAGS.layouts, study.rows),
+        _known("sizes", FLAGS.sizes, study.sizes),
+        _known("layouts", FLAGS.layouts, study.rows),
     )
     cli.check_output(output, folder=True)
     try:
-        if flags.FLAGS.check is not None:
-            return _check(worker, flags.FLAGS.check)
+        if FLAGS.check is not None:
+            return _check(worker, FLAGS.check)
         worker.work()
     except runs.Interrupted as stop:
         print(stop, file=sys.stderr)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tokenizers as hf
@@ -131,6 +132,6 @@ def _identity(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str,
     }
 
 
-def batches(text: pathlib.Path, config: DataConfig):
+def batches(text: pathlib.Path, config: DataConfig) -> Iterable[Mapping[str, Any]]:
     """All of a text as batches for evaluation, tokenised as a run's own text."""
     return make_eval_batches(dataclasses.replace(config, source=str(text), holdout_fraction=1.0))

@@ -69,7 +69,7 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Draw:
+class Seeds:
     """What chance decides in a run, equal for the rows that are compared with each other.
 
     Attributes:
@@ -87,7 +87,7 @@ class Cell:
 
     size: str
     row: str
-    draw: Draw
+    draw: Seeds
     learning_rate: float
 
     @property
@@ -103,7 +103,7 @@ class Cell:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
         """The cell that `to_dict` described."""
-        return cls(**{**values, "draw": Draw(**values["draw"])})
+        return cls(**{**values, "draw": Seeds(**values["draw"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class Study:
     reference: str
     equal_cache: str
     checked: tuple[str, ...]
-    draws: tuple[Draw, ...]
+    draws: tuple[Seeds, ...]
 
     def model(self, size: str, row: str) -> ModelConfig:
         """The model of a row at a size."""

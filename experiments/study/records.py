@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from experiments.study.grid import Cell, Study, non_embedding
+from experiments.study.grid import Cell, Seeds, Study, non_embedding
 from fusedkv_jax import costs, processes
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import OptimizerConfig
@@ -113,7 +113,7 @@ def read_all(folder: pathlib.Path, study: Study) -> list[Record]:
     records = [_read(path, study) for path in sorted(folder.glob("*.json"))]
     places = {name: i for i, name in enumerate([*study.sizes, *study.rows])}
 
-    def place(record: Record):
+    def place(record: Record) -> tuple[int, int, Seeds, float]:
         cell = cell_of(record)
         return places[cell.size], places[cell.row], cell.draw, cell.learning_rate
 

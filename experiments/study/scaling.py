@@ -5,7 +5,7 @@ Most rows have half of its cache; resformer caches everything and changes what i
 keeps three layers. `mlkv` is missing because with half of the layers it is `cla` itself.
 """
 
-from experiments.study.grid import Draw, Row, Size, Study
+from experiments.study.grid import Row, Seeds, Size, Study
 from fusedkv_jax.config import ModelConfig
 
 VOCAB_SIZE, SEQ_LEN = 4096, 256
@@ -56,5 +56,5 @@ def get_study() -> Study:
         reference="mha",
         equal_cache="gqa",
         checked=("fusedkv",),
-        draws=(Draw(0, 0), Draw(1, 1), Draw(2, 2)),
+        draws=(Seeds(0, 0), Seeds(1, 1), Seeds(2, 2)),
     )

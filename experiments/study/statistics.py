@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from scipy import stats
 
 from experiments.study import plan, records
-from experiments.study.grid import Cell, Draw, Study
+from experiments.study.grid import Cell, Seeds, Study
 
 CONFIDENCE = 0.95
-Losses = Mapping[Draw, float]
+Losses = Mapping[Seeds, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def lines(study: Study, found: Sequence[records.Record]) -> list[Line]:
 
 def _draws(
     study: Study, by_cell: Mapping[Cell, records.Record], size: str, row: str, rate: float
-) -> dict[Draw, records.Record]:
+) -> dict[Seeds, records.Record]:
     cells = {draw: Cell(size, row, draw, rate) for draw in study.draws}
     return {draw: by_cell[cell] for draw, cell in cells.items() if cell in by_cell}
 
@@ -105,8 +105,8 @@ def _draws(
 def _line(
     size: str,
     row: str,
-    own: Mapping[Draw, records.Record],
-    others: Mapping[str, Mapping[Draw, records.Record]],
+    own: Mapping[Seeds, records.Record],
+    others: Mapping[str, Mapping[Seeds, records.Record]],
     diverged: int,
 ) -> Line:
     def estimate(text: str) -> Estimate:
@@ -131,6 +131,6 @@ def _line(
     )
 
 
-def _finite(found: Mapping[Draw, records.Record]) -> dict[Draw, float]:
+def _finite(found: Mapping[Seeds, records.Record]) -> dict[Seeds, float]:
     losses = {draw: records.loss_of(record) for draw, record in found.items()}
     return {draw: loss for draw, loss in losses.items() if math.isfinite(loss)}

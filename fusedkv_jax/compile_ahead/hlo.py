@@ -50,7 +50,7 @@ class Module:
       computations: by name, instructions by name.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
         self._entry = ""
         current: Computation = {}

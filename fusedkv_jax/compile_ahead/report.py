@@ -26,7 +26,7 @@ class DoesNotFit(ValueError):
       missing: bytes, to the compiler's precision.
     """
 
-    def __init__(self, message: str, missing: int):
+    def __init__(self, message: str, missing: int) -> None:
         super().__init__(message)
         self.missing = missing
 

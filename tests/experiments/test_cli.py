@@ -174,8 +174,6 @@ _HEAVY = {
     "transformers",
 }
 _COMPUTING = {"flax", "jax", "jaxlib", "optax", "tokenizers"}
-# Their flags come from what computes.
-_WAITING_FOR_JAX = {"compile_for_tpu", "tpu_slices"}
 
 
 def test_importing_and_help_load_little():
@@ -183,8 +181,7 @@ def test_importing_and_help_load_little():
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     for name, modules in json.loads(done.stdout).items():
         assert name == "library" or "absl" in modules
-        unwanted = _HEAVY if name in _WAITING_FOR_JAX else _HEAVY | _COMPUTING
-        assert not unwanted & set(modules), name
+        assert not (_HEAVY | _COMPUTING) & set(modules), name
 
 
 def test_every_field_of_the_configuration_has_a_type_and_a_meaning():

@@ -16,7 +16,7 @@ from scipy import stats
 from experiments.common import runs
 from experiments.study import command, corpus, plan, records, report, statistics, worker
 from experiments.study.claims import claim
-from experiments.study.grid import Cell, Draw, Row, Size
+from experiments.study.grid import Cell, Row, Seeds, Size
 from fusedkv_jax import costs, layouts
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import DivergedError
@@ -46,7 +46,7 @@ def study():
         tokens_per_parameter=1,
         sizes={"toy": Size(model=model, batch_size=32, learning_rate=RATE)},
         checked=(),
-        draws=(Draw(0, 0), Draw(1, 1)),
+        draws=(Seeds(0, 0), Seeds(1, 1)),
     )
 
 
@@ -70,7 +70,7 @@ def done(study, data, tmp_path_factory):
     """A worker that has completed one cell, and its record."""
     folder = tmp_path_factory.mktemp("study")
     own = worker.Worker(study, corpus.Texts.find(data), folder, folder / "records")
-    cell = Cell("toy", "fusedkv", Draw(0, 1), RATE)
+    cell = Cell("toy", "fusedkv", Seeds(0, 1), RATE)
     record = own.run(cell, folder / "runs" / cell.name)
     records.write(own.output, record)
     return own, record
@@ -111,7 +111,7 @@ def test_the_search_goes_on_until_higher_losses_are_on_both_sides(study):
 def test_rows_wait_for_the_rate_then_complete_one_after_the_other(study):
     study = dataclasses.replace(study, checked=("fusedkv",))
     rates = {RATE: 1.0, RATE / 2: 2.0, RATE * 2: math.inf}  # the last one diverged
-    losses = {Cell("toy", "mha", Draw(0, 0), rate): loss for rate, loss in rates.items()}
+    losses = {Cell("toy", "mha", Seeds(0, 0), rate): loss for rate, loss in rates.items()}
     first = list(plan.wanted(study, {}, rows=["fusedkv"]))
     assert {cell.row for cell in first} == {"mha"} and len(first) == 3
     after = [cell for cell in plan.wanted(study, losses, rows=["fusedkv"]) if cell not in losses]
@@ -236,7 +236,7 @@ def test_a_run_that_diverges_is_recorded(done, study, tmp_path, monkeypatch):
         raise DivergedError("loss")
 
     monkeypatch.setattr(runs, "complete", complete)
-    record = own.run(Cell("toy", "mha", Draw(0, 0), 1e9), tmp_path)
+    record = own.run(Cell("toy", "mha", Seeds(0, 0), 1e9), tmp_path)
     records.write(tmp_path, record)
     assert records.read_all(tmp_path, study) == [record]
     assert records.loss_of(record) == records.loss_of(record, "other") == math.inf
@@ -255,11 +255,11 @@ def test_intervals_are_students(study):
 def made(study):
     """Records of three rows at the tuned rate, one draw missing and one diverged."""
     rates = {RATE: 2.0, RATE / 2: 2.5, RATE * 2: 2.25}
-    cells = {Cell("toy", "mha", Draw(0, 0), rate): loss for rate, loss in rates.items()}
-    cells[Cell("toy", "mha", Draw(1, 1), RATE)] = 3.0
-    cells |= {Cell("toy", "fusedkv", Draw(s, s), RATE): 1.5 + 1.25 * s for s in (0, 1)}
-    cells[Cell("toy", "gqa", Draw(1, 1), RATE)] = 3.25
-    cells[Cell("toy", "yoco", Draw(0, 0), RATE)] = math.inf
+    cells = {Cell("toy", "mha", Seeds(0, 0), rate): loss for rate, loss in rates.items()}
+    cells[Cell("toy", "mha", Seeds(1, 1), RATE)] = 3.0
+    cells |= {Cell("toy", "fusedkv", Seeds(s, s), RATE): 1.5 + 1.25 * s for s in (0, 1)}
+    cells[Cell("toy", "gqa", Seeds(1, 1), RATE)] = 3.25
+    cells[Cell("toy", "yoco", Seeds(0, 0), RATE)] = math.inf
     return [fake(study, cell, loss) for cell, loss in cells.items()]
 
 
