@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _save(file: GgufFile, folder: Path) -> None:
                     f"{file.path}: tokenizer.ggml.{name}_token_id={index!r} is no token"
                 )
             config[f"{kind}_token"] = tokens[index]
-    config["add_bos_token"] = bool(known.get("tokenizer.ggml.add_bos_token", False))
+    config |= {f"add_{kind}_token": added for kind, added in _adds(known).items()}
     template = known.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -72,6 +73,41 @@ def _save(file: GgufFile, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+
+
+def _adds(known: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether a text gets "bos" and "eos" around it, by the file, else as llama.cpp does."""
+    default = {"bos": known.get("tokenizer.ggml.pre") == "llama-bpe", "eos": False}
+    return {
+        kind: bool(known.get(f"tokenizer.ggml.add_{kind}_token", default[kind])) for kind in default
+    }
+
+
+def _post_processor(known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What libraries put around a text that is encoded with special tokens; None for nothing."""
+    tokens, special = known["tokenizer.ggml.tokens"], {}
+    pieces: dict[str, list[str]] = {"bos": [], "eos": []}
+    for kind, added in _adds(known).items():
+        index = known.get(f"tokenizer.ggml.{kind}_token_id")
+        if added and type(index) is int and index < len(tokens):
+            token = tokens[index]
+            special[token] = {"id": token, "ids": [index], "tokens": [token]}
+            pieces[kind].append(token)
+    if not special:
+        return None
+
+    def around(text: str, number: int) -> list[dict[str, Any]]:
+        added = lambda kind: [  # noqa: E731
+            {"SpecialToken": {"id": token, "type_id": number}} for token in pieces[kind]
+        ]
+        return [*added("bos"), {"Sequence": {"id": text, "type_id": number}}, *added("eos")]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": special,
+    }
 
 
 def _tokenizer(file: GgufFile) -> dict[str, Any]:
@@ -109,7 +145,7 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE[pre]},
-        "post_processor": None,
+        "post_processor": _post_processor(known),
         "decoder": _GPT2,
         "model": {
             "type": "BPE",
