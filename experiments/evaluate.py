@@ -137,9 +137,9 @@ def long_context() -> dict[str, Any]:
     from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
 
     sources = longcontext.sources()
-    output = flags.FLAGS.output and cli.check_output(FLAGS.output, folder=True)
+    output = FLAGS.output and cli.check_output(FLAGS.output, folder=True)
     chosen = bool(FLAGS.compression or FLAGS.cache_dtype)
-    size = flags.FLAGS.length or sources[0].config.data.seq_len
+    size = FLAGS.length or sources[0].config.data.seq_len
     methods = (
         longcontext_methods.methods(FLAGS.compression, FLAGS.cache_dtype)
         if chosen

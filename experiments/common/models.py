@@ -109,7 +109,7 @@ def named() -> tuple[str, str]:
     Raises:
       ValueError: neither or both are given.
     """
-    workdir, model = flags.FLAGS.workdir or "", FLAGS.model or ""
+    workdir, model = FLAGS.workdir or "", FLAGS.model or ""
     if bool(workdir) == bool(model):
         what = "both given; name one" if workdir else "missing; name a run, or give --model"
         raise ValueError(f"--workdir and --model are {what}" if workdir else f"--workdir is {what}")

@@ -143,7 +143,7 @@ class StepCosts:
         return StepWork(float(flops), float(weights), float(cache))
 
 
-def _pairs(starts, counts, window: int | None):
+def _pairs(starts: np.ndarray, counts: np.ndarray, window: int | None) -> np.ndarray:
     """Pairs of queries and the keys they see: the sum over a chunk of min(position + 1, window)."""
     if window is None:
         return counts * starts + counts * (counts + 1) // 2

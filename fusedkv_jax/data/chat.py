@@ -66,7 +66,7 @@ class ChatTemplate:
             raise ChatError(f"the chat template refuses the messages: {reason}") from None
 
     @functools.cached_property
-    def _template(self):
+    def _template(self) -> tuple[Any, Any]:  # jinja2 is imported when there is a template
         import jinja2
 
         from fusedkv_jax.data.bounded_jinja import BoundedEnvironment

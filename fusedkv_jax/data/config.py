@@ -51,7 +51,7 @@ class DataConfig:
     num_threads: int = 2
     prefetch_batches: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("source", "text_key", "tokenizer"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:

@@ -40,7 +40,7 @@ class Corpus:
 class InMemoryDocuments:
     """Tokenised documents held in memory, end to end in the smallest unsigned type that fits."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._dtype = shards.token_dtype(tokenizer.vocab_size)
         self._ids = bytearray()

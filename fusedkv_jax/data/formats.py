@@ -10,6 +10,7 @@ import lzma
 import pathlib
 import zlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -215,7 +216,7 @@ def _open_zstd(raw: io.BufferedReader) -> io.BufferedIOBase:
     return io.BufferedReader(stream)
 
 
-def _pyarrow(needed_for: str):
+def _pyarrow(needed_for: str) -> ModuleType:
     try:
         import pyarrow
         import pyarrow.parquet

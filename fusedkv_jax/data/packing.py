@@ -64,7 +64,7 @@ class Excerpt:
 class ConcatPlan:
     """Full pieces, then the remainders of all documents end to end."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int):
+    def __init__(self, lengths: np.ndarray, seq_len: int) -> None:
         self._seq_len = seq_len
         self._full = _FullPieces(lengths, seq_len)
         remainders = lengths % seq_len
@@ -98,7 +98,7 @@ class ConcatPlan:
 class BestFitPlan:
     """Full pieces, then bins of whole remainders."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int):
+    def __init__(self, lengths: np.ndarray, seq_len: int) -> None:
         self._full = _FullPieces(lengths, seq_len)
         self._lengths = lengths
         self._remainders = lengths % seq_len
@@ -164,7 +164,7 @@ class PackedSequences:
     that sums over whole documents are exact for every tokenizer).
     """
 
-    def __init__(self, documents: TokenizedDocuments, *, packing: str, seq_len: int):
+    def __init__(self, documents: TokenizedDocuments, *, packing: str, seq_len: int) -> None:
         plans = {"concat": ConcatPlan, "best_fit": BestFitPlan}
         self._documents = documents
         self._seq_len = seq_len
@@ -209,7 +209,7 @@ def empty_sequence(seq_len: int) -> dict[str, np.ndarray]:
 class _FullPieces:
     """All pieces of exactly seq_len pairs, by index."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int):
+    def __init__(self, lengths: np.ndarray, seq_len: int) -> None:
         self._seq_len = seq_len
         self._ends = np.cumsum(lengths // seq_len)
 

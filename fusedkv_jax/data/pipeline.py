@@ -33,7 +33,7 @@ class TrainBatches(grain.DatasetIterator):
       corpus: from `fingerprint`.
     """
 
-    def __init__(self, batches: grain.DatasetIterator, source: str, corpus: str):
+    def __init__(self, batches: grain.DatasetIterator, source: str, corpus: str) -> None:
         super().__init__(batches)
         self._source, self.corpus = source, corpus
 
@@ -183,7 +183,7 @@ def _sum_bytes(batch: Batch) -> dict[str, np.ndarray | int]:
 class _PaddedSequences:
     """`sequences`, followed by padding up to a multiple of the batch size."""
 
-    def __init__(self, sequences: Sequences, multiple: int, padding: Batch):
+    def __init__(self, sequences: Sequences, multiple: int, padding: Batch) -> None:
         self._sequences, self._padding = sequences, padding
         self._length = -(-len(sequences) // multiple) * multiple
 

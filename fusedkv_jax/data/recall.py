@@ -30,7 +30,7 @@ class RecallSequences:
       seed: another seed makes other training examples; the held-out ones are always the same.
     """
 
-    def __init__(self, split: str, *, vocab_size: int, seq_len: int, seed: int):
+    def __init__(self, split: str, *, vocab_size: int, seq_len: int, seed: int) -> None:
         if seq_len < SHORTEST:
             raise ValueError(f"data seq_len={seq_len} is too short for recall; use {SHORTEST}")
         self._form = TokenForm(vocab_size)

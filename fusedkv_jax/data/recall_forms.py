@@ -77,7 +77,7 @@ class TokenForm:
 
     ASK = 0
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int) -> None:
         if vocab_size < 49:
             raise ValueError(f"vocab_size={vocab_size} is too small for recall; use 49 or more")
         self.num_keys = self.num_values = (vocab_size - 1) // 3
@@ -130,7 +130,7 @@ class TextForm:
     num_keys = len(_SYLLABLES) ** 3
     num_values = 90_000
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = functools.cache(lambda text: tuple(tokenizer.encode(text)))
         self._beginning = document_beginning(tokenizer)
 

@@ -46,7 +46,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 class ShardWriter:
     """Writes the documents of one split, in turn to each of its shards."""
 
-    def __init__(self, folder: pathlib.Path, split: str, count: int, dtype: np.dtype):
+    def __init__(self, folder: pathlib.Path, split: str, count: int, dtype: np.dtype) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore
 
         self._split, self._dtype = split, dtype
@@ -134,7 +134,7 @@ class _Shard:
 class ShardDocuments:
     """The documents of several shards, read when asked for."""
 
-    def __init__(self, files: Sequence[_Shard], vocab_size: int, limit: int | None = None):
+    def __init__(self, files: Sequence[_Shard], vocab_size: int, limit: int | None = None) -> None:
         self._files = files
         self._vocab_size = vocab_size
         self._starts = np.cumsum([0, *(len(file.lengths) for file in files)])
@@ -175,7 +175,7 @@ class ShardDocuments:
             )
         return tokens
 
-    def _reader(self, place: int):
+    def _reader(self, place: int) -> Any:
         import grain
 
         # One source per file, so that a message can name the damaged one.

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -99,7 +99,7 @@ class HuggingFaceTokenizer:
     templates that the file prescribes are off: a document's ids are those of its text.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path) -> None:
         """Loads the file.
 
         Raises:
@@ -143,7 +143,7 @@ class HuggingFaceTokenizer:
         added = self._text.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: number for number, token in added if token.special}
 
-    def _parse(self):
+    def _parse(self) -> Any:
         import tokenizers
 
         try:
@@ -156,7 +156,7 @@ class HuggingFaceTokenizer:
         return tokenizer
 
     @functools.cached_property
-    def _with_special(self):
+    def _with_special(self) -> Any:
         # A second instance, because the setting belongs to the tokenizer and not to the call.
         return self._parse()
 

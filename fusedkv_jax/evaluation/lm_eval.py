@@ -73,7 +73,7 @@ class FusedKV(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if (workdir is None) == (model is None) or (step is not None and workdir is None):
             raise ValueError("name workdir=DIR (and a step of it), or model=FOLDER or FILE.gguf")
@@ -280,7 +280,7 @@ def _adds_bos(tokenizer: str) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(
-    graph: nnx.GraphDef[Decoder], params: Any, tokens: jax.Array, targets: jax.Array
+    graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target [B, T], and whether it is the likeliest token."""
     model = nnx.merge(graph, params)

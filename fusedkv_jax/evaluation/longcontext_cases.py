@@ -55,7 +55,7 @@ class LongContextSettings:
     squad: str | None = None
     hotpotqa: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", ruler.expand(self.tasks))
         for task in self.tasks:
             if task in ruler.TASKS:

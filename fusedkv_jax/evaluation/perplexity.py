@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def at_length(
         targets = np.pad(texts[:, start + 1 : stop + 1], columns)
         counted = np.pad(weights[:, start:stop], columns)
         arrays = map(jnp.asarray, (tokens, targets, counted, np.full(size, stop - start)))
-        loss, count, cache = _chunk(graph, params, *arrays, cache)
+        loss, count, cache = _chunk(graph, params, _Texts(*arrays), cache)
         if count:
             found.append(Perplexity(start, stop, float(loss), int(count)))
     if not found:
@@ -110,11 +110,20 @@ def total(parts: Sequence[Perplexity]) -> Perplexity:
     )
 
 
+class _Texts(NamedTuple):
+    """A chunk of positions: tokens, targets and which count [B, T], and tokens of each row [B]."""
+
+    tokens: Array
+    targets: Array
+    counted: Array
+    count: Array
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
 def _chunk(
-    graph: nnx.GraphDef[Decoder], params: Any, tokens, targets, counted, count, cache
-) -> tuple[Array, Array, Any]:
+    graph: nnx.GraphDef[Decoder], params: nnx.State, texts: _Texts, cache: KVCache
+) -> tuple[Array, Array, KVCache]:
     model = nnx.merge(graph, params)
-    logits, cache = model.extend(tokens, count.astype(jnp.int32), cache, rows="all")
+    logits, cache = model.extend(texts.tokens, texts.count.astype(jnp.int32), cache, rows="all")
     assert logits is not None
-    return *sum_cross_entropy(logits, targets, counted), cache
+    return *sum_cross_entropy(logits, texts.targets, texts.counted), cache

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
+from fusedkv_jax.generation.settings import Compression
 from fusedkv_jax.model import Decoder, fold_fusion
 
 
@@ -92,7 +93,7 @@ def replay(
     model: Decoder,
     parts: Split,
     *,
-    compression: Any = None,
+    compression: Compression | None = None,
     cache_dtype: str | None = None,
     write: int = 0,
 ) -> Replay:
@@ -135,15 +136,26 @@ def replay(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _prefill(graph: nnx.GraphDef[Decoder], params: Any, tokens, lengths, cache):
-    return nnx.merge(graph, params).extend(tokens, lengths, cache)
+def _prefill(
+    graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: Array, lengths: Array, cache: KVCache
+) -> tuple[Array, KVCache]:
+    logits, cache = nnx.merge(graph, params).extend(tokens, lengths, cache)
+    assert logits is not None
+    return logits, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _follow(graph: nnx.GraphDef[Decoder], params: Any, first, cache, tokens, counts) -> Array:
+def _follow(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    first: Array,
+    cache: KVCache,
+    tokens: Array,
+    counts: Array,
+) -> Array:
     model = nnx.merge(graph, params)
 
-    def step(cache, place):
+    def step(cache: KVCache, place: Array) -> tuple[KVCache, Array]:
         token = jax.lax.dynamic_slice_in_dim(tokens, place, 1, axis=1)
         logits, cache = model.extend(token, (place < counts).astype(jnp.int32), cache)
         assert logits is not None

@@ -44,7 +44,9 @@ def as_llama(model_type: Any, config: ModelConfig, tensors: Mapping[str, Any]) -
 class _Cut(Mapping[str, Any]):
     """Parts of tensors, each cut out when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Any], parts: Mapping[str, tuple[str, Cut | None]]):
+    def __init__(
+        self, tensors: Mapping[str, Any], parts: Mapping[str, tuple[str, Cut | None]]
+    ) -> None:
         self._tensors, self._parts = tensors, parts
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -166,7 +166,7 @@ def _short(value: float) -> float:
 class _Renamed(Mapping[str, np.ndarray]):
     """The tensors under the names of transformers."""
 
-    def __init__(self, file: GgufFile):
+    def __init__(self, file: GgufFile) -> None:
         self._file = file
         self._theirs = {_renamed(name): name for name in file if name != _ROPE_FACTORS}
 

@@ -66,7 +66,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         ImportError: the package `gguf` is missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
         self._gguf = _package()
         if not self.path.is_file():
@@ -86,7 +86,7 @@ class GgufFile(Mapping[str, np.ndarray]):
     def __enter__(self) -> GgufFile:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._bytes.close()
 
     def __iter__(self) -> Iterator[str]:
@@ -140,7 +140,9 @@ class GgufFile(Mapping[str, np.ndarray]):
         self._check_disjoint(places)
         return metadata, places
 
-    def _place(self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int):
+    def _place(
+        self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int
+    ) -> _Place:
         sizes = {int(known): size for known, size in self._gguf.GGML_QUANT_SIZES.items()}
         if kind not in sizes:
             raise self._damaged(f"tensor {name!r} has the unknown type {kind}; update gguf?")
@@ -163,7 +165,7 @@ class GgufFile(Mapping[str, np.ndarray]):
 class _Cursor:
     """Reads values one after the other and never past the end."""
 
-    def __init__(self, data: mmap.mmap, end: int, error: Any):
+    def __init__(self, data: mmap.mmap, end: int, error: Any) -> None:
         self._data, self._end, self._error = data, end, error
         self.place = 0
 

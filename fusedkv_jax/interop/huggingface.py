@@ -172,7 +172,7 @@ def _untied_if_different(config: ModelConfig, tensors: Mapping[str, Any]) -> Mod
 
 
 def _initial_fusion_weights(config: ModelConfig, seed: int) -> dict[OurPath, nnx.Variable]:
-    def draw():
+    def draw() -> nnx.State:
         return nnx.state(Decoder(config, rngs=nnx.Rngs(seed)), FusionWeight)
 
     # Compiled, so that the parameters that are not asked for are never made.

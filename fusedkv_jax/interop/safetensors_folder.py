@@ -67,7 +67,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 class TensorFolder(Mapping[str, Any]):
     """The tensors of a folder by name, each read from disk when it is asked for."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self._files: dict[str, Any] = {}
         if (folder / _INDEX).exists():

@@ -16,7 +16,9 @@ No gradient is needed: a few thousand tokens and one pass through both models.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,19 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.interop.huggingface import load_huggingface
 from fusedkv_jax.interop.huggingface_config import with_layout
 from fusedkv_jax.interop.huggingface_names import places, to_theirs
-from fusedkv_jax.layouts import KINDS, KVLayout, Stream
+from fusedkv_jax.layouts import KINDS, KVLayout, LayerKV, Stream
+from fusedkv_jax.layouts.algebra import Kind
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.model.attention import Attention
 from fusedkv_jax.model.mixing import chains
 from fusedkv_jax.model.parameters import FusionWeight
-from fusedkv_jax.model.transform import layers_of, rebuild
+from fusedkv_jax.model.rotary import Rotation
+from fusedkv_jax.model.transform import Layer, layers_of, rebuild
+
+_Streams = dict[tuple[Kind, int], Array]  # of the layers, or their weights, by kind and layer
+# Real weights [J, pairs], complex factors [pairs], and the share of the square that is explained.
+_KeyFit = tuple[np.ndarray | None, np.ndarray, float]
+_ValueFit = tuple[np.ndarray | None, float]  # weights [J, H], and the share
 
 RIDGE = 0.01  # of the mean square of the inputs: how firmly a fitted matrix stays where it was
 _ANGLES = 64  # a phase is sought among so many
@@ -63,28 +73,30 @@ def fit(
     old, new = layers_of(model), layers_of(start)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = y = model.embed(tokens)
-    streams: dict[Any, Array] = {}
-    weights: dict[Any, Array] = {}
+    streams: _Streams = {}
+    weights: _Streams = {}
     for i, layer in enumerate(config.kv_layout.layers):
         rotation = _rotation(model, i, positions)
         window = layer.window
-        q, own, keys, values = _project(*old[i], x, rotation)
-        after, x_next = _finish(*old[i], x, q, keys, values, window)
+        q, own = _project(*old[i], x, rotation)
+        heads = _Heads(q, own["key"], own["value"])
+        after, x_next = _finish(*old[i], x, heads, window)
         if layer.caches and y is x:  # nothing below has changed
-            streams["key", i], streams["value", i] = keys, values
+            streams["key", i], streams["value", i] = heads.keys, heads.values
             x = y = x_next
             continue
         graph, params = new[i]
         if not layer.caches:
-            params, found = _read_others(graph, params, layer, streams, (keys, values), config)
+            params, found = _read_others((graph, params), layer, streams, heads, config)
             weights |= {(kind, i): w for kind, w in found.items()}
-        q, own, *_ = _project(graph, params, y, rotation)
+        q, own = _project(graph, params, y, rotation)
         streams |= {(kind, i): array for kind, array in own.items()}
         keys, values = (_rebuilt(kind, layer.stream(kind), i, streams, weights) for kind in KINDS)
-        params = _fit_output(graph, params, y, q, keys, values, window, after, ridge)
-        params = _fit_feed_forward(graph, params, y, q, keys, values, window, x_next, ridge)
+        heads = _Heads(q, keys, values)
+        params = _fit_output((graph, params), y, heads, window, after, ridge)
+        params = _fit_feed_forward((graph, params), y, heads, window, x_next, ridge)
         new[i] = graph, params
-        y, x = _finish(graph, params, y, q, keys, values, window)[1], x_next
+        y, x = _finish(graph, params, y, heads, window)[1], x_next
     return _assembled(start, new, weights)
 
 
@@ -118,50 +130,62 @@ def _start(model: Decoder, config: ModelConfig) -> Decoder:
     return load_huggingface(tensors, config.kv_layout, config=model.config, rope_interleave=False)
 
 
-def _rotation(model: Decoder, layer: int, positions: Array) -> Any:
+def _rotation(model: Decoder, layer: int, positions: Array) -> Rotation:
     rotation, kinds = model.rotation(positions), model.config.rope_kinds
     if len(kinds) == 1:
         return rotation
     kind = kinds.index(model.config.layer_ropes[layer])
-    return tuple(part[kind] for part in rotation)
+    cos, sin = rotation
+    return cos[kind], sin[kind]
 
 
 # One layer of either model, computed in pieces.
 
 
+class _Heads(NamedTuple):
+    """What the attention of a layer multiplies, [B, T, heads, H] each."""
+
+    q: Array
+    keys: Array
+    values: Array
+
+    def pieces(self, window: int | None) -> tuple[Piece, ...]:
+        """Keys and values as a block of the model reads them."""
+        return (Piece((self.keys,), (self.values,), {"causal": True, "window": window}),)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _project(graph, params, x, rotation):
-    q, own = nnx.merge(graph, params).project(x, rotation)
-    return q, own, own.get("key"), own.get("value")
+def _project(
+    graph: nnx.GraphDef, params: nnx.State, x: Array, rotation: Rotation
+) -> tuple[Array, dict[Kind, Array]]:
+    return nnx.merge(graph, params).project(x, rotation)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _finish(graph, params, x, q, keys, values, window):
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _finish(
+    graph: nnx.GraphDef, params: nnx.State, x: Array, heads: _Heads, window: int | None
+) -> tuple[Array, Array]:
     """Hidden states after attention, and after the layer."""
     block = nnx.merge(graph, params)
-    out, _ = block.attend(q, _pieces(keys, values, window), {"key": None, "value": None})
+    out, _ = block.attend(heads.q, heads.pieces(window), {"key": None, "value": None})
     return x + out * block.config.residual_scale, block.finish(x, out)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _context(graph, params, q, keys, values, window):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _context(graph: nnx.GraphDef, params: nnx.State, heads: _Heads, window: int | None) -> Array:
     block = nnx.merge(graph, params)
-    pieces = _pieces(keys, values, window)
-    return block.attention.context(q, pieces, {"key": None, "value": None})[0]
+    pieces = heads.pieces(window)
+    return block.attention.context(heads.q, pieces, {"key": None, "value": None})[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(graph, params, x):
+def _hidden(graph: nnx.GraphDef, params: nnx.State, x: Array) -> Array:
     """What enters the feed-forward's last matrix."""
     block = nnx.merge(graph, params)
     return block.mlp.hidden(block.mlp_norm(x))
 
 
-def _pieces(keys: Array, values: Array, window: int | None) -> tuple[Piece, ...]:
-    return (Piece((keys,), (values,), {"causal": True, "window": window}),)
-
-
-def _rebuilt(kind: Any, stream: Stream, layer: int, streams: Any, weights: Any) -> Array:
+def _rebuilt(kind: Kind, stream: Stream, layer: int, streams: _Streams, weights: _Streams) -> Array:
     if stream.own:
         return streams[kind, layer]
     sources = [streams[kind, j] for j in stream.sources]
@@ -169,22 +193,27 @@ def _rebuilt(kind: Any, stream: Stream, layer: int, streams: Any, weights: Any) 
         return sources[0]
     w = weights[kind, layer]
     w = jnp.concatenate([w, w], axis=-1) if kind == "key" else w
-    return sum(one * source for one, source in zip(w, sources, strict=True))  # type: ignore
+    terms = (one * source for one, source in zip(w, sources, strict=True))
+    return functools.reduce(operator.add, terms)
 
 
 # The fits.
 
 
-def _read_others(graph, params, layer, streams, wanted, config):
+def _read_others(
+    block_parts: Layer, layer: LayerKV, streams: _Streams, wanted: _Heads, config: ModelConfig
+) -> tuple[nnx.State, dict[Kind, Array]]:
     """Queries of a layer that reads others, and the stored weights [J, ...] of its streams."""
     keys, values = (
         [np.asarray(streams[kind, j], np.float32) for j in layer.stream(kind).sources]
         for kind in KINDS
     )
-    target_keys, target_values = (np.asarray(array, np.float32) for array in wanted)
+    target_keys, target_values = (
+        np.asarray(array, np.float32) for array in (wanted.keys, wanted.values)
+    )
     heads = config.kv_heads
     rotated = not config.qk_norm  # a norm stands between the projection and the rotation
-    fits: dict[Any, Any] = {}
+    fits: dict[tuple[int, int], tuple[_KeyFit, _ValueFit]] = {}
     gain = np.zeros((heads, heads))
     for g in range(heads):  # of the layer
         for h in range(heads):  # of what it reads
@@ -196,21 +225,28 @@ def _read_others(graph, params, layer, streams, wanted, config):
             )
             fits[g, h] = key, value
             gain[g, h] = key[-1] + value[-1]
-    place = linear_sum_assignment(gain, maximize=True)[1]
-    order = np.argsort(place)  # which head of the layer comes to each head that is read
+    assigned = linear_sum_assignment(gain, maximize=True)[1]
+    order = np.argsort(assigned)  # which head of the layer comes to each head that is read
     chosen = [fits[g, h] for h, g in enumerate(order)]
     factors = np.stack([key[1] for key, _ in chosen])
-    block = nnx.merge(graph, params)
+    block = nnx.merge(*block_parts)
+    assert isinstance(block.attention, Attention)  # `_check` refuses latent ones
     _move_heads(block.attention, order, factors)
-    found = {}
+    found: dict[Kind, Array] = {}
     if layer.key.weights:
-        found["key"] = jnp.asarray(np.stack([key[0] for key, _ in chosen], 1), jnp.float32)
+        found["key"] = jnp.asarray(
+            np.stack([w for (w, *_), _ in chosen if w is not None], 1), jnp.float32
+        )
     if layer.value.weights:
-        found["value"] = jnp.asarray(np.stack([value[0] for _, value in chosen], 1), jnp.float32)
+        found["value"] = jnp.asarray(
+            np.stack([w for _, (w, _) in chosen if w is not None], 1), jnp.float32
+        )
     return nnx.split(block)[1], found
 
 
-def _fit_keys(target, sources, weights, rotated):
+def _fit_keys(
+    target: np.ndarray, sources: Sequence[np.ndarray], weights: str | None, rotated: bool
+) -> _KeyFit:
     """(real weights [J, pairs], complex factors [pairs], share of the square explained)."""
     half = target.shape[-1] // 2
     z = (target[..., :half] + 1j * target[..., half:]).reshape(-1, half)
@@ -233,7 +269,9 @@ def _fit_keys(target, sources, weights, rotated):
     return solved[best, pairs].T, phases[best], share
 
 
-def _fit_values(target, sources, weights):
+def _fit_values(
+    target: np.ndarray, sources: Sequence[np.ndarray], weights: str | None
+) -> _ValueFit:
     """(channel weights [J, H] before a map that the output projection takes, share explained)."""
     v = target.reshape(-1, target.shape[-1])
     terms = [s.reshape(-1, s.shape[-1]) for s in sources]
@@ -243,7 +281,7 @@ def _fit_values(target, sources, weights):
     w = np.stack([ratios[j % 2] + 0.1 for j in range(count)]) if weights else np.ones((1, channels))
     small = 1e-4 * np.trace(gram[-1][-1]) / channels * np.eye(channels)
 
-    def solve_map(w):
+    def solve_map(w: np.ndarray) -> tuple[np.ndarray, float]:
         left = sum(np.outer(w[j], w[k]) * gram[j][k] for j in range(count) for k in range(count))
         right = sum(w[j][:, None] * products[j] for j in range(count))
         matrix = np.linalg.solve(left + small, right)
@@ -260,7 +298,7 @@ def _fit_values(target, sources, weights):
     return (w if weights else None), explained / float(np.sum(v * v))
 
 
-def _move_heads(attention: Any, order: np.ndarray, factors: np.ndarray) -> None:
+def _move_heads(attention: Attention, order: np.ndarray, factors: np.ndarray) -> None:
     """Query heads go to other KV heads; their rotary pairs times conjugate factors [K, h]."""
     heads = len(order)
 
@@ -283,10 +321,13 @@ def _move_heads(attention: Any, order: np.ndarray, factors: np.ndarray) -> None:
     attention.o_proj.set_value(jnp.asarray(moved(attention.o_proj[...], 0)))
 
 
-def _fit_output(graph, params, y, q, keys, values, window, wanted, ridge):
+def _fit_output(
+    layer: Layer, y: Array, heads: _Heads, window: int | None, wanted: Array, ridge: float
+) -> nnx.State:
     """Attention's output projection, for hidden states `wanted` after attention."""
-    context = _context(graph, params, q, keys, values, window)
-    block = nnx.merge(graph, params)
+    context = _context(*layer, heads, window)
+    block = nnx.merge(*layer)
+    assert isinstance(block.attention, Attention)
     out = block.attention.o_proj
     shape = out[...].shape
     bias = 0 if block.attention.o_bias is None else block.attention.o_bias[...]
@@ -298,10 +339,12 @@ def _fit_output(graph, params, y, q, keys, values, window, wanted, ridge):
     return nnx.split(block)[1]
 
 
-def _fit_feed_forward(graph, params, y, q, keys, values, window, wanted, ridge):
+def _fit_feed_forward(
+    layer: Layer, y: Array, heads: _Heads, window: int | None, wanted: Array, ridge: float
+) -> nnx.State:
     """The feed-forward's last matrix, for hidden states `wanted` after the layer."""
-    middle, _ = _finish(graph, params, y, q, keys, values, window)
-    hidden, block = _hidden(graph, params, middle), nnx.merge(graph, params)
+    middle, _ = _finish(*layer, y, heads, window)
+    hidden, block = _hidden(*layer, middle), nnx.merge(*layer)
     down = block.mlp.down
     bias = 0 if block.mlp.down_bias is None else block.mlp.down_bias[...]
     target = (wanted - middle) / block.config.residual_scale - bias
@@ -310,17 +353,16 @@ def _fit_feed_forward(graph, params, y, q, keys, values, window, wanted, ridge):
     return nnx.split(block)[1]
 
 
-def _nearest(inputs: Any, target: Any, matrix: Any, ridge: float) -> np.ndarray:
+def _nearest(inputs: Array, target: Array, matrix: Array, ridge: float) -> np.ndarray:
     """The matrix with inputs @ matrix = target by least squares, held near the one given."""
-    inputs = np.asarray(inputs, np.float32)
-    matrix = np.asarray(matrix, np.float32)
-    error = np.asarray(target, np.float32).reshape(len(inputs), -1) - inputs @ matrix
-    gram = (inputs.T @ inputs).astype(np.float64)
+    x, start = np.asarray(inputs, np.float32), np.asarray(matrix, np.float32)
+    error = np.asarray(target, np.float32).reshape(len(x), -1) - x @ start
+    gram = (x.T @ x).astype(np.float64)
     gram += ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
-    return matrix + np.linalg.solve(gram, (inputs.T @ error).astype(np.float64))
+    return start + np.linalg.solve(gram, (x.T @ error).astype(np.float64))
 
 
-def _assembled(start: Decoder, layers: list[Any], weights: dict[Any, Array]) -> Decoder:
+def _assembled(start: Decoder, layers: Sequence[Layer], weights: _Streams) -> Decoder:
     """A decoder of fitted layers and stored stream weights."""
     stored = [
         FusionWeight(jnp.stack([weights[kind, i] for i in members]))

@@ -63,7 +63,7 @@ class TrainConfig:
     keep_best: int = 0
     peak_flops: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "grad_accumulation", "logits_mib", "log_every", "keep_checkpoints"):
             _check_integer(name, getattr(self, name), 1)
         for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
@@ -104,7 +104,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         validate(self, ValueError)
         if not self.name:
             raise ValueError("name='' is empty; say what the run is called")

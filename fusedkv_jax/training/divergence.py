@@ -28,7 +28,9 @@ class DivergenceCheck:
       in_a_row: how many there were up to now.
     """
 
-    def __init__(self, config: ExperimentConfig, newest_checkpoint: Callable[[], int | None]):
+    def __init__(
+        self, config: ExperimentConfig, newest_checkpoint: Callable[[], int | None]
+    ) -> None:
         self._config, self._newest = config, newest_checkpoint
         self.in_a_row = 0
 

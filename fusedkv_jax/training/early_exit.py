@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from fusedkv_jax.model import Decoder
 from fusedkv_jax.training.early_exit_config import EarlyExitConfig
-from fusedkv_jax.training.loss import LOGITS_MIB, Batch, Objective, head_cross_entropy
+from fusedkv_jax.training.loss import LOGITS_MIB, Batch, Loss, Objective, head_cross_entropy
 
 
 def make_objective(
@@ -35,14 +36,14 @@ def make_objective(
     if not (config.max_dropout or config.loss_scale) or num_layers == 1:
         return None
 
-    def objective(step, batch: Batch):
+    def objective(step: Array, batch: Batch) -> tuple[Batch, Loss]:
         weights = exit_weights(config, num_layers, step, steps)
         if config.max_dropout:
             rates = dropout_rates(config, num_layers, step, steps)
             rows = batch["tokens"].shape[0]
             batch = batch | {"kept": kept_layers(rates, seed, step, rows)}
 
-        def loss(graphdef: nnx.GraphDef, params: nnx.State, part: Batch):
+        def loss(graphdef: nnx.GraphDef, params: nnx.State, part: Batch) -> tuple[Array, Array]:
             model, early = nnx.merge(graphdef, params), bool(config.loss_scale)
             return exit_loss(model, part, weights, early, logits_mib)
 
@@ -93,12 +94,12 @@ def exit_weights(
 
 
 def exit_loss(
-    model,
+    model: Decoder,
     batch: Batch,
     weights: Float[Array, "L"],
     early: bool = True,
     logits_mib: float = LOGITS_MIB,
-):
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted `head_cross_entropy` of the exits of all layers, with the shared norm and head.
 
     Layers of weight 0 cost nothing, whichever they are at this step.
@@ -114,7 +115,7 @@ def exit_loss(
         batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("kept")
     )
 
-    def loss(x):
+    def loss(x: Array) -> tuple[Array, Array]:
         targets, mask = batch["targets"], batch["loss_mask"]
         normed, cap = model.normed(x), model.config.logit_softcap
         return head_cross_entropy(normed, model.head_matrix, targets, mask, logits_mib, cap)
@@ -126,7 +127,7 @@ def exit_loss(
     # Recomputed in the backward pass: the gradients of all exits together would be too many.
     exit_total = jax.checkpoint(lambda x: loss(x)[0])
 
-    def add(total, layer):
+    def add(total: Array, layer: tuple[Array, Array]) -> tuple[Array, None]:
         x, weight = layer
         found = jax.lax.cond(
             weight > 0, lambda: weight * exit_total(x), lambda: jnp.zeros((), jnp.float32)

@@ -40,7 +40,7 @@ class EarlyExitConfig:
     curriculum: Curriculum = "rotational"
     rotation: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         validate(self, ValueError, prefix="early_exit.")
         if not 0 <= self.max_dropout < 1:
             raise ValueError(f"early_exit.max_dropout={self.max_dropout}; use 0 up to below 1")

@@ -54,7 +54,7 @@ def make_eval_step(
       logits_mib: as for `head_cross_entropy`.
     """
 
-    def eval_step(params: nnx.State, batch: Batch):
+    def eval_step(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
         parts = split_rows(batch, microbatches)
         losses, counts = jax.lax.map(
             lambda part: batch_loss(graphdef, params, part, logits_mib), parts

@@ -32,7 +32,7 @@ class Interrupts:
       agreed: name of the signal that all processes know of since the last `poll`, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: str | None = None
         self.agreed: str | None = None
         self._previous = {}
@@ -57,7 +57,7 @@ class Interrupts:
                 self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._restore(*self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -79,7 +79,7 @@ class Alarm:
       seconds: between two times; 0 never says so.
     """
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._vote = _Vote() if seconds and jax.process_count() > 1 else None
         self.restart()
@@ -99,7 +99,7 @@ class Alarm:
 class _Vote:
     """The maximum of a small number over all processes, some steps later, without waiting."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         mesh = Mesh(np.array(jax.devices()), ("device",))
         self._sharding = NamedSharding(mesh, P("device"))
         self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))

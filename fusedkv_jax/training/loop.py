@@ -39,7 +39,7 @@ from fusedkv_jax.training.monitoring.profiling import ProfileWindow
 from fusedkv_jax.training.monitoring.progress import Progress
 from fusedkv_jax.training.program import TrainProgram
 from fusedkv_jax.training.state import TrainState
-from fusedkv_jax.training.step import BATCH_KEYS, Batch
+from fusedkv_jax.training.step import BATCH_KEYS, Batch, Metrics
 from fusedkv_jax.validation import check_kind
 from pallas_kernels.devices import peak_flops
 
@@ -149,7 +149,7 @@ class _Run:
         interrupts: Interrupts,
         profile: ProfileWindow,
         wandb_project: str | None,
-    ):
+    ) -> None:
         self.goodput = Goodput("start")
         self.initial: Callable[[], Decoder] | None = None
         self.profile = profile
@@ -324,14 +324,21 @@ class _Run:
             self.config.train.peak_flops or (peak and peak * len(devices)),
         )
 
-    def _log(self, writer, step, metrics, losses, timer: StepTimer) -> None:
+    def _log(
+        self,
+        writer: MetricWriter,
+        step: int,
+        metrics: Metrics,
+        losses: list[jax.Array],
+        timer: StepTimer,
+    ) -> None:
         metrics, losses = jax.device_get((metrics, losses))  # waits for this step to finish
         values = {"loss": float(sum(losses) / len(losses))}  # mean since the last line
         values |= {name: float(metrics[name]) for name in LOGGED} | timer.report()
         timer.restart()
         self._write(writer, step, {f"train/{name}": value for name, value in values.items()})
 
-    def _evaluate(self, writer, step: int, params: nnx.State) -> dict[str, float]:
+    def _evaluate(self, writer: MetricWriter, step: int, params: nnx.State) -> dict[str, float]:
         if self.eval_batches is None:
             return {}
         if not self.eval_compiled:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,21 +126,21 @@ class _Split(NamedTuple):
     softcap: float | None = None
 
 
-def _names(part: Any) -> tuple[str, ...]:
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
-def _local(x, head, targets, counted, plan: _Split) -> Array:
+def _local(x: Array, head: Array, targets: Array, counted: Array, plan: _Split) -> Array:
     """This device's contribution to the sum, [1]."""
     tokens = (targets.reshape(-1), counted.reshape(-1))
     return jnp.reshape(_sum_losses(x.reshape(-1, x.shape[-1]), head, *tokens, plan), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sum_losses(x, head, targets, counted, plan: _Split):
+def _sum_losses(x: Array, head: Array, targets: Array, counted: Array, plan: _Split) -> Array:
     weight = _gathered(head.astype(x.dtype), plan)
 
-    def one_chunk(total, part):
+    def one_chunk(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         chunk, targets, counted = part
         return total + _chunk_loss(chunk, weight, targets, counted, plan)[0], None
 
@@ -148,10 +148,14 @@ def _sum_losses(x, head, targets, counted, plan: _Split):
     return _share(jax.lax.scan(one_chunk, jnp.float32(0), parts)[0], plan)
 
 
-def _forward(x, head, targets, counted, plan: _Split):
+def _forward(
+    x: Array, head: Array, targets: Array, counted: Array, plan: _Split
+) -> tuple[Array, tuple[Array, Array]]:
     weight = _gathered(head.astype(x.dtype), plan)
 
-    def one_chunk(carry, part):
+    def one_chunk(
+        carry: tuple[Array, Array], part: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
         total, dhead = carry
         chunk, targets, counted = part
         loss, dlogits = _chunk_loss(chunk, weight, targets, counted, plan)
@@ -167,7 +171,9 @@ def _forward(x, head, targets, counted, plan: _Split):
     return _share(total, plan), (dx.reshape(-1, x.shape[1])[: x.shape[0]], dhead)
 
 
-def _backward(plan, gradients, ct):
+def _backward(
+    plan: _Split, gradients: tuple[Array, Array], ct: Array
+) -> tuple[Array, Array, None, None]:
     dx, dhead = gradients
     return (dx * ct).astype(dx.dtype), (dhead * ct).astype(dhead.dtype), None, None
 
@@ -175,32 +181,34 @@ def _backward(plan, gradients, ct):
 _sum_losses.defvjp(_forward, _backward)
 
 
-def _gathered(weight, plan: _Split):
+def _gathered(weight: Array, plan: _Split) -> Array:
     if not plan.gathered:
         return weight
     return jax.lax.all_gather(weight, plan.gathered, axis=0, tiled=True)
 
 
-def _share(total, plan: _Split):
+def _share(total: Array, plan: _Split) -> Array:
     """Devices that split a vocabulary know the same sum; what they add up to is the sum."""
     parts = 1 if plan.vocabulary is None else jax.lax.axis_size(plan.vocabulary)
     return total / (plan.repeats * parts)
 
 
-def _chunks(arrays, vocabulary: int, plan: _Split):
+def _chunks(arrays: Sequence[Array], vocabulary: int, plan: _Split) -> tuple[Array, ...]:
     """[n, ...] arrays as [chunks, n / chunks, ...], padded with zeros: tokens that do not count."""
     n = arrays[0].shape[0]
     size = -(-n // -(-n * vocabulary // plan.limit))
     count = -(-n // size)
 
-    def split(array):
+    def split(array: Array) -> Array:
         padded = jnp.pad(array, ((0, count * size - n), *((0, 0),) * (array.ndim - 1)))
         return padded.reshape(count, size, *array.shape[1:])
 
     return tuple(split(array) for array in arrays)
 
 
-def _chunk_loss(x, weight, targets, counted, plan: _Split):
+def _chunk_loss(
+    x: Array, weight: Array, targets: Array, counted: Array, plan: _Split
+) -> tuple[Array, Array]:
     """Summed loss of some tokens [n, D], and its derivative by their logits [n, V]."""
     logits = _dot(x, weight, 1, 0)  # V of this device
     slope = None
@@ -225,6 +233,6 @@ def _chunk_loss(x, weight, targets, counted, plan: _Split):
     return loss, derivative.astype(x.dtype)
 
 
-def _dot(a, b, axis_a: int, axis_b: int):
+def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     dims = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from fusedkv_jax.model import weight_decay_mask
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
@@ -25,7 +26,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         config.learning_rate, max(steps - warmup, 1), alpha=config.final_fraction
     )
 
-    def schedule(count):
+    def schedule(count: ArrayLike) -> jax.Array:
         done = jnp.asarray(count, jnp.float32) + 1.0
         rising = config.learning_rate * done / max(warmup, 1)
         return jnp.where(done <= warmup, rising, cosine(done - warmup))

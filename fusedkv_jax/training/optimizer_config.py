@@ -35,7 +35,7 @@ class OptimizerConfig:
     skip_spikes: float = 0.0
     offload: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         validate(self, ValueError, prefix="optimizer.")
         for name in ("learning_rate", "eps", "clip_norm"):
             if not getattr(self, name) > 0:

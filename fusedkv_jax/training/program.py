@@ -16,7 +16,7 @@ from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.loss import Batch, Objective, batch_loss
 from fusedkv_jax.training.optimizer import learning_rate_schedule
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-from fusedkv_jax.training.step import BATCH_KEYS, Step, make_train_step
+from fusedkv_jax.training.step import BATCH_KEYS, Metrics, Step, make_train_step
 from fusedkv_jax.training.trainable import chosen_parameters, run_optimizer
 
 
@@ -35,7 +35,7 @@ class TrainProgram:
       ValueError: the layout has no layer that `train.trainable` speaks of.
     """
 
-    def __init__(self, config: ExperimentConfig, mesh: Mesh):
+    def __init__(self, config: ExperimentConfig, mesh: Mesh) -> None:
         train = config.train
         check_batch(mesh, config.data.batch_size, config.data.seq_len, train.grad_accumulation)
         self.config, self.mesh = config, mesh
@@ -115,7 +115,7 @@ class TrainProgram:
 
 
 def _brings_to_device(step: Step) -> Step:
-    def brought(state: TrainState, batch: Batch):
+    def brought(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
         return step(dataclasses.replace(state, opt_state=opt_state), batch)
 

@@ -98,7 +98,9 @@ def _shardings(shapes: TrainState, mesh: Mesh, offload: bool) -> TrainState:
     if not offload:
         return shardings
 
-    def on_host(leaf, sharding):  # XLA keeps no scalars there
+    def on_host(
+        leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.sharding.Sharding:  # XLA keeps no scalars there
         return sharding.with_memory_kind("pinned_host") if leaf.shape else sharding
 
     moved = jax.tree.map(on_host, shapes.opt_state, shardings.opt_state)

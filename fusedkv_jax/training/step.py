@@ -15,6 +15,7 @@ from fusedkv_jax.training.optimizer import select
 from fusedkv_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
+_Sums = tuple[jax.Array, jax.Array, nnx.State]  # losses, targets that count, gradients
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
@@ -66,7 +67,7 @@ def accumulate_gradients(
     if dtype is not None:
         params = cast_matrices(params, dtype)
 
-    def one_part(carry, part):
+    def one_part(carry: _Sums, part: Batch) -> tuple[_Sums, None]:
         (total, count), grads = value_and_grad(params, part)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.tree.map(jnp.add, carry, (total, count, grads)), None

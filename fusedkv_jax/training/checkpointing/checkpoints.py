@@ -65,7 +65,7 @@ class Checkpoints:
         *,
         keep_best: int = 0,
         report: Callable[[str], Any] = print,
-    ):
+    ) -> None:
         check_count("keep", keep)
         check_count("keep_best", keep_best, least=0)
         self._directory = CheckpointDirectory(
@@ -120,7 +120,9 @@ class Checkpoints:
         # Also after a failure: the other processes wait to hear of it.
         self._pending = self._thread.submit(self._finish, writing, failure, path, description)
 
-    def _finish(self, writing: Any, failure: Exception | None, path: Any, description: dict):
+    def _finish(
+        self, writing: Any, failure: Exception | None, path: Any, description: dict
+    ) -> None:
         """Commit what all processes have written, or report the first failure of one."""
         files = {}
         try:
@@ -229,7 +231,7 @@ class Checkpoints:
         _absl.addFilter(_is_not_of_orbax)
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.wait()
         self._thread.shutdown()
         _absl.removeFilter(_is_not_of_orbax)

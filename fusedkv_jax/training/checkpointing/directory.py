@@ -32,7 +32,7 @@ class CheckpointDirectory:
       best_metric: a name in the manifests' metrics.
     """
 
-    def __init__(self, path: pathlib.Path, keep: int, keep_best: int, best_metric: str):
+    def __init__(self, path: pathlib.Path, keep: int, keep_best: int, best_metric: str) -> None:
         self.path = path
         self._keep, self._keep_best, self._best_metric = keep, keep_best, best_metric
 

@@ -18,7 +18,7 @@ class Goodput:
       clock: seconds, monotonic.
     """
 
-    def __init__(self, activity: str, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, activity: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._activity = activity
         self._since = clock()

@@ -36,7 +36,9 @@ class LineWriter:
       time_left: gives the time to the end, shown last.
     """
 
-    def __init__(self, print_line: Callable[[str], None], total: int, time_left: Callable[[], str]):
+    def __init__(
+        self, print_line: Callable[[str], None], total: int, time_left: Callable[[], str]
+    ) -> None:
         self._print = print_line
         self._total = total
         self._time_left = time_left
@@ -70,7 +72,7 @@ class JsonLinesWriter:
 
     def __init__(
         self, path: pathlib.Path, last_step: int = 0, report: Callable[[str], Any] = print
-    ):
+    ) -> None:
         path = path.resolve()  # a link stays one
         if path.exists():
             _set_lines_aside(path, last_step, report)
@@ -88,7 +90,7 @@ class JsonLinesWriter:
 class TensorBoardWriter:
     """Scalars in a TensorBoard log directory."""
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path) -> None:
         self._writer = summary.Writer(str(directory))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -115,7 +117,9 @@ class WandbWriter:
       ValueError: the package wandb is not installed.
     """
 
-    def __init__(self, project: str, name: str, config: dict[str, Any], workdir: pathlib.Path):
+    def __init__(
+        self, project: str, name: str, config: dict[str, Any], workdir: pathlib.Path
+    ) -> None:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
@@ -153,7 +157,9 @@ class MultiWriter:
       report: takes the line about a failure.
     """
 
-    def __init__(self, writers: Sequence[MetricWriter], report: Callable[[str], None] = print):
+    def __init__(
+        self, writers: Sequence[MetricWriter], report: Callable[[str], None] = print
+    ) -> None:
         self._writers = list(writers)
         self._report = report
 
@@ -184,7 +190,7 @@ class StepTimer:
 
     def __init__(
         self, tokens_per_step: int, flops_per_token: float | None, peak_flops: float | None
-    ):
+    ) -> None:
         self._tokens = tokens_per_step
         self._flops = flops_per_token
         self._peak = peak_flops

@@ -19,7 +19,7 @@ class ProfileWindow:
       ValueError: the steps are no range.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None):
+    def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None) -> None:
         if steps is not None and not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"profile_steps={steps[0]}:{steps[1]}; use 1 <= first <= last")
         self._directory, self._steps = directory, steps if processes.is_first() else None

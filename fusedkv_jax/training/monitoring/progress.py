@@ -30,7 +30,7 @@ class Progress:
         label: str = "",
         unit: str = "step",
         silent: bool = False,
-    ):
+    ) -> None:
         self.total = total
         self.done = done
         self._first = done
@@ -85,5 +85,5 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._show(self._bar.close)
