@@ -154,7 +154,7 @@ def _define_sampling_flags() -> None:
 
 def sampling_params() -> fkv.SamplingParams:
     """The parameters of the command line. Raises ValueError on a bad value."""
-    names = [f.name for f in dataclasses.fields(fkv.SamplingParams)]
+    names = [f.name for f in dataclasses.fields(fkv.SamplingParams) if f.name in FLAGS]
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     bias = {}
     for entry in values["logit_bias"] or ():
