@@ -48,7 +48,7 @@ from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.trees import Leaf
 
-Masses = list[Float[Array, "B K S"]]  # attention received by each token, for each set of streams
+Masses = list[Float[Array, "B K _"]]  # attention received by each token, for each set of streams
 
 
 @dataclass(frozen=True)

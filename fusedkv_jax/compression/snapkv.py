@@ -154,7 +154,7 @@ def _room(cache: KVCache, prompt: Prompt) -> int:
 
 
 def _compressed(
-    cache: KVCache, groups: tuple[Group, ...], indices: list[Int[Array, "B K C"]], room: int
+    cache: KVCache, groups: tuple[Group, ...], indices: list[Int[Array, "B K _"]], room: int
 ) -> KVCache:
     """The cache with the named tokens of each group; one store if all keep as many."""
     if len({index.shape[-1] for index in indices}) > 1:
