@@ -363,6 +363,7 @@ def test_what_one_machine_can_run_is_run(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("def f(x):\n    return x + 1 if x > 0 else x - 1\n")
     trace = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
