@@ -131,7 +131,7 @@ def test_conversation(workdir, tmp_path, monkeypatch, capsys):
     typed = ["hi", "y" * 99, "ho", "/reset", "hi", "", "never"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     values = {"chat_template": str(template), "system": "s"}
-    monkeypatch.setattr(chat.flags, "FLAGS", types.SimpleNamespace(**values))
+    monkeypatch.setattr(chat, "FLAGS", types.SimpleNamespace(**values))
     model, _, _ = load_model(workdir)
     tokenizer = tokenizers.load("byte")
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)

@@ -93,7 +93,7 @@ def test_where_all_tests_were_skipped_nothing_was_tested(tmp_path):
 
 def main(monkeypatch, **values) -> int:
     given = dict(parts=["kernels"], minutes=None, rounds=1, data=None, sizes=[], quick=True)
-    monkeypatch.setattr(gpu.flags, "FLAGS", types.SimpleNamespace(**given | values))
+    monkeypatch.setattr(gpu, "FLAGS", types.SimpleNamespace(**given | values))
     return gpu.main()
 
 
