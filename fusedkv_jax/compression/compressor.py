@@ -31,7 +31,11 @@ class Compressor(abc.ABC):
     title: ClassVar[str]  # as papers write it
     latent: ClassVar[bool] = False  # it serves multi-head latent attention
     cyclic: ClassVar[bool] = False  # it serves layers that read layers above them
-    chunked: ClassVar[bool] = True  # it can run prompts in chunks
+
+    @property
+    def least_chunk(self) -> int | None:
+        """Tokens of a prompt that have to run at once; None for all of them."""
+        return 1
 
     def check(self, config: ModelConfig) -> None:
         """Raises CompressionError where a model cannot use this compressor."""

@@ -66,7 +66,11 @@ class PyramidInfer(Compressor):
     interval: int = 1
 
     title: ClassVar[str] = "PyramidInfer"
-    chunked: ClassVar[bool] = False  # the tokens that reach a layer depend on the whole prompt
+
+    @property
+    def least_chunk(self) -> None:
+        """All: the tokens that reach a layer depend on the whole prompt."""
+        return None
 
     def __post_init__(self) -> None:
         check_share(self, "budget")

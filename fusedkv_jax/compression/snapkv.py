@@ -59,6 +59,11 @@ class SnapKV(Compressor):
     title: ClassVar[str] = "SnapKV"
     cyclic: ClassVar[bool] = True
 
+    @property
+    def least_chunk(self) -> int:
+        """The last tokens score the others together."""
+        return self.window
+
     def __post_init__(self) -> None:
         check_count(self, "budget", "window", "kernel")
         check_choice(self, "pooling", get_args(Pooling))

@@ -76,7 +76,7 @@ def group(requests: Sequence[Request], settings: EngineSettings) -> list[list[Re
     Neighbors in length do, which saves padding; those that want log-probabilities of their prompts
     are apart, since their prefill runs all layers.
     """
-    rows = min(settings.batch_size, settings.max_num_batched_tokens or settings.batch_size)
+    rows = settings.most_rows
     found: list[list[Request]] = []
     for scored in (False, True):
         own = [r for r in requests if (r.params.prompt_logprobs is not None) == scored]

@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import jax
 from flax import nnx
@@ -22,7 +22,7 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.loop import DecodeState
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.parts import Parts
-from fusedkv_jax.generation.sampling import SamplerInputs
+from fusedkv_jax.generation.sampling import SamplerInputs, bucket
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.validation import check_kind
 
@@ -35,10 +35,12 @@ class Compression(Protocol):
     """What runs prompts and shrinks the cache that they leave; see `fusedkv_jax.compression`.
 
     Attributes:
-        chunked: it can run prompts in chunks, which `max_num_batched_tokens` asks for.
+        least_chunk: tokens of a prompt that have to run at once, whatever
+            `max_num_batched_tokens` asks for; None for all of them.
     """
 
-    chunked: ClassVar[bool]
+    @property
+    def least_chunk(self) -> int | None: ...
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError where a model cannot use it."""
@@ -150,16 +152,37 @@ class EngineSettings:
                 if getattr(self, name) is not None:
                     raise ValueError(f"prefill_parts and {name} exclude each other; give one")
 
+    @property
+    def _least_chunk(self) -> int:
+        """Tokens of a row that have to run at once, as a size of arrays."""
+        least = 1 if self.compression is None else self.compression.least_chunk or 1
+        return bucket(least, 1) if self.bucketing else least
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a batch, so few that `max_num_batched_tokens` is enough for each."""
+        if self.max_num_batched_tokens is None:
+            return self.batch_size
+        rows = self.max_num_batched_tokens // self._least_chunk
+        if self.bucketing:  # arrays have that many rows, rounded up
+            rows = 1 << (rows.bit_length() - 1)
+        return min(self.batch_size, rows)
+
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError where a model cannot be run in this way."""
         if self.eos_id is not None:
             check_whole("eos_id", self.eos_id, 0, config.vocab_size - 1)
         compressor, budget = self.compression, self.max_num_batched_tokens
-        if compressor is not None and budget is not None and not compressor.chunked:
-            raise ValueError(
-                f"max_num_batched_tokens={budget} cannot bound {type(compressor).__name__}, which"
-                " runs whole prompts; leave it out, or use another compressor"
-            )
+        if compressor is not None and budget is not None:
+            bound = f"max_num_batched_tokens={budget} cannot bound {type(compressor).__name__}"
+            if compressor.least_chunk is None:
+                raise ValueError(
+                    f"{bound}, which runs whole prompts; leave it out, or use another compressor"
+                )
+            if budget < self._least_chunk:
+                raise ValueError(
+                    f"{bound}, which runs {self._least_chunk} tokens at once; use as many"
+                )
         for extension in (self.speculation, self.compression):
             if extension is not None:
                 extension.check(config)

@@ -6,6 +6,8 @@ import inspect
 import pytest
 
 import fusedkv_jax as fkv
+from fusedkv_jax.generation.buckets import Buckets
+from fusedkv_jax.generation.placement import Placement
 from fusedkv_jax.generation.settings import EngineSettings, Settings
 from tests.model import small
 
@@ -82,6 +84,33 @@ def test_whole_prompts_are_not_bounded(model):
     chosen = fkv.compression.PyramidInfer(budget=0.5)
     with pytest.raises(ValueError, match="max_num_batched_tokens=8 cannot bound PyramidInfer"):
         fkv.generate(mha, [[1]], compression=chosen, max_num_batched_tokens=8)
+
+
+@pytest.mark.parametrize("bucketing", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 5, 32])
+def test_rows_and_their_tokens_keep_within_the_budget(window, bucketing):
+    """The tokens of a step are bounded, and each row gets as many as the compressor looks at."""
+    compressor = None if window is None else fkv.compression.SnapKV(window=window)
+    config, needed = small.config("mha", num_layers=2), window or 1
+    served = 0
+    for budget in range(1, 80):
+        settings = EngineSettings(
+            max_num_batched_tokens=budget, bucketing=bucketing, compression=compressor
+        )
+        if budget < needed:
+            with pytest.raises(ValueError, match=f"={budget} cannot bound SnapKV, which runs"):
+                settings.check(config)
+            continue
+        try:
+            settings.check(config)
+        except ValueError:
+            assert bucketing and budget < 2 * needed  # a size of arrays that no bucket has
+            continue
+        buckets, served = Buckets(settings, Placement()), served + 1
+        rows = buckets.rows(settings.most_rows)
+        assert 1 <= rows <= buckets.rows(settings.batch_size)
+        assert needed <= buckets.width(rows) <= budget // rows
+    assert served > 40
 
 
 def test_models_and_beams_of_the_wrong_kind(model):
