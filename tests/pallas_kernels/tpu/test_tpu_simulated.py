@@ -78,7 +78,13 @@ def test_pages_in_several_blocks(monkeypatch):
             chip="v5e", interpret=interpret,
         )  # fmt: skip
 
-    arguments = (jnp.asarray(q), pages, table, jnp.asarray(lengths), weights)
+    arguments = (
+        jnp.asarray(q),
+        pages,
+        table,
+        jnp.asarray(lengths),
+        jax.tree.map(jnp.asarray, weights),
+    )
     jax.tree.map(close, tuple(simulated(attend, *arguments)), want[:2])
 
 
