@@ -33,7 +33,11 @@ def draw_losses(study: Study, results: Sequence[Line], path: pathlib.Path) -> No
                     label=row,
                     alpha=0.85,
                 )
-        axes.set_xscale("log")
+        costs = [cost(line) for line in results]
+        if costs and max(costs) >= 10 * min(costs):
+            axes.set_xscale("log")
+        else:  # within a decade the labels of a logarithmic axis run into each other
+            axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out loss (nats per token)")
