@@ -22,7 +22,7 @@ from fusedkv_jax.serving.arrays import empty_arrays, step_arrays
 from fusedkv_jax.serving.draws import DrawArrays, Draws, TokenDraw, draw_tokens
 from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.scoring import Piece, no_tokens, pieces, run_scored
+from fusedkv_jax.serving.scoring import ScoredChunk, no_tokens, run_scored, scored_chunks
 from fusedkv_jax.serving.settings import ServingSettings
 
 COPIES = 8  # pages that one program copies
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
     logprobs: Logprobs
 
 
-class Scores(NamedTuple):
+class PromptScores(NamedTuple):
     """Log-probabilities of tokens of a prompt, from position `start` on: arrays of their places."""
 
     start: int
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
     """
 
     drawn: list[Drawn | None]
-    scores: dict[int, list[Scores]]
+    scores: dict[int, list[PromptScores]]
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="pool")
@@ -144,17 +144,17 @@ class Runner:
                 results[place] = _row(found, row)
         return StepResult(results, scores)
 
-    def _score(self, plan: StepPlan) -> dict[int, list[Scores]]:
+    def _score(self, plan: StepPlan) -> dict[int, list[PromptScores]]:
         """Run the tokens of prompts that are scored through all layers."""
-        found: dict[int, list[tuple[Piece, Logprobs]]] = {}
-        for piece in pieces(plan, self.shapes.chunk, self._width):
-            scores, self.pool = run_scored(*self._split, self._donated(), piece.arrays, k=self._k)
-            found.setdefault(piece.place, []).append((piece, scores))
-            self.upper_rows += piece.count
+        found: dict[int, list[tuple[ScoredChunk, Logprobs]]] = {}
+        for chunk in scored_chunks(plan, self.shapes.chunk, self._width):
+            scores, self.pool = run_scored(*self._split, self._donated(), chunk.arrays, k=self._k)
+            found.setdefault(chunk.place, []).append((chunk, scores))
+            self.upper_rows += chunk.count
         return {
             place: [
-                Scores(piece.start, jax.tree.map(lambda x, n=piece.count: x[:n], scores))
-                for piece, scores in jax.device_get(members)
+                PromptScores(chunk.start, jax.tree.map(lambda x, n=chunk.count: x[:n], scores))
+                for chunk, scores in jax.device_get(members)
             ]
             for place, members in found.items()
         }
