@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from fusedkv_jax.data import sources
+
 Packing = Literal["concat", "best_fit"]
 DecodeErrors = Literal["strict", "replace"]
 
@@ -19,6 +21,9 @@ class DataConfig:
         .md, .py), JSON lines (.jsonl, .json), both also compressed (.gz, .xz, .zst), Parquet
         (.parquet), or the ArrayRecord shards that `experiments.prepare_data` wrote. Folders are
         read recursively in the order of their sorted relative paths. A text file is one document.
+        Several of these, "web,0.7;code,0.3", are mixed: each has the share of the training
+        sequences that its weight says and is repeated by itself, and the held-out documents
+        of all are evaluated.
       text_key: the field of a JSON line, or the column of a Parquet file, that holds the text.
       tokenizer: "byte", or the path of a Hugging Face `tokenizer.json`.
       packing: "concat" (no padding but in the last sequence of an epoch) or "best_fit"
@@ -30,7 +35,8 @@ class DataConfig:
         each document's text, so equal documents stay together and new files move no old ones.
         1.0 makes a whole source an evaluation set. Shards keep the split they were written
         with.
-      max_documents: read only the first so many documents (of each split, for shards).
+      max_documents: read only the first so many documents (of each source, and of each split for
+        shards).
       max_document_mib: the largest document, in MiB of text; larger ones are refused.
       errors: "strict" refuses bytes that are not UTF-8, "replace" puts U+FFFD in their place.
       num_threads: threads that assemble batches ahead of the consumer; 0 does so in its thread.
@@ -56,6 +62,7 @@ class DataConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"data {name} must be a non-empty string, got {value!r}")
+        sources.mixture(self.source)
         _check_choice("packing", self.packing, get_args(Packing))
         _check_choice("errors", self.errors, get_args(DecodeErrors))
         for name in ("seq_len", "batch_size"):

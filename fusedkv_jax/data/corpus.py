@@ -11,6 +11,7 @@ import numpy as np
 from fusedkv_jax.data import formats, shards, sources, tokenizers
 from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.encoding import document_tokens
+from fusedkv_jax.data.mixture import JoinedDocuments, Mixture
 from fusedkv_jax.data.packing import TokenizedDocuments
 from fusedkv_jax.data.recall import RecallSequences
 from fusedkv_jax.validation import check_kind
@@ -83,6 +84,19 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     check_kind("config", config, DataConfig, "a DataConfig")
     tokenizer = tokenizers.load(config.tokenizer)
+    mixed = sources.mixture(config.source)
+    if len(mixed) == 1:
+        return _load(config, tokenizer)
+    names, weights = zip(*mixed, strict=True)
+    parts: list[Corpus] = []
+    for name in names:
+        parts.append(_load(dataclasses.replace(config, source=name), tokenizer))
+        _check_memory(config.source, (d for part in parts for d in (part.train, part.heldout)))
+    train, heldout = ([getattr(part, split) for part in parts] for split in shards.SPLITS)
+    return Corpus(Mixture(names, train, weights), JoinedDocuments(names, heldout), tokenizer)
+
+
+def _load(config: DataConfig, tokenizer: tokenizers.Tokenizer) -> Corpus:
     if config.source == sources.RECALL:
         sizes = {"vocab_size": tokenizer.vocab_size, "seq_len": config.seq_len}
         train, heldout = (
@@ -104,16 +118,21 @@ def load_corpus(config: DataConfig) -> Corpus:
     for document, ids in tokenized(itertools.islice(documents, config.max_documents), tokenizer):
         data = document.text.encode()
         splits[is_held_out(data, config.holdout_fraction)].add(ids, len(data))
-        if sum(split.nbytes for split in splits.values()) > MAX_BYTES_IN_MEMORY:
-            raise ValueError(
-                f"{config.source}: more than {MAX_BYTES_IN_MEMORY / 2**30:g} GiB of tokens; write "
-                "shards with experiments.prepare_data, which need no memory, or set "
-                "data.max_documents"
-            )
+        _check_memory(config.source, splits.values())
         empty = False
     if empty:
         raise ValueError(f"{config.source}: no text in {len(files)} file(s)")
     return Corpus(splits[False], splits[True], tokenizer)
+
+
+def _check_memory(source: str, documents: Iterable[object]) -> None:
+    held = (part.nbytes for part in documents if isinstance(part, InMemoryDocuments))
+    if sum(held) > MAX_BYTES_IN_MEMORY:
+        raise ValueError(
+            f"{source}: more than {MAX_BYTES_IN_MEMORY / 2**30:g} GiB of tokens; write "
+            "shards with experiments.prepare_data, which need no memory, or set "
+            "data.max_documents"
+        )
 
 
 def tokenized(

@@ -13,6 +13,7 @@ import numpy as np
 
 from fusedkv_jax.data.config import DataConfig
 from fusedkv_jax.data.corpus import Corpus, EmptySplitError, load_corpus
+from fusedkv_jax.data.mixture import JoinedDocuments, Mixture
 from fusedkv_jax.data.packing import PackedSequences, TokenizedDocuments, empty_sequence
 from fusedkv_jax.data.recall import RecallSequences
 from fusedkv_jax.data.shards import ShardDocuments
@@ -65,6 +66,9 @@ def fingerprint(documents: TokenizedDocuments | RecallSequences) -> str:
     if isinstance(documents, RecallSequences):
         return "recall"  # made from the configuration alone
     digest = hashlib.sha256()
+    if isinstance(documents, Mixture):
+        counts = [len(part.lengths) for part in documents.parts]
+        digest.update(repr((counts, documents.weights)).encode())
     for sizes in (documents.lengths, documents.num_bytes):
         digest.update(np.ascontiguousarray(sizes).tobytes())
     return digest.hexdigest()[:16]
@@ -93,14 +97,7 @@ def make_train_iterator(
         `load_corpus`, or a batch that does not divide over the processes.
     """
     corpus = corpus or load_corpus(config)
-    sequences = _pack(corpus.train, config)
-    if not len(sequences):
-        raise EmptySplitError(
-            f"{config.source}: no documents to train on, all {_count(corpus.heldout)} are "
-            f"held out; lower holdout_fraction ({config.holdout_fraction}) or add documents"
-        )
-    dataset = grain.MapDataset.source(sequences).seed(config.seed).shuffle().repeat()
-    dataset = _batch(dataset, config, shard).map(_without_bytes)
+    dataset = _batch(_shuffled(corpus, config), config, shard).map(_without_bytes)
     options = grain.ReadOptions(
         num_threads=config.num_threads,
         prefetch_buffer_size=config.prefetch_batches if config.num_threads else 0,
@@ -139,6 +136,37 @@ def make_eval_batches(
     padded = _PaddedSequences(sequences, config.batch_size, empty_sequence(config.seq_len))
     dataset = _batch(grain.MapDataset.source(padded), config, shard).map(_sum_bytes)
     return dataset if max_batches is None else dataset[:max_batches]
+
+
+def _shuffled(corpus: Corpus, config: DataConfig) -> grain.MapDataset:
+    """The training sequences without end; of several sources, as many of each as it weighs."""
+    documents = corpus.train
+    if not isinstance(documents, Mixture):
+        return _epochs(documents, config, config.source, _count(corpus.heldout), config.seed)
+    assert isinstance(corpus.heldout, JoinedDocuments)
+    parts = zip(documents.parts, documents.names, corpus.heldout.parts, strict=True)
+    # Seeds of their own: sources of one size are not to go round in one order.
+    datasets = [
+        _epochs(part, config, name, _count(heldout), (config.seed + i) % 2**32)
+        for i, (part, name, heldout) in enumerate(parts)
+    ]
+    return grain.MapDataset.mix(datasets, documents.weights)
+
+
+def _epochs(
+    documents: TokenizedDocuments | RecallSequences,
+    config: DataConfig,
+    source: str,
+    num_heldout: int,
+    seed: int,
+) -> grain.MapDataset:
+    sequences = _pack(documents, config)
+    if not len(sequences):
+        raise EmptySplitError(
+            f"{source}: no documents to train on, all {num_heldout} are held out; lower "
+            f"holdout_fraction ({config.holdout_fraction}) or add documents"
+        )
+    return grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
 
 
 def _pack(documents: TokenizedDocuments | RecallSequences, config: DataConfig) -> Sequences:

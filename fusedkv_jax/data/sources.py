@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import glob
 import itertools
+import math
 import pathlib
 import stat
 import sysconfig
@@ -18,8 +19,41 @@ SHARD_SUFFIXES = (".arrayrecord", ".array_record")
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+def mixture(source: str) -> list[tuple[str, float]]:
+    """The sources that one name stands for, with their weights.
+
+    "web,0.7;code,0.3" names two; any other name one, of weight 1.
+
+    Raises:
+      ValueError: a weight that is missing or not positive, or a source that cannot be mixed.
+    """
+    if ";" not in source:
+        return [(source, 1.0)]
+    return [_weighted(part.strip(), source) for part in source.split(";")]
+
+
+def _weighted(part: str, source: str) -> tuple[str, float]:
+    name, _, text = part.rpartition(",")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight) or weight <= 0:
+        raise ValueError(
+            f"data source {source!r}: {part!r} is no part of a mixture; write SOURCE,WEIGHT with a "
+            "weight above 0, as in 'web,0.7;code,0.3'"
+        )
+    if name == RECALL:
+        raise ValueError(
+            f"data source {source!r}: {RECALL!r} is made, not read, and cannot be mixed"
+        )
+    return name, weight
+
+
 def absolute(source: str) -> str:
     """The source under a name that means the same in any directory."""
+    if ";" in source:
+        return ";".join(f"{absolute(name)},{weight:g}" for name, weight in mixture(source))
     if source in (PYTHON_STDLIB, RECALL):
         return source
     return str(pathlib.Path(source).expanduser().absolute())
