@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+FILES = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 PACKAGES = ("fusedkv_jax", "pallas_kernels", "experiments")
 LEFT_OUT = ("experiments/results/", "experiments/colab/")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -20,7 +22,7 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(s
 def wheel(tmp_path_factory):
     """The wheel, built from a copy: setuptools leaves folders behind, and packs what lies there."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
     for name in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
@@ -101,3 +103,25 @@ def test_a_mistake_is_one_line(installed):
     result = installed("-m", "fusedkv_jax", "describe", "--laiout=cla")
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown flag --laiout")
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.tpu"])
+def test_a_dockerfile_names_what_there_is(name):
+    """It copies what the wheel is built from, past .dockerignore, and installs extras of ours."""
+    text = (ROOT / "docker" / name).read_text()
+    copied = {
+        word
+        for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
+        for word in line.split()
+    }
+    assert copied == {*FILES, *PACKAGES, "constraints.txt"}
+    admitted = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    assert admitted == copied
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"EXTRA=(\w+)|\[(\w+)\]\"", text))
+    extras = {extra for pair in extras for extra in pair if extra}
+    assert extras and extras <= project["optional-dependencies"].keys()
+    (program,) = re.findall(r'^ENTRYPOINT \["(\w+)"\]$', text, re.MULTILINE)
+    assert program in project["scripts"]
