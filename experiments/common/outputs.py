@@ -1,12 +1,14 @@
 """Where programs write: known to be writable before the work, whole or not there after it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 def check_output(path: str | os.PathLike[str], *, folder: bool = False) -> pathlib.Path:
@@ -102,3 +104,60 @@ def complete_folder(name: str, output: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def resumable_folder(
+    name: str, output: pathlib.Path, plan: dict[str, Any]
+) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """Two hidden folders beside the output: for the work, and for what gets the output's name.
+
+    What is in them stays when the program is killed, interrupted or out of disk space, and the
+    next call finds it. A ValueError, which is about what is read, removes all.
+
+    Args:
+      name: of the setting, for messages.
+      output: the folder, new or empty.
+      plan: what the work depends on, as JSON.
+
+    Raises:
+      ValueError: the work was begun with another plan, or another process is at it.
+    """
+    output = output.resolve()
+    place = output.with_name(f".{output.name}.unfinished")
+    work, made = place / "work", place / "made"
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{name} {output} is being written by another process; wait for its end"
+            ) from None
+        _keep_plan(f"{name} {output}", place, made, plan)
+        try:
+            yield work, made
+        except ValueError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        check_new_folder(name, output)
+        shutil.rmtree(work)
+        made.rename(output)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _keep_plan(output: str, place: pathlib.Path, made: pathlib.Path, plan: dict[str, Any]) -> None:
+    file, text, work = place / "plan.json", json.dumps(plan), place / "work"
+    if not made.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        file.write_text(text, encoding="utf-8")
+        made.mkdir()
+        return
+    old = json.loads(file.read_text(encoding="utf-8"))
+    changed = [key for key, value in json.loads(text).items() if old.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{output} was begun with other {' and '.join(changed)} and is not finished; repeat "
+            f"that command, or remove {place}"
+        )

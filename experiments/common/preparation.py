@@ -1,7 +1,11 @@
-"""Text into shards of tokens, with a report of the progress, for `experiments.prepare_data`."""
+"""Text into shards of tokens, by any number of workers, for `experiments.prepare_data`.
+
+Text becomes chunks of tokens first, and chunks become shards (`fusedkv_jax.data.chunks`), in a
+hidden folder beside the output. It gets the name of the output when the last shard is complete;
+after an interruption the same preparation goes on there.
+"""
 
 import dataclasses
-import itertools
 import pathlib
 import shlex
 import sys
@@ -10,19 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.common import outputs
-from fusedkv_jax.data import corpus, shards, sources, tokenizers
+from experiments.common.preparation_workers import Done, Job, Processes
+from fusedkv_jax.data import chunks, shards, sources, tokenizers
 from fusedkv_jax.data.config import check_holdout_fraction
-from fusedkv_jax.data.encoding import document_tokens
 from fusedkv_jax.training.monitoring.progress import Progress
 
 _SECONDS_PER_LINE = 10.0
 _KB = 1000
-_MOST_SHARDS = 1024
+_MOST = {"num_shards": 1024, "max_document_mib": 1024, "workers": 1024}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What to tokenise and where to; the fields are the flags of the same names."""
+    """What to tokenise, where to and by whom; the fields are the flags of the same names."""
 
     input: Sequence[str]
     output_dir: str
@@ -34,87 +38,128 @@ class Preparation:
     max_documents: int | None = None
     max_document_mib: int = 64
     errors: str = "strict"
+    workers: int = 1
+    ray: str | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_shards <= _MOST_SHARDS:
-            raise ValueError(
-                f"num_shards must be from 1 to {_MOST_SHARDS}, got {self.num_shards}; all are open "
-                "at once"
-            )
-        if not 1 <= self.max_document_mib <= 1024:
-            raise ValueError(
-                f"max_document_mib must be from 1 to 1024, got {self.max_document_mib}"
-            )
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"max_documents must be at least 1, got {self.max_documents}")
+        if self.max_documents and self.ray:
+            raise ValueError(
+                f"max_documents={self.max_documents} counts documents in order, and on Ray files "
+                "are read at once; leave --ray out, or name fewer files"
+            )
         check_holdout_fraction(self.holdout_fraction)
 
 
 def prepare(settings: Preparation) -> dict[str, Any]:
     """Writes the shards and returns their metadata.
 
+    What is written does not depend on the workers, nor on interruptions.
+
     Raises:
       FileNotFoundError: an input or the tokenizer does not exist.
       ValueError: the output folder is not empty, an input cannot be read, or there is no text;
-        nothing is written then.
+        nothing is left then. Or what was begun for this output was another preparation, or is
+        still going on; that stays as it is.
+      ChildProcessError: a worker died; the same preparation goes on.
     """
     output = pathlib.Path(settings.output_dir).expanduser().absolute()
     outputs.check_new_folder("output_dir", output, [*settings.input, *settings.heldout])
     files, heldout = (
-        sources.list_files(names) if names else [] for names in (settings.input, settings.heldout)
+        [file.absolute() for file in sources.list_files(names)] if names else []
+        for names in (settings.input, settings.heldout)
     )
     for file in [*files, *heldout]:
         if sources.is_shard(file):
             raise ValueError(f"{file}: is a shard of tokens already; --input takes text")
     tokenizer = tokenizers.load(settings.tokenizer)
-    with outputs.complete_folder("output_dir", output) as work:
-        return _write(settings, files, heldout, tokenizer, work)
+    recipe = chunks.Recipe(
+        tokenizer=_absolute(settings.tokenizer),
+        text_key=settings.text_key,
+        errors=settings.errors,
+        max_bytes=settings.max_document_mib * 2**20,
+        holdout_fraction=settings.holdout_fraction,
+        num_shards=settings.num_shards,
+    )
+    plan = {
+        "settings": dataclasses.asdict(recipe) | {"tokenizer": tokenizer.fingerprint},
+        "max_documents": settings.max_documents,
+        "input": [_identity(file) for file in files],
+        "heldout": [_identity(file) for file in heldout],
+    }
+    with (
+        _workers(settings) as workers,
+        outputs.resumable_folder("output_dir", output, plan) as (scratch, made),
+    ):
+        if not (made / shards.METADATA).is_file():
+            job = Job(scratch, made, recipe, shards.token_dtype(tokenizer.vocab_size).str)
+            _write(settings, job, workers, tokenizer, files, heldout)
+        return shards.read_metadata(made)
+
+
+def _absolute(tokenizer: str) -> str:
+    return (
+        tokenizer if tokenizer == "byte" else str(pathlib.Path(tokenizer).expanduser().absolute())
+    )
+
+
+def _identity(file: pathlib.Path) -> list[Any]:
+    status = file.stat()
+    return [str(file.absolute()), status.st_size, status.st_mtime_ns]
 
 
 def _write(
     settings: Preparation,
+    job: Job,
+    workers: Any,
+    tokenizer: tokenizers.Tokenizer,
     files: Sequence[pathlib.Path],
     heldout: Sequence[pathlib.Path],
-    tokenizer: tokenizers.Tokenizer,
-    folder: pathlib.Path,
-) -> dict[str, Any]:
-    dtype = shards.token_dtype(tokenizer.vocab_size)
-    writers = {
-        False: shards.ShardWriter(folder, "train", settings.num_shards, dtype),
-        True: shards.ShardWriter(folder, "heldout", 1, dtype),
-    }
-    options: dict[str, Any] = {
-        "text_key": settings.text_key,
-        "errors": settings.errors,
-        "max_bytes": settings.max_document_mib * 2**20,
-    }
-    documents = sources.read_all(files, **options)
-    documents = itertools.islice(documents, settings.max_documents)
-    with _Report(sum(file.stat().st_size for file in files)) as report:
-        for document, ids in corpus.tokenized(documents, tokenizer):
-            text = document.text.encode()
-            is_heldout = corpus.is_held_out(text, settings.holdout_fraction)
-            writers[is_heldout].add(document_tokens(ids, tokenizer), len(text))
-            report.update(document.bytes_read, len(ids))
-    for document, ids in corpus.tokenized(sources.read_all(heldout, **options), tokenizer):
-        writers[True].add(document_tokens(ids, tokenizer), len(document.text.encode()))
-    entries = [entry for writer in writers.values() for entry in writer.close()]
-    if not report.documents:
-        raise ValueError(f"no text in {len(files)} file(s) of {', '.join(settings.input)}")
+) -> None:
+    units = chunks.units(files)
+    units += chunks.units(heldout, heldout=True, first=len(units))
+    places = job.places()
+    with _Report(job, units) as report:
+        for done in workers.tokenize(job, units, settings.max_documents):
+            report.update(done)
+        if not any(job.documents(unit) for unit in units if not unit.heldout):
+            names = ", ".join(settings.input)
+            raise ValueError(f"no text in {len(files)} file(s) of {names}")
+        workers.assemble(job, [place for place in places if not shards.is_whole(place.path)])
+    splits = {split: [p.path for p in places if p.split == split] for split in shards.SPLITS}
     metadata = {
         "tokenizer": _describe(tokenizer),
-        "dtype": dtype.str,
+        "dtype": job.dtype,
         "ids_per_record": shards.IDS_PER_RECORD,
         "holdout_fraction": settings.holdout_fraction,
-        "train": writers[False].counts(),
-        "heldout": writers[True].counts(),
-        "shards": entries,
+        **{split: shards.count(paths) for split, paths in splits.items()},
+        "shards": [
+            {
+                "file": place.path.name,
+                "split": place.split,
+                "documents": shards.count([place.path])["documents"],
+            }
+            for place in places
+        ],
         "sources": [
             {"file": file.name, "size": file.stat().st_size} for file in [*files, *heldout]
         ],
     }
-    shards.write_metadata(folder, metadata)
-    return metadata
+    for begun in job.made.glob(f"*{shards.UNFINISHED}"):  # by who was killed
+        begun.unlink()
+    shards.write_metadata(job.made, metadata)
+
+
+def _workers(settings: Preparation) -> Any:
+    if settings.ray is None:
+        return Processes(settings.workers)
+    from experiments.common.preparation_ray import Ray
+
+    return Ray(settings.ray)
 
 
 def advice(settings: Preparation, metadata: dict[str, Any]) -> str:
@@ -148,12 +193,21 @@ def _describe(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
 
 
 class _Report:
-    """The progress bar over the bytes of all inputs, or a line every ten seconds."""
+    """The progress bar over the bytes of all files, or a line every ten seconds."""
 
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, job: Job, units: Sequence[chunks.Unit]) -> None:
+        self._sizes = {u.number: sum(file.stat().st_size for file in u.files) for u in units}
+        complete = [unit.number for unit in units if job.documents(unit) is not None]
+        # Bytes of units that are complete, and of those that are not.
+        self._complete = sum(self._sizes[number] for number in complete)
+        self._begun: dict[int, int] = {}
         self.documents = self.tokens = 0
-        self._progress = Progress(-(-total_bytes // _KB), label="tokenising", unit="kB")
+        total = sum(self._sizes.values())
+        done = self._complete // _KB
+        self._progress = Progress(-(-total // _KB), done=done, label="tokenising", unit="kB")
         self._start = self._last = time.monotonic()
+        if complete:
+            self._progress.print(f"going on: {len(complete)} of {len(units)} parts are tokenised")
 
     def __enter__(self) -> "_Report":
         return self
@@ -161,11 +215,16 @@ class _Report:
     def __exit__(self, *exc_info: object) -> None:
         self._progress.__exit__(*exc_info)
 
-    def update(self, bytes_read: int, tokens: int) -> None:
-        """Counts a document of so many tokens; the readers have got to `bytes_read`."""
-        self.documents += 1
-        self.tokens += tokens
-        self._progress.advance(bytes_read // _KB - self._progress.done)
+    def update(self, done: Done) -> None:
+        """Counts what has been tokenized."""
+        self.documents += done.documents
+        self.tokens += done.ids
+        self._begun[done.unit] = done.bytes_read
+        if done.last:
+            del self._begun[done.unit]
+            self._complete += self._sizes[done.unit]
+        read = (self._complete + sum(self._begun.values())) // _KB
+        self._progress.advance(read - self._progress.done)
         now = time.monotonic()
         if now - self._last >= _SECONDS_PER_LINE:
             self._last = now

@@ -30,10 +30,9 @@ from fusedkv_jax.cache import (
 )
 from fusedkv_jax.cache.storage import Tree
 from fusedkv_jax.compression.compressor import (
-    Chunk,
     CompressionError,
     Compressor,
-    Observed,
+    Prompt,
     check_choice,
     check_count,
 )
@@ -135,23 +134,25 @@ class DoubleSparsity(Compressor):
         keys, values = (sorted(i for g in found for i in g.layers(kind)) for kind in KINDS)
         return Group(None, tuple(keys), tuple(values))
 
-    def compress(
-        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Observed
+    def run(
+        self, model: Decoder, prompt: Prompt, cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
         capacity, layout = cache.capacity, model.config.kv_layout
         if capacity is None or self.budget >= capacity:
-            return super().compress(model, chunk, cache, observed)
+            return prompt.whole(model, cache)
         group = self._group(layout)
         if self.channels is None:
-            end = cache.lengths + chunk.count
+            cache = prompt.before_last(model, cache)
+            part = prompt.part(prompt.chunks - 1)
+            end = cache.lengths + part[1]
             watch = functools.partial(self.importance, lengths=end)
-            tokens, rows = (chunk.tokens, chunk.count), min(_ROWS, chunk.width)
-            logits, cache, found = model.observe(*tokens, cache, watch, rows=rows)
+            rows = min(_ROWS, prompt.chunk)
+            logits, cache, found = model.observe(*part, cache, watch, rows=rows)
             channels = self._best(layout, group, found)
         else:
-            logits, cache = super().compress(model, chunk, cache, observed)
+            logits, cache = prompt.whole(model, cache)
             fixed = jnp.asarray(self.channels, jnp.int32)
-            shape = (fixed.shape[0], len(chunk.count), *fixed.shape[1:])
+            shape = (fixed.shape[0], len(prompt.count), *fixed.shape[1:])
             channels = jnp.broadcast_to(fixed[:, None], shape)
         found = storages(cache, group)
         keys = found["key"]

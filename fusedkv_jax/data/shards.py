@@ -19,6 +19,7 @@ import functools
 import json
 import pathlib
 import threading
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ FORMAT = "fusedkv_jax.tokens"
 VERSION = 1
 METADATA = "metadata.json"
 SPLITS = ("train", "heldout")
+UNFINISHED = ".unfinished"
 IDS_PER_RECORD = 8192
 
 
@@ -43,56 +45,69 @@ def shard_name(split: str, index: int, count: int) -> str:
     return f"{split}-{index:05d}-of-{count:05d}.arrayrecord"
 
 
-class ShardWriter:
-    """Writes the documents of one split, in turn to each of its shards."""
+def unfinished(path: pathlib.Path) -> pathlib.Path:
+    """Returns what a file is called until it is complete, for this writer alone."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
 
-    def __init__(self, folder: pathlib.Path, split: str, count: int, dtype: np.dtype) -> None:
+
+class ShardWriter:
+    """Writes one shard; its file appears when it is closed, and its index, which says so, last."""
+
+    def __init__(self, path: pathlib.Path, dtype: np.dtype) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore
 
-        self._split, self._dtype = split, dtype
-        self._paths = [folder / shard_name(split, index, count) for index in range(count)]
+        self._path, self._dtype = path, dtype
+        self._unfinished = unfinished(path)
         # group_size:1 compresses each record by itself, which random access needs.
-        self._writers = [ArrayRecordWriter(str(path), "group_size:1") for path in self._paths]
-        self._lengths = [array.array("q") for _ in self._paths]
-        self._num_bytes = [array.array("q") for _ in self._paths]
-        self._documents = self._tokens = self._bytes = 0
+        self._writer = ArrayRecordWriter(str(self._unfinished), "group_size:1")
+        self._lengths = array.array("q")
+        self._num_bytes = array.array("q")
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
         """Writes one document: its ids with BOS and EOS, and the UTF-8 bytes of its text."""
-        place = self._documents % len(self._paths)
         for start in range(0, len(ids), IDS_PER_RECORD):
             record = ids[start : start + IDS_PER_RECORD].astype(self._dtype)
-            self._writers[place].write(record.tobytes())
-        self._lengths[place].append(len(ids) - 1)
-        self._num_bytes[place].append(num_bytes)
-        self._documents += 1
-        self._tokens += len(ids) - 1
-        self._bytes += num_bytes
+            self._writer.write(record.tobytes())
+        self._lengths.append(len(ids) - 1)
+        self._num_bytes.append(num_bytes)
 
-    def counts(self) -> dict[str, int]:
-        """Returns documents, tokens to predict (text and EOS) and UTF-8 bytes so far."""
-        return {"documents": self._documents, "tokens": self._tokens, "bytes": self._bytes}
-
-    def close(self) -> list[dict[str, Any]]:
-        """Finishes the files; returns their entries for the metadata."""
-        entries = []
-        for path, writer, lengths, num_bytes in zip(
-            self._paths, self._writers, self._lengths, self._num_bytes, strict=True
-        ):
-            writer.close()
+    def close(self) -> None:
+        """Finishes the shard and its index."""
+        self._writer.close()
+        self._unfinished.replace(self._path)
+        index = _index_path(self._path)
+        begun = unfinished(index)
+        with begun.open("wb") as file:
             np.savez(
-                _index_path(path),
-                lengths=np.array(lengths, np.int64),
-                num_bytes=np.array(num_bytes, np.int64),
+                file,
+                lengths=np.array(self._lengths, np.int64),
+                num_bytes=np.array(self._num_bytes, np.int64),
             )
-            entries.append({"file": path.name, "split": self._split, "documents": len(lengths)})
-        return entries
+        begun.replace(index)
+
+
+def is_whole(path: pathlib.Path) -> bool:
+    """Whether a shard has been closed."""
+    return _index_path(path).is_file()
+
+
+def count(paths: Sequence[pathlib.Path]) -> dict[str, int]:
+    """Returns documents, tokens to predict (text and EOS) and UTF-8 bytes of shards."""
+    totals = {"documents": 0, "tokens": 0, "bytes": 0}
+    for path in paths:
+        lengths, num_bytes = _read_index(path)
+        totals["documents"] += len(lengths)
+        totals["tokens"] += int(lengths.sum())
+        totals["bytes"] += int(num_bytes.sum())
+    return totals
 
 
 def write_metadata(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
-    """Writes metadata.json."""
+    """Writes metadata.json, which says that all shards are there."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **metadata}, indent=2)
-    (folder / METADATA).write_text(text + "\n", encoding="utf-8")
+    begun = unfinished(folder / METADATA)
+    begun.write_text(text + "\n", encoding="utf-8")
+    begun.replace(folder / METADATA)
 
 
 def read_metadata(folder: pathlib.Path) -> dict[str, Any]:

@@ -30,10 +30,17 @@ def folder(tmp_path):
     dtype = shards.token_dtype(258)
     entries = []
     for split, count, chosen in (("train", 3, slice(0, 5)), ("heldout", 1, slice(5, 7))):
-        writer = shards.ShardWriter(tmp_path, split, count, dtype)
-        for ids, num_bytes in zip(DOCUMENTS[chosen], NUM_BYTES[chosen], strict=True):
-            writer.add(ids, num_bytes)
-        entries += writer.close()
+        paths = [tmp_path / shards.shard_name(split, i, count) for i in range(count)]
+        writers = [shards.ShardWriter(path, dtype) for path in paths]
+        for i, (ids, num_bytes) in enumerate(
+            zip(DOCUMENTS[chosen], NUM_BYTES[chosen], strict=True)
+        ):
+            writers[i % count].add(ids, num_bytes)
+        for path, writer in zip(paths, writers, strict=True):
+            assert not shards.is_whole(path) and not path.exists()
+            writer.close()
+            assert shards.is_whole(path)
+            entries.append({"file": path.name, "split": split})
     tokenizer = {"name": "byte", "fingerprint": tokenizers.load("byte").fingerprint}
     metadata = {
         "tokenizer": tokenizer,
@@ -148,7 +155,8 @@ def test_an_index_of_other_records(folder):
 
 
 def test_token_ids_outside_the_vocabulary(folder):
-    writer = shards.ShardWriter(folder, "train", 3, np.dtype("<u2"))
+    path = folder / shards.shard_name("train", 0, 3)
+    writer = shards.ShardWriter(path, np.dtype("<u2"))
     writer.add(np.array([256, 300, 257]), 1)
     writer.close()
     train, _ = open_folder(folder)

@@ -72,6 +72,7 @@ REFUSED = [
     (f"prepare_data --input={__file__} --output_dir={FOLDER}", "is not empty; name a new folder"),
     (f"convert --model=x --output={FOLDER}", "is not empty; name a new folder"),
     ("prepare_data --input= --output_dir=x", "--input= is empty"),
+    ("prepare_data --input=x --output_dir=y --ray=auto --workers=2", "no effect with --ray"),
     ("prepare_data --input=x --output_dir=", "--output_dir= is empty"),
     ("reproduce --layouts=", "--layouts= is empty"),
     ("convert --model=x --output=y --check --text=", "--text= is empty"),

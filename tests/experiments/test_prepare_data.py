@@ -195,7 +195,7 @@ def test_an_empty_output_dir_and_max_documents(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_shards": 0}, "num_shards must be from 1 to 1024, got 0; all are open at once"),
+        ({"num_shards": 0}, "num_shards must be from 1 to 1024, got 0"),
         ({"max_documents": 0}, "max_documents must be at least 1, got 0"),
         ({"holdout_fraction": 2.0}, "data holdout_fraction must be from 0 to 1, got 2.0"),
     ],
