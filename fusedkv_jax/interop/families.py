@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedkv_jax.config import ConfigError
+from fusedkv_jax.interop import lckv
+from fusedkv_jax.layouts import KVLayout
 
 Fields = Mapping[str, Any]
 Options = dict[str, Any]
@@ -33,12 +35,14 @@ class Family:
         model: options of its `ModelConfig`.
         windows: the attention window of each layer, None for full; by default all are full.
         defaults: what transformers assumes where config.json is silent.
+        layout: whose keys and values each layer reads; by default its own.
     """
 
     block: Callable[[Fields], Options] = lambda fields: {}
     model: Callable[[Fields], Options] = lambda fields: {}
     windows: Callable[[Fields], list[int | None]] = lambda fields: _full(fields)
     defaults: Fields = field(default_factory=dict)
+    layout: Callable[[Fields], KVLayout | str] = lambda fields: "mha"
 
 
 def biases(fields: Fields) -> Options:
@@ -205,4 +209,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "deepseek_v2": Family(block=biases),
     "deepseek_v3": Family(block=biases),
+    lckv.MODEL_TYPE: Family(
+        block=biases,
+        windows=lambda fields: [None] * fields["num_hidden_layers"],  # the layout has them
+        layout=lckv.layout_of,
+    ),
 }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusedkv_jax.config import ConfigError, ModelConfig
+from fusedkv_jax.interop import lckv
 
 Cut = Callable[[np.ndarray], np.ndarray]
 Join = Callable[[list[np.ndarray]], np.ndarray]
@@ -38,6 +39,8 @@ def as_llama(model_type: Any, config: ModelConfig, tensors: Mapping[str, Any]) -
         return _Cut(tensors, _phi3(config, tensors))
     if model_type == "gpt_neox":
         return _Cut(tensors, _neox(config, tensors))
+    if model_type == lckv.MODEL_TYPE:
+        return lckv.OwnNames(tensors)
     return tensors
 
 

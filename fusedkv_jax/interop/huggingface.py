@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.interop import own_format
+from fusedkv_jax.interop import lckv, own_format
 from fusedkv_jax.interop import safetensors_folder as folders
 from fusedkv_jax.interop.fused_tensors import as_llama
 from fusedkv_jax.interop.huggingface_config import (
@@ -54,8 +54,8 @@ def load_huggingface(
 ) -> Decoder:
     """Build a decoder from a checkpoint's weights.
 
-    With another layout than `mha`, projections that the layout has no place for are left out, and
-    its learned stream weights start as in a new model: a starting point for more training.
+    With another layout than the checkpoint's, projections that it has no place for are left out,
+    and its learned stream weights start as in a new model: a starting point for more training.
 
     Where the configuration ties the output head to the embedding but there is an `lm_head.weight`
     that differs from it, the head is not tied, as in transformers, and a warning says so.
@@ -63,7 +63,7 @@ def load_huggingface(
     Args:
         source: folder with config.json and model.safetensors (or shards with their index), or the
             tensors by name.
-        layout: layout of the decoder; by default that of `config`, or `mha`.
+        layout: layout of the decoder; by default that of `config`, or of the checkpoint.
         config: the configuration; by default that of the folder's config.json.
         rope_interleave: rotary pairs are stored as channels (2c, 2c + 1), and are reordered; by
             default as config.json says, without one for MLA only.
@@ -89,7 +89,7 @@ def load_huggingface(
         if fields is not None:
             tensors = as_llama(fields.get("model_type"), config, tensors)
         config = _untied_if_different(config, tensors)
-        if own_format.is_own(fields):
+        if own_format.is_own(fields) or lckv.is_theirs(fields):
             return _build(config, tensors, 0, seed, stored)
         if rope_interleave is None:
             known = fields is not None

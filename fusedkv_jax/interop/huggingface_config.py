@@ -19,7 +19,7 @@ _MOST_LAYERS = 10_000  # a larger number is a mistake, or an attempt to exhaust 
 
 
 def config_from_huggingface(
-    fields: Mapping[str, Any], layout: KVLayout | str = "mha"
+    fields: Mapping[str, Any], layout: KVLayout | str | None = None
 ) -> ModelConfig:
     """The `ModelConfig` of a config.json of the families in `families.FAMILIES`.
 
@@ -29,8 +29,9 @@ def config_from_huggingface(
 
     Args:
         fields: the parsed config.json.
-        layout: layout of our model; `mha` computes what the original does. Its layers get the
-            attention windows of the original's, unless it has windows of its own.
+        layout: layout of our model; by default what the original computes, `mha` in most
+            families. Its layers get the attention windows of the original's, unless it has
+            windows of its own.
 
     Raises:
         ConfigError: another architecture, or a setting that we cannot compute; it is named.
@@ -44,7 +45,7 @@ def config_from_huggingface(
         raise ConfigError(f"config.json: a value of the wrong type or size: {reason}") from None
 
 
-def _config(fields: Mapping[str, Any], layout: KVLayout | str) -> ModelConfig:
+def _config(fields: Mapping[str, Any], layout: KVLayout | str | None) -> ModelConfig:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type={model_type!r}; choose {', '.join(FAMILIES)}")
@@ -87,6 +88,7 @@ def _config(fields: Mapping[str, Any], layout: KVLayout | str) -> ModelConfig:
     if config.block.attention_scale == config.channels**-0.5:
         plain = dataclasses.replace(config.block, attention_scale=None)
         config = config.replace(block=plain)
+    layout = family.layout(fields) if layout is None else layout
     config = config.replace(layout=_with_windows(layout, layers, windows))
     return config if window_rope in (None, rope) else config.replace(window_rope=window_rope)
 
@@ -172,6 +174,11 @@ def _full_rope(fields: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig
     theta = rope.get("rope_theta") or fields.get("rope_theta") or fields.get("rotary_emb_base")
     theta = theta or 10_000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind in ("longrope", "su"):  # its first name
+        raise ConfigError(
+            "config.json: LongRoPE, whose frequencies change with the length of the text, is not "
+            "supported; take the release for short texts, such as Phi-3-mini-4k"
+        )
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"config.json: rope_type={kind!r}; choose default, linear, llama3, yarn")
     if rope.get("truncate", True) is not True:

@@ -94,6 +94,7 @@ def test_latent_geometry():
         (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
         (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_type='dynamic'"),
+        (dict(rope_scaling=dict(type="longrope", long_factor=[1.0])), "LongRoPE, whose .*4k"),
         (dict(rope_scaling=dict(rope_type="linear")), "no factor"),
         (dict(hidden_size=None), "no hidden_size"),
         (LATENT | dict(first_k_dense_replace=1), "mixtures of experts"),
