@@ -30,9 +30,10 @@ from fusedkv_jax.cache import (
 )
 from fusedkv_jax.cache.storage import Tree
 from fusedkv_jax.compression.compressor import (
+    Chunk,
     CompressionError,
     Compressor,
-    Prompt,
+    Observed,
     check_choice,
     check_count,
 )
@@ -134,25 +135,23 @@ class DoubleSparsity(Compressor):
         keys, values = (sorted(i for g in found for i in g.layers(kind)) for kind in KINDS)
         return Group(None, tuple(keys), tuple(values))
 
-    def run(
-        self, model: Decoder, prompt: Prompt, cache: KVCache
+    def compress(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Observed
     ) -> tuple[Float[Array, "B V"], KVCache]:
         capacity, layout = cache.capacity, model.config.kv_layout
         if capacity is None or self.budget >= capacity:
-            return prompt.whole(model, cache)
+            return super().compress(model, chunk, cache, observed)
         group = self._group(layout)
         if self.channels is None:
-            cache = prompt.before_last(model, cache)
-            part = prompt.part(prompt.chunks - 1)
-            end = cache.lengths + part[1]
+            end = cache.lengths + chunk.count
             watch = functools.partial(self.importance, lengths=end)
-            rows = min(_ROWS, prompt.chunk)
-            logits, cache, found = model.observe(*part, cache, watch, rows=rows)
+            tokens, rows = (chunk.tokens, chunk.count), min(_ROWS, chunk.width)
+            logits, cache, found = model.observe(*tokens, cache, watch, rows=rows)
             channels = self._best(layout, group, found)
         else:
-            logits, cache = prompt.whole(model, cache)
+            logits, cache = super().compress(model, chunk, cache, observed)
             fixed = jnp.asarray(self.channels, jnp.int32)
-            shape = (fixed.shape[0], len(prompt.count), *fixed.shape[1:])
+            shape = (fixed.shape[0], len(chunk.count), *fixed.shape[1:])
             channels = jnp.broadcast_to(fixed[:, None], shape)
         found = storages(cache, group)
         keys = found["key"]

@@ -29,9 +29,9 @@ from fusedkv_jax.cache import (
 )
 from fusedkv_jax.compression import scoring
 from fusedkv_jax.compression.compressor import (
+    Chunk,
     CompressionError,
     Compressor,
-    Prompt,
     check_count,
     check_flags,
 )
@@ -96,39 +96,46 @@ class H2O(Compressor):
         super().check(config)
         refuse_windows(self.title, config.kv_layout, CompressionError)
 
-    def run(
-        self, model: Decoder, prompt: Prompt, cache: KVCache
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        capacity = cache.capacity
-        groups = token_sets(model.config.kv_layout)
+    def begin(self, config: ModelConfig, cache: KVCache) -> tuple[KVCache, Masses | None]:
+        cache, _ = super().begin(config, cache)
+        groups, capacity = token_sets(config.kv_layout), cache.capacity
         if not groups or capacity is None or self.budget >= capacity:
-            return prompt.whole(model, cache)
+            return cache, None
+        shape = (len(cache.lengths), config.kv_heads, capacity)
+        return cache, [jnp.zeros(shape) for _ in groups]
 
-        def observe(
-            index: int | Array, cache: KVCache, masses: Masses
-        ) -> tuple[Array, KVCache, Masses]:
-            tokens, count = prompt.part(index)
-            end = cache.lengths + count
+    def observe(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Masses | None
+    ) -> tuple[KVCache, Masses | None]:
+        if observed is None:
+            return super().observe(model, chunk, cache, observed)
+        return self._run(model, chunk, cache, observed)[1:]
 
-            def watch(reading: Reading) -> Float[Array, "B K S"]:
-                keys, place = read_keys(reading), reading.rows.positions
-                place = jnp.where(place < end[:, None], place, -1)
-                mass = scoring.received(reading.q, keys, reading.lse, place, end)
-                return scoring.per_kv_head(mass, keys.shape[2])
+    def compress(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Masses | None
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        if observed is None:
+            return super().compress(model, chunk, cache, observed)
+        logits, cache, masses = self._run(model, chunk, cache, observed)
+        return logits, self._compressed(cache, token_sets(model.config.kv_layout), masses)
 
-            logits, cache, found = model.observe(tokens, count, cache, watch, rows=prompt.chunk)
-            layers = [readers(model.config.kv_layout, group) for group in groups]
-            new = [sum(found[i] for i in read) for read in layers]
-            return logits, cache, jax.tree.map(jnp.add, masses, new)
+    def _run(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, masses: Masses
+    ) -> tuple[Float[Array, "B V"], KVCache, Masses]:
+        """Logits, the extended cache, and the masses with what the chunk's queries attend to."""
+        layout, end = model.config.kv_layout, cache.lengths + chunk.count
 
-        heads = model.config.kv_heads
-        masses = [jnp.zeros((len(prompt.count), heads, capacity))] * len(groups)
-        if prompt.chunks > 1:
-            cache, masses = jax.lax.fori_loop(
-                0, prompt.chunks - 1, lambda i, carry: observe(i, *carry)[1:], (cache, masses)
-            )
-        logits, cache, masses = observe(prompt.chunks - 1, cache, masses)
-        return logits, self._compressed(cache, groups, masses)
+        def watch(reading: Reading) -> Float[Array, "B K S"]:
+            keys, place = read_keys(reading), reading.rows.positions
+            place = jnp.where(place < end[:, None], place, -1)
+            mass = scoring.received(reading.q, keys, reading.lse, place, end)
+            return scoring.per_kv_head(mass, keys.shape[2])
+
+        tokens = chunk.tokens, chunk.count
+        logits, cache, found = model.observe(*tokens, cache, watch, rows=chunk.width)
+        layers = [readers(layout, group) for group in token_sets(layout)]
+        new = [sum(found[i] for i in read) for read in layers]
+        return logits, cache, jax.tree.map(jnp.add, masses, new)
 
     def _compressed(self, cache: KVCache, groups: Sequence[Group], masses: Masses) -> KVCache:
         whole = next(group for group in cache.plan.groups if group.window is None)

@@ -24,7 +24,13 @@ from fusedkv_jax.cache import (
     storage_of,
     write,
 )
-from fusedkv_jax.compression.compressor import CompressionError, Compressor, Prompt, check_flags
+from fusedkv_jax.compression.compressor import (
+    Chunk,
+    CompressionError,
+    Compressor,
+    Observed,
+    check_flags,
+)
 from fusedkv_jax.compression.merging import merge, restore
 from fusedkv_jax.compression.token_sets import merged, storages
 from fusedkv_jax.config import ModelConfig
@@ -93,12 +99,12 @@ class MiniCache(Compressor):
         start = layout.num_layers // 2 if self.start is None else self.start
         return tuple(i for i in range(start, layout.num_layers - 1, 2) if full[i] and full[i + 1])
 
-    def run(
-        self, model: Decoder, prompt: Prompt, cache: KVCache
+    def compress(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Observed
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        logits, cache = prompt.whole(model, cache)
-        exact = math.ceil(self.budget * prompt.length) if self.budget < 1 else int(self.budget)
-        if exact >= prompt.length:
+        logits, cache = super().compress(model, chunk, cache, observed)
+        exact = math.ceil(self.budget * chunk.length) if self.budget < 1 else int(self.budget)
+        if exact >= chunk.length:
             return logits, cache
         layout = model.config.kv_layout
         merging = tuple(i + one for i in self.pairs(layout) for one in (0, 1))

@@ -15,9 +15,10 @@ from fusedkv_jax.cache import Call, Group, KVCache, LinearStore, Reading
 from fusedkv_jax.compression import scoring
 from fusedkv_jax.compression.budgets import FIRST_TOKENS, pyramid_lengths, recent_tokens
 from fusedkv_jax.compression.compressor import (
+    Chunk,
     CompressionError,
     Compressor,
-    Prompt,
+    Observed,
     check_count,
     check_share,
 )
@@ -36,7 +37,7 @@ class _Tokens(NamedTuple):
 
     Attributes:
         x: hidden states.
-        positions: places in the prompt.
+        positions: places in the chunk.
         held: how many each row still has.
         recent: how many of these always stay.
     """
@@ -69,7 +70,7 @@ class PyramidInfer(Compressor):
 
     @property
     def least_chunk(self) -> None:
-        """All: the tokens that reach a layer depend on the whole prompt."""
+        """All: the tokens that reach a layer depend on the whole chunk."""
         return None
 
     def __post_init__(self) -> None:
@@ -93,27 +94,27 @@ class PyramidInfer(Compressor):
                     " not be told; use a layout without windows"
                 )
 
-    def run(
-        self, model: Decoder, prompt: Prompt, cache: KVCache
+    def compress(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Observed
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        layers, most = model.config.num_layers, prompt.length
+        layers, most = model.config.num_layers, chunk.length
         table = pyramid_lengths(most, layers, self.budget, self.interval)
         widths = table.max(0)
         if (table == table[:, :1]).all():
-            return prompt.whole(model, cache)
+            return super().compress(model, chunk, cache, observed)
         room = cache.keys[0].shape[2] - most
         cuts = [i for i in range(layers) if i == 0 or (table[:, i] != table[:, i - 1]).any()]
         spans = list(zip(cuts, [*cuts[1:], layers], strict=True))
         newest = recent_tokens(np.arange(most + 1))
         tokens = _Tokens(
-            model.embed(prompt.tokens),
-            jnp.broadcast_to(jnp.arange(most), prompt.tokens.shape),
-            prompt.count,
-            jnp.asarray(newest, jnp.int32)[prompt.count],
+            model.embed(chunk.tokens),
+            jnp.broadcast_to(jnp.arange(most), chunk.tokens.shape),
+            chunk.count,
+            jnp.asarray(newest, jnp.int32)[chunk.count],
         )
         groups, stores = [], []
         for first, last in spans:
-            held = jnp.asarray(table[:, first], jnp.int32)[prompt.count]
+            held = jnp.asarray(table[:, first], jnp.int32)[chunk.count]
             tokens = tokens._replace(held=held)
             span = first, last
             x, cache, found = self._layers(model, tokens, cache, span, int(newest[-1]))
@@ -124,9 +125,9 @@ class PyramidInfer(Compressor):
                 lengthened(jax.tree.map(lambda a, w=width: a[:, :, :w], storage), room)
                 for storage in storages(cache, groups[-1]).values()
             )
-            stores.append(LinearStore(keys, values, prompt.count - held))
+            stores.append(LinearStore(keys, values, chunk.count - held))
             if last < layers:
-                after = jnp.asarray(table[:, last], jnp.int32)[prompt.count]
+                after = jnp.asarray(table[:, last], jnp.int32)[chunk.count]
                 index = _survivors(found, tokens, after, int(widths[last]))
                 tokens = tokens._replace(
                     x=jnp.take_along_axis(x, index[..., None], axis=1),
@@ -134,7 +135,7 @@ class PyramidInfer(Compressor):
                 )
         end = jnp.maximum(tokens.held - 1, 0)[:, None, None]
         logits = model.logits(model.normed(jnp.take_along_axis(tokens.x, end, axis=1)))[:, 0]
-        cache = KVCache(cache.stores, prompt.count, cache.plan)
+        cache = KVCache(cache.stores, chunk.count, cache.plan)
         return logits, merged(cache, groups, stores)
 
     def _layers(

@@ -12,9 +12,10 @@ from fusedkv_jax.cache import Group, KVCache, Reading
 from fusedkv_jax.compression import scoring
 from fusedkv_jax.compression.budgets import pyramid_budgets
 from fusedkv_jax.compression.compressor import (
+    Chunk,
     CompressionError,
     Compressor,
-    Prompt,
+    Observed,
     check_choice,
     check_count,
 )
@@ -73,23 +74,22 @@ class SnapKV(Compressor):
         super().check(config)
         refuse_windows(self.title, config.kv_layout, CompressionError)
 
-    def run(
-        self, model: Decoder, prompt: Prompt, cache: KVCache
+    def compress(
+        self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Observed
     ) -> tuple[Float[Array, "B V"], KVCache]:
         layout = model.config.kv_layout
         groups = token_sets(layout)
-        budgets = self.budgets(prompt.length, len(groups))
-        if all(budget >= prompt.length for budget in budgets):
-            return prompt.whole(model, cache)
-        room = _room(cache, prompt)
-        prompt = prompt.at_least(self.window)
-        cache = prompt.before_last(model, cache)
+        budgets = self.budgets(chunk.length, len(groups))
+        if all(budget >= chunk.length for budget in budgets):
+            return super().compress(model, chunk, cache, observed)
+        room = 0 if cache.capacity is None else cache.capacity - chunk.length
+        end, recent = cache.lengths + chunk.count, min(self.window, self.budget)
 
         def watch(reading: Reading) -> Float[Array, "B K S"]:
-            return self.score(reading, prompt)
+            return self.score(reading, chunk, end)
 
-        part, recent = prompt.part(prompt.chunks - 1), min(self.window, self.budget)
-        logits, cache, found = model.observe(*part, cache, watch, rows=self.window)
+        tokens = chunk.tokens, chunk.count
+        logits, cache, found = model.observe(*tokens, cache, watch, rows=self.window)
         indices = [
             scoring.keep(mean_scores(layout, group, found), cache.lengths, budget, recent)
             for group, budget in zip(groups, budgets, strict=True)
@@ -100,12 +100,14 @@ class SnapKV(Compressor):
         """Tokens that each group of streams keeps of prompts of this bucket."""
         return (min(self.budget, length),) * groups
 
-    def score(self, reading: Reading, prompt: Prompt) -> Float[Array, "B K S"]:
-        """Scores of all slots, by the last queries of one layer."""
-        keys, lengths = read_keys(reading), prompt.count
+    def score(
+        self, reading: Reading, chunk: Chunk, lengths: Int[Array, "B"]
+    ) -> Float[Array, "B K S"]:
+        """Scores of all slots, by the last queries of one layer; `lengths` after the chunk."""
+        keys = read_keys(reading)
         rows = reading.q.shape[1]
         wanted = lengths[:, None] - jnp.arange(self.window, 0, -1)
-        if rows < prompt.chunk:  # a layer above `prefill_depth`, which has run for these rows only
+        if rows < chunk.width:  # a layer above `prefill_depth`, which has run for these rows only
             column = jnp.broadcast_to(jnp.arange(rows), wanted.shape)
         else:
             column = wanted - reading.rows.positions[:, :1]
@@ -151,11 +153,6 @@ class PyramidKV(SnapKV):
         if self.budget <= self.window:
             return super().budgets(length, groups)
         return pyramid_budgets(self.budget, self.window, length, groups, self.beta)
-
-
-def _room(cache: KVCache, prompt: Prompt) -> int:
-    """Tokens that can be added to every row after the prompt."""
-    return 0 if cache.capacity is None else cache.capacity - prompt.length
 
 
 def _compressed(

@@ -27,10 +27,9 @@ from fusedkv_jax.cache import (
     storage_of,
     write,
 )
-from fusedkv_jax.compression.compressor import CompressionError, Compressor, Prompt, check_count
+from fusedkv_jax.compression.compressor import CompressionError, Compressor, check_count
 from fusedkv_jax.config import ModelConfig, RopeConfig
 from fusedkv_jax.layouts import Kind
-from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.rotary import extra_rotation
 
 
@@ -76,17 +75,16 @@ class StreamingLLM(Compressor):
                 " rotation cannot move all their queries; use reindex=False"
             )
 
-    def run(
-        self, model: Decoder, prompt: Prompt, cache: KVCache
-    ) -> tuple[Float[Array, "B V"], KVCache]:
+    def begin(self, config: ModelConfig, cache: KVCache) -> tuple[KVCache, None]:
+        cache, _ = super().begin(config, cache)
         capacity = cache.capacity
         if capacity is None or self.budget >= capacity:
-            return prompt.whole(model, cache)
+            return cache, None
         stores = tuple(
-            store if group.window is not None else self._store(model.config, store)
+            store if group.window is not None else self._store(config, store)
             for group, store in zip(cache.plan.groups, cache.stores, strict=True)
         )
-        return prompt.whole(model, KVCache(stores, cache.lengths, cache.plan))
+        return KVCache(stores, cache.lengths, cache.plan), None
 
     def _store(self, config: ModelConfig, store: Store) -> RingStore:
         def empty(length: int) -> tuple[Storage, Storage]:

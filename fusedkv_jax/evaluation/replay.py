@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
-from fusedkv_jax.generation.settings import Compression
+from fusedkv_jax.compression import Compressor
+from fusedkv_jax.generation import prefill
 from fusedkv_jax.model import Decoder, fold_fusion
 
 
@@ -93,7 +94,7 @@ def replay(
     model: Decoder,
     parts: Split,
     *,
-    compression: Compression | None = None,
+    compression: Compressor | None = None,
     cache_dtype: str | None = None,
     write: int = 0,
 ) -> Replay:
@@ -121,10 +122,7 @@ def replay(
     total = width + max(parts.tokens.shape[1], write)
     cache = KVCache.create(model.config, batch_size=size, max_length=total, dtype=cache_dtype)
     prompts, lengths = jnp.asarray(parts.prompts), jnp.asarray(parts.lengths)
-    if compression is None:
-        first, cache = _prefill(*nnx.split(model), prompts, lengths, cache)
-    else:
-        first, cache = compression.prefill(model, prompts, lengths, cache)
+    first, cache = prefill(model, prompts, lengths, cache, compression=compression)
     held = int(cache.nbytes)
     logits = _follow(
         *nnx.split(model), first, cache, jnp.asarray(parts.tokens), jnp.asarray(parts.counts)
@@ -133,15 +131,6 @@ def replay(
     if write:
         written = _write(*nnx.split(model), first, cache, write)
     return Replay(logits, held, written)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _prefill(
-    graph: nnx.GraphDef[Decoder], params: nnx.State, tokens: Array, lengths: Array, cache: KVCache
-) -> tuple[Array, KVCache]:
-    logits, cache = nnx.merge(graph, params).extend(tokens, lengths, cache)
-    assert logits is not None
-    return logits, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)

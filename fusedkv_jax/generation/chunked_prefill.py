@@ -76,31 +76,38 @@ def run_chunks(split: Split, prompts: PromptArrays, cache: KVCache, plan: Prefil
     if plan.ends is not None:
         arrays = jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
         return Prefilled(*extend_parts(*split, *arrays, cache, plan.ends))
-    size = min(plan.width or tokens.shape[1], tokens.shape[1])
-    steps = chunks(lengths, size)
+    width = plan.width or tokens.shape[1]
     if plan.k is not None:
-        return _run_and_score(split, prompts, cache, size, plan.k)
-    logits = None
-    for number, (starts, counts) in enumerate(steps, 1):
-        rows: Rows = plan.final if number == len(steps) else "none"
-        part = jnp.asarray(_columns(tokens, starts, size))
-        logits, cache = extend(*split, part, jnp.asarray(counts), cache, rows)
+        return _run_and_score(split, prompts, cache, width, plan.k)
+    logits, parts = None, prompt_chunks(prompts, width)
+    for number, (part, count) in enumerate(parts, 1):
+        rows: Rows = plan.final if number == len(parts) else "none"
+        logits, cache = extend(*split, part, count, cache, rows)
     return Prefilled(logits, cache)
+
+
+def prompt_chunks(prompts: PromptArrays, width: int) -> list[tuple[Array, Array]]:
+    """Tokens [B, t] and their number in each row [B] of every chunk, on the device."""
+    tokens, lengths = prompts
+    width = min(width, tokens.shape[1])
+    return [
+        (jnp.asarray(_columns(tokens, starts, width)), jnp.asarray(counts))
+        for starts, counts in chunks(lengths, width)
+    ]
 
 
 def chunks(lengths: np.ndarray, width: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(first token, number of tokens) of every row in each chunk of at most `width` tokens.
 
-    Short prompts join late, so that all end in the last chunk: it alone has rows in the upper
-    layers. For example lengths 5 and 2 in chunks of 2: counts (2, 0), (2, 0), (1, 2).
+    All rows end in the last chunk, which alone has rows in the upper layers, and their last chunks
+    are full where they can be, as compressors want to see the last tokens together. For example
+    lengths 5 and 2 in chunks of 2: counts (1, 0), (2, 0), (2, 2).
     """
-    needed = -(-lengths // width)
     plan = []
-    for late in range(int(needed.max()), 0, -1):
-        place = needed - late
-        starts = np.maximum(place, 0) * width
-        counts = np.where(place >= 0, np.minimum(width, lengths - starts), 0)
-        plan.append((starts.astype(np.int32), counts.astype(np.int32)))
+    for late in reversed(range(-(-int(lengths.max()) // width))):
+        stops = np.maximum(lengths - late * width, 0)
+        starts = np.maximum(stops - width, 0)
+        plan.append((starts.astype(np.int32), (stops - starts).astype(np.int32)))
     return plan
 
 
@@ -111,9 +118,10 @@ def _columns(tokens: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
 
 
 def _run_and_score(
-    split: Split, prompts: PromptArrays, cache: KVCache, size: int, k: int
+    split: Split, prompts: PromptArrays, cache: KVCache, width: int, k: int
 ) -> Prefilled:
     tokens, lengths = prompts
+    size = min(width, tokens.shape[1])
     following = np.roll(tokens, -1, axis=1)
     logits, scores = None, jax.tree.map(np.array, Logprobs.empty(len(tokens), tokens.shape[1], k))
     for starts, counts in chunks(lengths, size):

@@ -10,7 +10,7 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.buckets import Buckets
 from fusedkv_jax.generation.parts import part_ends
 from fusedkv_jax.generation.programs import GenerationPrograms
-from fusedkv_jax.generation.requests import Codec, Request, TokenizerLike
+from fusedkv_jax.generation.requests import Codec, PromptError, Request, TokenizerLike
 from fusedkv_jax.generation.results import Rates
 from fusedkv_jax.generation.settings import EngineSettings
 from fusedkv_jax.model import Decoder, check_parts
@@ -75,7 +75,15 @@ def group(requests: Sequence[Request], settings: EngineSettings) -> list[list[Re
 
     Neighbors in length do, which saves padding; those that want log-probabilities of their prompts
     are apart, since their prefill runs all layers.
+
+    Raises:
+        PromptError: log-probabilities of a prompt are wanted beside a compressor.
     """
+    if settings.compression is not None:
+        for request in requests:
+            if request.params.prompt_logprobs is not None:
+                reason = f"has prompt_logprobs, which {settings.compression.title} does not give"
+                raise PromptError(f"{reason}; leave one of the two out", request.number)
     rows = settings.most_rows
     found: list[list[Request]] = []
     for scored in (False, True):

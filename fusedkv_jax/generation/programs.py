@@ -20,6 +20,7 @@ from jax.stages import Lowered
 from jaxtyping import Array, Float, Int, PyTree
 
 from fusedkv_jax.cache import KVCache, cache_shardings
+from fusedkv_jax.compression.compressor import Chunk
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import beam_loop, loop, rows
 from fusedkv_jax.generation.chunked_prefill import (
@@ -27,8 +28,10 @@ from fusedkv_jax.generation.chunked_prefill import (
     PrefillPlan,
     PromptArrays,
     Split,
+    prompt_chunks,
     run_chunks,
 )
+from fusedkv_jax.generation.compressed_prefill import run_compressed
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.placement import Placement
@@ -95,14 +98,16 @@ class GenerationPrograms:
             )
 
     def prefill(self, prompts: PromptArrays, cache: KVCache, plan: PrefillPlan) -> Prefilled:
-        """Run prompts. The cache is donated, unless a compressor runs them."""
+        """Run prompts. The cache is donated, unless a compressor runs them at once."""
         compression = self.settings.compression
         with self.placement.active():
             if compression is None:
                 return run_chunks(self.split, prompts, cache, plan)
-            model = nnx.merge(*self.split)
-            arrays = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
-            return Prefilled(*compression.prefill(model, *arrays, cache, plan.width))
+            length = prompts.tokens.shape[1]
+            width = max(plan.width or length, compression.least_chunk or length)
+            chunks = [Chunk(*chunk, length) for chunk in prompt_chunks(prompts, width)]
+            config = self.model.config
+            return Prefilled(*run_compressed(self.split, config, compression, chunks, cache))
 
     def repeat_rows(
         self, cache: KVCache, logits: Array | None, index: np.ndarray

@@ -15,9 +15,10 @@ from typing import ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from fusedkv_jax.cache import KVCache
+from fusedkv_jax.compression.compressor import Compressor
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.loop import DecodeState
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
@@ -28,32 +29,6 @@ from fusedkv_jax.validation import check_kind
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@runtime_checkable
-class Compression(Protocol):
-    """What runs prompts and shrinks the cache that they leave; see `fusedkv_jax.compression`.
-
-    Attributes:
-        least_chunk: tokens of a prompt that have to run at once, whatever
-            `max_num_batched_tokens` asks for; None for all of them.
-    """
-
-    @property
-    def least_chunk(self) -> int | None: ...
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where a model cannot use it."""
-        ...
-
-    def prefill(
-        self,
-        model: Decoder,
-        tokens: Int[Array, "B T"],
-        count: Int[Array, "B"],
-        cache: KVCache,
-        chunk: int | None = None,
-    ) -> tuple[Float[Array, "B V"], KVCache]: ...
 
 
 @runtime_checkable
@@ -84,7 +59,7 @@ class Settings(TypedDict, total=False):
     bucketing: bool
     max_num_batched_tokens: int | None
     enable_prefix_caching: bool
-    compression: Compression | None
+    compression: Compressor | None
     speculation: Speculation | None
     mesh: Mesh | None
     prefill_parts: Parts | None
@@ -104,7 +79,8 @@ class EngineSettings:
         max_num_batched_tokens: tokens that one step of prefill processes at most, over all
             prompts of a batch; longer prompts are prefilled in chunks. Default no bound.
         enable_prefix_caching: prefill what all prompts begin with (16 tokens or more) once.
-        compression: a compressor of `fusedkv_jax.compression`; it prefills whole prompts.
+        compression: a compressor of `fusedkv_jax.compression`; it shrinks the cache that
+            prompts leave.
         speculation: a speculative decoder; it replaces the loop and keeps its outputs.
         mesh: devices to run on, as `fusedkv_jax.sharding.make_mesh` gives them; by default the
             mesh that is set (`jax.set_mesh`), or one device. Rows are split over `data` and
@@ -123,7 +99,7 @@ class EngineSettings:
     bucketing: bool = True
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
-    compression: Compression | None = None
+    compression: Compressor | None = None
     speculation: Speculation | None = None
     mesh: Mesh | None = None
     prefill_parts: Parts | None = None
@@ -140,7 +116,7 @@ class EngineSettings:
         if not isinstance(self.cache_dtype, str | None):
             raise ValueError(f"cache_dtype={self.cache_dtype!r}; use a name, such as 'int8'")
         compressor, drafts, mesh = self.compression, self.speculation, self.mesh
-        _check_kind("compression", compressor, Compression, _COMPRESSION)
+        _check_kind("compression", compressor, Compressor, _COMPRESSION)
         _check_kind("speculation", drafts, Speculation, "SelfSpeculation(draft_tokens=4)")
         remedy = "make_mesh(MeshConfig(tensor=4)) of fusedkv_jax.sharding"
         _check_kind("mesh", mesh, Mesh, remedy)

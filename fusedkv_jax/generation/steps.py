@@ -18,6 +18,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache
+from fusedkv_jax.compression.compressor import Chunk, Compressor
+from fusedkv_jax.generation.compressed_prefill import run_compressed
 from fusedkv_jax.generation.parts import Parts, part_ends
 from fusedkv_jax.generation.placement import Placement
 from fusedkv_jax.generation.settings import check_model
@@ -33,6 +35,7 @@ def prefill(
     lengths: Int[Array, "B"],
     cache: KVCache,
     parts: Parts | None = None,
+    compression: Compressor | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Run prompts, or their next chunk, and fill the cache.
 
@@ -46,6 +49,9 @@ def prefill(
         parts: prefill whole prompts in parts, one for each place of the `context` axis of the mesh
             that is set (`jax.set_mesh`): `equal`, `balanced`, or their relative sizes; see
             `fusedkv_jax.generation.parts`. The cache must be empty.
+        compression: a compressor of `fusedkv_jax.compression`, which shrinks what whole prompts
+            leave in the cache. The cache must be empty, and is not donated; S - T more tokens can
+            be added to the returned one in every row.
 
     Returns:
         Logits of each row's last token, float32, NaN for a row of 0 tokens, which has none; and the
@@ -71,12 +77,21 @@ def prefill(
     graph, state = nnx.split(model)
     counts = known(lengths)
     if parts is None:
-        logits, cache = extend(graph, state, tokens, lengths, cache)
+        if compression is None:
+            logits, cache = extend(graph, state, tokens, lengths, cache)
+        else:
+            compression.check(model.config)
+            _check_empty(cache, "compression")
+            whole = Chunk(tokens, lengths, tokens.shape[1])
+            logits, cache = run_compressed(
+                (graph, state), model.config, compression, [whole], cache
+            )
         if counts is None or (counts == 0).any():
             logits = jnp.where((lengths > 0)[:, None], logits, jnp.nan)
         return logits, cache
-    if np.any(cache.lengths):
-        raise ValueError("prefill in parts begins with an empty cache; this one holds tokens")
+    if compression is not None:
+        raise ValueError("parts and compression exclude each other; give one")
+    _check_empty(cache, "prefill in parts")
     ends = part_ends(tokens.shape[1], Placement.of(None).workers, parts)
     return extend_parts(graph, state, tokens, lengths, cache, ends)
 
@@ -103,6 +118,13 @@ def decode_step(
     graph, state = nnx.split(model)
     one = jnp.ones(tokens.shape[0], jnp.int32)
     return extend(graph, state, tokens[:, None], one, cache)
+
+
+def _check_empty(cache: KVCache, who: str) -> None:
+    """Raises ValueError where a cache is known to hold tokens."""
+    lengths = known(cache.lengths)
+    if lengths is not None and np.any(lengths):
+        raise ValueError(f"{who} begins with an empty cache; this one holds tokens")
 
 
 def _check_call(model: object, tokens: ArrayLike, axes: str, cache: object) -> None:

@@ -186,7 +186,9 @@ def test_decoding_equals_the_simulation(layout, compressor):
     model, drawn, rows, sets = models(layout)
     cache = fkv.KVCache.create(model.config, batch_size=2, max_length=WIDTH + LATER)
     prompts = np.where(np.arange(WIDTH) < PROMPTS[:, None], TOKENS[:, :WIDTH], 0)
-    found, cache = compressor.prefill(model, *map(jnp.asarray, (prompts, PROMPTS)), cache)
+    found, cache = fkv.prefill(
+        model, *map(jnp.asarray, (prompts, PROMPTS)), cache, compression=compressor
+    )
     found = [found]
     for step in range(LATER):
         token = TOKENS[np.arange(2), PROMPTS + step].astype(np.int32)

@@ -18,6 +18,8 @@ from fusedkv_jax.compression import (
     SnapKV,
     StreamingLLM,
 )
+from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
+from fusedkv_jax.generation.programs import GenerationPrograms
 from tests.model import small
 
 B, T, ROOM = 2, 16, 4
@@ -119,14 +121,22 @@ def test_large_budgets_change_nothing_and_small_ones_shrink_the_arrays(name, lay
     small_budget, large_budget = COMPRESSORS[name]
 
     if layout in WITH_LARGE_BUDGET:
-        found, cache = large_budget.prefill(model, small.tokens(B, T), COUNT, empty(model))
+        found, cache = fkv.prefill(
+            model, small.tokens(B, T), COUNT, empty(model), compression=large_budget
+        )
         np.testing.assert_array_equal(found, logits)
         found, cache = fkv.decode_step(model, token, cache)
         np.testing.assert_array_equal(found, later)
 
-    found, cache = small_budget.prefill(model, small.tokens(B, T), COUNT, empty(model))
+    found, cache = fkv.prefill(
+        model, small.tokens(B, T), COUNT, empty(model), compression=small_budget
+    )
     if layout in WITH_CHUNKS:
-        chunked, _ = small_budget.prefill(model, small.tokens(B, T), COUNT, empty(model), chunk=5)
+        programs = GenerationPrograms.of(
+            model, fkv.generation.EngineSettings(compression=small_budget)
+        )
+        prompts = PromptArrays(np.asarray(small.tokens(B, T)), np.asarray(COUNT))
+        chunked = programs.prefill(prompts, empty(model), PrefillPlan(width=5)).logits
         np.testing.assert_allclose(chunked, found, atol=1e-4)
     idle = layout == "windowed" or name == "pyramidinfer"  # nothing to do; only for long prompts
     if name == "double_sparsity":

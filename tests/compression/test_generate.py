@@ -47,7 +47,7 @@ def test_8_bit_storage_is_a_rounding_of_the_compressed_cache(compressor):
     found, sizes = [], []
     for dtype in ("float32", "int8"):
         cache = fkv.KVCache.create(model.config, batch_size=2, max_length=20, dtype=dtype)
-        logits, cache = compressor.prefill(model, prompts, count, cache)
+        logits, cache = fkv.prefill(model, prompts, count, cache, compression=compressor)
         later, cache = fkv.decode_step(model, jnp.array([3, 4], jnp.int32), cache)
         found.append(np.stack([logits, later]))
         sizes.append(cache.nbytes)
@@ -59,19 +59,30 @@ def test_the_budget_of_batched_tokens_bounds_the_chunks_of_compressors():
     chunks = []
 
     class Recording(SnapKV):
-        def prefill(self, model, tokens, count, cache, chunk=None):
-            chunks.append(chunk)
-            return super().prefill(model, tokens, count, cache, chunk)
+        def compress(self, model, chunk, cache, observed):
+            chunks.append(chunk.width)
+            return super().compress(model, chunk, cache, observed)
 
     model = small.decoder(small.config("mha", num_layers=2, d_model=8, d_ff=8))
     compressor = Recording(budget=6, window=3)
     whole = tokens(model, compression=compressor)
     assert tokens(model, compression=compressor, max_num_batched_tokens=9) == whole
-    assert chunks == [None, 4]  # of two rows
+    assert chunks == [32, 4]  # of two rows
 
 
 def test_4_bit_storage_is_refused():
     model = small.decoder(small.config("mha", head_dim=32))
     cache = fkv.KVCache.create(model.config, batch_size=1, max_length=300, dtype="int4")
     with pytest.raises(CompressionError, match="cannot be combined with an int4 cache"):
-        SnapKV().prefill(model, small.tokens(1, 16), jnp.array([16], jnp.int32), cache)
+        fkv.prefill(
+            model, small.tokens(1, 16), jnp.array([16], jnp.int32), cache, compression=SnapKV()
+        )
+
+
+def test_log_probabilities_of_prompts_are_refused():
+    model = small.decoder(small.config("mha", num_layers=2, d_model=8, d_ff=8))
+    params = fkv.SamplingParams(max_tokens=1, prompt_logprobs=1)
+    with pytest.raises(
+        fkv.generation.PromptError, match="prompt 0 has prompt_logprobs, which SnapKV"
+    ):
+        fkv.generate(model, [[1, 2, 3]], params, compression=SnapKV())

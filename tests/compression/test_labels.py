@@ -100,7 +100,7 @@ def test_decoding_reads_the_tokens_whose_labels_score_highest():
     tokens, count = small.tokens(2, 16), jnp.array([16, 9], jnp.int32)
     cache = fkv.KVCache.create(config, batch_size=2, max_length=20)
     compressor = DoubleSparsity(budget=5, group_factor=2).calibrate(model(), tokens)
-    logits, sparse = compressor.prefill(model(), tokens, count, cache)
+    logits, sparse = fkv.prefill(model(), tokens, count, cache, compression=compressor)
     whole, cache = fkv.prefill(model(), tokens, count, cache)
     np.testing.assert_array_equal(logits, whole)  # prompts are read in full
     held = sparse.nbytes

@@ -90,7 +90,7 @@ def views(store, slots, length):
 @pytest.mark.parametrize("budget", [3, 0.2])
 def test_merged_store_holds_the_formulas_values_and_the_farthest_tokens(budget):
     model, tokens, count, empty, logits, cache = dense()
-    found, merged = MiniCache(budget=budget).prefill(model, tokens, count, empty())
+    found, merged = fkv.prefill(model, tokens, count, empty(), compression=MiniCache(budget=budget))
     np.testing.assert_array_equal(found, logits)
     assert [group.keys for group in merged.plan.groups] == [(4, 5, 6, 7), (0, 1, 2, 3)]
     read = views(merged.stores[0], 4, 20)
@@ -117,7 +117,7 @@ def test_merged_store_holds_the_formulas_values_and_the_farthest_tokens(budget):
 def test_decoding_reads_restored_tokens_and_merges_the_new_one():
     """Equal to a whole cache into which the restored tokens have been put."""
     model, tokens, count, empty, logits, cache = dense()
-    _, merged = MiniCache(budget=2).prefill(model, tokens, count, empty())
+    _, merged = fkv.prefill(model, tokens, count, empty(), compression=MiniCache(budget=2))
     cache = jax.tree.map(jnp.copy, cache)
     for _ in range(2):
         slots = np.asarray(cache.lengths)
@@ -142,7 +142,7 @@ def test_decoding_reads_restored_tokens_and_merges_the_new_one():
 def test_memory_is_that_of_the_formula():
     """(3.1 h + 2) / (4 h) of the whole cache, and the places of retained tokens."""
     model, tokens, count, empty, _, cache = dense()
-    _, merged = MiniCache(budget=0.05).prefill(model, tokens, count, empty())
+    _, merged = fkv.prefill(model, tokens, count, empty(), compression=MiniCache(budget=0.05))
     h, length, rows = 2 * 8, 24, 2
     floats = 4 * 2 * length * h + 2 * 2 * length * h + 2 * 4 * length + 2 * 4 * 1 * h
     places = 2 * 2 * 1
@@ -152,7 +152,9 @@ def test_memory_is_that_of_the_formula():
 
 def test_per_head_and_int8_storage():
     model, tokens, count, empty, logits, cache = dense()
-    _, merged = MiniCache(budget=2, per_head=True).prefill(model, tokens, count, empty("int8"))
+    _, merged = fkv.prefill(
+        model, tokens, count, empty("int8"), compression=MiniCache(budget=2, per_head=True)
+    )
     read = views(merged.stores[0], 4, 20)
     store = jax.tree.leaves(merged.stores[0].keys)
     assert str(store[0].dtype) == "int8" and store[0].shape[:2] == (2, 2)

@@ -84,7 +84,7 @@ def test_pruned_prefill_and_decoding_equal_the_simulation():
     prompts = np.where(np.arange(160) < LENGTHS[:, None], TOKENS[:, :160], 0)
     arrays = map(jnp.asarray, (prompts, LENGTHS))
     compressor = PyramidInfer(budget=SHARE, interval=INTERVAL)
-    found, cache = compressor.prefill(decoder, *arrays, cache)
+    found, cache = fkv.prefill(decoder, *arrays, cache, compression=compressor)
     found, held = [found], [np.asarray(store.dropped) for store in cache.stores]
     widths = [store.keys.shape[2] for store in cache.stores]
     for step in range(LATER):

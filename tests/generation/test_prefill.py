@@ -68,8 +68,8 @@ def test_chunks_of_any_size():
 def test_chunks_end_together():
     lengths = np.array([5, 2, 0, 4])
     plan = chunks(lengths, 2)
-    assert [counts.tolist() for _, counts in plan] == [[2, 0, 0, 0], [2, 0, 0, 2], [1, 2, 0, 2]]
-    assert [starts.tolist()[0] for starts, _ in plan] == [0, 2, 4]
+    assert [counts.tolist() for _, counts in plan] == [[1, 0, 0, 0], [2, 0, 0, 2], [2, 2, 0, 2]]
+    assert [starts.tolist()[0] for starts, _ in plan] == [0, 1, 3]
     assert [starts.tolist()[3] for starts, _ in plan] == [0, 0, 2]
 
 
