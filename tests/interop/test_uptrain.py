@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fusedkv_jax.interop import uptrain
+from fusedkv_jax.interop.uptrain.layers import Heads
+from fusedkv_jax.interop.uptrain.least_squares import Moments, moments, nearest
+from fusedkv_jax.interop.uptrain.reading import fit_keys, fit_values, stream_sums
+from fusedkv_jax.model.transform import layers_of, rebuild
 from tests.oracles.decoder import random_decoder, small_config
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 37, (16, 24)), jnp.int32)
@@ -17,6 +22,19 @@ def gap(model, other, tokens):
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1)))
 
 
+def sums(target, sources):
+    """Sums of one head [T, H], of keys and of values, from those of one head each."""
+    one = lambda array: jnp.asarray(array[None, :, None], jnp.float32)  # noqa: E731
+    read = tuple(one(source) for source in sources)
+    found = stream_sums(Heads(one(np.ones_like(target)), one(target), one(target)), read, read)
+    keys, values = ([np.asarray(array) for array in kind] for kind in found)
+    return [keys[0][..., 0, :], keys[1][:, 0, 0], keys[2][0], keys[3][0]], [
+        values[0][:, :, 0].astype(float),
+        values[1][:, 0, 0].astype(float),
+        values[2][0].astype(float),
+    ]
+
+
 def test_keys_that_another_layer_has_but_for_weights_and_phases_are_explained():
     rng = np.random.default_rng(0)
     sources = [rng.normal(size=(200, 8)) for _ in range(2)]
@@ -24,11 +42,15 @@ def test_keys_that_another_layer_has_but_for_weights_and_phases_are_explained():
     mixed = sum(w * (s[:, :4] + 1j * s[:, 4:]) for w, s in zip(weights, sources, strict=True))
     turned = phases * mixed
     target = np.concatenate([turned.real, turned.imag], -1)
-    found, factors, share = uptrain._fit_keys(target, sources, "channel", True)
-    assert share > 0.998  # phases are sought on a grid
-    np.testing.assert_allclose(factors, phases, atol=0.06)
-    np.testing.assert_allclose(found, weights, atol=0.1)
-    assert uptrain._fit_keys(target, sources, "channel", False)[-1] < 0.9
+    found = fit_keys(*sums(target, sources)[0], weighted=True, rotated=True)
+    assert found.share > 0.998  # phases are sought on a grid
+    np.testing.assert_allclose(found.factors, phases, atol=0.06)
+    np.testing.assert_allclose(found.weights, weights, atol=0.1)
+    assert fit_keys(*sums(target, sources)[0], weighted=True, rotated=False).share < 0.9
+    scaled = np.concatenate([(turned * 2).real, (turned * 2).imag], -1)
+    single = fit_keys(*sums(scaled, [target])[0], weighted=False, rotated=True)
+    np.testing.assert_allclose(single.factors, 2, rtol=1e-4)
+    assert single.share > 0.9999
 
 
 def test_values_that_another_layer_has_but_for_weights_and_a_map_are_explained():
@@ -36,20 +58,80 @@ def test_values_that_another_layer_has_but_for_weights_and_a_map_are_explained()
     sources = [rng.normal(size=(300, 6)) for _ in range(2)]
     weights, matrix = rng.uniform(0.2, 1, size=(2, 6)), rng.normal(size=(6, 6))
     target = sum(w * s for w, s in zip(weights, sources, strict=True)) @ matrix
-    _, one = uptrain._fit_values(target, sources[:1], None)
-    found, share = uptrain._fit_values(target, sources, "channel")
-    assert share > 0.97 > one + 0.2
-    assert found.shape == (2, 6)
+    metric = np.diag(rng.uniform(0.5, 2, 6))
+    one = fit_values(*sums(target, sources[:1])[1], metric, weighted=False)
+    both = fit_values(*sums(target, sources)[1], metric, weighted=True)
+    assert both.share > 0.97 > one.share + 0.2
+    assert both.weights.shape == (2, 6)
+    mixed = sum(w * s for w, s in zip(both.weights, sources, strict=True))
+    assert ((mixed @ both.matrix - target) ** 2).sum() < 0.05 * (target**2).sum()
 
 
-@pytest.mark.parametrize("layout", ["fusedkv", "cla"])
+def test_the_ridge_is_chosen_on_what_is_held_out():
+    rng = np.random.default_rng(0)
+    true, start = rng.normal(size=(2, 8, 3))
+    x = rng.normal(size=(10, 12, 8))
+
+    def error(noise, **options):
+        y = x @ true + noise * rng.normal(size=(10, 12, 3))
+        parts = [moments(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(x, y, strict=True)]
+        fitted = nearest(parts, 2, start if noise else true, **options)
+        return ((fitted - true) ** 2).sum()
+
+    assert error(0.0) < 1e-6
+    # Few tokens and much noise: the start, which is near, is better than what they say.
+    start = true + 0.01
+    assert error(20.0) < 0.6 * error(20.0, ridge=1e-4)
+
+
+def test_sums_tell_the_error():
+    rng = np.random.default_rng(0)
+    x, y, matrix = rng.normal(size=(9, 4)), rng.normal(size=(9, 2)), rng.normal(size=(4, 2))
+    found = Moments(x.T @ x, x.T @ y, float((y * y).sum())).error(matrix)
+    np.testing.assert_allclose(found, ((x @ matrix - y) ** 2).sum())
+
+
+@pytest.mark.parametrize("layout", ["fusedkv", "cla", "fusedkv_lite"])
 def test_a_fit_is_nearer_than_dropping_projections(layout):
-    model = random_decoder(small_config("mha", num_layers=4, qk_norm=False))
+    model = random_decoder(small_config("mha", num_layers=4, qk_norm=layout == "cla"))
     fitted = uptrain.fit(model, layout, TOKENS)
     assert fitted.config.kv_layout.spec == layout
-    dropped = uptrain._start(model, fitted.config)
-    before, after = (gap(model, other, TOKENS) for other in (dropped, fitted))
-    assert after < 0.5 * before
+    before, after = (gap(model, one, TOKENS) for one in (uptrain.drop(model, layout), fitted))
+    assert after < 0.4 * before
+
+
+def test_streams_that_are_another_layers_in_disguise_are_found():
+    """Upper layers whose keys and values are maps of layer 1's: yoco says what the model did."""
+    config = small_config("mha", num_layers=4, qk_norm=False, num_kv_heads=4)
+    model, rng = random_decoder(config), np.random.default_rng(3)
+    layers = layers_of(model)
+    first = nnx.merge(*layers[1])
+    for i in (1, 2, 3):
+        block = nnx.merge(*layers[i])
+        # Layers that change nothing, so that all read the same hidden states.
+        block.attention.o_proj.set_value(block.attention.o_proj[...] * (i == 3))
+        block.mlp.down.set_value(block.mlp.down[...] * (i == 3))
+        block.attention.q_proj.set_value(block.attention.q_proj[...] * (i != 2))
+        block.attention_norm.scale.set_value(first.attention_norm.scale[...])
+        if i == 3:
+            order = [2, 0, 3, 1]
+            maps = rng.normal(size=(4, 8, 8)) / 8**0.5
+            turn = np.exp(1j * rng.uniform(0, 2 * np.pi, (4, 4)))
+            keys = np.asarray(first.attention.k_proj[...])[:, order]
+            z = (keys[..., :4] + 1j * keys[..., 4:]) * turn
+            block.attention.k_proj.set_value(
+                jnp.asarray(np.concatenate([z.real, z.imag], -1), jnp.float32)
+            )
+            values = np.asarray(first.attention.v_proj[...])[:, order]
+            block.attention.v_proj.set_value(
+                jnp.asarray(np.einsum("dkh,khi->dki", values, maps), jnp.float32)
+            )
+        layers[i] = nnx.split(block)
+    model = rebuild(model, layers=layers)
+    fitted = uptrain.fit(model, "yoco", TOKENS, ridge=1e-6)
+    assert (
+        gap(model, fitted, TOKENS) < 1e-3 < 0.05 < gap(model, uptrain.drop(model, "yoco"), TOKENS)
+    )
 
 
 def test_nothing_is_lost_where_nothing_is_dropped():
