@@ -112,7 +112,7 @@ class PagedStore(Store):
     Attributes:
         keys: storage [P, pages, page_size, K * H]; 8-bit codes have scales [..., K].
         values: storage [P, pages, page_size, K * H'], likewise.
-        heads: K.
+        heads: K; 1 for latents and their rotary keys.
     """
 
     keys: Storage
@@ -147,7 +147,7 @@ class PagedStore(Store):
             for kind, layers in zip(KINDS, (layout.cached_keys, layout.cached_values), strict=True)
         )
         keys, values = (_together(empty(shape, chosen), 3) for shape in shapes)
-        return cls(keys, values, config.kv_heads)
+        return cls(keys, values, config.stream_shapes["key"][0])
 
     @property
     def num_pages(self) -> int:
@@ -212,8 +212,6 @@ class PagedStore(Store):
 def check_paged(config: ModelConfig, dtype: str) -> None:
     """Raises ValueError where a model's cache cannot lie in pages."""
     remedy = "generate with fkv.generate, which caches each row in one piece"
-    if config.mla is not None:
-        raise ValueError(f"multi-head latent attention is not served from pages; {remedy}")
     if config.kv_layout.is_cyclic:
         raise ValueError(
             f"layout {config.kv_layout.spec or 'of the model'!r} is cyclic: what it computes"

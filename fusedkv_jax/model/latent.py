@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 
 from fusedkv_jax.cache import Piece, Source, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
-from fusedkv_jax.model.attention import Lse, merged, needs_residuals
+from fusedkv_jax.model.attention import Lse, joined, merged, needs_residuals
 from fusedkv_jax.model.layers import RMSNorm
 from fusedkv_jax.model.mixing import mix
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate, yarn_temperature
 from fusedkv_jax.model.sharded_attention import attention
+from pallas_kernels import PagedStream
 from pallas_kernels.combining import Part
 from pallas_kernels.quantized import Quantized
 
@@ -77,33 +78,34 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Lse]:
         """Attention output, projected back to the model's width, and the scores' log-sum-exp.
 
-        A single query per row reads the latents as they are (the up-projections are absorbed into
-        query and output); several queries share keys and values that are expanded once. For the
-        arguments see `Attention.attend`.
+        A single query per row, and the few of a row in pages, read the latents as they are (the
+        up-projections are absorbed into query and output); many queries share keys and values
+        that are expanded once. For the arguments see `Attention.attend`.
         """
-        one, dtype = q.shape[1] == 1, q.dtype
-        up = self.kv_b_proj[...].astype(jnp.float32)
-        up_key, up_value = jnp.split(up, [self.mla.nope_dim], axis=-1)
-        if one:
-            # Two chained products stand for one of the expanded form: the first stays in float32.
-            q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
-            q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope.astype(jnp.float32), up_key)
-            q = jnp.concatenate([q_latent, q_rope.astype(jnp.float32)], axis=-1).astype(dtype)
         options: dict[str, Any] = {"scale": self.scale, "implementation": self.implementation}
         options["return_residuals"] = needs_residuals(pieces, with_lse)
-        attend = self._attend_absorbed if one else self._attend_expanded
-        found = []
-        for piece in pieces:
-            queries = q if piece.extra_rotation is None else self._rotate(q, piece.extra_rotation)
-            keys, values = (
-                [_plain(x, dtype) for x in sources] for sources in (piece.keys, piece.values)
-            )
-            found.append(attend(queries, (keys, values), weights, {**piece.mask, **options}))
-        context, lse = merged(found, with_lse)
-        if one:
-            context = jnp.einsum("BTNC,CNH->BTNH", context.astype(jnp.float32), up_value)
-            context = context.astype(dtype)
-        return project(context, self.o_proj[...], 2), lse
+        found = [self._attend_piece(q, piece, weights, options) for piece in pieces]
+        context, lse = (joined if pieces[0].cut else merged)(found, with_lse)
+        return project(context.astype(q.dtype), self.o_proj[...], 2), lse
+
+    def _attend_piece(
+        self,
+        q: Float[Array, "B T N H"],
+        piece: Piece,
+        weights: dict[Kind, StreamWeights],
+        options: dict[str, Any],
+    ) -> Part | Array:
+        """Each head's weighted sum of the values of one piece, [B, T, N, v]."""
+        queries = q if piece.extra_rotation is None else self._rotate(q, piece.extra_rotation)
+        queries = queries if piece.cut is None else piece.cut.take(queries)
+        keys, values = (
+            [_plain(x, q.dtype) for x in sources] for sources in (piece.keys, piece.values)
+        )
+        # The rows of a lane have few queries each, and would expand a whole context for them: it
+        # pays from c (nope + v) / (2 c - nope - v) queries on, 170 with DeepSeek's sizes.
+        absorbed = queries.shape[1] == 1 or piece.cut is not None
+        attend = self._attend_absorbed if absorbed else self._attend_expanded
+        return attend(queries, (keys, values), weights, {**piece.mask, **options})
 
     def _rotate(self, q: Array, rotation: Rotation) -> Array:
         """Rotate the last channels further."""
@@ -133,17 +135,28 @@ class LatentAttention(nnx.Module):
         weights: dict[Kind, StreamWeights],
         options: dict[str, Any],
     ) -> Part | Array:
-        """Queries and outputs are latents: [B, T, N, C + R] and [B, T, N, C]."""
+        """Queries and values are latents, [B, T, N, C + R] and [B, S, 1, C]."""
         (keys, values), (key_weights, value_weights) = sources, (weights["key"], weights["value"])
-        joined = None
+        up = self.kv_b_proj[...].astype(jnp.float32)
+        up_key, up_value = jnp.split(up, [self.mla.nope_dim], axis=-1)
+        # Two chained products stand for one of the expanded form: the first stays in float32.
+        q_nope, q_rope = jnp.split(q, [self.mla.nope_dim], axis=-1)
+        q_latent = jnp.einsum("BTNH,CNH->BTNC", q_nope.astype(jnp.float32), up_key)
+        q = jnp.concatenate([q_latent, q_rope.astype(jnp.float32)], axis=-1).astype(q.dtype)
+        joint = None
         if key_weights is not None and value_weights is not None:
-            joined = jnp.concatenate([value_weights, key_weights], axis=-1)
+            joint = jnp.concatenate([value_weights, key_weights], axis=-1)
         both = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True))
-        return attention(q, both, tuple(values), joined, value_weights, **options)
+        found = attention(q, both, tuple(values), joint, value_weights, **options)
+        out, *lse = found if options["return_residuals"] else (found,)
+        out = jnp.einsum("BTNC,CNH->BTNH", out.astype(jnp.float32), up_value)
+        return (out, *lse) if lse else out
 
 
 def _plain(source: Source, dtype: DTypeLike) -> Array:
     """A source [B, S, 1, C] as numbers: latents are expanded or joined before attention."""
+    if isinstance(source, PagedStream):
+        source = source.read()
     if isinstance(source, Quantized):
         return source.dequantize(dtype)
     assert isinstance(source, Array)

@@ -31,10 +31,12 @@ def _model(spec, **changes):
     return small.decoder(small.config(spec, num_layers=4, d_model=16, d_ff=16, **changes))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_chunks_and_decodes_in_scattered_pages_equal_a_contiguous_cache(dtype):
+@pytest.mark.parametrize(
+    "geometry, dtype", [("gqa", "float32"), ("gqa", "int8"), ("mla", "float32"), ("mla", "int8")]
+)
+def test_chunks_and_decodes_in_scattered_pages_equal_a_contiguous_cache(geometry, dtype):
     """Whatever else the pool holds, NaN included."""
-    model = _model("fusedkv")
+    model = _model("fusedkv", geometry=geometry)
     tokens = small.tokens(1, 24)
     pool = PagedStore.create(model.config, num_pages=16, page_size=PAGE, dtype=dtype)
     pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan if x.dtype == jnp.float32 else 77), pool)
@@ -81,7 +83,6 @@ def test_pages_are_copied_one_after_the_other():
 @pytest.mark.parametrize(
     "changes, dtype, message",
     [
-        ({"mla": small.MLA}, None, "multi-head latent attention is not served"),
         ({"layout": "lckv"}, None, "is cyclic"),
         ({}, "int4", "use int8"),
     ],

@@ -41,8 +41,8 @@ class Json(Letters):
 
 
 @functools.cache
-def model(spec="fusedkv"):
-    return small.decoder(small.config(spec, num_layers=4, d_model=16, d_ff=16))
+def model(spec="fusedkv", geometry="gqa"):
+    return small.decoder(small.config(spec, geometry, num_layers=4, d_model=16, d_ff=16))
 
 
 def engine(model_=None, tokenizer=None, **changes):

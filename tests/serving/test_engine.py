@@ -53,15 +53,22 @@ def test_greedy_outputs_are_those_of_generate(expected):
     assert all(deltas[-1].finish_reason == "length" for deltas in found.values())
 
 
-@pytest.mark.parametrize("spec", ["mha", "cla:k=2", "yoco", "fusedkv_lite", "resformer"])
-def test_every_token_is_the_likeliest_after_all_before_it(spec):
+@pytest.mark.parametrize(
+    "spec, geometry",
+    [
+        *((spec, "gqa") for spec in ("mha", "cla:k=2", "yoco", "fusedkv_lite", "resformer")),
+        ("fusedkv", "mla"),
+    ],
+)
+def test_every_token_is_the_likeliest_after_all_before_it(spec, geometry):
     """By one pass over whole sequences, without any cache."""
     given, shapes = prompts(24), dataclasses.replace(SHAPES, mixed_rows=(8,))
-    found = all_tokens(run(engine(model(spec), shapes=shapes), given, GREEDY))
+    model_ = model(spec, geometry)
+    found = all_tokens(run(engine(model_, shapes=shapes), given, GREEDY))
     whole = np.zeros((24, LONGEST), np.int32)
     for row, (prompt, output) in enumerate(zip(given, found, strict=True)):
         whole[row, : len(prompt) + len(output)] = [*prompt, *output]
-    likeliest = np.argmax(model(spec)(jnp.asarray(whole)), axis=-1)
+    likeliest = np.argmax(model_(jnp.asarray(whole)), axis=-1)
     for row, (prompt, output) in enumerate(zip(given, found, strict=True)):
         assert len(output) == GREEDY.max_tokens
         first = len(prompt) - 1
