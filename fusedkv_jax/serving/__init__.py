@@ -34,10 +34,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fusedkv_jax.serving.copies import Copy, Direction
     from fusedkv_jax.serving.engine import Engine
     from fusedkv_jax.serving.front import AsyncEngine, QueueFull, Stream
     from fusedkv_jax.serving.llm import LLM
-    from fusedkv_jax.serving.memory import Copy, Direction, PagedMemory
+    from fusedkv_jax.serving.memory import PagedMemory
     from fusedkv_jax.serving.output import Delta, EngineStats
     from fusedkv_jax.serving.plan import StepPlan
     from fusedkv_jax.serving.policies import POLICIES
@@ -52,10 +53,11 @@ else:
         __name__,
         __all__,
         {
+            "copies": ["Copy", "Direction"],
             "engine": ["Engine"],
             "front": ["AsyncEngine", "QueueFull", "Stream"],
             "llm": ["LLM"],
-            "memory": ["Copy", "Direction", "PagedMemory"],
+            "memory": ["PagedMemory"],
             "output": ["Delta", "EngineStats"],
             "plan": ["StepPlan"],
             "policies": ["POLICIES"],

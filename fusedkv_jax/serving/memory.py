@@ -5,43 +5,23 @@ Paged attention's memory (arXiv 2309.06180), in page numbers only.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
-from enum import Enum
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
+from fusedkv_jax.serving.copies import Copy, Direction
 from fusedkv_jax.serving.pages import PagePool
 from fusedkv_jax.serving.prefix import Node, PrefixTree
 from fusedkv_jax.serving.request import Request, State
 from fusedkv_jax.serving.tiers import HostTier
 
 
-class Direction(Enum):
-    """From where to where a page is copied."""
-
-    OUT = "device to host"
-    INTO = "host to device"
-    AHEAD = "host to device, for a request that does not run yet"
-    WITHIN = "device to device"
-
-
-class Copy(NamedTuple):
-    """A page that must be copied before the next step, in the order of the list it stands in.
-
-    Pages are handed on at once, so a later copy may write what an earlier one reads.
-    """
-
-    direction: Direction
-    source: int
-    target: int
-
-
 class PagedMemory:
     """Who holds which page.
 
-    A full page is a node of the prefix tree as soon as it is computed. When nobody reads it any
-    more it stays, until room is needed: least recently used first, and of one prefix the last
-    page first.
+    A full page of a prompt is a node of the prefix tree as soon as it is computed, one of an output
+    when its request ends or gives up its pages. When nobody reads it any more it stays, until room
+    is needed: least recently used first, and of one prefix the last page first.
 
     Numbers of pages change hands at once; the copies that this needs are listed in order, and
     whoever runs the step carries them out before it.
@@ -95,6 +75,10 @@ class PagedMemory:
         """Tokens that need not be computed if it is admitted now."""
         return len(self.tree.match(request)) * self.page_size
 
+    def absent(self, request: Request) -> int:
+        """Pages that it will read and that are in host memory alone."""
+        return sum(node.page < 0 for node in self._known(request))
+
     def take_copies(self) -> list[Copy]:
         """What must be copied, handed over."""
         copies, self._copies = self._copies, []
@@ -105,10 +89,7 @@ class PagedMemory:
 
         Nothing is changed where there are too few pages.
         """
-        if request.state is State.SWAPPED:
-            nodes = request.nodes
-        else:
-            nodes = self.tree.match(request) if self._caching else []
+        nodes = self._known(request)
         resident = sum(node.page >= 0 for node in nodes)
         unread = sum(node.page >= 0 and not node.users for node in nodes)
         total = self._pages(request.length)
@@ -169,6 +150,7 @@ class PagedMemory:
         other.nodes, other.pages = list(request.nodes), list(request.pages)
         other.computed = request.computed
         request.capacity = other.capacity = request.computed  # the last page may be shared
+        request.calm = 0
         other.state = State.RUNNING
 
     def commit(self, request: Request) -> None:
@@ -178,11 +160,10 @@ class PagedMemory:
         if not self._caching or len(nodes) >= full:
             return
         parent = nodes[-1] if nodes else self.tree.root(request.salt)
-        for number in range(len(nodes), full):
+        for number, key in enumerate(request.page_keys(len(nodes), full, size), start=len(nodes)):
             page = request.pages[number]
             if self.pool.holders(page) > 1:
                 break  # a fork reads it too; whoever is left alone with it makes the node
-            key = request.page_key(number, size)
             node = parent.children.get(key)
             if node is None:
                 node = self.tree.add(parent, key)
@@ -201,11 +182,12 @@ class PagedMemory:
         if request.state is State.SWAPPED:
             self._drop_swapped(request)
         else:
-            self._leave(request)
+            self.commit(request)
+            self._leave(request.nodes)
             for page in request.pages[len(request.nodes) :]:
                 self.pool.release(page)
         request.nodes, request.pages = [], []
-        request.computed = request.capacity = 0
+        request.computed = request.capacity = request.calm = 0
 
     def swap_out(self, request: Request) -> bool:
         """Move a request to host memory, exactly as it is; False where that has no room.
@@ -215,6 +197,7 @@ class PagedMemory:
         """
         if self.host is None or not self._caching:
             return False
+        self.commit(request)
         full = request.computed // self.page_size
         if len(request.nodes) < full:
             return False  # pages shared with a fork
@@ -233,40 +216,56 @@ class PagedMemory:
         if partial:
             request.host_page = slots[-1]
             self._copy(Direction.OUT, request.pages[full], slots[-1])
-        self._leave(request)
+        self._leave(request.nodes)
         for page in request.pages[len(request.nodes) :]:
             self.pool.release(page)
-        request.pages, request.capacity = [], 0
+        request.pages, request.capacity, request.calm = [], 0, 0
         request.state = State.SWAPPED
         return True
 
     def prefetch(self, requests: Iterable[Request], limit: int) -> None:
-        """Load what the next requests will read from host memory, where pages are free for it.
+        """Load what the next requests will read from host memory, beside a step.
 
-        CachedAttention's look-ahead: in both tiers, what they need is dropped last.
+        CachedAttention's look-ahead: in both tiers, what they need is dropped last. Only pages are
+        taken that can be had without writing any.
 
         Args:
             requests: those that wait, in their order.
             limit: pages that may be loaded.
         """
-        if self.host is None:
-            return
-        for request in requests:
-            swapped = request.state is State.SWAPPED
-            nodes = request.nodes if swapped else self.tree.match(request)
+        for request in requests if self.host is not None else ():
+            nodes = self._known(request)
+            for node in nodes:
+                self._use(node)  # none of them makes room for another
             for node in reversed(nodes):
-                self.host.touch(node)
-                if node in self._unread:
-                    self._unread.move_to_end(node)
+                self._host.touch(node)
             missing = [node for node in nodes if node.page < 0]
-            if len(missing) > min(limit, self.pool.free - self._reserved):
-                return
-            for node, page in zip(missing, self.pool.allocate(len(missing)) or (), strict=True):
+            count = self._droppable(min(limit, len(missing)))
+            for node, page in zip(missing, self._allocate(count, None) or (), strict=False):
                 node.page = page
                 self._copy(Direction.AHEAD, node.host_page, page)
-            for node in reversed(missing):
-                self._unread[node] = None
-            limit -= len(missing)
+            self._leave(nodes)
+            limit -= count
+
+    def save(self, limit: int) -> None:
+        """Write the pages that will be dropped next to host memory, beside a step.
+
+        CachedAttention's asynchronous saving: no step has to wait until a page has been written.
+
+        Args:
+            limit: pages that may be written.
+        """
+        if self.host is None:
+            return
+        soon = min(self.pool.num_pages, self.host.pool.num_pages) // 8
+        for node in itertools.islice(self._unread, soon):
+            if node.host_page < 0:
+                slots = self.host.reserve(1) if limit else None
+                if slots is None:
+                    return
+                self.host.attach(node, slots[0])
+                self._copy(Direction.BEHIND, node.page, slots[0])
+                limit -= 1
 
     def forget(self) -> None:
         """Drop what no request holds from the device, whose contents are lost."""
@@ -276,6 +275,12 @@ class PagedMemory:
             node.page = -1
             if node.host_page < 0:
                 self._remove(node)
+
+    def _known(self, request: Request) -> list[Node]:
+        """Nodes of what need not be computed for one that does not run."""
+        if request.state is State.SWAPPED:
+            return request.nodes
+        return self.tree.match(request) if self._caching else []
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -287,6 +292,15 @@ class PagedMemory:
             while self.pool.free < count:
                 self._evict()
         return self.pool.allocate(count, after)
+
+    def _droppable(self, most: int) -> int:
+        """Pages that are free, or next to be dropped and in host memory as well; up to `most`."""
+        count = self.pool.free
+        for node in self._unread:
+            if count >= most or node.host_page < 0:
+                break
+            count += 1
+        return min(count, most)
 
     def _evict(self) -> None:
         node, _ = self._unread.popitem(last=False)
@@ -321,10 +335,10 @@ class PagedMemory:
         node.users += 1
         self._unread.pop(node, None)
 
-    def _leave(self, request: Request) -> None:
-        for node in reversed(request.nodes):
+    def _leave(self, nodes: Sequence[Node]) -> None:
+        for node in reversed(nodes):
             node.users -= 1
-            if not node.users:
+            if not node.users and node.page >= 0:
                 self._unread[node] = None
 
     def _unswap(self, request: Request, own: list[int]) -> None:

@@ -111,15 +111,3 @@ class PagePool:
         if len(self._largest) > 64 + 4 * len(self._length):
             self._largest = [(first - end, end) for end, first in self._start.items()]
             heapq.heapify(self._largest)
-
-
-def count_runs(pairs: list[tuple[int, int]]) -> int:
-    """Copies that moving pages takes where neighbors that stay neighbors move together.
-
-    Args:
-        pairs: (source page, destination page).
-    """
-    ordered = sorted(pairs)
-    return sum(
-        index == 0 or (a - 1, b - 1) != ordered[index - 1] for index, (a, b) in enumerate(ordered)
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fusedkv_jax.serving.memory import Copy
+from fusedkv_jax.serving.copies import Copy
 from fusedkv_jax.serving.request import Request
 
 
@@ -17,11 +17,13 @@ class StepPlan:
         counts: how many of each, from its `computed` on: 1 where it decodes, a chunk of the
             prompt otherwise.
         copies: pages to copy before, in order.
+        calm: the first so many requests decode, and need nothing else: their `Request.calm` holds.
     """
 
     requests: list[Request] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    calm: int = 0
 
     @property
     def tokens(self) -> int:

@@ -62,8 +62,9 @@ class PrefixTree:
             return []
         found: list[Node] = []
         children = self.root(request.salt).children
-        for number in range((request.length - 1) // self.page_size):
-            node = children.get(request.page_key(number, self.page_size))
+        full = (request.length - 1) // self.page_size
+        for key in request.page_keys(0, full, self.page_size):
+            node = children.get(key)
             if node is None:
                 break
             found.append(node)

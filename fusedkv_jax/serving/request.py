@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -75,9 +76,11 @@ class Request:
         nodes: nodes of the prefix tree that stand for its first pages.
         host_page: host page of its last, partly filled page while it is swapped out, or -1.
         first_token, last_token: times of the first and the last generated token.
-        length: tokens known so far. This and the next two are kept, as each step asks for them.
+        length: tokens known so far. This and the next three are kept, as each step asks for them.
         capacity: known tokens for which it has pages that only it writes.
         due: length at which it ends or calls a tool.
+        calm: up to this length it decodes, and a step does nothing but add a token to it: the page
+            is there, and it neither ends nor calls a tool.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Request:
     length: int = field(init=False)
     capacity: int = 0
     due: int = field(init=False)
+    calm: int = 0
     _bytes: bytes = b""
 
     def __post_init__(self) -> None:
@@ -174,14 +178,14 @@ class Request:
         pauses = [call.after for call in self.tool_calls]
         self.due = len(self.prompt) + self.answered + min([self.max_tokens, *pauses])
 
-    def page_key(self, number: int, page_size: int) -> bytes:
-        """The tokens of one full page, as a key that compares exactly."""
-        start, stop = number * page_size, (number + 1) * page_size
-        prompt = len(self.prompt)
-        if stop <= prompt:
-            if not self._bytes:
-                self._bytes = self.prompt.tobytes()
-            return self._bytes[4 * start : 4 * stop]
-        if start >= prompt:
-            return array("i", self.outputs[start - prompt : stop - prompt]).tobytes()
-        return self.prompt[start:].tobytes() + array("i", self.outputs[: stop - prompt]).tobytes()
+    def page_keys(self, first: int, stop: int, page_size: int) -> Iterator[bytes]:
+        """The tokens of each full page from one up to another, as keys that compare exactly."""
+        begin, end, prompt = first * page_size, stop * page_size, len(self.prompt)
+        if not self._bytes:
+            self._bytes = self.prompt.tobytes()
+        data, step = self._bytes, 4 * page_size
+        if end > prompt:
+            own = self.outputs[max(begin - prompt, 0) : end - prompt]
+            data = data[4 * begin :] + array("i", own).tobytes()
+            begin, end = 0, end - begin
+        return (data[i : i + step] for i in range(4 * begin, 4 * end, step))

@@ -19,8 +19,8 @@ from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.paging import extend_pages
 from fusedkv_jax.serving.arrays import empty_arrays, step_arrays
+from fusedkv_jax.serving.copies import Copy, Direction
 from fusedkv_jax.serving.draws import DrawArrays, Draws, TokenDraw, draw_tokens
-from fusedkv_jax.serving.memory import Copy, Direction
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.scoring import ScoredChunk, no_tokens, run_scored, scored_chunks
 from fusedkv_jax.serving.settings import ServingSettings
@@ -53,6 +53,13 @@ class StepResult(NamedTuple):
 
     drawn: list[Drawn | None]
     scores: dict[int, list[PromptScores]]
+
+
+class _Saved(NamedTuple):
+    """Pages on the device, taken out of the pool, and their places in host memory."""
+
+    targets: list[int]
+    pages: PagedStore
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="pool")
@@ -126,7 +133,14 @@ class Runner:
             plan: what to compute; its copies come first.
             draws: how the next token of each of its requests is drawn.
         """
-        self._carry_out(plan.copies)
+        saved = self._carry_out(plan.copies)
+        try:
+            return self._run(plan, draws)
+        finally:  # beside the step, which has been sent off; after one that fails as well
+            for pages in saved:
+                self._put_down(pages)
+
+    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult:
         scores = self._score(plan)
         arrays = step_arrays(plan, self.shapes, self._width, scores)
         wanted = [draws[place] for place in arrays.rows]
@@ -219,29 +233,37 @@ class Runner:
             lambda x: np.zeros((x.shape[0], count, *x.shape[2:]), x.dtype), self.pool
         )
 
-    def _carry_out(self, copies: Sequence[Copy]) -> None:
-        """Copy pages, in order: runs of one direction, a few pages at a time."""
-        into = {Direction.INTO, Direction.AHEAD}
-        for direction, run in itertools.groupby(
-            copies, lambda c: Direction.INTO if c.direction in into else c.direction
-        ):
+    def _carry_out(self, copies: Sequence[Copy]) -> list[_Saved]:
+        """Copy pages, in order: runs of one direction, a few pages at a time.
+
+        Returns:
+            Pages that are to be put into host memory when the step runs.
+        """
+        saved: list[_Saved] = []
+        for direction, run in itertools.groupby(copies, lambda copy: copy.direction):
             members = list(run)
             for start in range(0, len(members), COPIES):
                 part = members[start : start + COPIES]
-                self._copy_part(direction, [c.source for c in part], [c.target for c in part])
+                sources, targets = [c.source for c in part], [c.target for c in part]
+                if direction is Direction.WITHIN:
+                    pages = _padded(sources, 0), _padded(targets, 0)
+                    self.pool = _copy(self.pool, *pages, np.int32(len(sources)))
+                elif direction in (Direction.INTO, Direction.AHEAD):
+                    pages = jax.tree.map(lambda held, s=sources: held[:, _padded(s, 0)], self._host)
+                    self.pool = _put(self.pool, _padded(targets, self._num_pages), pages)
+                else:
+                    taken = _Saved(targets, _take(self.pool, _padded(sources, 0)))
+                    if direction is Direction.BEHIND:
+                        saved.append(taken)
+                    else:  # a later copy may read it again
+                        self._put_down(taken)
+        return saved
 
-    def _copy_part(self, direction: Direction, sources: list[int], targets: list[int]) -> None:
-        count = len(sources)
-        if direction is Direction.WITHIN:
-            pages = _padded(sources, 0), _padded(targets, 0)
-            self.pool = _copy(self.pool, *pages, np.int32(count))
-        elif direction is Direction.OUT:
-            found = jax.device_get(_take(self.pool, _padded(sources, 0)))
-            for held, pages in zip(*map(jax.tree.leaves, (self._host, found)), strict=True):
-                held[:, targets] = pages[:, :count]
-        else:
-            pages = jax.tree.map(lambda held: held[:, _padded(sources, 0)], self._host)
-            self.pool = _put(self.pool, _padded(targets, self._num_pages), pages)
+    def _put_down(self, saved: _Saved) -> None:
+        """Put pages from the device into host memory."""
+        targets, pages = saved.targets, jax.device_get(saved.pages)
+        for held, new in zip(*map(jax.tree.leaves, (self._host, pages)), strict=True):
+            held[:, targets] = new[:, : len(targets)]
 
 
 def _padded(pages: Sequence[int], value: int) -> np.ndarray:

@@ -32,7 +32,8 @@ class Scheduler:
         max_num_seqs: requests in a step.
         max_num_batched_tokens: tokens in a step.
         max_model_len: tokens that a request may come to; None for what the pages hold.
-        look_ahead: waiting requests whose pages are loaded from host memory in advance.
+        look_ahead: waiting requests whose pages are loaded from host memory in advance; with 0
+            they come when it starts, and the step waits for them.
         seconds_per_page: what copying a page between host and device takes, for policies.
     """
 
@@ -73,6 +74,10 @@ class Scheduler:
         self._plan = StepPlan()  # the step that is being put together
         self._admitted: set[Request] = set()
         self._evicted: set[Request] = set()
+        # Who will start when its pages have come from host memory, and how many are missing.
+        self._awaited: dict[Request, int] = {}
+        self._awaited_before: dict[Request, int] = {}
+        self._seconds = 0.0  # of the last step
         self._accounts = type(policy).progressed is not Policy.progressed
         self.view = View(memory, self.running, self.waiting, seconds_per_page=seconds_per_page)
 
@@ -146,10 +151,12 @@ class Scheduler:
         while self.calling and self.calling[0][0] <= now:
             self._answered(heapq.heappop(self.calling)[2])
         self._evicted.clear()
+        self._awaited_before, self._awaited = self._awaited, {}
         self._plan = plan
-        requests, counts, left = plan.requests, plan.counts, self.max_num_batched_tokens
-        most = self.max_num_seqs
-        for request in self._queue_order():
+        requests, counts, most = plan.requests, plan.counts, self.max_num_seqs
+        queue = self._queue_order(plan)
+        left = self.max_num_batched_tokens - plan.calm
+        for request in queue:
             if left <= 0 or len(requests) == most:
                 break
             if request.computed + 1 == request.length <= request.capacity:  # nothing to decide
@@ -172,8 +179,8 @@ class Scheduler:
         if self._admitted:
             self.waiting[:] = [r for r in self.waiting if r not in self._admitted]
             self._admitted.clear()
-        if self.memory.host is not None and self.look_ahead:
-            self.memory.prefetch(self.waiting[: self.look_ahead], self.memory.pool.free // 2)
+        if self.memory.host is not None:
+            self._copy_beside()
         plan.copies = self.memory.take_copies()
         return plan
 
@@ -197,14 +204,23 @@ class Scheduler:
         Returns:
             Those that have ended.
         """
-        size, commit = self.memory.page_size, self.memory.commit
-        self.view.now = now
+        commit = self.memory.commit
+        self.view.now, self._seconds = now, seconds
         due: list[Request] = []  # who ends, or calls a tool
         done: list[Request] = []
-        for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
+        calm = plan.calm
+        for request, token in zip(plan.requests[:calm], tokens[:calm], strict=True):
+            assert token is not None  # they decode
+            request.outputs.append(token)
+            request.computed = request.length
+            request.length += 1
+        if ended:
+            due += [request for request in plan.requests[:calm] if request in ended]
+        rest = zip(plan.requests[calm:], plan.counts[calm:], tokens[calm:], strict=True)
+        for request, count, token in rest:
             computed = request.computed = request.computed + count
-            if count > 1 or not computed % size:
-                commit(request)
+            if count > 1 or request.first_token is None:
+                commit(request)  # pages of its output follow when it leaves
             if token is not None:
                 request.outputs.append(token)
                 length = request.length = computed + 1  # drawn after all known ones
@@ -212,6 +228,7 @@ class Scheduler:
                     request.first_token = now
                 if length >= request.due or (ended and request in ended):
                     due.append(request)
+                request.calm = min(request.capacity, request.due - 2)
         if self._accounts:
             for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
                 self.policy.progressed(request, count, int(token is not None), seconds)
@@ -243,12 +260,22 @@ class Scheduler:
                 self._give_up(request, "recompute")
         self.memory.forget()
 
-    def _queue_order(self) -> Iterable[Request]:
-        """Requests in the policy's order; waiting ones are put in order when their turn comes."""
+    def _queue_order(self, plan: StepPlan) -> Iterable[Request]:
+        """Requests in the policy's order; waiting ones are put in order when their turn comes.
+
+        Where nobody will have to give up pages, those that need nothing are in the plan already.
+        """
         if self.policy.preemptive:
             return list(self.policy.order(self.running + self.waiting, self.view))
-        running = list(self.policy.order(self.running, self.view))
-        return itertools.chain(running, self._waiting_order())
+        running = self.running
+        restless = [request for request in running if request.length > request.calm]
+        # Each of them needs two pages at most: a prompt has its pages when it is admitted.
+        if 2 * len(restless) <= self.memory.available and len(running) <= self.max_num_seqs:
+            plan.requests += [request for request in running if request.length <= request.calm]
+            plan.calm = len(plan.requests)
+            plan.counts += [1] * plan.calm
+            running = restless
+        return itertools.chain(list(self.policy.order(running, self.view)), self._waiting_order())
 
     def _waiting_order(self) -> Iterator[Request]:
         yield from self.policy.order(self.waiting, self.view)
@@ -261,7 +288,7 @@ class Scheduler:
             full = len(self.running) >= self.max_num_seqs
             if full or self._evicted:  # who evicts has no room for anybody new
                 return False
-        if not self.policy.admits(request, self.view):
+        if self._must_await(request) or not self.policy.admits(request, self.view):
             return False
         while not self.memory.admit(request):
             victims = self._victims() if self.policy.preemptive else []
@@ -272,6 +299,26 @@ class Scheduler:
         self._admitted.add(request)
         self.policy.admitted(request, self.view)
         return True
+
+    def _must_await(self, request: Request) -> bool:
+        """Its pages are loaded beside the steps of others, before it starts."""
+        if self.memory.host is None or not self.look_ahead or not self._plan.requests:
+            return False
+        absent = self.memory.absent(request)
+        if not 0 < absent < self._awaited_before.get(request, math.inf):
+            return False  # all is there; or nothing came, and nothing would
+        self._awaited[request] = absent
+        return True
+
+    def _copy_beside(self) -> None:
+        """Load what comes next and save what goes next, as much as a step has time for."""
+        memory, each = self.memory, self.view.seconds_per_page
+        limit = max(1, int(self._seconds / each)) if each else memory.pool.num_pages
+        if self.look_ahead:
+            memory.prefetch([*self._awaited, *self.waiting[: self.look_ahead]], limit)
+        # No more has to go than comes, but for a prompt that was found in the cache.
+        filled = -(-self.max_num_batched_tokens // memory.page_size)
+        memory.save(min(limit, 2 * filled))
 
     def _grow(self, request: Request, length: int) -> bool:
         """Pages for more tokens of a running request, if need be those of others."""

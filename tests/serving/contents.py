@@ -1,8 +1,9 @@
 """What is in the pages: an independent account of every token that was written and copied."""
 
 import itertools
+from collections.abc import Iterable
 
-from fusedkv_jax.serving import Direction, Request, Scheduler, StepPlan
+from fusedkv_jax.serving import Copy, Direction, Request, Scheduler, StepPlan
 
 
 def tokens_of(request: Request) -> list[int]:
@@ -22,15 +23,15 @@ class Contents:
         self.host: dict[int, list] = {}
 
     def run(self, plan: StepPlan) -> None:
-        """Carry out a plan's copies and computations, and check what every request reads."""
-        for copy in plan.copies:
-            source, target = {
-                Direction.OUT: (self.device, self.host),
-                Direction.INTO: (self.host, self.device),
-                Direction.AHEAD: (self.host, self.device),
-                Direction.WITHIN: (self.device, self.device),
-            }[copy.direction]
-            target[copy.target] = list(source[copy.source])
+        """Carry out a plan's copies and computations, and check what every request reads.
+
+        Copies that may run beside the step run after it: it must not make a difference.
+        """
+        beside = (Direction.AHEAD, Direction.BEHIND)
+        assert [copy.direction in beside for copy in plan.copies] == sorted(
+            copy.direction in beside for copy in plan.copies
+        )
+        self._copy(copy for copy in plan.copies if copy.direction not in beside)
         wanted = []
         for request, count in zip(plan.requests, plan.counts, strict=True):
             assert 0 < count <= request.length - request.computed
@@ -45,6 +46,18 @@ class Contents:
         for request, cells in zip(plan.requests, wanted, strict=True):
             held = [cell for page in request.pages for cell in self.device.get(page, ())]
             assert held[: len(cells)] == cells, f"request {request.name} reads wrong pages"
+        self._copy(copy for copy in plan.copies if copy.direction in beside)
+
+    def _copy(self, copies: Iterable[Copy]) -> None:
+        for copy in copies:
+            source, target = {
+                Direction.OUT: (self.device, self.host),
+                Direction.INTO: (self.host, self.device),
+                Direction.AHEAD: (self.host, self.device),
+                Direction.BEHIND: (self.device, self.host),
+                Direction.WITHIN: (self.device, self.device),
+            }[copy.direction]
+            target[copy.target] = list(source[copy.source])
 
 
 def _chained(before: int, token: int) -> int:

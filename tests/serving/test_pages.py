@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedkv_jax.serving import PagedMemory, Request
-from fusedkv_jax.serving.pages import PagePool, count_runs
+from fusedkv_jax.serving import Copy, Direction, PagedMemory, Request
+from fusedkv_jax.serving.copies import count_runs
+from fusedkv_jax.serving.pages import PagePool
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1))
@@ -53,9 +54,9 @@ def test_growth_follows_its_own_pages():
 
 
 def test_runs_of_copies():
-    assert count_runs([]) == 0
-    assert count_runs([(1, 5), (2, 6), (3, 8), (7, 9)]) == 3
-    assert count_runs([(3, 7), (2, 6), (1, 5)]) == 1
+    out = [Copy(Direction.OUT, *pages) for pages in ((1, 5), (2, 6), (3, 8), (4, 9), (7, 10))]
+    assert count_runs([]) == 0 and count_runs(out) == 3
+    assert count_runs([*out[:1], Copy(Direction.INTO, 2, 6)]) == 2
 
 
 def test_bad_sizes_are_refused():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusedkv_jax.compile_ahead.chips import SHAPES, Slice
-from fusedkv_jax.serving.memory import Copy, Direction
+from fusedkv_jax.serving.copies import Copy, Direction, count_runs
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.validation import check_type
 from pallas_kernels.devices import GPUS
@@ -65,7 +65,7 @@ class Device:
     def step_seconds(self, costs: StepCosts, plan: StepPlan, page_size: int) -> float:
         """What a step takes: the larger of computing and reading, and the copies before it.
 
-        Copies ahead of need run beside it.
+        Copies ahead of need and behind it run beside the step, both ways at once.
         """
         size = len(plan.requests)
         starts = np.fromiter((r.computed for r in plan.requests), np.int64, size)
@@ -78,23 +78,20 @@ class Device:
         if not plan.copies:
             return seconds
         page = page_size * costs.cache_bytes_per_token
-        ahead = [copy for copy in plan.copies if copy.direction is Direction.AHEAD]
-        before = [copy for copy in plan.copies if copy.direction is not Direction.AHEAD]
-        return max(seconds, self._copies(ahead, page)) + self._copies(before, page)
+        ahead, behind, before = (
+            self._copies([copy for copy in plan.copies if copy.direction in directions], page)
+            for directions in (
+                (Direction.AHEAD,),
+                (Direction.BEHIND,),
+                (Direction.OUT, Direction.INTO, Direction.WITHIN),
+            )
+        )
+        return max(seconds, ahead, behind) + before
 
     def _copies(self, copies: list[Copy], page: float) -> float:
         if not copies:
             return 0.0
-        return len(copies) * page / self.host_bandwidth + copy_runs(copies) * self.copy_overhead
-
-
-def copy_runs(copies: list[Copy]) -> int:
-    """Transfers that the copies take: neighbors that stay neighbors go together."""
-    runs, last = 0, None
-    for copy in copies:
-        runs += last is None or copy != Copy(last.direction, last.source + 1, last.target + 1)
-        last = copy
-    return runs
+        return len(copies) * page / self.host_bandwidth + count_runs(copies) * self.copy_overhead
 
 
 def device(name: str) -> Device:
