@@ -233,19 +233,26 @@ class PagedMemory:
             requests: those that wait, in their order.
             limit: pages that may be loaded.
         """
-        for request in requests if self.host is not None else ():
+        if self.host is None:
+            return
+        wanted: list[list[Node]] = []
+        for request in requests:
+            if limit <= 0:
+                break
             nodes = self._known(request)
             for node in nodes:
-                self._use(node)  # none of them makes room for another
-            for node in reversed(nodes):
-                self._host.touch(node)
+                self._use(node)  # nothing of it makes room for what follows
+            wanted.append(nodes)
             missing = [node for node in nodes if node.page < 0]
             count = self._droppable(min(limit, len(missing)))
             for node, page in zip(missing, self._allocate(count, None) or (), strict=False):
                 node.page = page
                 self._copy(Direction.AHEAD, node.host_page, page)
-            self._leave(nodes)
             limit -= count
+        for nodes in reversed(wanted):  # what the first one needs is dropped last
+            self._leave(nodes)
+            for node in reversed(nodes):
+                self.host.touch(node)
 
     def save(self, limit: int) -> None:
         """Write the pages that will be dropped next to host memory, beside a step.

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fusedkv_jax.serving import (
     POLICIES,
+    Direction,
     NeverFits,
     PagedMemory,
     Request,
@@ -140,6 +141,26 @@ def test_forks_copy_on_write():
         scheduler.finish(plan, [70 + 10 * i + step for i in range(4)], 0.0, 1.0)
     assert [other.outputs[0] for other in others] == [60, 61, 62]
     assert not scheduler.unfinished and memory.available == 20
+
+
+def test_no_step_waits_for_the_host_tier():
+    """Beside a request that decodes, pages of others come and go while steps run."""
+    memory = PagedMemory(200, 4, host_pages=800, reserve=0.0)
+    scheduler = Scheduler(memory, POLICIES["fcfs"]())
+    contents, directions, cached = Contents(scheduler), set(), []
+    scheduler.add(Request("decodes", np.full(5, 1), max_tokens=400), 0.0)
+    for number in range(80):  # forty prompts of nine pages, and the same again
+        request = Request(str(number), np.full(33, 10 + number % 40), max_tokens=1)
+        scheduler.add(request, 0.0)
+        while request.state is not State.FINISHED:
+            plan = scheduler.schedule(0.0)
+            contents.run(plan)
+            directions |= {copy.direction for copy in plan.copies}
+            scheduler.finish(plan, [9] * len(plan.requests), 0.0, 1.0)
+            check_accounts(scheduler)
+        cached.append(request.cached)
+    assert directions == {Direction.AHEAD, Direction.BEHIND}
+    assert cached == [0] * 40 + [32] * 40
 
 
 def test_a_second_identical_prompt_computes_a_page_at_most():
