@@ -1,7 +1,7 @@
 """Measure the library: python -m experiments.benchmark --suite=cpu.
 
-The suites are cpu, kernels, accelerator, generation and training; `experiments.gpu` runs the third
-and more, part by part.
+The suites are cpu, kernels, accelerator, generation, training and serving; `experiments.gpu` runs
+the third and more, part by part. Serving measures what runs in this process, or a server by --url.
 Prints a table for each measurement with the targets that it met or missed. The last line is one
 JSON document with every number, the device and the versions. Contestants run in turns, and what
 is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS and is recorded.
@@ -20,12 +20,13 @@ from experiments.common import cli
 FLAGS = flags.FLAGS
 
 # Modules of experiments.benchmarks.
-SUITES = ("cpu", "kernels", "accelerator", "generation", "training")
+SUITES = ("cpu", "kernels", "accelerator", "generation", "training", "serving")
 
 
 def define_flags() -> None:
     """Define the flags of this program."""
     cli.only_with("torch_compile", suite=("cpu", "kernels", "accelerator", "generation"))
+    cli.only_with("url", suite="serving")
     flags.DEFINE_string("suite", "cpu", f"What to measure: {', '.join(SUITES)}.")
     flags.DEFINE_multi_string("only", [], "Measurement of the suite; may be repeated; default all.")
     flags.DEFINE_bool("quick", False, "Toy sizes: shows that it runs, the numbers say nothing.")
@@ -39,6 +40,9 @@ def define_flags() -> None:
         "Also compete with what PyTorch compiles (transformers, flex attention), which needs a C++ "
         "compiler and minutes.",
     )
+    flags.DEFINE_string(
+        "url", "", "Server of the OpenAI API to measure, for example http://localhost:8000."
+    )
 
 
 def main() -> None:
@@ -50,7 +54,10 @@ def main() -> None:
     from experiments.benchmarks import report
 
     measurements = importlib.import_module(f"experiments.benchmarks.{suite}").measurements(
-        quick=quick, rounds=FLAGS.rounds, torch_compile=FLAGS.torch_compile
+        quick=quick,
+        rounds=FLAGS.rounds,
+        torch_compile=FLAGS.torch_compile,
+        **({"url": FLAGS.url} if suite == "serving" else {}),
     )
     for name in FLAGS.only:
         _check("only", name, measurements)

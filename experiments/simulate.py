@@ -63,6 +63,9 @@ def define_flags() -> None:
     flags.DEFINE_string("cache_dtype", "bfloat16", "Storage type of the cache.")
     flags.DEFINE_integer("num_requests", None, "Use the first so many requests.", 1)
     flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1, 65536)
+    flags.DEFINE_integer(
+        "num_pages", None, "Pages of the device; default what its memory holds.", 1
+    )
     flags.DEFINE_float(
         "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0, 1000.0
     )
@@ -185,7 +188,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def _pages(place: Device, step_costs: costs.StepCosts) -> int:
-    return place.num_pages(step_costs, FLAGS.page_size)
+    return FLAGS.num_pages or place.num_pages(step_costs, FLAGS.page_size)
 
 
 def _run(

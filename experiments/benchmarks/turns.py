@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -18,3 +18,8 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> 
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def median_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each column."""
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}

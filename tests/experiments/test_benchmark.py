@@ -136,5 +136,6 @@ def test_mistakes_are_one_line():
             (["--suite=cpus"], "--suite=cpus is unknown; did you mean cpu?"),
             (["--only=trainings"], "--only=trainings is unknown; did you mean training?"),
             (["--rounds=0"], "--rounds"),
+            (["--url=http://localhost:8000"], "--url"),
         ],
     )

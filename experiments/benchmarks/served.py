@@ -1,0 +1,121 @@
+"""What load is put on: our engine, transformers, and any server by its URL."""
+
+import asyncio
+import contextlib
+import importlib.util
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from experiments.benchmarks import torch_llama
+from experiments.benchmarks.load import Ask, Serve
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.generation import SamplingParams
+from fusedkv_jax.model import Decoder
+from fusedkv_jax.serving import AsyncEngine, Engine, ServingSettings
+
+
+@contextlib.asynccontextmanager
+async def engine(model: Decoder, settings: ServingSettings) -> AsyncIterator[Serve]:
+    """Our engine in this process, with everything compiled."""
+    inner = Engine(model, settings=settings)
+    inner.warm_up()
+    front, numbers = AsyncEngine(inner), itertools.count()
+    await front.start()
+
+    async def serve(ask: Ask, came: Callable[[], None]) -> int:
+        params = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True)
+        generated = 0
+        async with front.add(ask.prompt, params, request_id=str(next(numbers))) as stream:
+            async for delta in stream:
+                if delta.error is not None:
+                    raise RuntimeError(f"a request {delta.error}")
+                came()
+                generated += len(delta.token_ids)
+        return generated
+
+    try:
+        yield serve
+    finally:
+        await front.stop()
+
+
+@contextlib.asynccontextmanager
+async def transformers(config: ModelConfig, settings: ServingSettings) -> AsyncIterator[Serve]:
+    """`ContinuousBatchingManager` over a Llama of the same geometry, page size and budget."""
+    import transformers as hf
+
+    size = 16
+    assert settings.num_pages is not None
+    batching = hf.ContinuousBatchingConfig(
+        page_size=size,
+        num_blocks=settings.num_pages * settings.page_size // size,
+        max_batch_tokens=settings.max_num_batched_tokens,
+        max_requests_per_batch=settings.max_num_seqs,
+    )
+    greedy = hf.GenerationConfig(do_sample=False, eos_token_id=-1)
+    model: Any = torch_llama.model(config)
+    manager = model.eval().init_continuous_batching(greedy, batching)
+    manager.start()
+    numbers = itertools.count()
+
+    async def serve(ask: Ask, came: Callable[[], None]) -> int:
+        name, ready = str(next(numbers)), asyncio.Queue()
+        manager.register_result_handler(name, ready.put_nowait)
+        manager.add_request(ask.prompt, name, max_new_tokens=ask.max_tokens, streaming=True)
+        while True:
+            output = await ready.get()
+            if output.error is not None:
+                raise RuntimeError(f"transformers: {output.error}")
+            came()
+            if output.is_finished():
+                return len(output.generated_tokens)
+
+    try:
+        yield serve
+    finally:
+        await asyncio.to_thread(manager.stop, timeout=60)
+
+
+@contextlib.asynccontextmanager
+async def server(url: str) -> AsyncIterator[Serve]:
+    """A server of the OpenAI API; tokens are counted by its own account of usage.
+
+    The key is that of OPENAI_API_KEY. Raises ValueError for a server that does not answer.
+    """
+    if not importlib.util.find_spec("openai"):
+        raise ValueError("--url needs the package openai: pip install openai")
+    import openai
+
+    client = openai.AsyncOpenAI(
+        base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        max_retries=0,
+        timeout=3600,
+    )
+    try:
+        name = (await client.models.list()).data[0].id
+    except (openai.APIError, IndexError) as error:
+        raise ValueError(f"--url={url}: no model is served there: {error}") from None
+
+    async def serve(ask: Ask, came: Callable[[], None]) -> int:
+        stream = await client.completions.create(
+            model=name,
+            prompt=ask.prompt,
+            max_tokens=ask.max_tokens,
+            temperature=0.0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        generated = 0
+        async for chunk in stream:
+            if chunk.choices:
+                came()
+            if chunk.usage is not None:
+                generated = chunk.usage.completion_tokens
+        return generated
+
+    async with client:
+        yield serve

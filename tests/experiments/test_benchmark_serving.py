@@ -1,0 +1,100 @@
+"""Load on servers: what the figures mean, and the suite against our engine and over HTTP."""
+
+import asyncio
+
+import pytest
+
+from experiments.benchmarks import load, serving, torch_llama
+from tests.server import running
+from tests.server.fake import FakeEngine
+
+
+class Jumping(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer: nothing waits, and nothing is late."""
+
+    now = 0.0
+
+    def time(self):
+        return self.now
+
+    def _run_once(self):
+        if not self._ready and self._scheduled:
+            self.now = self._scheduled[0].when()
+        super()._run_once()
+
+
+def _run(coroutine):
+    with asyncio.Runner(loop_factory=Jumping) as runner:
+        return runner.run(coroutine)
+
+
+async def _slow(ask, came):
+    """A second to the first token, half a second for each further one."""
+    await asyncio.sleep(0.5)
+    for _ in range(ask.max_tokens):
+        await asyncio.sleep(0.5)
+        came()
+    return ask.max_tokens
+
+
+def _asks(*generated):
+    return [load.Ask([1] * 10, count) for count in generated]
+
+
+def test_clients_of_a_closed_loop_wait_for_their_answers():
+    answers = _run(load.closed_loop(_slow, _asks(3, 3, 3, 3), 2))
+    assert sorted(answer.start for answer in answers) == [0, 0, 2, 2]
+    row = load.figures(answers)
+    assert row["requests/s"] == 1.0
+    assert (row["output tokens/s"], row["tokens/s"]) == (3.0, 13.0)
+    assert {row[f"TTFT p{p} ms"] for p in (50, 99)} == {1000.0}
+    assert row["TPOT p50 ms"] == row["ITL p99 ms"] == 500.0
+
+
+def test_arrivals_do_not_wait_and_end_at_n_over_the_rate():
+    answers = _run(load.open_loop(_slow, _asks(*[40] * 50), rate=5.0, seed=3))
+    starts = sorted(answer.start for answer in answers)
+    assert starts[-1] == pytest.approx(10.0) and starts[0] < 1.0
+    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    assert max(gaps) > 3 * sorted(gaps)[25], "exponential, not even"
+    assert starts[-1] - starts[0] < answers[0].latency
+
+
+def test_goodput_counts_answers_that_keep_both_objectives():
+    answers = _run(load.closed_loop(_slow, _asks(1, 3), 2))
+    for objectives, good in (((1.0, 0.5), 2), ((1.0, 0.4), 1), ((0.9, 0.5), 0)):
+        row = load.figures(answers, load.Objectives(*objectives))
+        assert row["goodput/s"] == good / 2.0
+    assert answers[0].tpot is None and load.figures(answers[:1])["TPOT p50 ms"] == 0.0
+
+
+def test_our_engine_under_load(monkeypatch):
+    monkeypatch.setattr(torch_llama, "missing", lambda: "torch is not installed")
+    chosen = serving.sizes(quick=True)
+    found = serving.measure_closed_loops(chosen, 1, "")
+    assert [(row["server"], row["clients"]) for row in found.rows] == [
+        ("fusedkv_jax", 1),
+        ("fusedkv_jax", 2),
+    ]
+    for row in found.rows:
+        assert 0 < row["TTFT p50 ms"] and 0 < row["output tokens/s"] < row["tokens/s"]
+    assert found.targets == []
+
+
+def test_any_server_by_its_url():
+    with running.serving(FakeEngine()) as server:
+        measurements = serving.measurements(
+            quick=True, rounds=1, torch_compile=False, url=server.url
+        )
+        assert list(measurements) == ["closed_loops", "poisson"]
+        found = measurements["poisson"]()
+    (row,) = found.rows
+    assert row["server"] == server.url and row["goodput/s"] == row["requests/s"] > 0
+
+
+def test_a_url_where_nothing_is_served():
+    measure = serving.measurements(
+        quick=True, rounds=1, torch_compile=False, url="http://127.0.0.1:9"
+    )["closed_loops"]
+    with pytest.raises(ValueError, match="--url=http://127.0.0.1:9: no model is served there"):
+        measure()
