@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -111,7 +111,7 @@ async def open_loop(serve: Serve, asks: Sequence[Ask], rate: float, seed: int = 
     return await asyncio.gather(*map(client, asks, times.tolist()))
 
 
-def figures(answers: Sequence[Answer], objectives: Objectives = OBJECTIVES) -> dict[str, Any]:
+def figures(answers: Sequence[Answer], objectives: Objectives = OBJECTIVES) -> dict[str, float]:
     """What a run came to: a row of a table. Rates are per second, times in milliseconds."""
     seconds = max(a.pieces[-1] for a in answers) - min(a.start for a in answers)
     generated = sum(a.generated for a in answers)

@@ -87,7 +87,7 @@ def measure_closed_loops(chosen: Sizes, rounds: int, url: str) -> Measurement:
     """Clients that wait for their answers: rows for each number of them."""
 
     async def run(contestants: Mapping[str, Serve]) -> list[dict[str, Any]]:
-        found: dict[tuple[int, str], list[load.Answer]] = {}
+        found: dict[tuple[int, str], list[dict[str, float]]] = {}
         for turn, clients in itertools.product(range(rounds), chosen.clients):
             for name, serve in contestants.items():
                 asks = _asks(chosen, clients, seed=turn)

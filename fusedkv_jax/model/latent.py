@@ -148,9 +148,9 @@ class LatentAttention(nnx.Module):
             joint = jnp.concatenate([value_weights, key_weights], axis=-1)
         both = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(values, keys, strict=True))
         found = attention(q, both, tuple(values), joint, value_weights, **options)
-        out, *lse = found if options["return_residuals"] else (found,)
+        out, lse = found if isinstance(found, tuple) else (found, None)
         out = jnp.einsum("BTNC,CNH->BTNH", out.astype(jnp.float32), up_value)
-        return (out, *lse) if lse else out
+        return out if lse is None else (out, lse)
 
 
 def _plain(source: Source, dtype: DTypeLike) -> Array:
