@@ -33,7 +33,7 @@ class Ray:
             import ray
             import ray.data
         except ImportError:
-            raise ValueError("--ray needs Ray; pip install 'fusedkv_jax[ray]'") from None
+            raise ValueError("--ray needs Ray; pip install 'ray[data]'") from None
         self._address, self._ray = address, ray
 
     def __enter__(self) -> "Ray":

@@ -83,8 +83,9 @@ def test_the_bytes_do_not_depend_on_the_workers(text, tmp_path, expected, worker
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray and of pandas
 def test_the_bytes_are_the_same_on_ray(text, tmp_path, expected):
-    pytest.importorskip("ray", reason="needs Ray: pip install 'fusedkv_jax[ray]'")
+    pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
     output = tmp_path / "tokens"
     prepare(preparation(text, output, ray="local"))
     assert digests(output) == expected
