@@ -11,6 +11,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile*"))
 # Programs and configurations begin with the commands that run them.
 SOURCES = sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/configs/*.py")])
+# Words that stand for something of the reader's own.
+PLACES = {"HOST:PORT": "localhost:8476", "/shared/run": "shared_run"}
 # What a span of code in a sentence or a table begins with where it is a command.
 STARTS = ("python -m", "make ", "pip install", "fusedkv ", "lm_eval", "jupytext", ".ci/run")
 
@@ -128,3 +130,30 @@ def _of_docstring(path: pathlib.Path, where: str) -> Iterator[Command]:
         line = re.split(r"\s{2,}|\[", rest.strip().rstrip(".,;:"))[0]
         words = tuple(word for word in shlex.split(line) if word.startswith("-") and word != "...")
         yield Command(where, (), ("python", "-m", f"experiments.{program}", *words))
+
+
+def everything() -> list[Command]:
+    return [command for path in [*PAGES, *SOURCES, *DOCKERFILES] for command in commands(path)]
+
+
+def program_line(command: Command) -> tuple[str, list[str]] | None:
+    """(program, arguments) of a command that starts one of ours, in whatever way."""
+    words = list(command.words)
+    if words[0].endswith("python") and words[1:2] == ["-m"]:
+        name = words[2].removeprefix("experiments.")
+        return (name, words[3:]) if words[2].startswith("experiments.") else None
+    if words[0] == "fusedkv":
+        return (words[1], words[2:]) if words[1] != "--help" else None
+    if words[0] == "make" and words[1] in ("gpu", "bench", "demo"):
+        given = dict(word.split("=", 1) for word in words[2:]).get("ARGS", "")
+        return {"bench": "benchmark"}.get(words[1], words[1]), shlex.split(given)
+    if words[0] == "docker" and words[1] == "run":
+        image = next(i for i, word in enumerate(words) if re.fullmatch(r"fusedkv(:\w+)?", word))
+        return words[image + 1], words[image + 2 :]
+    return None
+
+
+def placed(arguments: list[str], config: pathlib.Path) -> list[str]:
+    for name, own in {**PLACES, "MINE.py": str(config)}.items():
+        arguments = [argument.replace(name, own) for argument in arguments]
+    return arguments
