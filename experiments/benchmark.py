@@ -7,7 +7,6 @@ JSON document with every number, the device and the versions. Contestants run in
 is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS and is recorded.
 """
 
-import difflib
 import importlib
 import json
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterable
 from absl import flags
 
 from experiments.common import cli
+from fusedkv_jax.validation import nearest_or_all
 
 FLAGS = flags.FLAGS
 
@@ -81,9 +81,7 @@ def main() -> None:
 
 def _check(flag: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"
-        raise ValueError(f"--{flag}={value} is unknown; {hint}")
+        raise ValueError(f"--{flag}={value} is unknown{nearest_or_all(value, known)}")
 
 
 if __name__ == "__main__":

@@ -7,24 +7,26 @@ line on standard output is the JSON document. `experiments.study.command` has wh
 """
 
 import dataclasses
-import difflib
 import json
 import pathlib
 import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from absl import flags
 
 from experiments.common import cli, runs
+from experiments.common.documents import Document
 from experiments.configs import claim_small
 from experiments.study import command
 from fusedkv_jax import costs, processes, training
 from fusedkv_jax.training import ExperimentConfig
+from fusedkv_jax.validation import nearest_or_all
 
 FLAGS = flags.FLAGS
+T = TypeVar("T")
 
 
 def run_config(config: ExperimentConfig, name: str, seed: int) -> ExperimentConfig:
@@ -44,7 +46,7 @@ def run_config(config: ExperimentConfig, name: str, seed: int) -> ExperimentConf
 
 def reproduce(
     config: ExperimentConfig, workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]
-) -> dict[str, Any]:
+) -> Document:
     """Complete all runs; returns the results.
 
     Args:
@@ -83,7 +85,7 @@ def reproduce(
 
 def _row(
     config: ExperimentConfig, name: str, first: str, losses: dict[str, dict[int, float]]
-) -> dict[str, Any]:
+) -> Document:
     model = claim_small.ROWS[name].apply(config.model)
     own = losses[name]
     # Runs of one seed see the same batches, so their difference varies less than either.
@@ -109,7 +111,7 @@ def _std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: Document) -> str:
     """The results as a Markdown document."""
     environment, first = results["environment"], results["rows"][0]["name"]
     versions = ("python", "jax", "jaxlib", "flax", "optax", "fusedkv_jax")
@@ -154,9 +156,8 @@ def read_names(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name not in claim_small.ROWS:
-            near = difflib.get_close_matches(name, claim_small.ROWS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(claim_small.ROWS)}"
-            raise ValueError(f"--layouts={name} is unknown; {hint}")
+            found = nearest_or_all(name, claim_small.ROWS)
+            raise ValueError(f"--layouts={name} is unknown{found}")
     return _without_repeats("layouts", names) or list(claim_small.ROWS)
 
 
@@ -177,7 +178,7 @@ def places(workdir: str | None, output: str | None) -> tuple[pathlib.Path, pathl
     return folder, pathlib.Path(output or folder / "table")
 
 
-def _without_repeats(flag: str, values: Sequence[Any]) -> list[Any]:
+def _without_repeats(flag: str, values: Sequence[T]) -> list[T]:
     for value in values:
         if list(values).count(value) > 1:
             raise ValueError(f"--{flag} names {value} twice; name it once")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 from fusedkv_jax.validation import validate
 
@@ -38,18 +38,14 @@ class MeshConfig:
     devices: int | None = None
     axis_types: AxisTypes = "auto"
 
-    def __post_init__(self):
-        if self.axis_types not in get_args(AxisTypes):
-            raise MeshError(f"mesh.axis_types={self.axis_types!r}; choose auto or explicit")
-        validate(self, MeshError, prefix="mesh.")
+    def __post_init__(self) -> None:
+        validate(self, MeshError, least={"devices": 1}, prefix="mesh.")
         for axis in AXES:
             size = getattr(self, axis)
             if size != -1 and size < 1:
                 raise MeshError(f"mesh.{axis}={size} must be 1 or more, or -1 for the rest")
         if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
             raise MeshError("only one axis of the mesh can be -1")
-        if self.devices is not None and self.devices < 1:
-            raise MeshError(f"mesh.devices={self.devices} must be 1 or more, or none for all")
 
     def sizes(self, count: int) -> tuple[int, ...]:
         """Size of each of `AXES` on `count` devices.

@@ -6,11 +6,9 @@ would be with that layout.
 
 from __future__ import annotations
 
-import difflib
-
 from fusedkv_jax.config import ConfigError, MLAConfig, ModelConfig, RopeConfig
 from fusedkv_jax.layouts import KVLayout
-from fusedkv_jax.validation import check_type
+from fusedkv_jax.validation import check_type, nearest_or_all
 
 
 def _paper(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> dict[str, object]:
@@ -133,7 +131,5 @@ def get(name: str, layout: str | KVLayout = "fusedkv", **overrides: object) -> M
     """
     check_type("name", name, str, ConfigError)
     if name not in _PRESETS:
-        near = difflib.get_close_matches(name, list(_PRESETS), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(names())}"
-        raise ConfigError(f"unknown preset {name!r}; {hint}")
+        raise ConfigError(f"unknown preset {name!r}{nearest_or_all(name, _PRESETS)}")
     return ModelConfig.from_dict({**_PRESETS[name], "layout": layout, **overrides})

@@ -17,14 +17,17 @@ from typing import Any, Literal, TypeGuard, TypeVar
 
 T = TypeVar("T")
 Hint = Any  # an annotation: a class, a union, a literal, a tuple
+Bounds = Mapping[str, float]
+NO_BOUNDS: Bounds = types.MappingProxyType({})
 
 
 def validate(
     instance: object,
     error: type[ValueError],
     *,
-    least: Mapping[str, int] | None = None,
-    above: Mapping[str, float] | None = None,
+    least: Bounds = NO_BOUNDS,
+    most: Bounds = NO_BOUNDS,
+    above: Bounds = NO_BOUNDS,
     prefix: str = "",
 ) -> None:
     """Refuse a field whose value is not of its annotated type, not finite, or out of bounds.
@@ -35,21 +38,30 @@ def validate(
     Args:
         instance: a dataclass.
         error: what is raised; its message names the field, the value and what to use.
-        least: smallest value of whole numbers.
+        least: smallest value of numbers, by field.
+        most: their largest value.
         above: what numbers must exceed.
         prefix: what the message puts before a field's name, such as `train.`.
     """
-    bounds = {name: f" of at least {bound}" for name, bound in (least or {}).items()}
-    bounds |= {name: f" above {bound}" for name, bound in (above or {}).items()}
     for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
-        advice = _advice(hint, value, bounds.get(name, ""))
+        bound = _bound(least.get(name), most.get(name), above.get(name))
+        advice = _advice(hint, value, bound)
         if advice is None and _is_number(value):
-            low = (least or {}).get(name, -math.inf)
-            if value < low or value <= (above or {}).get(name, -math.inf):
-                advice = f"use {_describe(hint, bounds[name])}"
+            inside = least.get(name, -math.inf) <= value <= most.get(name, math.inf)
+            if not inside or value <= above.get(name, -math.inf):
+                advice = f"use {_describe(hint, bound)}"
         if advice:
             raise error(f"{prefix}{name}={value!r}; {advice}")
+
+
+def _bound(least: float | None, most: float | None, above: float | None) -> str:
+    """What a message says of the values that a number may have."""
+    if above is not None:
+        return f" above {above}" + ("" if most is None else f" and up to {most}")
+    if most is None:
+        return "" if least is None else f" of at least {least}"
+    return f" of at most {most}" if least is None else f" from {least} to {most}"
 
 
 def check_count(
@@ -99,10 +111,21 @@ def build(
     return cls(**fields)
 
 
+def nearest_names(name: object, known: Iterable[str]) -> list[str]:
+    """The known names that may have been meant, the likeliest first; at most three."""
+    return difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """The part of a message that names what may have been meant; empty if nothing is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    near = nearest_names(name, known)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def nearest_or_all(name: object, known: Iterable[str]) -> str:
+    """The same; where nothing is near, the part that names all there are."""
+    known = list(known)
+    return nearest(name, known) or f"; choose {', '.join(known) or 'none'}"
 
 
 @functools.cache
@@ -115,16 +138,16 @@ def _advice(hint: Hint, value: object, bound: str) -> str | None:
     """What to do about a value of the wrong type; None for a right one."""
     if _fits(hint, value):
         return None
-    choices = [choice for part in _parts(hint) for choice in _literals(part)]
-    others = [part for part in _parts(hint) if not _literals(part)]
+    choices = [choice for part in alternatives(hint) for choice in _literals(part)]
+    others = [part for part in alternatives(hint) if not _literals(part)]
     if choices and not others:
         return "choose " + ", ".join(map(str, choices))
     return "use " + _describe(hint, bound)
 
 
 def _fits(hint: Hint, value: object) -> bool:
-    if len(_parts(hint)) > 1:
-        return any(_fits(part, value) for part in _parts(hint))
+    if len(alternatives(hint)) > 1:
+        return any(_fits(part, value) for part in alternatives(hint))
     if _literals(hint):
         return any(type(value) is type(choice) and value == choice for choice in _literals(hint))
     if typing.get_origin(hint) is tuple:
@@ -135,7 +158,7 @@ def _fits(hint: Hint, value: object) -> bool:
         return _is_number(value) and math.isfinite(value)
     if hint in (int, bool, str):
         return type(value) is hint
-    return isinstance(value, hint)
+    return isinstance(value, typing.get_origin(hint) or hint)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
@@ -159,8 +182,8 @@ _WORDS = {
 
 
 def _describe(hint: Hint, bound: str = "", many: bool = False) -> str:
-    if len(_parts(hint)) > 1:
-        *others, last = (_describe(part, bound) for part in _parts(hint))
+    if len(alternatives(hint)) > 1:
+        *others, last = (_describe(part, bound) for part in alternatives(hint))
         return f"{', '.join(others)} or {last}"
     if _literals(hint):
         return ", ".join(map(str, _literals(hint)))
@@ -172,7 +195,8 @@ def _describe(hint: Hint, bound: str = "", many: bool = False) -> str:
     return (several if many else one) + (bound if hint in (int, float) else "")
 
 
-def _parts(hint: Hint) -> tuple[Hint, ...]:
+def alternatives(hint: Hint) -> tuple[Hint, ...]:
+    """The members of a union; of anything else, itself."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if union else (hint,)
 

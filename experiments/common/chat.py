@@ -44,7 +44,10 @@ def load_template(tokenizer: Tokenizer, file: str | None) -> ChatTemplate:
 
 
 def converse(
-    model: fkv.Decoder, tokenizer: Tokenizer, params: fkv.SamplingParams, settings: dict[str, Any]
+    model: fkv.Decoder,
+    tokenizer: Tokenizer,
+    params: fkv.SamplingParams,
+    settings: dict[str, Any],
 ) -> None:
     """Read messages from standard input and stream the answers to standard output.
 

@@ -1,7 +1,6 @@
 """What every binary shares: flags, --config, and errors as one line with exit code 2."""
 
 import dataclasses
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,6 +22,7 @@ from experiments.common.outputs import check_output as check_output
 from experiments.common.outputs import check_results_file as check_results_file
 from experiments.common.overrides import apply_overrides
 from experiments.common.parsing import only_with as only_with
+from fusedkv_jax.validation import nearest_or_all
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -111,7 +111,7 @@ def _named_config(name: str) -> "ExperimentConfig":
     return config
 
 
-def _run_config(name: str, call: Callable[[], Any]) -> Any:
+def _run_config(name: str, call: Callable[[], object]) -> Any:
     """What a file of the user returns; a mistake in it is one line that names its place."""
     try:
         return call()
@@ -195,9 +195,8 @@ def _load_module(name: str) -> ModuleType:
         return module
     known = config_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}, or a .py path"
-        raise ValueError(f"--config={name} is unknown; {hint}")
+        found = nearest_or_all(name, [*known, "a .py path"])
+        raise ValueError(f"--config={name} is unknown{found}")
     return importlib.import_module(f"experiments.configs.{name}")
 
 
@@ -210,9 +209,9 @@ def _spell_out(argv: list[str]) -> list[str]:
     return argv
 
 
-def _settable() -> dict[str, Any]:
+def _settable() -> dict[str, object]:
     """The configurations whose fields the command line sets, for --help."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if "config" in FLAGS:
         from fusedkv_jax.training.config import ExperimentConfig
 

@@ -1,6 +1,5 @@
 """Expected failures end a program with one line and an exit code; bugs keep their traceback."""
 
-import difflib
 import errno
 import os
 import pathlib
@@ -15,6 +14,7 @@ from typing import NoReturn
 from absl import flags
 
 from experiments.common import overrides, parsing, wording
+from fusedkv_jax.validation import nearest_names
 
 FLAGS = flags.FLAGS
 
@@ -126,7 +126,7 @@ def did_you_mean(path: str | os.PathLike[str]) -> str:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return f"; there is no folder {str(path.parent)!r}" if not path.parent.exists() else ""
-    near = difflib.get_close_matches(path.name, names, n=1)
+    near = nearest_names(path.name, names)
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 

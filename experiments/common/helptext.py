@@ -4,15 +4,14 @@ import dataclasses
 import re
 import shutil
 import textwrap
-import types
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 from absl import flags
 
 from experiments.common import parsing
 from experiments.common.overrides import dataclass_of
+from fusedkv_jax.validation import Hint, alternatives
 
 # What absl adds to help texts; the form of a flag says it already.
 _ABSL_WORDS = re.compile(r"^<[^>]*>: |;? ?(repeat this option .*|\(a comma separated list\))$")
@@ -32,7 +31,7 @@ class Field:
     meaning: str
 
 
-def help_text(document: str, defaults: dict[str, Any]) -> str:
+def help_text(document: str, defaults: dict[str, object]) -> str:
     """The whole text.
 
     Args:
@@ -56,7 +55,7 @@ def help_text(document: str, defaults: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _CLOSING])
 
 
-def describe_fields(config: Any, prefix: str = "") -> Iterator[Field]:
+def describe_fields(config: object, prefix: str = "") -> Iterator[Field]:
     """Every field below a dataclass, or an instance of one, whose values are then the defaults."""
     kind = config if isinstance(config, type) else type(config)
     meanings = attribute_meanings(kind)
@@ -116,13 +115,13 @@ def _flag_default(flag: flags.Flag) -> str:
     return "none" if default in (None, "") else str(default)
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field) -> object:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if value is dataclasses.MISSING:
         return "none; required"
     if value is None:
@@ -133,21 +132,14 @@ def _value(value: Any) -> str:
     return str(spec or value)
 
 
-def _type(hint: Any) -> str:
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+def _type(hint: Hint) -> str:
     names = []
-    for kind in kinds:
+    for kind in alternatives(hint):
         if typing.get_origin(kind) is typing.Literal:
             names += [str(choice) for choice in typing.get_args(kind)]
-        elif _is_union(kind):
-            names.append(_type(kind))
         elif kind is str:
             names.append("text")
         elif kind is not type(None) and not dataclasses.is_dataclass(kind):
             simple = {int: "integer", float: "number", bool: "true|false"}
             names.append(simple.get(kind, "(a, b, ...)"))
     return "|".join(names)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -2,12 +2,12 @@
 
 import ast
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
+
+from fusedkv_jax.validation import Hint, alternatives, nearest, nearest_names
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _find_hint(kind: type, names: list[str], path: str) -> Any:
+def _find_hint(kind: type, names: list[str], path: str) -> Hint:
     root, hint = kind, kind
     for name in names:
         inner = dataclass_of(hint)
@@ -73,31 +73,26 @@ def _suggest(root: type, path: str) -> str:
     # A right name in the wrong part ("steps" for "train.steps") is the commonest slip.
     last = path.rsplit(".", 1)[-1]
     near = [name for name in everything if name.rsplit(".", 1)[-1] == last]
-    near += [n for n in difflib.get_close_matches(path, everything, n=3) if n not in near]
+    near += [n for n in nearest_names(path, everything) if n not in near]
     if not near:
         return "fields are " + ", ".join(field.name for field in dataclasses.fields(root))
     return "did you mean " + " or ".join(f"--config.{name}" for name in near[:3]) + "?"
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def dataclass_of(hint: Any) -> type | None:
+def dataclass_of(hint: Hint) -> type | None:
     """The dataclass that a field's fields are set in, if it has any.
 
     A type that can also be written as text (a layout) is a value, not a part.
     """
-    kinds = _alternatives(hint)
+    kinds = alternatives(hint)
     if str in kinds:
         return None
     parts = (kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind))
     return next(parts, None)
 
 
-def _read(hint: Any, text: str, path: str) -> Any:
-    kinds = _alternatives(hint)
+def _read(hint: Hint, text: str, path: str) -> object:
+    kinds = alternatives(hint)
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     for kind in kinds:
@@ -114,13 +109,13 @@ def _read(hint: Any, text: str, path: str) -> Any:
     raise ValueError(f"--config.{path} cannot be set whole; set its fields {fields}")
 
 
-def _read_choice(choices: tuple[Any, ...], text: str, path: str) -> Any:
+def _read_choice(choices: tuple[object, ...], text: str, path: str) -> object:
     for choice in choices:
         if str(choice) == text:
             return choice
-    near = difflib.get_close_matches(text, map(str, choices), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"--config.{path}={text}: choose {', '.join(map(str, choices))}{hint}")
+    known = list(map(str, choices))
+    near = nearest(text, known)
+    raise ValueError(f"--config.{path}={text}: choose {', '.join(known)}{near}")
 
 
 def _read_int(text: str) -> int:
@@ -140,7 +135,7 @@ def _read_float(text: str) -> float:
     return value
 
 
-def _read_tuple(text: str) -> tuple[Any, ...]:
+def _read_tuple(text: str) -> tuple[object, ...]:
     value = ast.literal_eval(text)
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.configs import paper_332m
@@ -21,7 +22,13 @@ def paper_run(preset: str, layout: str) -> ExperimentConfig:
 
 
 def inference(
-    name: str, model: ModelConfig, devices: Any, *, tensor: int, rows: int | None, length: int
+    name: str,
+    model: ModelConfig,
+    devices: Sequence[Any],
+    *,
+    tensor: int,
+    rows: int | None,
+    length: int,
 ) -> ahead.programs.Program:
     """Prefill or decoding with bfloat16 parameters, `tensor` parts of the model."""
     from fusedkv_jax.sharding import make_mesh

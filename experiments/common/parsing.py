@@ -1,23 +1,23 @@
 """Reading the command line: only our own flags, none twice, none without effect."""
 
-import difflib
 import math
 import sys
-from typing import Any
 
 from absl import flags
+
+from fusedkv_jax.validation import nearest_names
 
 FLAGS = flags.FLAGS
 
 # Flag -> other flag -> what its value must be for the first one to have an effect.
-_RULES: dict[str, dict[str, Any]] = {}
+_RULES: dict[str, dict[str, object]] = {}
 # Texts to go on from, and the system message that replaces a template's own.
 _MAY_BE_EMPTY = ("prompt", "system")
 # Flags that are written otherwise.
 _WRITTEN = {"override": "config.FIELD", "mesh": "mesh.AXIS"}
 
 
-def only_with(names: str, **conditions: Any) -> None:
+def only_with(names: str, **conditions: object) -> None:
     """Declare that flags have an effect only with certain values of other flags.
 
     A command line that gives one of them without effect is refused; --help says when it has one.
@@ -31,7 +31,7 @@ def only_with(names: str, **conditions: Any) -> None:
         _RULES.setdefault(name, {}).update(conditions)
 
 
-def rules(name: str) -> dict[str, Any]:
+def rules(name: str) -> dict[str, object]:
     """The conditions under which a flag has an effect."""
     return _RULES.get(name, {})
 
@@ -101,7 +101,7 @@ def _nearest(name: str, values: flags.FlagValues) -> str:
     known = sorted(values)
     if "override" in known and "." in name:
         return f"fields of the configuration are written --config.{name}=VALUE"
-    near = difflib.get_close_matches(name, known, n=3)
+    near = nearest_names(name, known)
     if not near:
         return "--help shows all flags"
     return f"did you mean {' or '.join(f'--{each}' for each in near)}?"
@@ -146,7 +146,7 @@ def _check_effects() -> None:
                 )
 
 
-def _as_tuple(wanted: Any) -> tuple[Any, ...]:
+def _as_tuple(wanted: object) -> tuple[object, ...]:
     return wanted if isinstance(wanted, tuple) else (wanted,)
 
 

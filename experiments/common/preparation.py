@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.common import outputs
+from experiments.common.documents import Document
 from experiments.common.preparation_workers import Done, Job, Processes
 from fusedkv_jax.data import chunks, shards, sources, tokenizers
-from fusedkv_jax.data.config import check_holdout_fraction
 from fusedkv_jax.training.monitoring.progress import Progress
+from fusedkv_jax.validation import validate
 
 _SECONDS_PER_LINE = 10.0
 _KB = 1000
-_MOST = {"num_shards": 1024, "max_document_mib": 1024, "workers": 1024}
+_MOST = {"num_shards": 1024, "max_document_mib": 1024, "workers": 1024, "holdout_fraction": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,20 +43,16 @@ class Preparation:
     ray: str | None = None
 
     def __post_init__(self) -> None:
-        for name, most in _MOST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"max_documents must be at least 1, got {self.max_documents}")
+        least = dict.fromkeys(("num_shards", "max_documents", "max_document_mib", "workers"), 1)
+        validate(self, ValueError, least=least | {"holdout_fraction": 0}, most=_MOST)
         if self.max_documents and self.ray:
             raise ValueError(
                 f"max_documents={self.max_documents} counts documents in order, and on Ray files "
                 "are read at once; leave --ray out, or name fewer files"
             )
-        check_holdout_fraction(self.holdout_fraction)
 
 
-def prepare(settings: Preparation) -> dict[str, Any]:
+def prepare(settings: Preparation) -> Document:
     """Writes the shards and returns their metadata.
 
     What is written does not depend on the workers, nor on interruptions.
@@ -162,7 +159,7 @@ def _workers(settings: Preparation) -> Any:
     return Ray(settings.ray)
 
 
-def advice(settings: Preparation, metadata: dict[str, Any]) -> str:
+def advice(settings: Preparation, metadata: Document) -> str:
     """What to add to a training command to use the shards, and what they cannot be used for."""
     if not metadata["train"]["documents"]:
         return "every document is held out, so they are for evaluation only"
@@ -182,7 +179,7 @@ def advice(settings: Preparation, metadata: dict[str, Any]) -> str:
     )
 
 
-def _describe(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+def _describe(tokenizer: tokenizers.Tokenizer) -> Document:
     return {
         "name": pathlib.Path(tokenizer.name).name,
         "fingerprint": tokenizer.fingerprint,

@@ -5,8 +5,8 @@ import json
 import os
 import pathlib
 import time
-from typing import Any
 
+from experiments.common.documents import Document
 from fusedkv_jax import training
 from fusedkv_jax.training import ExperimentConfig
 from fusedkv_jax.training.config import first_difference
@@ -113,7 +113,7 @@ def _history(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def _read(workdir: pathlib.Path) -> dict[str, Any] | None:
+def _read(workdir: pathlib.Path) -> Document | None:
     path = workdir / RUN_FILE
     if not path.is_file():
         return None
@@ -125,7 +125,10 @@ def _read(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(
-    workdir: pathlib.Path, config: ExperimentConfig, seconds: float, result: dict[str, Any] | None
+    workdir: pathlib.Path,
+    config: ExperimentConfig,
+    seconds: float,
+    result: Document | None,
 ) -> None:
     record = {"config": config.to_dict(), "seconds": seconds, "result": result}
     temporary = workdir / (RUN_FILE + ".partial")
@@ -133,7 +136,7 @@ def _write(
     os.replace(temporary, workdir / RUN_FILE)
 
 
-def _check_same(saved: Any, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+def _check_same(saved: Document, config: ExperimentConfig, workdir: pathlib.Path) -> None:
     now = json.loads(json.dumps(config.to_dict()))
     difference = first_difference(_comparable(saved), _comparable(now))
     if difference:
@@ -143,7 +146,7 @@ def _check_same(saved: Any, config: ExperimentConfig, workdir: pathlib.Path) -> 
         )
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def _comparable(config: Document) -> Document:
     return {
         part: {k: v for k, v in values.items() if k not in _RUNTIME_FIELDS.get(part, ())}
         if isinstance(values, dict)

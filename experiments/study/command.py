@@ -6,7 +6,6 @@ SIGSTOP and SIGCONT pause. Records, tables and pictures are left in --output, co
 --report writes the latter two anew, and --check runs one recorded cell again.
 """
 
-import difflib
 import importlib
 import json
 import pathlib
@@ -19,6 +18,7 @@ from absl import flags
 from experiments.common import cli, runs
 from experiments.study.grid import Study
 from fusedkv_jax import training
+from fusedkv_jax.validation import nearest_or_all
 
 if TYPE_CHECKING:
     from experiments.study.statistics import Estimate
@@ -120,7 +120,5 @@ def _known(flag: str, names: list[str], known: Iterable[str]) -> list[str] | Non
     """The names, if all are known; None without any."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"
-            raise ValueError(f"--{flag}={name} is unknown; {hint}")
+            raise ValueError(f"--{flag}={name} is unknown{nearest_or_all(name, known)}")
     return names or None

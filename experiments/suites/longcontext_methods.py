@@ -1,12 +1,12 @@
 """What the long-context suite compares: compressors that the user names, or all of them."""
 
-import difflib
 from collections.abc import Sequence
 
 from fusedkv_jax import compression
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.evaluation import Method
+from fusedkv_jax.validation import nearest_or_all
 
 WHOLE = Method("whole cache")
 DTYPES = ("int8", "float8_e4m3fn", "int4")
@@ -26,9 +26,8 @@ def methods(specs: Sequence[str], dtypes: Sequence[str]) -> list[Method]:
     """
     for dtype in dtypes:
         if dtype not in STORAGE_TYPES:
-            near = difflib.get_close_matches(dtype, STORAGE_TYPES, n=2)
-            known = f"did you mean {' or '.join(near)}?" if near else ", ".join(STORAGE_TYPES)
-            raise ValueError(f"cache_dtype={dtype} is unknown; {known}")
+            found = nearest_or_all(dtype, STORAGE_TYPES)
+            raise ValueError(f"cache_dtype={dtype} is unknown{found}")
     found = [WHOLE]
     for spec in ("" if spec == "none" else spec for spec in specs or [""]):
         compressor = compression.parse(spec) if spec else None

@@ -6,7 +6,6 @@ have their tokens on the third axis. Everything here works array by array, which
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fusedkv_jax.cache.shardings import local_rows
 from fusedkv_jax.cache.storage_types import FLOATS, STORAGE_TYPES
+from fusedkv_jax.validation import nearest
 from pallas_kernels.quantized import Quantized, quantize
 
 SCALE_TYPE = jnp.float32  # of 8-bit codes, one for each token and head
@@ -44,9 +44,8 @@ def storage_type(dtype: DTypeLike) -> str:
         name, problem = str(dtype), "no dtype"
     if name in STORAGE_TYPES:
         return name
-    near = difflib.get_close_matches(name, STORAGE_TYPES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"dtype={dtype!r} is {problem}; use {', '.join(STORAGE_TYPES)}{hint}")
+    names = ", ".join(STORAGE_TYPES)
+    raise ValueError(f"dtype={dtype!r} is {problem}; use {names}{nearest(name, STORAGE_TYPES)}")
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Storage:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from fusedkv_jax import compression
+from fusedkv_jax.validation import nearest_or_all
 
 # Classes by name, so that the names cost no import of them.
 _REGISTRY = {
@@ -37,7 +37,7 @@ def parse(spec: str) -> compression.Compressor:
     name, colon, text = spec.partition(":")
     if name not in _REGISTRY:
         raise compression.CompressionError(
-            f"unknown compressor {name!r}{_nearest(name, list(_REGISTRY))}"
+            f"unknown compressor {name!r}{nearest_or_all(name, _REGISTRY)}"
         )
     found: type[compression.Compressor] = getattr(compression, _REGISTRY[name])
     # What calibration finds is no text.
@@ -51,7 +51,7 @@ def parse(spec: str) -> compression.Compressor:
             )
         if field not in known:
             raise compression.CompressionError(
-                f"compressor {name!r} has no {field!r}{_nearest(field, known)}"
+                f"compressor {name!r} has no {field!r}{nearest_or_all(field, known)}"
             )
         if field in options:
             raise compression.CompressionError(f"compressor {spec!r} sets {field} twice; keep one")
@@ -69,8 +69,3 @@ def _value(text: str) -> str | int | float | bool | None:
         except ValueError:
             pass
     return text
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; choose {', '.join(known)}"

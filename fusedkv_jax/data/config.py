@@ -1,10 +1,10 @@
 """The frozen settings of a data pipeline, validated when they are built."""
 
 import dataclasses
-import difflib
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from fusedkv_jax.data import sources
+from fusedkv_jax.validation import validate
 
 Packing = Literal["concat", "best_fit"]
 DecodeErrors = Literal["strict", "replace"]
@@ -58,46 +58,33 @@ class DataConfig:
     prefetch_batches: int = 8
 
     def __post_init__(self) -> None:
+        validate(self, ValueError, least=_LEAST, most=_MOST, prefix="data.")
         for name in ("source", "text_key", "tokenizer"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"data {name} must be a non-empty string, got {value!r}")
+            if not getattr(self, name):
+                raise ValueError(f"data.{name}='' is empty; give a name")
         sources.mixture(self.source)
-        _check_choice("packing", self.packing, get_args(Packing))
-        _check_choice("errors", self.errors, get_args(DecodeErrors))
-        for name in ("seq_len", "batch_size"):
-            _check_integer(name, getattr(self, name), 1)
         if self.batch_size * self.seq_len >= 2**31:
             raise ValueError(
-                f"data batch_size={self.batch_size} x seq_len={self.seq_len} is "
+                f"data.batch_size={self.batch_size} x data.seq_len={self.seq_len} is "
                 f"{self.batch_size * self.seq_len:,} tokens a batch, of 2**31 - 1 at most; lower "
                 "one of them"
             )
-        _check_integer("num_threads", self.num_threads, 0, 1024)
-        _check_integer("prefetch_batches", self.prefetch_batches, 1, 4096)
-        _check_integer("seed", self.seed, 0, 2**32 - 1)
-        _check_integer("max_document_mib", self.max_document_mib, 1, 1024)
-        if self.max_documents is not None:
-            _check_integer("max_documents", self.max_documents, 1)
-        check_holdout_fraction(self.holdout_fraction)
 
 
-def check_holdout_fraction(value: float) -> None:
-    """Raises ValueError unless `value` is a number from 0 to 1."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:
-        raise ValueError(f"data holdout_fraction must be from 0 to 1, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"data {name} must be an integer {wanted}, got {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"data {name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+_LEAST = {
+    "seq_len": 1,
+    "batch_size": 1,
+    "seed": 0,
+    "holdout_fraction": 0,
+    "max_documents": 1,
+    "max_document_mib": 1,
+    "num_threads": 0,
+    "prefetch_batches": 1,
+}
+_MOST = {
+    "seed": 2**32 - 1,
+    "holdout_fraction": 1,
+    "max_document_mib": 1024,
+    "num_threads": 1024,
+    "prefetch_batches": 4096,
+}

@@ -6,7 +6,6 @@ own B / processes rows of every batch, process 0 the first ones, and as many bat
 """
 
 import hashlib
-from typing import Any
 
 import grain
 import numpy as np
@@ -41,10 +40,10 @@ class TrainBatches(grain.DatasetIterator):
     def __next__(self) -> Batch:
         return next(self._parent)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         return {**self._parent.get_state(), "corpus": self.corpus}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, object]) -> None:
         """Continue from a state.
 
         Raises:
@@ -166,6 +165,9 @@ def _epochs(
             f"{source}: no documents to train on, all {num_heldout} are held out; lower "
             f"holdout_fraction ({config.holdout_fraction}) or add documents"
         )
+    # Every stage finds its element by index, so batch i is known without those before it: the whole
+    # state is one number, and a run that is resumed draws nothing twice. A stream that is shuffled
+    # would have to save what waits in its buffer.
     return grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
 
 
@@ -193,7 +195,7 @@ def _batch(
     rows, rest = divmod(config.batch_size, shard.shard_count)
     if rest:
         raise ValueError(
-            f"data batch_size {config.batch_size} must be a multiple of the "
+            f"data.batch_size={config.batch_size} must be a multiple of the "
             f"{shard.shard_count} processes"
         )
     # Parts of a batch, not single rows, go round: put side by side they are the whole batch.

@@ -13,12 +13,12 @@ The same numbers always make the same example.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 
 import numpy as np
 
 from fusedkv_jax.data.recall_forms import Form
+from fusedkv_jax.validation import nearest_or_all
 
 HOPS = 4
 CHAINS = 4
@@ -59,9 +59,7 @@ def names() -> tuple[str, ...]:
 def check(task: str) -> None:
     """Raise ValueError, with the nearest names, unless `task` is one of `names()`."""
     if task not in names():
-        near = difflib.get_close_matches(task, names(), n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(names())}"
-        raise ValueError(f"task={task} is unknown; {hint}")
+        raise ValueError(f"task={task} is unknown{nearest_or_all(task, names())}")
 
 
 def make(task: str, form: Form, *, length: int, count: int, seed: int = 0) -> Examples:

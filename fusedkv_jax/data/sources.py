@@ -1,7 +1,6 @@
 """Sources: from what the user names (files, globs, folders, python_stdlib) to documents."""
 
 import dataclasses
-import difflib
 import glob
 import itertools
 import math
@@ -11,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 
 from fusedkv_jax.data import formats
+from fusedkv_jax.validation import nearest_names
 
 PYTHON_STDLIB = "python_stdlib"
 RECALL = "recall"  # synthetic tasks, which are made and not read
@@ -181,5 +181,5 @@ def _hint(name: str, path: pathlib.Path) -> str:
     if not path.parent.is_dir():
         return ""
     names = [PYTHON_STDLIB, *(entry.name for entry in path.parent.iterdir())]
-    near = difflib.get_close_matches(pathlib.Path(name).name, names, n=1)
+    near = nearest_names(pathlib.Path(name).name, names)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,6 @@
 held-out text."""
 
 import dataclasses
-import difflib
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from fusedkv_jax.evaluation.longcontext import (
     text_case,
 )
 from fusedkv_jax.training import ExperimentConfig
+from fusedkv_jax.validation import nearest_or_all
 
 TEXT = "text"
 CONTINUATION = 64  # at most: half of a short text
@@ -74,9 +74,7 @@ class LongContextSettings:
 def _check(task: str) -> None:
     known = (*recall_tasks.names(), TEXT, ruler.ALL, *ruler.TASKS)
     if task not in known:
-        near = difflib.get_close_matches(task, known, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(known)}"
-        raise ValueError(f"task={task} is unknown; {hint}")
+        raise ValueError(f"task={task} is unknown{nearest_or_all(task, known)}")
 
 
 def default_tasks(config: ExperimentConfig, heldout: bool = True) -> tuple[str, ...]:

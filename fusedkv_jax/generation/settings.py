@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -25,7 +24,7 @@ from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.parts import Parts
 from fusedkv_jax.generation.sampling import SamplerInputs, bucket
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.validation import check_kind
+from fusedkv_jax.validation import check_kind, nearest_or_all
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -226,6 +225,4 @@ def _unknown(name: str, value: object, known: list[str]) -> str:
                 f"{name} is a sampling parameter; pass it as"
                 f" params={kind.__name__}({name}={value!r})"
             )
-    near = difflib.get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(known)}"
-    return f"unknown argument {name!r}; {hint}"
+    return f"unknown argument {name!r}{nearest_or_all(name, known)}"

@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from fusedkv_jax.layouts import grammar
 from fusedkv_jax.layouts.algebra import (
@@ -27,7 +27,7 @@ from fusedkv_jax.layouts.algebra import (
     reuse,
 )
 from fusedkv_jax.layouts.grammar import Recursion, fused
-from fusedkv_jax.validation import check_type, nearest
+from fusedkv_jax.validation import check_type, nearest_or_all
 
 _REGISTRY: dict[str, Callable[..., KVLayout]] = {}
 # Head geometries: every layer owns its streams, and how many heads there are is set elsewhere.
@@ -326,12 +326,14 @@ def get(name: str, num_layers: int, **options: object) -> KVLayout:
     check_type("name", name, str, LayoutError)
     function = _REGISTRY.get("mha" if name in _GEOMETRIES else name)
     if function is None:
-        raise LayoutError(f"unknown layout {name!r}{_suggest(name, _REGISTRY)}")
+        raise LayoutError(f"unknown layout {name!r}{nearest_or_all(name, _REGISTRY)}")
     hints = typing.get_type_hints(function)
     known = list(inspect.signature(function).parameters)[1:]
     for option, value in options.items():
         if option not in known:
-            raise LayoutError(f"layout {name!r} has no option {option!r}{_suggest(option, known)}")
+            raise LayoutError(
+                f"layout {name!r} has no option {option!r}{nearest_or_all(option, known)}"
+            )
         value = tuple(value) if isinstance(value, list) else value
         check_type(f"layout {name!r}, option {option}", value, hints[option], LayoutError)
         options[option] = value
@@ -355,7 +357,7 @@ def resolve(spec: str, num_layers: int) -> KVLayout:
     check_type("layout", spec, str, LayoutError)
     _check_depth(num_layers)
     name, colon, text = spec.partition(":")
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for part in text.split(",") if colon else ():
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if not option or not equals or not value:
@@ -410,7 +412,3 @@ def _value(text: str) -> int | float | bool | str | None | tuple[int, ...]:
 
 def _text(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    return nearest(name, known) or f"; choose {', '.join(known) or 'none'}"

@@ -1,16 +1,15 @@
 """The configuration of a training run: model, data, optimizer and loop in one frozen tree."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.mesh import MeshConfig
 from fusedkv_jax.training.early_exit_config import EarlyExitConfig
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
-from fusedkv_jax.validation import validate
+from fusedkv_jax.validation import build, validate
 
 LOGITS_MIB = 512  # of float32 logits at a time
 GradientType = Literal["float32", "bfloat16"]
@@ -64,27 +63,26 @@ class TrainConfig:
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "grad_accumulation", "logits_mib", "log_every", "keep_checkpoints"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_best"):
-            _check_integer(name, getattr(self, name), 0)
-        for name, kind in (("gradient_dtype", GradientType), ("trainable", Trainable)):
-            if getattr(self, name) not in get_args(kind):
-                known = " or ".join(get_args(kind))
-                raise ValueError(f"train.{name}={getattr(self, name)!r}; choose {known}")
-        validate(self, ValueError, prefix="train.")
-        if self.checkpoint_minutes < 0:
-            raise ValueError(
-                f"train.checkpoint_minutes={self.checkpoint_minutes} must be 0 or more minutes"
-            )
-        if self.peak_flops is not None and self.peak_flops <= 0:
-            raise ValueError(f"train.peak_flops={self.peak_flops} must be positive, or none")
+        validate(
+            self, ValueError, least=_LEAST, most=_MOST, above={"peak_flops": 0}, prefix="train."
+        )
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or not least <= value < 2**31:
-        raise ValueError(f"train.{name}={value!r} must be a whole number from {least} to 2**31 - 1")
+_LEAST = {
+    "steps": 1,
+    "grad_accumulation": 1,
+    "logits_mib": 1,
+    "seed": 0,
+    "log_every": 1,
+    "eval_every": 0,
+    "eval_batches": 0,
+    "checkpoint_every": 0,
+    "checkpoint_minutes": 0,
+    "keep_checkpoints": 1,
+    "keep_best": 0,
+}
+# Steps are counted in int32 on the device.
+_MOST = dict.fromkeys(_LEAST.keys() - {"checkpoint_minutes"}, 2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,31 +117,26 @@ class ExperimentConfig:
                 f"{self.model.max_length}; raise model.max_length or lower data.seq_len"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A nested dictionary that JSON can hold; `from_dict` reverses it."""
         parts = {name: dataclasses.asdict(getattr(self, name)) for name in _PARTS}
         return {"name": self.name, "model": self.model.to_dict(), **parts}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ExperimentConfig":
+    def from_dict(cls, values: Mapping[str, object]) -> "ExperimentConfig":
         """Build and validate the configuration that `to_dict` described.
 
         Raises:
           ValueError: an unknown field or a value that is not allowed.
         """
-        parts = {} if not isinstance(values, Mapping) else dict(values)
+        given: dict[str, Any] = dict(values) if isinstance(values, Mapping) else {}
         for name in ("name", "model", "data"):
-            if name not in parts:
+            if name not in given:
                 raise ValueError(f"the experiment has no {name}; to_dict() gives all of it")
-        check_fields(cls, parts, "the experiment")
-        parts["model"] = ModelConfig.from_dict(parts["model"])
+        parts: dict[str, object] = {"model": ModelConfig.from_dict(given["model"])}
         for name, kind in _PARTS.items():
-            fields = parts.get(name, {})
-            if not isinstance(fields, Mapping):
-                raise ValueError(f"{name}={fields!r}; use fields by name")
-            check_fields(kind, fields, name)
-            parts[name] = kind(**fields)
-        return cls(**parts)
+            parts[name] = build(kind, given.get(name, {}), ValueError, f"{name}.")
+        return build(cls, given | parts, ValueError)
 
 
 _PARTS = {
@@ -155,16 +148,7 @@ _PARTS = {
 }
 
 
-def check_fields(kind: type, names: Iterable[str], where: str) -> None:
-    """Raise ValueError, with the nearest names, unless all names are fields of `kind`."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise ValueError(f"{where} has no field {name!r}; did you mean {' or '.join(near)}?")
-
-
-def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+def first_difference(old: object, new: object, path: str = "") -> str | None:
     """Where two plain trees differ first, as "path: old -> new", or None."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):

@@ -41,10 +41,7 @@ class EarlyExitConfig:
     rotation: int = 4
 
     def __post_init__(self) -> None:
-        validate(self, ValueError, prefix="early_exit.")
-        if not 0 <= self.max_dropout < 1:
-            raise ValueError(f"early_exit.max_dropout={self.max_dropout}; use 0 up to below 1")
-        if self.loss_scale < 0:
-            raise ValueError(f"early_exit.loss_scale={self.loss_scale}; use 0 or more")
-        if self.rotation < 1:
-            raise ValueError(f"early_exit.rotation={self.rotation}; use 1 or more")
+        least = {"max_dropout": 0, "loss_scale": 0, "rotation": 1}
+        validate(self, ValueError, least=least, prefix="early_exit.")
+        if self.max_dropout >= 1:
+            raise ValueError(f"early_exit.max_dropout={self.max_dropout}; use a number below 1")

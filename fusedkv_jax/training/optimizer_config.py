@@ -36,22 +36,17 @@ class OptimizerConfig:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        validate(self, ValueError, prefix="optimizer.")
-        for name in ("learning_rate", "eps", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"optimizer.{name}={getattr(self, name)} must be a positive number"
-                )
+        validate(
+            self,
+            ValueError,
+            least=dict.fromkeys(
+                ("warmup_steps", "final_fraction", "beta1", "beta2", "weight_decay", "skip_spikes"),
+                0,
+            ),
+            most={"final_fraction": 1},
+            above=dict.fromkeys(("learning_rate", "eps", "clip_norm"), 0),
+            prefix="optimizer.",
+        )
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(
-                f"optimizer.final_fraction={self.final_fraction} must be between 0 and 1"
-            )
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
-        if self.skip_spikes < 0:
-            raise ValueError(f"optimizer.skip_spikes={self.skip_spikes} must be 0 or more")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must be 0 or more")
+            if getattr(self, name) >= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}; use a number below 1")

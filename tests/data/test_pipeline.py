@@ -141,7 +141,7 @@ def test_other_documents_cannot_go_on(source, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_over_the_processes(source):
-    with pytest.raises(ValueError, match="data batch_size 4 must be a multiple of the 3 proc"):
+    with pytest.raises(ValueError, match="data.batch_size=4 must be a multiple of the 3 proc"):
         make_train_iterator(config(source), shard=ShardOptions(0, 3))
 
 

@@ -46,7 +46,10 @@ REFUSED = [
     ("train --config=demo --workdir=x --config.train.steps=0", "error: --config.train.steps=0 "),
     ("train --config=demo --config.optimizer.eps=-1", "error: --config.optimizer.eps=-1"),
     ("train --config=demo --config.mesh.fsdp=0", "error: --config.mesh.fsdp=0 must"),
-    ("prepare_data --input=x --output_dir=y --num_shards=0", "error: --num_shards must be from"),
+    (
+        "prepare_data --input=x --output_dir=y --num_shards=0",
+        "error: --num_shards=0; use a whole number from 1",
+    ),
     ("demo --workdir=x --repeats=0", "error: --repeats=0; use 1 or more"),
     ("train --config=demo --workdir=x --config.data.batch_size=1000000000", "lower one of them"),
     ("costs --lenght=3", "did you mean --length?"),

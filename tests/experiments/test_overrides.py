@@ -110,5 +110,5 @@ def test_derived_head_size_follows_the_width(experiment):
 
 
 def test_values_are_validated_by_the_configuration(experiment):
-    with pytest.raises(ValueError, match="train.steps=0 must be a whole number from 1"):
+    with pytest.raises(ValueError, match="train.steps=0; use a whole number from 1"):
         apply_overrides(experiment, ["train.steps=0"])

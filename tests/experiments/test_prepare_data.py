@@ -195,9 +195,9 @@ def test_an_empty_output_dir_and_max_documents(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_shards": 0}, "num_shards must be from 1 to 1024, got 0"),
-        ({"max_documents": 0}, "max_documents must be at least 1, got 0"),
-        ({"holdout_fraction": 2.0}, "data holdout_fraction must be from 0 to 1, got 2.0"),
+        ({"num_shards": 0}, "num_shards=0; use a whole number from 1 to 1024"),
+        ({"max_documents": 0}, "max_documents=0; use a whole number of at least 1 or None"),
+        ({"holdout_fraction": 2.0}, "holdout_fraction=2.0; use a number from 0 to 1"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -86,7 +86,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(toy, tmp_path):
         ([config, workdir, "--config.train.steps"], "write --config.train.steps=VALUE"),
         (
             [config, workdir, "--config.train.steps=-1"],
-            "train.steps=-1 must be a whole number from 1",
+            "train.steps=-1; use a whole number from 1",
         ),
         ([config, workdir, "--config.model.layout=fusedkw"], "fusedkv"),
         ([config, workdir, "--config.model.num_heads=3"], "num_heads=3"),

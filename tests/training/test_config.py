@@ -31,7 +31,7 @@ def test_round_trip_keeps_what_is_not_default(toy):
 def test_unknown_fields_suggest_the_nearest(toy, part, field, hint):
     values = toy.to_dict()
     values[part][field] = 1
-    with pytest.raises(ValueError, match=f"{part} has no field '{field}'; did you mean {hint}"):
+    with pytest.raises(ValueError, match=f"unknown field {part}.{field}; did you mean {hint}"):
         ExperimentConfig.from_dict(values)
 
 

@@ -187,7 +187,7 @@ def test_a_mesh_that_does_not_fit_is_one_clear_line(settings, message):
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_unknown_axis_types_are_refused():
-    with pytest.raises(MeshError, match="mesh.axis_types='manual'; choose auto or explicit"):
+    with pytest.raises(MeshError, match="mesh.axis_types='manual'; choose auto, explicit"):
         MeshConfig(axis_types="manual")  # pyright: ignore
 
 

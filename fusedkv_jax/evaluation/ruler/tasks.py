@@ -9,7 +9,6 @@ the seed, never on the model.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,6 +25,7 @@ from fusedkv_jax.evaluation.ruler.material import (
 from fusedkv_jax.evaluation.ruler.needles import Needles
 from fusedkv_jax.evaluation.ruler.questions import question_answering
 from fusedkv_jax.evaluation.ruler.story import Draw, Story, most_units
+from fusedkv_jax.validation import nearest_or_all
 
 ALL = "ruler"  # stands for all tasks
 
@@ -151,8 +151,7 @@ def make(
       ValueError: an unknown task, or one that does not fit into the length.
     """
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=2) or list(TASKS)
-        raise ValueError(f"task={task} is unknown; did you mean {' or '.join(near)}?")
+        raise ValueError(f"task={task} is unknown{nearest_or_all(task, TASKS)}")
     found, room = TASKS[task], length - TASKS[task].tokens
     samples = []
     for number in range(count):
