@@ -14,11 +14,13 @@ compiles the best few by that formula and reports the fastest.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from experiments.common import cli
+from experiments.common.documents import Document
 from experiments.common.overrides import apply_overrides
 from experiments.common.paper import inference, paper_run
 from fusedkv_jax import compile_ahead as ahead
@@ -62,7 +64,7 @@ def define_flags() -> None:
     cli.only_with("trials", search=True)
 
 
-def experiment(place: Slice, devices: Any) -> ExperimentConfig:
+def experiment(place: Slice, devices: Sequence[Any]) -> ExperimentConfig:
     """What --preset or --config, and the overrides, ask for."""
     if FLAGS.preset is None:
         return cli.load_config()
@@ -74,7 +76,7 @@ def experiment(place: Slice, devices: Any) -> ExperimentConfig:
 
 
 def _train(
-    config: ExperimentConfig, place: Slice, devices: Any
+    config: ExperimentConfig, place: Slice, devices: Sequence[Any]
 ) -> tuple[ahead.report.Report, list[str]]:
     if not FLAGS.search:
         from fusedkv_jax.sharding import make_mesh
@@ -138,7 +140,7 @@ def main() -> None:
     print(f"{config.name}, {layout}, on {ahead.text.describe_slice(place)}\n")
     if "train" in FLAGS.programs:
         print(f"{_settings(config, place)}\n", flush=True)
-    reports: list[dict[str, Any]] = []
+    reports: list[Document] = []
     tried: list[str] = []
     for name in FLAGS.programs:
         if name == "train":

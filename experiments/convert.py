@@ -19,6 +19,7 @@ from absl import flags
 
 import fusedkv_jax as fkv
 from experiments.common import cli, models, outputs
+from experiments.common.documents import Document
 from fusedkv_jax import costs, interop, training
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.training.monitoring.metrics import step_of
@@ -59,7 +60,7 @@ def main() -> int:
         loaded = _write(loaded, kind, folder, output)
     count = costs.parameter_count(loaded.model.config)
     print(f"{loaded.where} -> {output}: {count:,} parameters, {_layout(loaded.model)}")
-    report: dict[str, Any] = {"output": str(output), "format": kind, "parameters": count}
+    report: Document = {"output": str(output), "format": kind, "parameters": count}
     same = True
     if FLAGS.check:
         rows = _check(loaded, output, kind)
@@ -105,7 +106,7 @@ def _layout(model: fkv.Decoder) -> str:
     return f"layout {layout.spec}" if layout.spec else f"{layout.num_layers} layers"
 
 
-def _check(loaded: models.Loaded, output: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+def _check(loaded: models.Loaded, output: pathlib.Path, kind: str) -> list[Document]:
     """A row for each side: how far its logits are from the first's, and whether its text is."""
     import numpy as np
 
@@ -188,7 +189,7 @@ def _theirs(model: Any, ids: list[int]) -> tuple[np.ndarray, list[int]]:
     return logits, written[0, len(ids) :].tolist()
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[Document]) -> None:
     print(f"{'side':<24}  {'largest logit difference':>24}  {'same text':>9}")
     for row in rows:
         same = "yes" if row["same text"] else "NO"

@@ -7,11 +7,11 @@ Nothing is allocated or run. The last line is the same as one JSON document.
 """
 
 import json
-from typing import Any
 
 from absl import flags
 
 from experiments.common import cli
+from experiments.common.documents import Document
 from fusedkv_jax import costs, layouts, presets
 
 FLAGS = flags.FLAGS
@@ -51,7 +51,7 @@ def define_flags() -> None:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Document]) -> str:
     """Plain-text table of the rows of one preset; a refused layout shows the reason."""
     name_width = max(len(row["layout"]) for row in rows)
     lines = ["  ".join(["layout".ljust(name_width), *(column[0] for column in _COLUMNS)])]
@@ -69,7 +69,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _rows(preset: str, length: int, dtype: str) -> list[dict[str, Any]]:
+def _rows(preset: str, length: int, dtype: str) -> list[Document]:
     heads = FLAGS.num_kv_heads
     overrides = {} if heads is None else {"num_kv_heads": heads}
     presets.get(preset, layout="mha", **overrides)  # what is wrong here is wrong in every row

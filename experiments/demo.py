@@ -19,9 +19,11 @@ from absl import flags
 
 import fusedkv_jax as fkv
 from experiments.common import cli, completions, pictures, runs
+from experiments.common.documents import Document
 from fusedkv_jax import costs, processes, training
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.encoding import encode_prompt
+from fusedkv_jax.layouts import KVLayout
 from fusedkv_jax.training import ExperimentConfig
 
 FLAGS = flags.FLAGS
@@ -62,9 +64,7 @@ class Timing:
                 raise ValueError(f"{name}={getattr(self, name)}; use {_MOST:,} or less")
 
 
-def compare(
-    config: ExperimentConfig, workdir: pathlib.Path, timing: Timing = Timing()
-) -> dict[str, Any]:
+def compare(config: ExperimentConfig, workdir: pathlib.Path, timing: Timing = Timing()) -> Document:
     """Train the layout of `config` and the baseline with equal budgets; returns the results.
 
     Args:
@@ -123,7 +123,7 @@ def compare(
     return results
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Document) -> str:
     """The comparison in plain text: a column for each layout, and their ratio."""
     layouts = list(results["layouts"])
     lines = [["", *layouts, "ratio"]]
@@ -141,7 +141,7 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def _with_layout(config: ExperimentConfig, name: str, layout: Any) -> ExperimentConfig:
+def _with_layout(config: ExperimentConfig, name: str, layout: str | KVLayout) -> ExperimentConfig:
     model = config.model.replace(layout=layout)
     return dataclasses.replace(config, name=f"{config.name} {name}", model=model)
 

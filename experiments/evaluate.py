@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from experiments.common import cli, models
+from experiments.common.documents import Document
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.cache import STORAGE_TYPES
 from fusedkv_jax.training.monitoring.progress import Progress
@@ -84,7 +85,7 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def perplexity() -> dict[str, Any]:
+def perplexity() -> Document:
     """Loss on held-out text."""
     from flax import nnx
 
@@ -108,7 +109,7 @@ def perplexity() -> dict[str, Any]:
     return report
 
 
-def length() -> dict[str, Any]:
+def length() -> Document:
     """Loss by position and storage type, of held-out texts that are long enough."""
     from fusedkv_jax.evaluation import at_length, total
     from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
@@ -131,7 +132,7 @@ def length() -> dict[str, Any]:
     return {"name": config.name, "step": step, "length": size, "rows": rows}
 
 
-def long_context() -> dict[str, Any]:
+def long_context() -> Document:
     """Recall from compressed caches, for one or several runs, or another's model."""
     from experiments.suites import longcontext, longcontext_methods, longcontext_report
     from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
@@ -162,7 +163,7 @@ def long_context() -> dict[str, Any]:
     return results
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: Document) -> None:
     """Print names and values in two columns."""
     width = max(map(len, report))
     for name, value in report.items():

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from absl import flags
 
@@ -214,7 +214,7 @@ class LiveRates:
 def main() -> None:
     # Before the model is read, so that a bad value is reported at once.
     params = sampling_params()
-    early: Any = {"true": True, "false": False, "never": "never"}[FLAGS.early_stopping]
+    early: dict[str, bool | Literal["never"]] = {"true": True, "false": False, "never": "never"}
     beams = None
     if FLAGS.beam_width:
         beams = BeamSearchParams(
@@ -222,7 +222,7 @@ def main() -> None:
             n=params.n,
             max_tokens=params.max_tokens or 1,
             length_penalty=FLAGS.length_penalty,
-            early_stopping=early,
+            early_stopping=early[FLAGS.early_stopping],
             ignore_eos=params.ignore_eos,
             stop_token_ids=params.stop_token_ids,
         )

@@ -13,12 +13,12 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
 
 from absl import flags
 
 import fusedkv_jax as fkv
 from experiments.common import cli
+from experiments.common.documents import Document
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.training import ExperimentConfig
 
@@ -64,13 +64,14 @@ def main() -> None:
     options = {"group": FLAGS.group, "refit": FLAGS.refit}
     models: dict[str, fkv.Decoder] = {"whole": fkv.fold_fusion(model)}
     reads: dict[str, float] = {}
-    report: Any = None
+    report: compression.PruningReport | None = None
     for budget, folder in folders.items():  # the smallest first: its report has all steps
         pruned, found = compression.prune_sources(model, budget, texts, progress=_say, **options)
         save(pruned, config, folder)
         report = report or found
         name = f"budget {budget:g}"
         models[name], reads[name] = pruned, found.steps[-1].reads
+    assert report is not None
     reads["whole"] = report.steps[0].reads
     print(report)
     rows = _rows(models, reads, config)
@@ -107,7 +108,7 @@ def _say(step: compression.PruningStep) -> None:
 
 def _rows(
     models: dict[str, fkv.Decoder], reads: dict[str, float], config: ExperimentConfig
-) -> list[dict[str, Any]]:
+) -> list[Document]:
     """Reads, loss and time of every model."""
     import numpy as np
     from flax import nnx

@@ -18,11 +18,11 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from experiments.common import cli
+from experiments.common.documents import Document
 from fusedkv_jax import costs, presets
 from fusedkv_jax.serving import POLICIES, PagedMemory, Scheduler
 from fusedkv_jax.serving.simulate import (
@@ -152,7 +152,7 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Document]) -> str:
     """A Markdown table of the rows."""
     heads = [heading for heading, _, _ in _COLUMNS]
     lines = [heads, ["---" if form == "s" else "---:" for _, _, form in _COLUMNS]]
@@ -160,7 +160,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+def draw(rows: Sequence[Document], path: pathlib.Path) -> None:
     """Goodput, TTFT and TPOT against the load, a line for each layout and policy."""
     from matplotlib.figure import Figure
 

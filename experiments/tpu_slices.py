@@ -9,11 +9,11 @@ a program takes some minutes of two CPU cores.
 
 import json
 import pathlib
-from typing import Any
 
 from absl import flags
 
 from experiments.common import cli
+from experiments.common.documents import Document
 from experiments.common.paper import inference, paper_run
 from fusedkv_jax import compile_ahead as ahead
 from fusedkv_jax.compile_ahead.chips import Slice
@@ -38,20 +38,20 @@ def define_flags() -> None:
     )
 
 
-def train(preset: str, layout: str, place: Slice) -> dict[str, Any]:
+def train(preset: str, layout: str, place: Slice) -> Document:
     """The first settings of the search that fit, and their report."""
     from pallas_kernels.tpu.topology import slice_devices
 
     config = paper_run(preset, layout)
     trials = ahead.search.search(config, place, slice_devices(place.name), wanted=1)
     best = trials[0]
-    row: dict[str, Any] = {"settings": str(best.candidate), "compiled": len(trials)}
+    row: Document = {"settings": str(best.candidate), "compiled": len(trials)}
     if best.report is None:
         return row | {"missing": best.missing}
     return row | best.report.to_dict()
 
 
-def serve(preset: str, layout: str, place: Slice, program: str) -> dict[str, Any]:
+def serve(preset: str, layout: str, place: Slice, program: str) -> Document:
     """Prefill or decoding on one host, a row for each device."""
     from pallas_kernels.tpu.topology import TOPOLOGIES, slice_devices
 
@@ -65,7 +65,7 @@ def serve(preset: str, layout: str, place: Slice, program: str) -> dict[str, Any
         return {"missing": error.missing}
 
 
-def compute(results: dict[str, Any], path: pathlib.Path) -> None:
+def compute(results: Document, path: pathlib.Path) -> None:
     """Fill in what is missing, the training steps first."""
     import jax
 
@@ -91,7 +91,7 @@ def compute(results: dict[str, Any], path: pathlib.Path) -> None:
         print(key, "does not fit" if "missing" in results[key] else "fits", flush=True)
 
 
-def tables(results: dict[str, Any]) -> str:
+def tables(results: Document) -> str:
     """Training, then prefill and decoding."""
     from pallas_kernels.tpu.topology import TOPOLOGIES
 
@@ -112,7 +112,7 @@ def tables(results: dict[str, Any]) -> str:
     return page
 
 
-def _figures(row: dict[str, Any], place: Slice) -> list[str]:
+def _figures(row: Document, place: Slice) -> list[str]:
     if "missing" in row:
         return [f"does not fit: {ahead.report.gib(row['missing'])} missing", "", "", ""]
     estimate = row["estimate"]

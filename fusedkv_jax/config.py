@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fusedkv_jax import layouts
 from fusedkv_jax.geometry import Geometry
@@ -318,7 +318,7 @@ class ModelConfig:
                 changes["num_kv_heads"] = None
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values for JSON; `from_dict` inverts it."""
         fields = dataclasses.asdict(self)
         spec = self.kv_layout.spec

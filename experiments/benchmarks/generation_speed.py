@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import nnx
 from experiments.benchmarks.report import Measurement, Target
 from experiments.benchmarks.turns import take_turns
 from experiments.common import runs
+from experiments.common.documents import Document
 from fusedkv_jax import training
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.compression import Compressor
@@ -42,15 +42,15 @@ def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Mea
         model = nnx.merge(graph, params)
         return model.observe(tokens, count, cache, lambda reading: None, rows=prompt)[:2]
 
-    def prefill(early: bool) -> Any:
+    def prefill(early: bool) -> jax.Array:
         cache = programs.empty_cache(1, prompt)
         if early:
             return programs.prefill(prompts, cache, PrefillPlan()).logits
         return all_layers(*programs.split, *map(jnp.asarray, prompts), cache)[0]
 
-    logits: dict[str, Any] = {}
+    logits: dict[str, jax.Array] = {}
 
-    def contestant(name: str, early: bool) -> Callable[[], Any]:
+    def contestant(name: str, early: bool) -> Callable[[], object]:
         def call() -> None:
             logits[name] = jax.block_until_ready(prefill(early))
 
@@ -90,7 +90,7 @@ def measure_speculation(
         ways[most] = drafter(draft_tokens=max(DRAFTS), adaptive=True)
     outputs: dict[str, list] = {}
 
-    def contestant(name: str) -> Callable[[], Any]:
+    def contestant(name: str) -> Callable[[], object]:
         def call() -> None:
             found = generate(model, prompts, params, batch_size=1, speculation=ways[name])
             outputs[name] = [completion.token_ids for completion in found]
@@ -181,6 +181,6 @@ def _random_tokens(config: ModelConfig, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
 
 
-def _setting(config: ModelConfig) -> dict[str, Any]:
+def _setting(config: ModelConfig) -> Document:
     names = ("num_layers", "d_model", "num_heads", "kv_heads", "d_ff", "vocab_size")
     return {name: getattr(config, name) for name in names}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 import pallas_kernels
 from experiments.benchmarks.report import Measurement, Target
@@ -41,7 +42,7 @@ class AttentionShape:
         return 4 * self.batch * self.heads * self.size * pairs
 
     def draw(
-        self, sources: int, dtype: Any = jnp.bfloat16
+        self, sources: int, dtype: DTypeLike = jnp.bfloat16
     ) -> tuple[
         jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array | None, jax.Array | None
     ]:

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +103,9 @@ def measure_recompilation(
     )
 
 
-def lower_train_step(config: ModelConfig, *, batch: int = 2, length: int = 64) -> Any:
+def lower_train_step(
+    config: ModelConfig, *, batch: int = 2, length: int = 64
+) -> jax.stages.Lowered:
     """The train step, traced and lowered from shapes alone."""
     settings = training.OptimizerConfig()
     optimizer = training.make_optimizer(settings, 100)
@@ -117,20 +118,22 @@ def lower_train_step(config: ModelConfig, *, batch: int = 2, length: int = 64) -
     return jax.jit(step, donate_argnums=0).lower(state, dict.fromkeys(names, tokens))
 
 
-def lower_decode_loop(config: ModelConfig, *, batch: int = 2, length: int = 64) -> Any:
+def lower_decode_loop(
+    config: ModelConfig, *, batch: int = 2, length: int = 64
+) -> jax.stages.Lowered:
     """The decode loop, traced and lowered from shapes alone."""
     return GenerationPrograms.abstract(config).lower_decode(batch, length)
 
 
-PROGRAMS: dict[str, Callable[[ModelConfig], Any]] = {
+PROGRAMS: dict[str, Callable[[ModelConfig], jax.stages.Lowered]] = {
     "train step": lower_train_step,
     "decode loop": lower_decode_loop,
 }
 
 
-def size(compiled: Any) -> int:
+def size(compiled: jax.stages.Compiled) -> int:
     """Instructions of a compiled program, those of its fusions and loops included."""
-    return sum(" = " in line for line in compiled.as_text().splitlines())
+    return sum(" = " in line for line in (compiled.as_text() or "").splitlines())
 
 
 def measure_depth(config: ModelConfig, *, depths: tuple[int, int], rounds: int) -> Measurement:

@@ -6,10 +6,12 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
+
+from experiments.common.documents import Document, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Target:
         compare = {"<=": float.__le__, ">=": float.__ge__, "==": float.__eq__}
         return compare[self.relation](float(self.value), float(self.bound))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Fields for JSON, with the verdict."""
         return {**dataclasses.asdict(self), "met": self.met}
 
@@ -52,18 +54,18 @@ class Measurement:
     """
 
     title: str
-    setting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rows: Sequence[Mapping[str, Any]] = ()
+    setting: Row = dataclasses.field(default_factory=dict)
+    rows: Sequence[Row] = ()
     targets: Sequence[Target] = ()
     skipped: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Fields for JSON."""
         fields = dataclasses.asdict(self)
         return {**fields, "targets": [target.to_dict() for target in self.targets]}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Measurement":
+    def from_dict(cls, fields: Row) -> "Measurement":
         """The measurement whose `to_dict` this is."""
         names = [field.name for field in dataclasses.fields(Target)]
         targets = [Target(**{name: x[name] for name in names}) for x in fields["targets"]]
@@ -83,7 +85,7 @@ class Measurement:
         return "\n".join(lines)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Document:
     """The device and the versions that numbers depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
     device = jax.devices()[0]
@@ -100,7 +102,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(stem: str, document: Mapping[str, Any], tables: Sequence[str]) -> None:
+def write(stem: str, document: Row, tables: Sequence[str]) -> None:
     """The document as `stem`.json, and the tables with the device's name as `stem`.md."""
     device, versions = document["device"], document["versions"]
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -132,13 +134,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(rows: Sequence[Row]) -> list[str]:
     columns = list(rows[0])
     cells = [columns, *([_show(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

@@ -10,9 +10,9 @@ import subprocess
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from experiments.benchmarks.report import Measurement
+from experiments.common.documents import Document, Row
 
 _GRACE = 60  # seconds from SIGTERM, at which a run of training saves, to SIGKILL
 
@@ -33,7 +33,7 @@ class Step:
     command: tuple[str, ...]
 
 
-def read(step: Step, folder: pathlib.Path) -> dict[str, Any] | None:
+def read(step: Step, folder: pathlib.Path) -> Document | None:
     """What a step left: its state (`done` or `failed`), seconds and result; None if nothing."""
     try:
         return json.loads((folder / f"{step.name}.json").read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def run(
     environment: Mapping[str, str],
     root: pathlib.Path,
     seconds: float | None,
-) -> dict[str, Any] | None:
+) -> Document | None:
     """Run a step and write its result file.
 
     Args:
@@ -119,7 +119,7 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
         process.wait()
 
 
-def _last_line(printed: str) -> dict[str, Any] | None:
+def _last_line(printed: str) -> Document | None:
     try:
         document = json.loads(printed.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -127,7 +127,7 @@ def _last_line(printed: str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _junit(path: pathlib.Path) -> dict[str, Any] | None:
+def _junit(path: pathlib.Path) -> Document | None:
     """How many tests passed and were skipped, and the names of those that failed."""
     if not path.exists():
         return None
@@ -167,7 +167,7 @@ def markdown(device: str, plan: list[Step], folder: pathlib.Path) -> str:
     return "\n".join([*lines, *tables]) + "\n"
 
 
-def _outcome(found: Mapping[str, Any]) -> str:
+def _outcome(found: Row) -> str:
     result = found["result"] or {}
     if "passed" in result:
         failed = "".join(f", {name} failed" for name in result["failed"])

@@ -67,7 +67,7 @@ def train_step(config: ModelConfig, tokens: np.ndarray, targets: np.ndarray) -> 
 
 def generator(
     config: ModelConfig, prompts: np.ndarray, new_tokens: int, *, compiled: bool
-) -> Callable[[], Any]:
+) -> Callable[[], object]:
     """Greedy `generate` with a static cache, its forward pass compiled by PyTorch on request."""
     import torch
     import transformers

@@ -1,16 +1,17 @@
 """The suite `training`: what checkpoints cost a run, and what a loss in chunks does."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from experiments.benchmarks.generation import toy_config
 from experiments.benchmarks.report import Measurement, Target
@@ -18,7 +19,7 @@ from experiments.benchmarks.turns import take_turns
 from fusedkv_jax import data, training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, make_mesh, put_batch
-from fusedkv_jax.training import TrainProgram, head_cross_entropy
+from fusedkv_jax.training import ExperimentConfig, TrainProgram, head_cross_entropy
 from fusedkv_jax.training.checkpointing import manifest
 from fusedkv_jax.training.loss import sum_cross_entropy
 from fusedkv_jax.training.step import BATCH_KEYS
@@ -52,7 +53,7 @@ def measurements(
     }
 
 
-def measure_saving(rounds: int, model: dict[str, Any], interval: int) -> Measurement:
+def measure_saving(rounds: int, model: dict[str, int], interval: int) -> Measurement:
     """Mean time of a step over intervals with and without an asynchronous save in them."""
     with tempfile.TemporaryDirectory() as folder:
         config = toy_config(pathlib.Path(folder))
@@ -172,14 +173,13 @@ def measure_loss(
     )
 
 
-def _with_batches(config: Any, model: ModelConfig, quick: bool) -> Any:
+def _with_batches(config: ExperimentConfig, model: ModelConfig, quick: bool) -> ExperimentConfig:
     rows, length = (2, 32) if quick else (4, 128)
-    values = config.to_dict() | {"model": model.to_dict()}
-    values["data"] |= {"batch_size": rows, "seq_len": length}
-    return type(config).from_dict(values)
+    batches = dataclasses.replace(config.data, batch_size=rows, seq_len=length)
+    return dataclasses.replace(config, model=model, data=batches)
 
 
-def _call(program: Any, *arguments: Any) -> None:
+def _call(program: Callable[..., PyTree], *arguments: jax.Array) -> None:
     jax.block_until_ready(program(*arguments))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers as hf
 
+from experiments.common.documents import Document
 from experiments.common.preparation import Preparation, prepare
 from experiments.study.claims import claim
 from fusedkv_jax.data import DataConfig, load_corpus, make_eval_batches, sources
@@ -51,7 +52,7 @@ def _only(folder: pathlib.Path, pattern: str) -> pathlib.Path:
     return found[0]
 
 
-def tokenize(texts: Texts, vocab_size: int, folder: pathlib.Path) -> dict[str, Any]:
+def tokenize(texts: Texts, vocab_size: int, folder: pathlib.Path) -> Document:
     """Make `tokenizer.json` and `tokens/` in a folder unless they are there; one worker does it.
 
     Returns:
@@ -111,7 +112,7 @@ def _write_tokens(texts: Texts, folder: pathlib.Path) -> None:
     )
 
 
-def _identity(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, Any]:
+def _identity(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> Document:
     config = DataConfig(
         source=str(folder / "tokens"),
         tokenizer=str(folder / "tokenizer.json"),

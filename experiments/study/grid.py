@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.common.documents import Document
 from fusedkv_jax import costs
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
@@ -96,7 +97,7 @@ class Cell:
         chance = f"seed{self.draw.seed}-order{self.draw.order}"
         return f"{self.size}-{self.row}-{chance}-lr{self.learning_rate:.3g}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Plain values for JSON; `from_dict` inverts it."""
         return dataclasses.asdict(self)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from experiments.common.documents import Document, Row
 from experiments.study.grid import Cell, Seeds, Study, non_embedding
 from fusedkv_jax import costs, processes
 from fusedkv_jax.config import ModelConfig
@@ -18,13 +19,13 @@ from fusedkv_jax.training import OptimizerConfig
 from fusedkv_jax.training.config import first_difference
 
 VERSION = 1
-Record = dict[str, Any]
+Record = Document
 
 
 def make(
     study: Study,
     cell: Cell,
-    corpus: Mapping[str, Any],
+    corpus: Row,
     losses: Mapping[str, Mapping[str, float]],
     seconds: float,
 ) -> Record:
@@ -59,7 +60,7 @@ def make(
     }
 
 
-def settings(study: Study, cell: Cell) -> dict[str, Any]:
+def settings(study: Study, cell: Cell) -> Document:
     """Everything that the run's loss depends on, but its text; no path of the machine."""
     config = study.config(cell, pathlib.Path("corpus")).to_dict()
     data = {name: config["data"][name] for name in ("seq_len", "batch_size", "seed", "packing")}
@@ -68,7 +69,7 @@ def settings(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Document:
     """Device, versions, the cores that the process may use, and the commit of the code."""
     return processes.environment() | {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -136,19 +137,19 @@ def _read(path: pathlib.Path, study: Study) -> Record:
     return record
 
 
-def _with_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(found: Row) -> Document:
     """Settings with the fields that configurations have got since, at their defaults."""
     model = ModelConfig.from_dict(found["model"]).to_dict()
     optimizer = dataclasses.asdict(OptimizerConfig(**found["optimizer"]))
     return {**found, "model": plain(model), "optimizer": optimizer}
 
 
-def cell_of(record: Mapping[str, Any]) -> Cell:
+def cell_of(record: Row) -> Cell:
     """Which run a record is of."""
     return Cell.from_dict(record["cell"])
 
 
-def loss_of(record: Mapping[str, Any], text: str = "heldout") -> float:
+def loss_of(record: Row, text: str = "heldout") -> float:
     """Loss in nats per token on a text; infinite for a run that diverged."""
     loss = record["losses"][text]["loss"]
     return math.inf if loss is None else loss

@@ -7,12 +7,12 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from flax import nnx
 
 from experiments.common import runs
+from experiments.common.documents import Document
 from experiments.study import corpus, plan, records
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Study
@@ -43,7 +43,7 @@ class Worker:
     rows: Sequence[str] | None = None
 
     @functools.cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Document:
         """What identifies tokenizer and texts; made by the first worker that asks."""
         return corpus.tokenize(self.texts, self.study.vocab_size, self.workdir / "corpus")
 
@@ -155,7 +155,7 @@ def difference(old: records.Record, new: records.Record) -> str | None:
     return f"{name}: {ours:.6f} nats per token, recorded {theirs:.6f}, {apart:.2g} apart; {reason}"
 
 
-def _other_environment(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _other_environment(old: Document, new: Document) -> str:
     """All differences, but in what no computation depends on."""
     names = [name for name in old if old[name] != new.get(name)]
     return "; ".join(f"{name}: {old[name]} -> {new.get(name)}" for name in names)

@@ -8,11 +8,11 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
 from experiments.common import models
+from experiments.common.documents import Document
 from experiments.suites.longcontext_methods import refusal
 from fusedkv_jax import processes
 from fusedkv_jax.evaluation import Method, Score, evaluate_case
@@ -68,7 +68,7 @@ def run(
     settings: LongContextSettings,
     *,
     strict: bool = True,
-) -> dict[str, Any]:
+) -> Document:
     """Evaluate the newest checkpoints of runs, or another's model; returns the results.
 
     Args:
@@ -115,7 +115,7 @@ def evaluate_model(
     config: ExperimentConfig,
     methods: Sequence[Method],
     settings: LongContextSettings,
-) -> list[dict[str, Any]]:
+) -> list[Document]:
     """One row for each method; those that the model cannot use say why."""
     reasons = {method.name: refusal(method, model.config) for method in methods}
     usable = [method for method in methods if not reasons[method.name]]
@@ -127,8 +127,8 @@ def evaluate_model(
     return [_row(name, method, scores[method.name], reasons[method.name]) for method in methods]
 
 
-def _row(layout: str, method: Method, scores: Sequence[Score], refused: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"layout": layout, "method": method.name, "refused": refused}
+def _row(layout: str, method: Method, scores: Sequence[Score], refused: str) -> Document:
+    row: Document = {"layout": layout, "method": method.name, "refused": refused}
     if refused:
         return row
     accuracies = [score.accuracy for score in scores if score.accuracy is not None]

@@ -3,15 +3,16 @@
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+
+from experiments.common.documents import Row
 
 Points = tuple[tuple[float, float], ...]
 _MARKERS = "osD^v<>PX*"
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: Row) -> str:
     """The results as a Markdown document: a table for each model."""
     settings, environment = results["settings"], results["environment"]
     lines = [
@@ -41,7 +42,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
     accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
     cells = [f"{row['bytes_ratio']:.3f}", accuracy, f"{row['kl']:.2g}", f"{row['top1']:.3f}"]
     for task in tasks:
@@ -55,7 +56,7 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
+def draw(results: Row, path: pathlib.Path) -> None:
     """Write a picture of quality against cache bytes, a panel for each model."""
     models = list(results["models"])
     from matplotlib.figure import Figure
@@ -95,11 +96,11 @@ def coinciding(curves: Mapping[str, Points]) -> dict[Points, list[str]]:
     return names
 
 
-def _points(rows: Sequence[Mapping[str, Any]], quality: str) -> Points:
+def _points(rows: Sequence[Row], quality: str) -> Points:
     return tuple((row["bytes_ratio"], row[quality]) for row in rows)
 
 
-def write(results: Mapping[str, Any], folder: pathlib.Path) -> None:
+def write(results: Row, folder: pathlib.Path) -> None:
     """Leave longcontext.json, longcontext.md and longcontext.png in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1) + "\n"

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax import costs
@@ -41,7 +40,7 @@ class PruningStep:
         dropped: (kind, layer, source) of each read that was dropped.
         reads: bytes of cache that decoding a token reads, over those of a model that reads one
             stream of keys and one of values in every layer.
-        bytes_per_token: these bytes.
+        bytes_per_token: these bytes, of a bfloat16 cache with as many tokens as a calibration row.
         divergence: KL divergence of the next-token distributions from those of the model before
             any pruning, in nats per calibration token.
     """
@@ -79,8 +78,6 @@ def prune_sources(
     *,
     refit: bool = True,
     group: int = 1,
-    length: int | None = None,
-    dtype: DTypeLike = "bfloat16",
     progress: Callable[[PruningStep], None] | None = None,
 ) -> tuple[Decoder, PruningReport]:
     """A model whose layers read fewer fusion sources.
@@ -97,8 +94,6 @@ def prune_sources(
             least squares over the calibration text, to the stream as it was.
         group: consecutive layers that are pruned alike. Layers with the same sources are scanned,
             so larger groups keep the program small.
-        length: tokens in the cache for which reads are counted; by default the text's.
-        dtype: of the cache for which they are counted.
         progress: called with each step when it is done.
 
     Returns:
@@ -112,7 +107,7 @@ def prune_sources(
     for name, value in (("budget", budget), ("group", group)):
         if not value >= 1:
             raise CompressionError(f"{name}={value}; use at least 1")
-    pruning = _Pruning(fold_fusion(model), calibration, refit, length, dtype)
+    pruning = _Pruning(fold_fusion(model), calibration, refit)
     units = pruning.units(group)
     if not units:
         raise CompressionError(
@@ -145,12 +140,10 @@ class _Pruning:
         model: Decoder,
         calibration: Int[Array, "B T"],
         refit: bool,
-        length: int | None,
-        dtype: DTypeLike,
     ):
         self.model, self.config = model, model.config
         self.layout = model.config.kv_layout
-        self.length, self.dtype = length or calibration.shape[1], dtype
+        self.length = calibration.shape[1]
         self.streams = dict(_fused(self.layout))
         self.weights: dict[StreamName, np.ndarray] = {
             (kind, i): np.asarray(parameter[...][c], np.float64)
@@ -198,7 +191,7 @@ class _Pruning:
 
         def total(kept: Kept) -> int:
             config = dataclasses.replace(self.config, layout=self._layout(kept))
-            return costs.decode_cache_reads(config, self.length, self.dtype)
+            return costs.decode_cache_reads(config, self.length, "bfloat16")
 
         found = total(kept)
         return found / total({name: places[:1] for name, places in kept.items()}), found

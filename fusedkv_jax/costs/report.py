@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jax.typing import DTypeLike
 
 from fusedkv_jax import layouts
@@ -14,7 +12,7 @@ from fusedkv_jax.costs.flops import decode_flops, prefill_flops, train_flops_per
 from fusedkv_jax.costs.parameters import parameter_count
 
 
-def summary(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> dict[str, Any]:
+def summary(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> dict[str, object]:
     """Costs of one sequence of `length` tokens with a cache of `dtype`.
 
     Returns:

@@ -6,13 +6,13 @@ The sandbox keeps a template from the outside, and lets it count to infinity ins
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.runtime import Context
 
 from fusedkv_jax.data import template_sizes
 from fusedkv_jax.data.template_sizes import MAX_LENGTH, TooLong
@@ -28,7 +28,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self, filters: Mapping[str, Callable[..., Any]] | None = None) -> None:
+    def __init__(self, filters: Mapping[str, Callable[..., object]] | None = None) -> None:
         """Jinja's filters, and others in addition to them or in their place."""
         # Set as templates on the Hugging Face hub expect it.
         super().__init__(
@@ -44,7 +44,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["fitting"] = _fitting
         del self.globals["lipsum"]
 
-    def render(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
+    def render(self, template: jinja2.Template, variables: dict[str, object]) -> str:
         """The text of a template.
 
         Raises:
@@ -73,7 +73,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if self._rounds > MAX_ROUNDS:
             raise jinja2.TemplateRuntimeError(f"more than {MAX_ROUNDS:,} rounds of loops and calls")
 
-    def _counted(self, items: Iterable[Any]) -> list[Any]:
+    def _counted(self, items: Iterable[object]) -> list[object]:
         found = list(items)
         self._count(1 + len(found))
         return found
@@ -83,13 +83,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
         self._count(size // CHARACTERS_OF_A_ROUND)
 
-    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _bounded(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
         """A filter whose result is known to fit before it is computed."""
         skipped = int(hasattr(function, "jinja_pass_arg"))  # the environment or the context
         size_of = template_sizes.FILTERS.get(name, _size)
 
         @functools.wraps(function)
-        def bounded(*args: Any, **kwargs: Any) -> Any:
+        def bounded(*args: object, **kwargs: object) -> object:
             context, rest = args[:skipped], list(args[skipped:])
             if rest and isinstance(rest[0], Iterator):
                 rest[0] = self._counted(rest[0])
@@ -98,27 +98,29 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         return bounded
 
-    def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, called: object, /, *args: object, **kwargs: object) -> object:
         self._count(CALL_ROUNDS)
         owner = getattr(called, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
             args = tuple(self._counted(a) if isinstance(a, Iterator) else a for a in args)
-            size_of = template_sizes.METHODS.get(called.__name__, _size)
+            size_of = template_sizes.METHODS.get(getattr(called, "__name__", ""), _size)
             self._count_size(size_of(owner, *args, **kwargs))
         return super().call(context, called, *args, **kwargs)
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+    def wrap_str_format(self, value: object) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
 
-        def bounded(*args: Any, **kwargs: Any) -> str:
-            self._count_size(template_sizes.brace_format(value.__self__, [args, kwargs]))
+        def bounded(*args: object, **kwargs: object) -> str:
+            self._count_size(
+                template_sizes.brace_format(getattr(value, "__self__", ""), [args, kwargs])
+            )
             return wrapped(*args, **kwargs)
 
         return bounded
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         if isinstance(left, int) and isinstance(right, int):
             _check_bits(operator, left, right)
         elif operator == "%":
@@ -141,13 +143,13 @@ def _check_bits(operator: str, left: int, right: int) -> None:
         raise TooLong("a product of numbers is too large")
 
 
-def _size(value: Any = None, *_: Any, **__: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else 1
+def _size(value: object = None, *_: object, **__: object) -> int:
+    return len(value) if isinstance(value, Sized) else 1
 
 
-def _fitting(value: Any) -> Any:
+def _fitting(value: object) -> object:
     if isinstance(value, (list, tuple, dict)):
         template_sizes.length(value)
-    elif hasattr(value, "__len__") and len(value) > MAX_LENGTH:
+    elif isinstance(value, Sized) and len(value) > MAX_LENGTH:
         raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
     return value

@@ -34,7 +34,7 @@ def encode_chat(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
-    **variables: Any,
+    **variables: object,
 ) -> list[int]:
     """Tokens of a conversation.
 

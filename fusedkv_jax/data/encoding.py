@@ -6,15 +6,22 @@ document, so it begins with BOS too; a model has rarely seen a text that does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from fusedkv_jax.data.tokenizers import Tokenizer
 
 
-def encode_prompt(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+@runtime_checkable
+class Encoder(Protocol):
+    """What makes tokens of text: a `Tokenizer`, or another library's."""
+
+    def encode(self, text: str, /) -> Iterable[int]: ...
+
+
+def encode_prompt(tokenizer: Encoder, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Tokens of a text that begins a document.
 
     Args:
@@ -26,7 +33,7 @@ def encode_prompt(tokenizer: Any, text: str, *, add_special_tokens: bool = True)
     return [*document_beginning(tokenizer), *ids] if add_special_tokens else ids
 
 
-def document_beginning(tokenizer: Any) -> list[int]:
+def document_beginning(tokenizer: object) -> list[int]:
     """What stands before a document's first token: BOS, or nothing if there is no such token."""
     bos = getattr(tokenizer, "bos_id", None)
     return [] if bos is None else [int(bos)]

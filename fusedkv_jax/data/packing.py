@@ -178,11 +178,13 @@ class PackedSequences:
         row = empty_sequence(self._seq_len)
         low = 0
         for segment, piece in enumerate(self._plan[index], 1):
+            # One token more than pairs: the target of the last.
             tokens = self._documents.read(piece.document, piece.start, piece.stop + 1)
             here = slice(low, low + piece.stop - piece.start)
             row["tokens"][here] = tokens[:-1]
             row["targets"][here] = tokens[1:]
             row["segment_ids"][here] = segment
+            # Tokens attend within their segment only, so positions begin anew with it.
             row["positions"][here] = np.arange(piece.stop - piece.start)
             row["loss_mask"][here] = 1
             row["target_bytes"][here] = self._target_bytes(piece)

@@ -20,8 +20,8 @@ import json
 import pathlib
 import threading
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -102,7 +102,7 @@ def count(paths: Sequence[pathlib.Path]) -> dict[str, int]:
     return totals
 
 
-def write_metadata(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
+def write_metadata(folder: pathlib.Path, metadata: Mapping[str, object]) -> None:
     """Writes metadata.json, which says that all shards are there."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **metadata}, indent=2)
     begun = unfinished(folder / METADATA)
@@ -131,6 +131,15 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
     return metadata
 
 
+@runtime_checkable
+class Records(Protocol):
+    """A file of records, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> bytes: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shard:
     path: pathlib.Path
@@ -156,7 +165,7 @@ class ShardDocuments:
         nothing = np.zeros(0, np.int64)
         self.lengths = np.concatenate([nothing, *(file.lengths for file in files)])[:limit]
         self.num_bytes = np.concatenate([nothing, *(file.num_bytes for file in files)])[:limit]
-        self._readers: dict[int, Any] = {}
+        self._readers: dict[int, Records] = {}
         self._lock = threading.Lock()
 
     def read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -190,7 +199,7 @@ class ShardDocuments:
             )
         return tokens
 
-    def _reader(self, place: int) -> Any:
+    def _reader(self, place: int) -> Records:
         import grain
 
         # One source per file, so that a message can name the damaged one.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sized
 
 MAX_LENGTH = 10_000_000  # of any text or list on the way, and of the result
 _MAX_DIGITS = 4  # of the width of a field in a format
@@ -19,13 +18,14 @@ class TooLong(ValueError):
     """A text or a list would be longer than `MAX_LENGTH`."""
 
 
-def length(value: Any) -> int:
+def length(value: object) -> int:
     """The length of a value as text, about; containers count with all that they hold.
 
     Raises:
         TooLong: it is more than `MAX_LENGTH`; containers that share parts grow very fast.
     """
-    total, left = 0, [value]
+    left: list[object] = [value]
+    total = 0
     while left:
         each = left.pop()
         total += len(each) if isinstance(each, (str, bytes)) else 1
@@ -38,77 +38,81 @@ def length(value: Any) -> int:
     return total
 
 
-def percent_format(text: Any, arguments: Any) -> int:
+def percent_format(text: object, arguments: object) -> int:
     """The length of `text % arguments`."""
     return _of_fields([field[1] for field in _PERCENT_FIELD.finditer(str(text))], text, arguments)
 
 
-def brace_format(text: Any, arguments: Any) -> int:
+def brace_format(text: object, arguments: object) -> int:
     """The length of `text.format(...)`."""
     specs = [spec or "" for _, field, spec, _ in string.Formatter().parse(str(text)) if field]
     specs += re.findall(r"\{(:[^}]*)?\}", str(text))
     return _of_fields(specs, text, arguments)
 
 
-def _of_fields(specs: list[str], text: Any, arguments: Any) -> int:
+def _of_fields(specs: list[str], text: object, arguments: object) -> int:
     numbers = re.findall(r"\d+", " ".join(specs))
     if any(len(n) > _MAX_DIGITS for n in numbers) or any(re.search(r"[*{]", s) for s in specs):
         raise TooLong("a field of a format is too wide")
     return len(str(text)) + sum(map(int, numbers)) + len(specs) * length(arguments)
 
 
-def _padded(value: Any, width: int = 80, *_: Any) -> int:
+def _padded(value: object, width: int = 80, *_: object) -> int:
     return max(length(value), width)
 
 
-def _replaced(value: Any, old: Any, new: Any, count: int | None = None) -> int:
+def _replaced(value: object, old: object, new: object, count: int | None = None) -> int:
     return length(value) + str(value).count(str(old)) * length(new)
 
 
-def _indented(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> int:
+def _indented(value: object, width: int | str = 4, first: bool = False, blank: bool = False) -> int:
     step = len(width) if isinstance(width, str) else width
     return length(value) + (len(str(value).splitlines()) + 1) * step
 
 
 def _wrapped(
-    value: Any, width: int = 79, break_long_words: bool = True, wrapstring: Any = None, **_: Any
+    value: object,
+    width: int = 79,
+    break_long_words: bool = True,
+    wrapstring: object = None,
+    **_: object,
 ) -> int:
     text = str(value)
     lines = min(len(text), 2 * len(text) // max(width, 1) + text.count("\n") + 1)
     return len(text) + lines * length(wrapstring or "\n")
 
 
-def _joined(values: Any, d: Any = "", attribute: Any = None) -> int:
+def _joined(values: Sized, d: object = "", attribute: object = None) -> int:
     return length(values) + len(values) * length(d)
 
 
-def _batched(values: Any, linecount: int, fill_with: Any = None) -> int:
+def _batched(values: object, linecount: int, fill_with: object = None) -> int:
     return length(values) + linecount * length(fill_with)
 
 
-def _rounded(value: Any, precision: int = 0, method: Any = None) -> int:
+def _rounded(value: object, precision: int = 0, method: object = None) -> int:
     if abs(precision) > _MAX_PRECISION:
         raise TooLong(f"precision {precision} is too large")
     return 0
 
 
-def _as_json(value: Any, indent: int | str | None = None) -> int:
+def _as_json(value: object, indent: int | str | None = None) -> int:
     if (len(indent) if isinstance(indent, str) else indent or 0) > _MAX_INDENT:
         raise TooLong(f"indent {indent} is too large")
     return length(value)
 
 
-def _summed(values: Iterable[Any], attribute: Any = None, start: Any = 0) -> int:
+def _summed(values: Iterable[object], attribute: object = None, start: object = 0) -> int:
     if not isinstance(start, (int, float)):
         raise TooLong("a sum of lists or texts can be too long; use a loop")
     return 0
 
 
-def _refused(*_: Any, **__: Any) -> int:
+def _refused(*_: object, **__: object) -> int:
     raise TooLong("to_bytes and translate are not for templates")
 
 
-def _only_value(value: Any, *_: Any, **__: Any) -> int:
+def _only_value(value: object, *_: object, **__: object) -> int:
     return length(value)
 
 

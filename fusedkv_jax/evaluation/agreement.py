@@ -1,12 +1,12 @@
 """How near the predictions with a compressed cache are to those with the whole one."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
@@ -27,7 +27,7 @@ class Agreement:
 
 
 def agreement(
-    reference: Float[Array, "*B V"], other: Float[Array, "*B V"], mask: Any = None
+    reference: Float[Array, "*B V"], other: Float[Array, "*B V"], mask: ArrayLike | None = None
 ) -> Agreement:
     """Compare the logits of two runs over the same text.
 
@@ -56,7 +56,9 @@ def _compare(reference: Array, other: Array, chosen: Array) -> tuple[Array, Arra
     return jnp.where(chosen, terms.sum(-1), 0.0).sum(), (same & chosen).sum()
 
 
-def exact_matches(logits: Float[Array, "B C V"], tokens: Any, answers: Any) -> tuple[int, int]:
+def exact_matches(
+    logits: Float[Array, "B C V"], tokens: ArrayLike, answers: ArrayLike
+) -> tuple[int, int]:
     """Answers whose every token is the likeliest one.
 
     Each token is predicted after the right ones before it, so for the first answer this is what
@@ -80,7 +82,7 @@ def exact_matches(logits: Float[Array, "B C V"], tokens: Any, answers: Any) -> t
     return sum(verdicts), len(verdicts)
 
 
-def losses(logits: Float[Array, "B C V"], tokens: Any, mask: Any) -> tuple[float, int]:
+def losses(logits: Float[Array, "B C V"], tokens: ArrayLike, mask: ArrayLike) -> tuple[float, int]:
     """(negative log-likelihood of the tokens where mask is nonzero, summed in nats; how many)."""
     chosen = jnp.asarray(mask) != 0
     each = optax.softmax_cross_entropy_with_integer_labels(

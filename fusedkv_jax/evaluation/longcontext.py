@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fusedkv_jax.data.tokenizers import Tokenizer
 from fusedkv_jax.evaluation import ruler
 from fusedkv_jax.evaluation.agreement import agreement, exact_matches, losses
 from fusedkv_jax.evaluation.replay import Replay, Split, align, replay, split, widen
+from fusedkv_jax.generation.settings import Compression
 from fusedkv_jax.model import Decoder
 
 Question = Literal["inside", "after"]
@@ -30,7 +31,7 @@ class Method:
     """
 
     name: str
-    compression: Any = None
+    compression: Compression | None = None
     cache_dtype: str | None = None
 
 
@@ -198,7 +199,7 @@ def evaluate_case(
     model: Decoder,
     case: Case,
     methods: Sequence[Method],
-    report: Callable[[Method, Score], Any] = lambda method, score: None,
+    report: Callable[[Method, Score], object] = lambda method, score: None,
 ) -> dict[str, Score]:
     """Score methods on a batch, next to the whole cache; some rows of it at once.
 

@@ -6,7 +6,6 @@ by place; each token goes through the cache alone, as in generation.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +154,9 @@ def _follow(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _write(graph: nnx.GraphDef[Decoder], params: Any, first, cache, count: int) -> Array:
+def _write(
+    graph: nnx.GraphDef[Decoder], params: nnx.State, first: Array, cache: KVCache, count: int
+) -> Array:
     model = nnx.merge(graph, params)
     ones = jnp.ones(len(first), jnp.int32)
 

@@ -56,7 +56,7 @@ class Decoder(nnx.Module):
         self.final_norm = make_norm(init, config.d_model)
         untied = not config.tie_embeddings
         self.head = init.matrix(config.d_model, config.vocab_size) if untied else None
-        init.fill(rngs)
+        init.fill(rngs)  # together: compiling a draw for each parameter would take longest
 
     def __call__(
         self,
@@ -215,6 +215,8 @@ class Decoder(nnx.Module):
         positions = call.positions
         queries = Queries(self.rotation(positions), positions)
         x = self.embed(tokens)
+        # Up to the last layer that caches something all tokens have to pass; above it nothing is
+        # kept, so only the rows that are asked for do.
         x, streams, seen, _ = run_layers(layers, x, streams, queries, (0, depth), options)
         valid = _valid(tokens, count, config.vocab_size)
         if not rows:

@@ -37,6 +37,8 @@ State = tuple[Hidden, Bank, Stores]
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # What enters attention, by the names that `checkpoint_name` gives there: projections, norms of
+    # heads and rotations are not repeated; attention and feed-forward are.
     "qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
 }
 

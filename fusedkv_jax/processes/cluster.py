@@ -151,7 +151,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def _name(arguments: Mapping[str, Any]) -> str:
+def _name(arguments: Mapping[str, object]) -> str:
     if "process_id" not in arguments:
         return f"found by {arguments.get('cluster_detection_method', 'Cloud TPU')}"
     return (
@@ -160,7 +160,7 @@ def _name(arguments: Mapping[str, Any]) -> str:
     )
 
 
-def _give_up(arguments: Mapping[str, Any], seconds: float) -> None:
+def _give_up(arguments: Mapping[str, object], seconds: float) -> None:
     print(
         f"error: not all processes met within {seconds} s ({_name(arguments)}); check that each "
         "runs with a process_id of its own and reaches the coordinator's host and port",

@@ -15,6 +15,7 @@ from fusedkv_jax.processes.cluster import ProcessesError
 DECISION_SECONDS = 24 * 3600
 
 T = TypeVar("T")
+V = TypeVar("V")
 _rounds: Counter[str] = Counter()
 
 
@@ -23,7 +24,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def decide(value: Any, choose: Callable[[list[Any]], T], channel: str = "main") -> T:
+def decide(value: V, choose: Callable[[list[V]], T], channel: str = "main") -> T:
     """Every process gives a value; process 0 chooses; all return what it chose, or raise its error.
 
     All processes must call it, in the same order within a channel. No device takes part, so any
@@ -68,10 +69,10 @@ def decide(value: Any, choose: Callable[[list[Any]], T], channel: str = "main") 
 _ERROR = "__error__"
 
 
-def _encode(value: Any) -> str:
+def _encode(value: object) -> str:
     """JSON; an error becomes its class and its text."""
 
-    def plain(error: Any) -> dict[str, list[str]]:
+    def plain(error: object) -> dict[str, list[str]]:
         if not isinstance(error, Exception):
             raise TypeError(f"processes exchange plain values, not {type(error).__name__}")
         return {_ERROR: [type(error).__module__, type(error).__name__, str(error)]}

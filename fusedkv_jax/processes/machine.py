@@ -4,10 +4,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from typing import Any
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Device and versions, for result files."""
     import jax
 

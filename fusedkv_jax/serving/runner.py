@@ -22,7 +22,7 @@ from fusedkv_jax.serving.arrays import empty_arrays, step_arrays
 from fusedkv_jax.serving.copies import Copy, Direction
 from fusedkv_jax.serving.draws import DrawArrays, Draws, TokenDraw, draw_tokens
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.scoring import ScoredChunk, no_tokens, run_scored, scored_chunks
+from fusedkv_jax.serving.scoring import PromptChunk, no_tokens, run_scored, scored_chunks
 from fusedkv_jax.serving.settings import ServingSettings
 
 COPIES = 8  # pages that one program copies
@@ -160,7 +160,7 @@ class Runner:
 
     def _score(self, plan: StepPlan) -> dict[int, list[PromptScores]]:
         """Run the tokens of prompts that are scored through all layers."""
-        found: dict[int, list[tuple[ScoredChunk, Logprobs]]] = {}
+        found: dict[int, list[tuple[PromptChunk, Logprobs]]] = {}
         for chunk in scored_chunks(plan, self.shapes.chunk, self._width):
             scores, self.pool = run_scored(*self._split, self._donated(), chunk.arrays, k=self._k)
             found.setdefault(chunk.place, []).append((chunk, scores))

@@ -33,7 +33,7 @@ class ScoredTokens(NamedTuple):
     targets: np.ndarray
 
 
-class ScoredChunk(NamedTuple):
+class PromptChunk(NamedTuple):
     """A part of a prompt.
 
     Attributes:
@@ -65,7 +65,7 @@ def run_scored(
     return score(logits, jnp.asarray(scored.targets), k), pool
 
 
-def scored_chunks(plan: StepPlan, columns: int, width: int) -> Iterator[ScoredChunk]:
+def scored_chunks(plan: StepPlan, columns: int, width: int) -> Iterator[PromptChunk]:
     """What of a plan is scored, `columns` tokens at a time; tables have `width` entries."""
     for place, (request, count) in enumerate(zip(plan.requests, plan.counts, strict=True)):
         if is_scored(request):
@@ -73,7 +73,7 @@ def scored_chunks(plan: StepPlan, columns: int, width: int) -> Iterator[ScoredCh
             for start in range(request.computed, end, columns):
                 stop = min(start + columns, end)
                 arrays = no_tokens(columns, width)
-                yield ScoredChunk(place, start, _fill(arrays, request, start, stop), arrays)
+                yield PromptChunk(place, start, _fill(arrays, request, start, stop), arrays)
 
 
 def is_scored(request: Request) -> bool:

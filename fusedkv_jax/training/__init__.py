@@ -14,6 +14,7 @@ __all__ = [
     "EvalResult",
     "ExperimentConfig",
     "OptimizerConfig",
+    "StepOptions",
     "TrainConfig",
     "TrainProgram",
     "TrainResult",
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.training.optimizer_config import OptimizerConfig
     from fusedkv_jax.training.program import TrainProgram
     from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-    from fusedkv_jax.training.step import make_train_step
+    from fusedkv_jax.training.step import StepOptions, make_train_step
     from fusedkv_jax.training.trainable import run_optimizer
 else:
     __getattr__, __dir__ = lazy_names(
@@ -88,7 +89,7 @@ else:
             "optimizer_config": ["OptimizerConfig"],
             "program": ["TrainProgram"],
             "state": ["TrainState", "abstract_model", "abstract_state", "create_state"],
-            "step": ["make_train_step"],
+            "step": ["StepOptions", "make_train_step"],
             "trainable": ["run_optimizer"],
         },
     )

@@ -5,11 +5,11 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import grain
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from fusedkv_jax import costs, data, processes
 from fusedkv_jax.data import sources, tokenizers
@@ -132,9 +132,17 @@ def train(
         ) as checkpoints,
     ):
         processes.on_first(lambda: keep_tokenizer(name, workdir))
-        run = _Run(config, workdir, program, checkpoints, interrupts, profile, wandb_project)
-        run.initial = initial
-        return run.finish()
+        options = _RunOptions(profile, wandb_project, initial)
+        return _Run(workdir, program, checkpoints, interrupts, options).finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunOptions:
+    """What a call of `train` asks for beside the experiment; see its arguments."""
+
+    profile: ProfileWindow
+    wandb_project: str | None
+    initial: Callable[[], Decoder] | None
 
 
 class _Run:
@@ -142,19 +150,15 @@ class _Run:
 
     def __init__(
         self,
-        config: ExperimentConfig,
         workdir: pathlib.Path,
         program: TrainProgram,
         checkpoints: Checkpoints,
         interrupts: Interrupts,
-        profile: ProfileWindow,
-        wandb_project: str | None,
+        options: _RunOptions,
     ) -> None:
         self.goodput = Goodput("start")
-        self.initial: Callable[[], Decoder] | None = None
-        self.profile = profile
-        self.wandb_project = wandb_project
-        self.config = config
+        self.options = options
+        self.config = config = program.config
         self.workdir = workdir
         self.program = program
         self.checkpoints = checkpoints
@@ -211,8 +215,8 @@ class _Run:
         if restored is not None:
             return restored
         params = None
-        if self.initial is not None:
-            params = nnx.state(processes.together(self.initial), nnx.Param)
+        if self.options.initial is not None:
+            params = nnx.state(processes.together(self.options.initial), nnx.Param)
         return self.program.create(params), 0
 
     def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
@@ -229,9 +233,11 @@ class _Run:
         if not processes.is_first():
             return MultiWriter([])
         writers: list[MetricWriter] = []
-        if self.wandb_project is not None:
+        if self.options.wandb_project is not None:
             settings = self.config.to_dict()
-            writers = [WandbWriter(self.wandb_project, self.config.name, settings, self.workdir)]
+            writers = [
+                WandbWriter(self.options.wandb_project, self.config.name, settings, self.workdir)
+            ]
         writers += [
             LineWriter(progress.print, self.config.train.steps, progress.time_left),
             JsonLinesWriter(self.workdir / METRICS_FILE, step, progress.print),
@@ -239,7 +245,7 @@ class _Run:
         ]
         return MultiWriter(writers, report=progress.print)
 
-    def _compile(self, progress: Progress) -> Any:
+    def _compile(self, progress: Progress) -> jax.stages.Compiled:
         progress.print("compiling the training step ...")
         self.goodput.switch("compilation")
         start = time.perf_counter()
@@ -258,7 +264,7 @@ class _Run:
         self.alarm.restart()
         while True:
             self.goodput.switch("repeated steps" if step < self.seen else PRODUCTIVE)
-            self.profile.move(step, state.step)
+            self.options.profile.move(step, state.step)
             state, metrics = train_step(state, batch)
             step += 1
             progress.advance()
@@ -285,7 +291,7 @@ class _Run:
                 timer.restart()
                 to_save = False
             if last:
-                self.profile.move(step, state.step, last=True)
+                self.options.profile.move(step, state.step, last=True)
                 self._confirm_last_checkpoint(progress, step)
                 return step
             self.goodput.switch("waiting for data")
@@ -373,7 +379,7 @@ class _Run:
             progress.print(f"saved step {step} in {self.workdir}")
 
 
-def _nbytes(tree: Any) -> int:
+def _nbytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

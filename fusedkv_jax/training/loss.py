@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.sharding import AXES, active_mesh, spec
 from fusedkv_jax.training.config import LOGITS_MIB as LOGITS_MIB
+from fusedkv_jax.trees import Leaf
 
-Batch = dict[str, Any]  # of [B, T] arrays: NumPy from the data pipeline, or traced
-Loss = Callable[[nnx.GraphDef, nnx.State, Batch], Any]  # gives (sum of the losses, count)
+Sums = tuple[jax.Array, jax.Array]  # of the losses, and of the targets that count
+Batch = dict[str, Leaf]  # of [B, T] arrays: NumPy from the data pipeline, or traced
+Loss = Callable[[nnx.GraphDef, nnx.State, Batch], Sums]
 Objective = Callable[[jax.Array, Batch], tuple[Batch, Loss]]  # from the step's number
 
 
@@ -159,6 +161,7 @@ def _forward(
         total, dhead = carry
         chunk, targets, counted = part
         loss, dlogits = _chunk_loss(chunk, weight, targets, counted, plan)
+        # Here, where the logits are: the backward pass would have to compute them again.
         dx = _dot(dlogits, weight, 1, 1) / plan.repeats
         return (total + loss, dhead + _dot(chunk, dlogits, 0, 0)), dx.astype(x.dtype)
 
@@ -166,7 +169,7 @@ def _forward(
     start = (jnp.float32(0), jnp.zeros(weight.shape, jnp.float32))
     (total, dhead), dx = jax.lax.scan(one_chunk, start, parts)
     dhead = (dhead / plan.repeats).astype(head.dtype)
-    if plan.gathered:
+    if plan.gathered:  # once, not for each chunk: the sum is as large as the head
         dhead = jax.lax.psum_scatter(dhead, plan.gathered, scatter_dimension=0, tiled=True)
     return _share(total, plan), (dx.reshape(-1, x.shape[1])[: x.shape[0]], dhead)
 

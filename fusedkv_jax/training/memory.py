@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-from typing import Any
 
 import jax
 
@@ -37,7 +36,7 @@ def check_memory(what: str, nbytes: float) -> None:
         )
 
 
-def step_bytes(compiled: Any) -> float:
+def step_bytes(compiled: jax.stages.Compiled) -> float:
     """What a compiled step holds at once on this process's devices; 0 where that is not known."""
     analysis = compiled.memory_analysis()
     if analysis is None:

@@ -1,15 +1,18 @@
 """The optimizer of the paper: AdamW with warm-up, cosine decay, clipping and a decay mask."""
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from fusedkv_jax.model import weight_decay_mask
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
 from fusedkv_jax.validation import check_count, check_kind
+
+Tree = TypeVar("Tree")
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -58,6 +61,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def select(use_new: jax.Array, new: Any, old: Any) -> Any:
+def select(use_new: jax.Array, new: PyTree, old: Tree) -> Tree:
     """`new` where the scalar `use_new` is true, otherwise `old`, leaf by leaf."""
     return jax.tree.map(lambda n, o: jnp.where(use_new, n, o), new, old)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.loss import Batch, Objective, batch_loss
 from fusedkv_jax.training.optimizer import learning_rate_schedule
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
-from fusedkv_jax.training.step import BATCH_KEYS, Metrics, Step, make_train_step
+from fusedkv_jax.training.step import BATCH_KEYS, Metrics, Step, StepOptions, make_train_step
 from fusedkv_jax.training.trainable import chosen_parameters, run_optimizer
 
 
@@ -67,7 +66,7 @@ class TrainProgram:
         return abstract_state(config.model, self.optimizer, self.mesh, config.optimizer.offload)
 
     @functools.cached_property
-    def batch(self) -> Batch:
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of the whole batch, over all processes."""
         data = self.config.data
         sharding = batch_sharding(self.mesh)
@@ -80,26 +79,26 @@ class TrainProgram:
             for name in BATCH_KEYS
         }
 
-    def lower(self) -> Any:
+    def lower(self) -> jax.stages.Lowered:
         """The step `(state, batch) -> (state, metrics)`, the state donated, ready to `compile()`.
 
         To call under `jax.set_mesh`.
         """
         config, train = self.config, self.config.train
-        step = make_train_step(
-            self.graphdef,
-            self.optimizer,
-            learning_rate_schedule(config.optimizer, train.steps),
-            train.grad_accumulation,
-            self._objective(),
-            None if train.gradient_dtype == "float32" else train.gradient_dtype,
-            config.optimizer.skip_spikes,
-            chosen_parameters(config.model.kv_layout, train.trainable),
+        options = StepOptions(
+            microbatches=train.grad_accumulation,
+            objective=self._objective(),
+            gradient_dtype=None if train.gradient_dtype == "float32" else train.gradient_dtype,
+            skip_spikes=config.optimizer.skip_spikes,
+            chosen=chosen_parameters(config.model.kv_layout, train.trainable) or True,
         )
+        schedule = learning_rate_schedule(config.optimizer, train.steps)
+        step = make_train_step(self.graphdef, self.optimizer, schedule, options)
         if config.optimizer.offload:
             step = _brings_to_device(step)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        # Donated: parameters and moments are updated in place, and never there twice.
         jitted = jax.jit(
             automatic(step, (specs, P())), donate_argnums=0, out_shardings=(shardings, None)
         )

@@ -1,7 +1,6 @@
 """The state of a training run: one pytree that the train step takes, donates and returns."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import automatic, parameter_shardings
+from fusedkv_jax.trees import Leaf
 
 RECENT_STEPS = 128
 
@@ -31,12 +31,11 @@ class TrainState:
       opt_state: the optimizer's state.
     """
 
-    # Any, because a pytree also holds shapes, shardings or flags in the places of its arrays.
-    step: Any
-    skipped: Any
-    recent: Any
-    params: Any
-    opt_state: Any
+    step: Leaf
+    skipped: Leaf
+    recent: dict[str, Leaf]
+    params: nnx.State
+    opt_state: optax.OptState
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:

@@ -1,21 +1,22 @@
 """The loss, and one training step as a pure function of (state, batch)."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fusedkv_jax.sharding import matrix_name
-from fusedkv_jax.training.loss import Batch, Loss, Objective, batch_loss
+from fusedkv_jax.training.loss import Batch, Loss, Objective, Sums, batch_loss
 from fusedkv_jax.training.optimizer import select
 from fusedkv_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
-_Sums = tuple[jax.Array, jax.Array, nnx.State]  # losses, targets that count, gradients
+_Totals = tuple[jax.Array, jax.Array, nnx.State]  # losses, targets that count, gradients
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
@@ -32,7 +33,7 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     )
 
 
-def cast_matrices(params: nnx.State, dtype: Any) -> nnx.State:
+def cast_matrices(params: nnx.State, dtype: DTypeLike) -> nnx.State:
     """Parameters with their matrices, but not norms and fusion weights, in another type."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if matrix_name(path) is None else leaf.astype(dtype), params
@@ -45,7 +46,7 @@ def accumulate_gradients(
     batch: Batch,
     microbatches: int,
     loss: Loss = batch_loss,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, nnx.State]:
     """Mean loss and its gradient over a batch that is computed in `microbatches` parts.
 
@@ -67,11 +68,12 @@ def accumulate_gradients(
     if dtype is not None:
         params = cast_matrices(params, dtype)
 
-    def one_part(carry: _Sums, part: Batch) -> tuple[_Sums, None]:
+    def one_part(carry: _Totals, part: Batch) -> tuple[_Totals, None]:
         (total, count), grads = value_and_grad(params, part)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
+    # In float32: a sum of many bfloat16 gradients would drop the small ones.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     start = (jnp.float32(0), jnp.float32(0), zeros)
     if microbatches == 1:
@@ -82,15 +84,32 @@ def accumulate_gradients(
     return total / count, jax.tree.map(lambda g: g / count, grads)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What a training step does beside one update by a batch's cross-entropy.
+
+    Attributes:
+      microbatches: parts that the batch is divided into to save memory; divides its rows.
+      objective: gives the loss of a step and what it needs in the batch; by default the
+        cross-entropy of the model's output.
+      gradient_dtype: as `dtype` of `accumulate_gradients`.
+      skip_spikes: as for `is_spike`; 0 skips none.
+      chosen: the parameters that are trained, by default all. The others have no gradient, and
+        count in no norm; the optimizer takes the chosen ones alone.
+    """
+
+    microbatches: int = 1
+    objective: Objective | None = None
+    gradient_dtype: DTypeLike | None = None
+    skip_spikes: float = 0.0
+    chosen: nnx.filterlib.Filter = True
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    microbatches: int = 1,
-    objective: Objective | None = None,
-    gradient_dtype: Any = None,
-    skip_spikes: float = 0.0,
-    chosen: nnx.filterlib.Filter = None,
+    options: StepOptions = StepOptions(),
 ) -> Step:
     """Build the train step; compile it with `jax.jit(step, donate_argnums=0)`.
 
@@ -102,32 +121,28 @@ def make_train_step(
       graphdef: the model's structure.
       optimizer: the transformation whose state is in the train state.
       schedule: learning rate of update i, for the metrics.
-      microbatches: parts that the batch is divided into to save memory; divides its rows.
-      objective: gives the loss of a step and what it needs in the batch; by default the
-        cross-entropy of the model's output.
-      gradient_dtype: as `dtype` of `accumulate_gradients`.
-      skip_spikes: as for `is_spike`; 0 skips none.
-      chosen: the parameters that are trained, by default all. The others have no gradient, and
-        count in no norm; `optimizer` takes the chosen ones alone.
+      options: what else it does.
     """
-    chosen = True if chosen is None else chosen
+    objective, deviations = options.objective, options.skip_spikes
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch, loss_of = (batch, batch_loss) if objective is None else objective(state.step, batch)
-        trained, frozen = nnx.split_state(state.params, chosen, ...)
+        # Only what is differentiated is trained: a mask of updates would compute all gradients.
+        trained, frozen = nnx.split_state(state.params, options.chosen, ...)
 
-        def loss_of_all(graphdef: nnx.GraphDef, params: nnx.State, part: Batch):
+        def loss_of_all(graphdef: nnx.GraphDef, params: nnx.State, part: Batch) -> Sums:
             return loss_of(graphdef, nnx.merge_state(params, frozen), part)
 
         loss, grads = accumulate_gradients(
-            graphdef, trained, batch, microbatches, loss_of_all, gradient_dtype
+            graphdef, trained, batch, options.microbatches, loss_of_all, options.gradient_dtype
         )
         grad_norm = optax.tree.norm(grads)
         new = {"loss": loss, "grad_norm": grad_norm}
         accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        if skip_spikes:
-            spikes = [is_spike(state.recent[name], new[name], skip_spikes) for name in new]
+        if deviations:
+            spikes = [is_spike(state.recent[name], new[name], deviations) for name in new]
             accepted &= ~jnp.any(jnp.stack(spikes))
+        # Decided by values on the device: a branch on the host would wait for each step.
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = select(accepted, optax.apply_updates(trained, updates), trained)
         skipped = state.skipped + jnp.where(accepted, 0, 1).astype(jnp.int32)

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from fusedkv_jax.layouts import KVLayout, runs
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.optimizer import make_optimizer
 
-Chosen = Callable[[tuple[Any, ...], Any], bool]  # of a parameter's path and the parameter
+Chosen = Callable[[tuple[Any, ...], object], bool]  # of a parameter's path and the parameter
 
 
 def chosen_parameters(layout: KVLayout, trainable: Literal["all", "changed"]) -> Chosen | None:
@@ -34,7 +35,7 @@ def chosen_parameters(layout: KVLayout, trainable: Literal["all", "changed"]) ->
         )
     groups = runs(layout)
 
-    def chosen(path: tuple[Any, ...], parameter: Any) -> bool:
+    def chosen(path: tuple[Any, ...], parameter: object) -> bool:
         if path[0] == "mixing":
             return True
         # Layers at one place of a run are alike, and stacked.
@@ -46,10 +47,12 @@ def chosen_parameters(layout: KVLayout, trainable: Literal["all", "changed"]) ->
 def only(optimizer: optax.GradientTransformation, chosen: Chosen) -> optax.GradientTransformation:
     """An optimizer that is given all parameters or the chosen ones, and keeps state for these."""
 
-    def init(params: Any) -> optax.OptState:
+    def init(params: PyTree) -> optax.OptState:
         return optimizer.init(nnx.filter_state(params, chosen))
 
-    def update(updates: Any, state: optax.OptState, params: Any = None) -> Any:
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree = None
+    ) -> tuple[PyTree, optax.OptState]:
         return optimizer.update(
             nnx.filter_state(updates, chosen), state, nnx.filter_state(params, chosen)
         )

@@ -49,7 +49,8 @@ def compile_train_step(config):
     optimizer = training.make_optimizer(config.optimizer, config.train.steps)
     schedule = training.learning_rate_schedule(config.optimizer, config.train.steps)
     graph, _ = training.abstract_model(config.model)
-    step = training.make_train_step(graph, optimizer, schedule, config.train.grad_accumulation)
+    options = training.StepOptions(microbatches=config.train.grad_accumulation)
+    step = training.make_train_step(graph, optimizer, schedule, options)
     shape = (config.data.batch_size, config.data.seq_len)
     integers = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: np.zeros(shape, np.int32) for name in integers}

@@ -13,6 +13,7 @@ from flax import nnx
 from fusedkv_jax.config import MLAConfig
 from fusedkv_jax.sharding import PARAMETERS, matrix_name
 from fusedkv_jax.training import (
+    StepOptions,
     abstract_model,
     create_state,
     learning_rate_schedule,
@@ -170,7 +171,7 @@ def test_a_spike_updates_nothing_and_a_new_level_is_accepted_after_a_while(toy, 
     optimizer = make_optimizer(toy.optimizer, 400)
     graphdef, _ = abstract_model(toy.model)
     schedule = learning_rate_schedule(toy.optimizer, 400)
-    step = jax.jit(make_train_step(graphdef, optimizer, schedule, skip_spikes=6.0))
+    step = jax.jit(make_train_step(graphdef, optimizer, schedule, StepOptions(skip_spikes=6.0)))
     rng = np.random.default_rng(9)
     recent = {name: jnp.asarray(rng.uniform(1, 2, 128), jnp.float32) for name in toy_state.recent}
     state = dataclasses.replace(toy_state, recent=recent)

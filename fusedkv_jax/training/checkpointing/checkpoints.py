@@ -2,16 +2,18 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from fusedkv_jax import processes
@@ -23,6 +25,7 @@ from fusedkv_jax.training.checkpointing.directory import CheckpointDirectory, co
 from fusedkv_jax.training.checkpointing.manifest import (
     CheckpointError,
     DamagedCheckpointError,
+    FileEntry,
     Manifest,
 )
 from fusedkv_jax.training.checkpointing.tokenizer_files import kept_tokenizer
@@ -34,6 +37,16 @@ from fusedkv_jax.validation import check_count, check_kind
 BEST_METRIC = "eval/loss"
 _absl = logging.getLogger("absl")
 _CHANNEL = "checkpoints"  # of the decisions in the background
+_Writing = tuple[pathlib.Path, Callable[[], None]]  # where to, and what waits for it
+
+
+@runtime_checkable
+class DataIterator(Protocol):
+    """What a checkpoint keeps of the data: where they go on."""
+
+    def get_state(self) -> dict[str, object]: ...
+
+    def set_state(self, state: dict[str, object]) -> None: ...
 
 
 class Checkpoints:
@@ -64,7 +77,7 @@ class Checkpoints:
         keep: int,
         *,
         keep_best: int = 0,
-        report: Callable[[str], Any] = print,
+        report: Callable[[str], object] = print,
     ) -> None:
         check_count("keep", keep)
         check_count("keep_best", keep_best, least=0)
@@ -85,7 +98,7 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        data: Any,
+        data: DataIterator,
         config: ExperimentConfig,
         metrics: dict[str, float] | None = None,
     ) -> None:
@@ -94,7 +107,7 @@ class Checkpoints:
         Args:
           step: the step that the state belongs to.
           state: may be donated right after the call.
-          data: the Grain iterator, which may go on right after the call. Its state must not
+          data: the iterator, which may go on right after the call. Its state must not
             depend on the process, as that of `make_train_iterator` does not.
           config: stored with the checkpoint.
           metrics: the last evaluation's values, stored with the checkpoint.
@@ -103,47 +116,56 @@ class Checkpoints:
         if step == self.latest_step:
             return
         items = {"params": plain(state.params), "optimizer": _optimizer_item(state)}
-        description = {
-            "step": step,
-            "config": config.to_dict(),
-            "metrics": metrics or {},
-            "data": data.get_state(),
-        }
-        path = writing = failure = None
+        write = functools.partial(
+            manifest.write,
+            step=step,
+            config=config.to_dict(),
+            metrics=metrics or {},
+            data=data.get_state(),
+        )
+        path: pathlib.Path | None = None
+        started: _Writing | Exception
         try:
             path = pathlib.Path(processes.on_first(lambda: str(self._directory.unfinished(step))))
-            writing = ocp.save_checkpointables_async(str(path), items)
+            started = path, ocp.save_checkpointables_async(str(path), items).result
         except Exception as error:  # of any kind: a run outlives its checkpoints
             if path is not None and jax.process_count() > 1:
                 raise  # the other processes are inside a collective of Orbax
-            failure = error
+            started = error
         # Also after a failure: the other processes wait to hear of it.
-        self._pending = self._thread.submit(self._finish, writing, failure, path, description)
+        self._pending = self._thread.submit(self._finish, step, started, write)
 
     def _finish(
-        self, writing: Any, failure: Exception | None, path: Any, description: dict
+        self, step: int, started: _Writing | Exception, write: Callable[..., Manifest]
     ) -> None:
         """Commit what all processes have written, or report the first failure of one."""
-        files = {}
+        path: pathlib.Path | None = None
+        files: dict[str, FileEntry] = {}
+        failure = None
         try:
-            if failure is None:
-                writing.result()
-                files = manifest.hash_files(path)
+            if isinstance(started, Exception):
+                raise started
+            path, wait = started
+            wait()
+            files = manifest.hash_files(path)
         except Exception as error:
             failure = error
 
-        def commit(outcomes: list[tuple[Exception | None, dict[str, list[Any]]]]) -> None:
+        def commit(outcomes: list[tuple[Exception | None, dict[str, FileEntry]]]) -> None:
             for failure, shared in outcomes:
                 if failure is not None:
                     raise failure
                 files.update(shared)
-            manifest.write(path, **description, files=files)
-            self._directory.commit(description["step"], path)
+            assert path is not None  # or there was a failure
+            # The manifest is the last file: what has none was never whole. And only the rename
+            # makes the step one that `restore` looks at, so a kill in between leaves nothing.
+            write(path, files=files)
+            self._directory.commit(step, path)
 
         try:
             processes.decide((failure, files), commit, _CHANNEL)
         except Exception as error:
-            self._failed(description["step"], error)
+            self._failed(step, error)
 
     def _failed(self, step: int, error: Exception) -> None:
         if processes.is_first():
@@ -157,7 +179,7 @@ class Checkpoints:
             self._report(line)
 
     def restore(
-        self, abstract: TrainState, data: Any, config: ExperimentConfig
+        self, abstract: TrainState, data: DataIterator, config: ExperimentConfig
     ) -> tuple[TrainState, int] | None:
         """The newest intact checkpoint's state; the data iterator is moved to its place.
 
@@ -199,7 +221,7 @@ class Checkpoints:
         path: pathlib.Path,
         saved: Manifest,
         abstract: TrainState,
-        data: Any,
+        data: DataIterator,
         config: ExperimentConfig,
     ) -> TrainState:
         if not any(name.startswith("optimizer/") for name in saved.files):
@@ -323,7 +345,7 @@ def load_model(
     return nnx.merge(graphdef, unplain(params, loaded["params"])), config, step
 
 
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
+def _optimizer_item(state: TrainState) -> dict[str, PyTree]:
     return {
         "step": state.step,
         "skipped": state.skipped,

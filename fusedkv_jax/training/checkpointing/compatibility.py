@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from fusedkv_jax.data import sources
@@ -19,7 +21,10 @@ DATA_RUNTIME_FIELDS = ("max_document_mib", "num_threads", "prefetch_batches", "t
 
 
 def check_tree(
-    path: pathlib.Path, saved: dict[str, Any], expected: dict[str, Any], config: ExperimentConfig
+    path: pathlib.Path,
+    saved: Mapping[str, object],
+    expected: Mapping[str, PyTree],
+    config: ExperimentConfig,
 ) -> None:
     """Compare names, shapes and dtypes of the items with those that are expected.
 
@@ -43,7 +48,7 @@ def check_tree(
             )
 
 
-def check_config(path: pathlib.Path, saved: dict[str, Any], config: ExperimentConfig) -> None:
+def check_config(path: pathlib.Path, saved: Mapping[str, object], config: ExperimentConfig) -> None:
     """Compare the settings that change what is computed, or which batches come.
 
     Raises:
@@ -57,17 +62,18 @@ def check_config(path: pathlib.Path, saved: dict[str, Any], config: ExperimentCo
         )
 
 
-def _difference(part: str, saved: dict[str, Any], config: ExperimentConfig) -> str | None:
+def _difference(part: str, saved: Mapping[str, object], config: ExperimentConfig) -> str | None:
     """The first setting of "model" or "data" that differs and matters."""
+    plain: Mapping[str, Any] = saved
     runtime = MODEL_RUNTIME_FIELDS if part == "model" else DATA_RUNTIME_FIELDS
     try:
         # A setting that is newer than the checkpoint had its default then.
-        saved = json.loads(json.dumps(ExperimentConfig.from_dict(saved).to_dict()))
+        plain = json.loads(json.dumps(ExperimentConfig.from_dict(saved).to_dict()))
     except ValueError:
         pass  # a setting that is no more: the comparison names it
     old, new = (
         {name: value for name, value in values[part].items() if name not in runtime}
-        for values in (saved, json.loads(json.dumps(config.to_dict())))
+        for values in (plain, json.loads(json.dumps(config.to_dict())))
     )
     if part == "data":
         for values in (old, new):

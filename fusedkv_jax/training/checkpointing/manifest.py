@@ -23,6 +23,8 @@ FORMAT = 4
 _OLD_FORMAT = 3  # the same fields; the digest was a last line after the JSON
 _PACKAGES = ("fusedkv_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
+FileEntry = list[Any]  # bytes and SHA-256, a list as JSON has it
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, or is not one of this configuration."""
@@ -46,11 +48,11 @@ class Manifest:
     """
 
     step: int
-    config: dict[str, Any]
+    config: dict[str, object]
     metrics: dict[str, float | None]
-    data: dict[str, Any]
+    data: dict[str, object]
     versions: dict[str, str]
-    files: dict[str, list[Any]]
+    files: dict[str, FileEntry]
     format: int = FORMAT
 
     @property
@@ -59,7 +61,7 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def hash_files(directory: pathlib.Path) -> dict[str, list[Any]]:
+def hash_files(directory: pathlib.Path) -> dict[str, FileEntry]:
     """Hash this process's share of the files below a directory, and force them to disk.
 
     Together the processes hash every file once, most of them where they were written.
@@ -80,10 +82,10 @@ def write(
     directory: pathlib.Path,
     *,
     step: int,
-    config: dict[str, Any],
+    config: dict[str, object],
     metrics: Mapping[str, float | None],
-    data: dict[str, Any],
-    files: dict[str, list[Any]],
+    data: dict[str, object],
+    files: dict[str, FileEntry],
 ) -> Manifest:
     """Write the manifest of a directory, and force it to disk.
 
@@ -136,7 +138,7 @@ def read(directory: pathlib.Path) -> Manifest:
         ) from None
 
 
-def _fields(content: bytes) -> dict[str, Any] | None:
+def _fields(content: bytes) -> dict[str, object] | None:
     """The fields of a manifest file; None unless they are as they were written."""
     body, _, last = content.removesuffix(b"\n").rpartition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() == last:  # the old format
@@ -148,7 +150,7 @@ def _fields(content: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _serialize(fields: dict[str, Any]) -> bytes:
+def _serialize(fields: dict[str, object]) -> bytes:
     """JSON, with the SHA-256 of the fields in their shortest form beside them."""
     shortest = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     document = {"manifest": fields, "sha256": hashlib.sha256(shortest.encode()).hexdigest()}

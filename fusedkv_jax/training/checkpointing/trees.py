@@ -1,12 +1,13 @@
 """Trees as a checkpoint holds them: plain dictionaries, named paths, target devices."""
 
-from typing import Any
+from typing import TypeGuard
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 
-def describe(tree: Any) -> dict[str, str]:
+def describe(tree: PyTree) -> dict[str, str]:
     """Path -> "dtype[shape]" of every array of a tree."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -17,11 +18,11 @@ def describe(tree: Any) -> dict[str, str]:
     }
 
 
-def is_state(node: Any) -> bool:
+def is_state(node: object) -> TypeGuard[nnx.State]:
     return isinstance(node, nnx.State)
 
 
-def plain(tree: Any) -> Any:
+def plain(tree: PyTree) -> PyTree:
     """The tree with every nnx.State as nested dictionaries of arrays.
 
     So what is on disk does not depend on how a version of Flax wraps its variables.
@@ -33,10 +34,10 @@ def plain(tree: Any) -> Any:
     )
 
 
-def unplain(abstract: Any, plain: Any) -> Any:
+def unplain(abstract: PyTree, plain: PyTree) -> PyTree:
     """Reverse `plain`, given a tree with the structure that is wanted."""
 
-    def restore(node: Any, value: Any) -> Any:
+    def restore(node: PyTree, value: PyTree) -> PyTree:
         if not is_state(node):
             return value
         state = jax.tree.map(lambda leaf: leaf, node)  # a copy: the next call changes it
@@ -46,7 +47,7 @@ def unplain(abstract: Any, plain: Any) -> Any:
     return jax.tree.map(restore, abstract, plain, is_leaf=is_state)
 
 
-def with_sharding(tree: Any, shardings: Any = None) -> Any:
+def with_sharding(tree: PyTree, shardings: PyTree = None) -> PyTree:
     """Say where each abstract array goes: as in `shardings` or its own; else the default device."""
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if shardings is None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from tensorboard import summary
 
@@ -71,7 +71,7 @@ class JsonLinesWriter:
     """
 
     def __init__(
-        self, path: pathlib.Path, last_step: int = 0, report: Callable[[str], Any] = print
+        self, path: pathlib.Path, last_step: int = 0, report: Callable[[str], object] = print
     ) -> None:
         path = path.resolve()  # a link stays one
         if path.exists():
@@ -118,7 +118,7 @@ class WandbWriter:
     """
 
     def __init__(
-        self, project: str, name: str, config: dict[str, Any], workdir: pathlib.Path
+        self, project: str, name: str, config: dict[str, object], workdir: pathlib.Path
     ) -> None:
         try:
             wandb = importlib.import_module("wandb")
@@ -259,7 +259,7 @@ def step_of(line: bytes) -> int | None:
         return None
 
 
-def _set_lines_aside(path: pathlib.Path, last_step: int, report: Callable[[str], Any]) -> None:
+def _set_lines_aside(path: pathlib.Path, last_step: int, report: Callable[[str], object]) -> None:
     """Leave the lines of steps up to `last_step`; the others go to the end of another file."""
     if not path.is_file():
         raise ValueError(f"{path} is no file; move it away")

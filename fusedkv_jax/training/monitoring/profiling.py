@@ -1,9 +1,9 @@
 """A profiler trace of a few steps."""
 
 import pathlib
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from fusedkv_jax import processes
 
@@ -25,7 +25,7 @@ class ProfileWindow:
         self._directory, self._steps = directory, steps if processes.is_first() else None
         self._active = False
 
-    def move(self, step: int, pending: Any, last: bool = False) -> None:
+    def move(self, step: int, pending: PyTree, last: bool = False) -> None:
         """Start or end the trace where it is time; a call that is not the time costs nothing.
 
         Args:

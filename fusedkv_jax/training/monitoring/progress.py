@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from tqdm import tqdm
 
@@ -73,7 +72,7 @@ class Progress:
 
         self._show(write)
 
-    def _show(self, write: Callable[[], Any]) -> None:
+    def _show(self, write: Callable[[], object]) -> None:
         """Write, until a terminal or pipe has closed: work outlives its reader."""
         if self._silent:
             return
