@@ -6,6 +6,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
@@ -55,7 +56,7 @@ def help_text(document: str, defaults: dict[str, object]) -> str:
     return "\n".join([*lines, "", _CLOSING])
 
 
-def describe_fields(config: object, prefix: str = "") -> Iterator[Field]:
+def describe_fields(config: Any, prefix: str = "") -> Iterator[Field]:
     """Every field below a dataclass, or an instance of one, whose values are then the defaults."""
     kind = config if isinstance(config, type) else type(config)
     meanings = attribute_meanings(kind)

@@ -62,7 +62,7 @@ def make(
 
 def settings(study: Study, cell: Cell) -> Document:
     """Everything that the run's loss depends on, but its text; no path of the machine."""
-    config = study.config(cell, pathlib.Path("corpus")).to_dict()
+    config: Document = study.config(cell, pathlib.Path("corpus")).to_dict()
     data = {name: config["data"][name] for name in ("seq_len", "batch_size", "seed", "packing")}
     return plain({"model": config["model"], "data": data, "optimizer": config["optimizer"]}) | {
         "train": {name: config["train"][name] for name in ("steps", "seed", "grad_accumulation")}

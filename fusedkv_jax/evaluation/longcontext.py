@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fusedkv_jax.compression import Compressor
 from fusedkv_jax.data import recall_tasks
 from fusedkv_jax.data.encoding import encode_prompt
 from fusedkv_jax.data.recall_forms import Form
@@ -13,7 +14,6 @@ from fusedkv_jax.data.tokenizers import Tokenizer
 from fusedkv_jax.evaluation import ruler
 from fusedkv_jax.evaluation.agreement import agreement, exact_matches, losses
 from fusedkv_jax.evaluation.replay import Replay, Split, align, replay, split, widen
-from fusedkv_jax.generation.settings import Compression
 from fusedkv_jax.model import Decoder
 
 Question = Literal["inside", "after"]
@@ -31,7 +31,7 @@ class Method:
     """
 
     name: str
-    compression: Compression | None = None
+    compression: Compressor | None = None
     cache_dtype: str | None = None
 
 
