@@ -123,7 +123,7 @@ NAMED = [
     ("training.OptimizerConfig(warmup_steps=1.5)", "optimizer.warmup_steps=1.5; use a whole"),
     ("training.OptimizerConfig(offload='x')", "optimizer.offload='x'; use True or False"),
     ("training.OptimizerConfig(learning_rate=nan)", "optimizer.learning_rate=nan; use a number"),
-    ("training.TrainConfig(peak_flops='a')", "train.peak_flops='a'; use a number or None"),
+    ("training.TrainConfig(peak_flops='a')", "train.peak_flops='a'; use a number above 0 or None"),
     ("training.EarlyExitConfig(rotation=1.5)", "early_exit.rotation=1.5; use a whole number"),
     ("experiment(model=None)", "model=None; use a ModelConfig"),
     ("experiment(name='')", "name='' is empty"),
