@@ -45,7 +45,9 @@ def measure_first_token(config: ModelConfig, *, prompt: int, rounds: int) -> Mea
     def prefill(early: bool) -> jax.Array:
         cache = programs.empty_cache(1, prompt)
         if early:
-            return programs.prefill(prompts, cache, PrefillPlan()).logits
+            found = programs.prefill(prompts, cache, PrefillPlan()).logits
+            assert found is not None
+            return found
         return all_layers(*programs.split, *map(jnp.asarray, prompts), cache)[0]
 
     logits: dict[str, jax.Array] = {}
