@@ -177,7 +177,7 @@ class ModelConfig:
         dtype: of activations.
         param_dtype: of parameters (fusion weights are always float32).
         remat: what the backward pass recomputes: `none`, `full` (each layer), `dots` (all but
-            matrix products), `qkv` (all but queries, keys and values).
+            matrix products and attention), `qkv` (all but queries, keys and values).
         scan_layers: run equal layers with `lax.scan`, so that depth does not grow the program.
         attention: implementation, see `pallas_kernels.implementations()`.
 

@@ -20,15 +20,16 @@ __all__ = [
 if TYPE_CHECKING:
     from pallas_kernels.api import attention, implementations
     from pallas_kernels.combining import combine
-    from pallas_kernels.paged import Pages, paged_attention
+    from pallas_kernels.paged import paged_attention
     from pallas_kernels.paged_stream import PagedStream
+    from pallas_kernels.pages import Pages
     from pallas_kernels.quantized import Quantized, quantize
     from pallas_kernels.stacked import Stacked
 else:
     # At the first use: whoever only reads a configuration does not wait for JAX.
     _MODULES = {
         "PagedStream": "paged_stream",
-        "Pages": "paged",
+        "Pages": "pages",
         "Quantized": "quantized",
         "Stacked": "stacked",
         "attention": "api",

@@ -1,15 +1,16 @@
 """`attention`: the operation's arguments and what they mean."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checks, choice, phases
+from pallas_kernels import checks, choice
+from pallas_kernels.call import Call
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged_stream import PagedStream, is_paged
 from pallas_kernels.quantized import Quantized, is_quantized
+from pallas_kernels.sources import MixedSources
 from pallas_kernels.stacked import Stacked
 
 
@@ -102,32 +103,25 @@ def attention(
         checks.weights("key_weights", key_weights, "keys", len(keys), keys[0].shape[2:]),
         checks.weights("value_weights", value_weights, "values", len(values), values[0].shape[2:]),
     )
-    options = {
-        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
-        "softcap": None if softcap is None else float(softcap),
-    }
-    arguments = (q, keys, values, *weights, mask)
-
-    rows = q.shape[1] * q.shape[2] // keys[0].shape[2]
-    describe = functools.partial(
-        choice.describe,
-        phases.phase(rows, q.shape[1], length),
-        max(len(keys), len(values)),
-        max(keys[0].shape[3], values[0].shape[3]),
-        return_residuals,
+    call = Call(
+        q=q,
+        sources=MixedSources(keys, values, *weights),
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
     )
 
-    def call(arguments: tuple) -> tuple[Array, Array | None]:
-        return choice.run(implementation, "attention", describe, arguments, options)
+    def run(call: Call) -> tuple[Array, Array | None]:
+        return choice.run(implementation, call)
 
     if is_paged((*keys, *values)):
         reason = "pages cannot be differentiated; train with keys and values of whole sequences"
-        out, lse = checks.without_gradients(call, reason, arguments)
+        out, lse = checks.without_gradients(run, reason, call)
     elif is_quantized((*keys, *values)):
         reason = "a Quantized source cannot be differentiated; train with float keys and values"
-        out, lse = checks.without_gradients(call, reason, arguments)
+        out, lse = checks.without_gradients(run, reason, call)
     else:
-        out, lse = call(arguments)
+        out, lse = run(call)
     if return_residuals and lse is None:
         raise NotImplementedError(f"implementation {implementation!r} returns no residuals")
     return (out, lse) if return_residuals else out

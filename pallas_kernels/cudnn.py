@@ -1,56 +1,45 @@
 """cuDNN's attention on keys and values that are mixed first, one layer's at a time in memory.
 
 The price is writing and reading the mixed K^ and V^ once a layer; the kernel is the fastest there
-is on NVIDIA GPUs. With one source nothing is mixed.
+is on NVIDIA GPUs. With one source nothing is mixed. "auto" does not take it: what it serves, whole
+causal sequences, is neither training on packed text (segments) nor prefill into a cache (lengths).
 """
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import linear
-from pallas_kernels.masks import Mask
+from pallas_kernels.call import Call
 from pallas_kernels.quantized import is_quantized
-from pallas_kernels.sources import Source
 
 
-def attention(
-    q: Array,
-    keys: Sequence[Source],
-    values: Sequence[Source],
-    key_weights: Array | None,
-    value_weights: Array | None,
-    mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Array, None]:
-    """Arguments and output as in `reference.attention`; None in place of the lse.
+def attention(call: Call) -> tuple[Array, None]:
+    """Output as of `reference.attention`; None in place of the lse.
 
     Raises:
       NotImplementedError: what cuDNN does not compute, or not by the rules of `attention`.
     """
-    reason = _refusal(q, keys, values, mask, softcap)
+    reason = _refusal(call)
     if reason:
         raise NotImplementedError(f"cuDNN is not used: {reason}")
+    q, mask = call.q, call.mask
+    keys, values, key_weights, value_weights = call.sources
     out = jax.nn.dot_product_attention(
         q,
         linear.mix(keys, key_weights, q.dtype),
         linear.mix(values, value_weights, q.dtype),
         is_causal=mask.causal,
-        scale=scale,
+        scale=call.scale,
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
     return out, None
 
 
-def _refusal(
-    q: Array, keys: Sequence[Source], values: Sequence[Source], mask: Mask, softcap: float | None
-) -> str:
+def _refusal(call: Call) -> str:
     """Why the call cannot go to cuDNN; empty if it can."""
+    q, mask, (keys, values, *_) = call.q, call.mask, call.sources
     length, num_keys = q.shape[1], keys[0].shape[1]
     size, value_size = keys[0].shape[3], values[0].shape[3]
     if is_quantized((*keys, *values)):
@@ -65,4 +54,4 @@ def _refusal(
         return f"it aligns {length} queries with the first of {num_keys} keys, not with the last"
     if mask.window is not None and not mask.causal:
         return "it has no one-sided window without causality"
-    return "softcap is not in it" if softcap is not None else ""
+    return "softcap is not in it" if call.softcap is not None else ""

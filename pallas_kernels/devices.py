@@ -100,6 +100,8 @@ class Gpu:
 
     Attributes:
       kinds: JAX's names of it.
+      capability: compute capability, 90 for 9.0.
+      cores: streaming multiprocessors.
       flops: dense bfloat16 FLOP/s.
       memory: bytes.
       bandwidth: bytes of memory a second.
@@ -107,6 +109,8 @@ class Gpu:
     """
 
     kinds: tuple[str, ...]
+    capability: int
+    cores: int
     flops: float
     memory: float
     bandwidth: float
@@ -116,14 +120,58 @@ class Gpu:
 GPUS = {
     "a100": Gpu(
         kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"),
+        capability=80,
+        cores=108,
         flops=312e12,
         memory=80e9,
         bandwidth=2.039e12,
         host_bandwidth=25e9,
     ),
-    "h100": Gpu(kinds=("NVIDIA H100 80GB HBM3",), flops=989e12, memory=80e9, bandwidth=3.35e12),
-    "h200": Gpu(kinds=("NVIDIA H200",), flops=989e12, memory=141e9, bandwidth=4.8e12),
+    "l40s": Gpu(
+        kinds=("NVIDIA L40S",),
+        capability=89,
+        cores=142,
+        flops=362e12,
+        memory=48e9,
+        bandwidth=0.864e12,
+        host_bandwidth=25e9,
+    ),
+    "h100": Gpu(
+        kinds=("NVIDIA H100 80GB HBM3",),
+        capability=90,
+        cores=132,
+        flops=989e12,
+        memory=80e9,
+        bandwidth=3.35e12,
+    ),
+    "h200": Gpu(
+        kinds=("NVIDIA H200",),
+        capability=90,
+        cores=132,
+        flops=989e12,
+        memory=141e9,
+        bandwidth=4.8e12,
+    ),
+    "b200": Gpu(
+        kinds=("NVIDIA B200",),
+        capability=100,
+        cores=148,
+        flops=2250e12,
+        memory=180e9,
+        bandwidth=8e12,
+    ),
 }
+
+# Shared memory that one program may have, by compute capability (CUDA programming guide, table of
+# technical specifications), in KiB; the least of them for one that is not here.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that a program may have on a GPU of this compute capability."""
+    return 1024 * _SHARED.get(capability, min(_SHARED.values()))
+
+
 _FLOPS = {kind: chip.flops for chip in (*CHIPS.values(), *GPUS.values()) for kind in chip.kinds}
 _FLOPS["TPU v4"] = 275e12  # it trains; no kernel here is compiled for it
 

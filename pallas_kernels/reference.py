@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import masks
-from pallas_kernels.masks import Mask
-from pallas_kernels.paged import Pages
-from pallas_kernels.sources import Source, as_array
+from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.pages import Pages
+from pallas_kernels.sources import MixedSources, Result, as_array
 
 
 def mixed(sources: Sequence[Array], weights: Array | None) -> Array:
@@ -25,17 +25,7 @@ def mixed(sources: Sequence[Array], weights: Array | None) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def attention(
-    q: Array,
-    keys: Sequence[Source],
-    values: Sequence[Source],
-    key_weights: Array | None,
-    value_weights: Array | None,
-    mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Array, Array]:
+def attention(call: Call) -> Result:
     """Attention by its formula; see `pallas_kernels.attention` for shapes.
 
     Memory grows as B * N * T * S: this is the yardstick of the tests, not something to run.
@@ -44,6 +34,8 @@ def attention(
       The output [B, T, N, H'] in the dtype of q, and the log of the softmax's denominator
       [B, T, N] in float32.
     """
+    q, mask, softcap = call.q, call.mask, call.softcap
+    keys, values, key_weights, value_weights = call.sources
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = keys[0].shape[1:3]
     kv_positions = masks.key_positions(mask, num_keys)
@@ -55,7 +47,7 @@ def attention(
     value = jnp.repeat(mixed(values, value_weights), groups, axis=2)  # [B, S, N, H']
 
     exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), key, **exact) * scale
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), key, **exact) * call.scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     seen = masks.visible(
@@ -96,21 +88,11 @@ def gather(pages: Pages, page_table: Array) -> tuple[tuple[Array, ...], tuple[Ar
     return tuple(streams[: pages.num_keys]), tuple(streams[pages.num_keys :])
 
 
-def paged_attention(
-    q: Array,
-    pages: Pages,
-    page_table: Array,
-    kv_lengths: Array,
-    key_weights: Array | None,
-    value_weights: Array | None,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Array, Array]:
+def paged_attention(call: PagedCall) -> Result:
     """Paged attention by its definition: all pages in a row; see `paged.paged_attention`."""
-    keys, values = gather(pages, page_table)
-    mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
+    sources = MixedSources(
+        *gather(call.pages, call.page_table), call.key_weights, call.value_weights
+    )
     return attention(
-        q, keys, values, key_weights, value_weights, mask, scale=scale, softcap=softcap
+        Call(q=call.q, sources=sources, mask=call.mask, scale=call.scale, softcap=call.softcap)
     )

@@ -52,6 +52,16 @@ class Stacked:
         data = self._cut(self.data).reshape(self.shape)
         return data if self.scale is None else Quantized(data, self._cut(self.scale)[..., None])
 
+    def tokens(self, start: int, size: int) -> Float[Array, "B size K H"] | Quantized:
+        """`size` tokens from `start`."""
+
+        def cut(x: Array) -> Array:
+            part = jax.lax.slice_in_dim(x, start, start + size, axis=2)
+            return self._cut(part)
+
+        data = cut(self.data).reshape(self.shape[0], size, *self.shape[2:])
+        return data if self.scale is None else Quantized(data, cut(self.scale)[..., None])
+
     def check_present(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the data is no such array."""
         if getattr(self.data, "ndim", 0) != 4:

@@ -4,6 +4,7 @@ On a processor no kernel can be timed: the report is then static, schedules of t
 beside stock splash attention, and what the GPU compilers need of registers and shared memory.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -26,7 +27,12 @@ def measurements(
     if platform == "cpu":
         return {
             "tpu_schedules": lambda: kernels_static.tpu_schedules(quick=quick),
-            "gpu_resources": lambda: kernels_static.gpu_resources(quick=quick),
+            **{
+                f"gpu_resources_{chip}": functools.partial(
+                    kernels_static.gpu_resources, chip, quick=quick
+                )
+                for chip in kernels_static.GPUS
+            },
         }
     return timed(platform, quick=quick, rounds=rounds, torch_compile=torch_compile)
 

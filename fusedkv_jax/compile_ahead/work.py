@@ -13,6 +13,7 @@ from fusedkv_jax.compile_ahead.instructions import Instruction, Shape
 
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_KERNELS = re.compile("tile_forward|tile_backward|decode")
 _PASSIVE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "copy-done", "iota",
@@ -81,7 +82,9 @@ def hbm_bytes(module: Module) -> float:
 def _kernel(instruction: Instruction) -> str | None:
     if 'custom_call_target="tpu_custom_call"' not in instruction.text:
         return None
-    return re.sub(r"[.\d]+$", "", instruction.name)
+    # Autodiff puts its own words around the name: %jvp_tile_forward_.1.
+    named = _KERNELS.search(instruction.name)
+    return named.group() if named else re.sub(r"[.\d]+$", "", instruction.name)
 
 
 def _shape(computation: Computation, name: str) -> Shape:

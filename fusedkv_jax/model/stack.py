@@ -25,6 +25,7 @@ from fusedkv_jax.model.rotary import Rotation
 from fusedkv_jax.model.stream_plan import Bank
 from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.trees import Leaf
+from pallas_kernels.sources import SAVED
 
 Hidden = Float[Array, "B T D"]
 Watch = Callable[[Reading], PyTree]
@@ -36,7 +37,11 @@ State = tuple[Hidden, Bank, Stores]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # To a policy a kernel is no matrix product: its results have names.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*SAVED),
+    ),
     # What enters attention, by the names that `checkpoint_name` gives there: projections, norms of
     # heads and rotations are not repeated; attention and feed-forward are.
     "qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),

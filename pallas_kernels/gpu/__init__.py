@@ -3,41 +3,29 @@
 Nothing here imports triton before a kernel is launched.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import linear, masks
+from pallas_kernels.call import Call, PagedCall
 from pallas_kernels.gpu import calls, operands
 from pallas_kernels.gpu.device import GpuTarget, current
-from pallas_kernels.gpu.lengths import Paging, lengths
-from pallas_kernels.masks import Mask
-from pallas_kernels.paged import Pages
+from pallas_kernels.gpu.inputs import Inputs, Paging
 from pallas_kernels.phases import DECODE, phase
 from pallas_kernels.quantized import is_quantized
-from pallas_kernels.sources import MixedSources, Result, Source
+from pallas_kernels.sources import MixedSources, Result, named
 
-_Residuals = tuple[Array, MixedSources, Mask, Array, Array]  # q, sources, mask, out, lse
+_Residuals = tuple[Call, Array, Array]  # and out and lse
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def attention(
-    q: Array,
-    keys: Sequence[Source],
-    values: Sequence[Source],
-    key_weights: Array | None,
-    value_weights: Array | None,
-    mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None,
-    device: GpuTarget | None = None,
-) -> Result:
-    """Attention as `pallas_kernels.attention` says; residuals are its arguments, out and lse.
+def attention(call: Call, *, device: GpuTarget | None = None) -> Result:
+    """Attention as `pallas_kernels.attention` says; residuals are the call, out and lse.
 
     Args:
       device: the GPU to compile for; by default this machine's.
@@ -46,27 +34,13 @@ def attention(
       NotImplementedError: no GPU, a missing package, or a call that the kernels do not serve.
     """
     device = current() if device is None else device
-    _check(q)
-    sources = MixedSources(keys, values, key_weights, value_weights)
-    if is_quantized((*keys, *values)):
-        return _forward(device, scale, softcap, q, sources, mask)[0]
-    _sides(q, sources)  # looked at before tracing, so that "auto" hears of a refusal
-    return _attend(device, scale, softcap, q, sources, mask)
+    inputs = _inputs(call)  # before tracing, so that "auto" hears of a refusal
+    if is_quantized((*call.sources.keys, *call.sources.values)):
+        return _run(device, inputs)
+    return _attend(device, call)
 
 
-def paged_attention(
-    q: Array,
-    pages: Pages,
-    page_table: Array,
-    kv_lengths: Array,
-    key_weights: Array | None,
-    value_weights: Array | None,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    device: GpuTarget | None = None,
-) -> Result:
+def paged_attention(call: PagedCall, *, device: GpuTarget | None = None) -> Result:
     """Attention over pages as `pallas_kernels.paged_attention` says; no gradients.
 
     Args:
@@ -76,11 +50,18 @@ def paged_attention(
       NotImplementedError: no GPU, a missing package, or a call that the kernels do not serve.
     """
     device = current() if device is None else device
-    _check(q)
-    keys, values = operands.paged(pages, key_weights, value_weights)
-    paging = Paging(table=page_table, size=pages.page_size)
-    mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
-    return _run(device, q, keys, values, mask, paging, scale, softcap)
+    _check(call.q)
+    keys, values = operands.paged(call.pages, call.key_weights, call.value_weights)
+    inputs = Inputs(
+        q=call.q,
+        keys=keys,
+        values=values,
+        mask=call.mask,
+        scale=call.scale,
+        softcap=call.softcap,
+        paging=Paging(table=call.page_table, size=call.pages.page_size),
+    )
+    return _run(device, inputs)
 
 
 def _check(q: Array) -> None:
@@ -88,84 +69,59 @@ def _check(q: Array) -> None:
         raise NotImplementedError(f"{q.dtype} queries; served are {', '.join(_DTYPES)}")
 
 
-def _sides(q: Array, sources: MixedSources) -> tuple[operands.Sources, operands.Sources]:
-    keys, values, key_weights, value_weights = sources
-    return (
-        operands.contiguous(keys, key_weights, q.dtype),
-        operands.contiguous(values, value_weights, q.dtype),
+def _inputs(call: Call) -> Inputs:
+    _check(call.q)
+    keys, values, key_weights, value_weights = call.sources
+    return Inputs(
+        q=call.q,
+        keys=operands.contiguous(keys, key_weights, call.q.dtype),
+        values=operands.contiguous(values, value_weights, call.q.dtype),
+        mask=call.mask,
+        scale=call.scale,
+        softcap=call.softcap,
     )
 
 
-def _run(
-    device: GpuTarget,
-    q: Array,
-    keys: operands.Sources,
-    values: operands.Sources,
-    mask: Mask,
-    paging: Paging | None,
-    scale: float,
-    softcap: float | None,
-) -> Result:
+def _run(device: GpuTarget, inputs: Inputs) -> Result:
     """(out, lse) by the kernel for this many queries."""
-    stored = {str(x.dtype) for x in (*keys.arrays, *values.arrays)}
+    stored = {str(x.dtype) for x in (*inputs.keys.arrays, *inputs.values.arrays)}
     needed = 89 if "float8_e4m3fn" in stored else 80
     if device.compute_capability < needed:
         raise NotImplementedError(
             f"{', '.join(sorted(stored))} sources need compute capability {needed / 10}; "
             f"{device.kind} has {device.compute_capability / 10}"
         )
-    shape = lengths(q, keys, paging)
+    shape = inputs.lengths
     decodes = phase(shape.rows, shape.queries, shape.keys) == DECODE
     # The split kernel has no segments, which only whole sequences have.
-    kernel = calls.decode if decodes and mask.q_segment_ids is None else calls.forward
-    return kernel(device, q, keys, values, mask, paging, scale=scale, softcap=softcap)
+    if decodes and inputs.mask.q_segment_ids is None:
+        return calls.decode(device, inputs)
+    return calls.forward(device, inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(
-    device: GpuTarget,
-    scale: float,
-    softcap: float | None,
-    q: Array,
-    sources: MixedSources,
-    mask: Mask,
-) -> Result:
-    return _forward(device, scale, softcap, q, sources, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(device: GpuTarget, call: Call) -> Result:
+    return _forward(device, call)[0]
 
 
-def _forward(
-    device: GpuTarget,
-    scale: float,
-    softcap: float | None,
-    q: Array,
-    sources: MixedSources,
-    mask: Mask,
-) -> tuple[Result, _Residuals]:
-    keys, values = _sides(q, sources)
-    out, lse = _run(device, q, keys, values, mask, None, scale, softcap)
-    return (out, lse), (q, sources, mask, out, lse)
+def _forward(device: GpuTarget, call: Call) -> tuple[Result, _Residuals]:
+    out, lse = named(*_run(device, _inputs(call)))
+    return (out, lse), (call, out, lse)
 
 
-def _backward(
-    device: GpuTarget,
-    scale: float,
-    softcap: float | None,
-    residuals: _Residuals,
-    cotangents: Result,
-) -> tuple[Array, MixedSources, None]:
-    q, sources, mask, out, lse = residuals
+def _backward(device: GpuTarget, residuals: _Residuals, cotangents: Result) -> tuple[Call]:
+    call, out, lse = residuals
     dout, lse, delta = linear.statistics(out, lse, cotangents, jnp.inf)  # exp(x - inf) = 0
-    keys, values = _sides(q, sources)
-    dq, dkey, dvalue = calls.backward(
-        device, q, keys, values, mask, lse, dout, delta, scale=scale, softcap=softcap
-    )
+    dq, dkey, dvalue = calls.backward(device, _inputs(call), lse, dout, delta)
     present = None
-    if mask.ragged:
-        present = masks.key_positions(mask, dkey.shape[1]) >= 0
+    if call.mask.ragged:
+        present = masks.key_positions(call.mask, dkey.shape[1]) >= 0
         present = jnp.asarray(present)[:, :, None, None]
-    dkeys, dkey_weights = linear.unmix(dkey, sources.keys, sources.key_weights, present)
-    dvalues, dvalue_weights = linear.unmix(dvalue, sources.values, sources.value_weights, present)
-    return dq, MixedSources(dkeys, dvalues, dkey_weights, dvalue_weights), None
+    keys, values, key_weights, value_weights = call.sources
+    dkeys, dkey_weights = linear.unmix(dkey, keys, key_weights, present)
+    dvalues, dvalue_weights = linear.unmix(dvalue, values, value_weights, present)
+    gradients = MixedSources(dkeys, dvalues, dkey_weights, dvalue_weights)
+    return (dataclasses.replace(call, q=dq, sources=gradients, mask=None),)
 
 
 _attend.defvjp(_forward, _backward)

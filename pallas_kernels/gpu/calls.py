@@ -7,9 +7,10 @@ from jax import Array
 from pallas_kernels import masks
 from pallas_kernels.gpu import blocks, bounds
 from pallas_kernels.gpu.device import Constants, GpuTarget
-from pallas_kernels.gpu.lengths import Lengths, Paging, lengths
+from pallas_kernels.gpu.inputs import Inputs, Lengths, Paging
 from pallas_kernels.gpu.operands import Sources, pointers
 from pallas_kernels.masks import Mask
+from pallas_kernels.sources import Result
 
 # Positions of queries and keys, then their segments.
 _Places = tuple[Array, Array, Array, Array]
@@ -17,21 +18,19 @@ _Places = tuple[Array, Array, Array, Array]
 _LOG2E = 1.4426950408889634
 
 
-def chosen(
-    kernel: str, device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask, rows: int
-) -> blocks.BlockSizes:
+def chosen(kernel: str, device: GpuTarget, inputs: Inputs) -> blocks.BlockSizes:
     """Block sizes for a call; see `blocks.choose`."""
+    q, keys, values, mask = inputs.q, inputs.keys, inputs.values, inputs.mask
     mixed = keys.weights is not None or values.weights is not None
-    return blocks.choose(
-        kernel,
-        device.kind,
+    traits = blocks.Traits(
         itemsize=q.dtype.itemsize,
         stored=max(keys.stored, values.stored),
         size=max(keys.padded, values.padded),
         sources=max(len(keys.arrays), len(values.arrays)) if mixed else 0,
-        rows=rows,
+        rows=inputs.lengths.rows,
         simple=mask.window is None and mask.q_segment_ids is None,
     )
+    return blocks.choose(kernel, device, traits)
 
 
 def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
@@ -40,33 +39,34 @@ def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
 
 
 def decode(
-    device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask,
-    paging: Paging | None, *, scale: float, softcap: float | None,
-    sizes: blocks.BlockSizes | None = None, parts: int | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    device: GpuTarget,
+    inputs: Inputs,
+    *,
+    sizes: blocks.BlockSizes | None = None,
+    parts: int | None = None,
+) -> Result:
     """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; few queries."""
-    shape = lengths(q, keys, paging)
+    q, keys, values, mask = inputs.q, inputs.keys, inputs.values, inputs.mask
+    shape = inputs.lengths
     batch, rows, heads = shape.batch, shape.rows, shape.kv_heads
-    sizes = sizes or chosen("decode", device, q, keys, values, mask, rows)
+    sizes = sizes or chosen("decode", device, inputs)
     parts = parts or splits(device, batch * heads, shape.keys, sizes.keys)
     span = bounds.token_span(mask, shape.queries, shape.keys)
     span = jnp.broadcast_to(span, (batch, 2))
     q_at = jnp.asarray(masks.query_positions(mask, shape.queries, shape.keys))
     k_at = span if mask.kv_positions is None else masks.key_positions(mask, shape.keys)
-    constants = _constants(shape, keys, values, mask, scale, softcap, q_at)
     partial = jax.ShapeDtypeStruct((batch, heads, parts, rows, values.size), jnp.float32)
     sums = jax.ShapeDtypeStruct(partial.shape[:-1], jnp.float32)
     part, top, total = device.launch(
         "decode.decode",
         (
             q, *pointers(keys, values, heads, q.dtype, q, True), span, q_at, k_at,
-            _table(paging, span), shape.queries, shape.keys,
+            _table(inputs.paging, span), shape.queries, shape.keys,
         ),
         (partial, sums, sums),
         (batch * heads, parts),
         dict(
-            constants, **_paging(paging, keys), POSITIONS=mask.kv_positions is not None,
-            QUANTIZED_K=bool(keys.scales), QUANTIZED_V=bool(values.scales),
+            _constants(inputs, q_at), **_stored(inputs), POSITIONS=mask.kv_positions is not None,
             K_ROWS=int(k_at.shape[0] > 1), SPLITS=parts, BM=sizes.rows, BN=sizes.keys,
         ),
         sizes.warps,
@@ -88,30 +88,22 @@ def decode(
     )  # fmt: skip
 
 
-def forward(
-    device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask,
-    paging: Paging | None, *, scale: float, softcap: float | None,
-    sizes: blocks.BlockSizes | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+def forward(device: GpuTarget, inputs: Inputs, *, sizes: blocks.BlockSizes | None = None) -> Result:
     """Output [B, T, N, H'] and lse [B, T, N] by the tile kernel."""
-    shape = lengths(q, keys, paging)
-    sizes = sizes or chosen("forward", device, q, keys, values, mask, shape.rows)
-    some, clear = _tiles(mask, shape, sizes)
+    q, shape = inputs.q, inputs.lengths
+    sizes = sizes or chosen("forward", device, inputs)
+    some, clear = _tiles(inputs.mask, shape, sizes)
     runs = bounds.runs(some, clear)
-    where = _places(mask, shape)
+    where = _places(inputs.mask, shape)
+    pointed = pointers(inputs.keys, inputs.values, shape.kv_heads, q.dtype, q, True)
     return device.launch(
         "forward.forward",
-        (
-            q, *pointers(keys, values, shape.kv_heads, q.dtype, q, True), runs, *where,
-            _table(paging, runs), shape.queries, shape.keys,
-        ),
-        _outputs(q, shape, values),
+        (q, *pointed, runs, *where, _table(inputs.paging, runs), shape.queries, shape.keys),
+        _outputs(q, shape, inputs.values),
         (-(-shape.rows // sizes.rows), shape.batch * shape.kv_heads),
         dict(
-            _constants(shape, keys, values, mask, scale, softcap, where[0]),
-            **_paging(paging, keys), **_place_constants(mask, where, runs),
-            QUANTIZED_K=bool(keys.scales), QUANTIZED_V=bool(values.scales),
-            BM=sizes.rows, BN=sizes.keys,
+            _constants(inputs, where[0]), **_stored(inputs),
+            **_place_constants(inputs.mask, where, runs), BM=sizes.rows, BN=sizes.keys,
         ),
         sizes.warps,
         sizes.stages,
@@ -120,29 +112,22 @@ def forward(
 
 
 def backward(
-    device: GpuTarget, q: Array, keys: Sources, values: Sources, mask: Mask, lse: Array,
-    dout: Array, delta: Array, *, scale: float, softcap: float | None,
-    sizes: tuple[blocks.BlockSizes | None, blocks.BlockSizes | None] = (None, None),
-) -> tuple[Array, Array, Array]:  # fmt: skip
+    device: GpuTarget, inputs: Inputs, lse: Array, dout: Array, delta: Array
+) -> tuple[Array, Array, Array]:
     """dq [B, T, N, H], and float32 dK^ [B, S, K, H], dV^ [B, S, K, H'].
 
     `lse` is +inf or huge where a row sees nothing; `delta` is sum(out * dout) - dlse.
     """
-    shape = lengths(q, keys, None)
-    where = _places(mask, shape)
+    q, shape = inputs.q, inputs.lengths
+    where = _places(inputs.mask, shape)
     lse2 = jnp.minimum(lse * _LOG2E, 1e30)
-    constants = _constants(shape, keys, values, mask, scale, softcap, where[0])
-    for name in ("STRIDE_K", "STRIDE_V", "QUANTIZED_K", "QUANTIZED_V"):
-        constants.pop(name, None)
+    pointed = pointers(inputs.keys, inputs.values, shape.kv_heads, q.dtype, q, False)
 
     def run(
-        kernel: str,
-        sizes: blocks.BlockSizes | None,
-        transposed: bool,
-        out: tuple[jax.ShapeDtypeStruct, ...],
+        kernel: str, transposed: bool, out: tuple[jax.ShapeDtypeStruct, ...]
     ) -> tuple[Array, ...]:
-        sizes = sizes or chosen(kernel, device, q, keys, values, mask, shape.rows)
-        some, clear = _tiles(mask, shape, sizes)
+        sizes = chosen(kernel, device, inputs)
+        some, clear = _tiles(inputs.mask, shape, sizes)
         if transposed:
             some, clear = some.swapaxes(1, 2), clear.swapaxes(1, 2)
             count = -(-shape.keys // sizes.keys)
@@ -151,14 +136,12 @@ def backward(
         runs = bounds.runs(some, clear)
         return device.launch(
             f"backward.{kernel}",
-            (
-                q, *pointers(keys, values, shape.kv_heads, q.dtype, q, False), dout, lse2, delta,
-                runs, *where, shape.queries, shape.keys,
-            ),
+            (q, *pointed, dout, lse2, delta, runs, *where, shape.queries, shape.keys),
             out,
             (count, shape.batch * shape.kv_heads),
             dict(
-                constants, **_place_constants(mask, where, runs), BM=sizes.rows, BN=sizes.keys
+                _constants(inputs, where[0]), **_place_constants(inputs.mask, where, runs),
+                BM=sizes.rows, BN=sizes.keys,
             ),
             sizes.warps,
             sizes.stages,
@@ -166,9 +149,10 @@ def backward(
         )  # fmt: skip
 
     lead = (shape.batch, shape.keys, shape.kv_heads)
-    grads = [jax.ShapeDtypeStruct((*lead, x.size), jnp.float32) for x in (keys, values)]
-    dkey, dvalue = run("backward_keys", sizes[0], True, tuple(grads))
-    (dq,) = run("backward_queries", sizes[1], False, (jax.ShapeDtypeStruct(q.shape, q.dtype),))
+    sides = (inputs.keys, inputs.values)
+    grads = tuple(jax.ShapeDtypeStruct((*lead, x.size), jnp.float32) for x in sides)
+    dkey, dvalue = run("backward_keys", True, grads)
+    (dq,) = run("backward_queries", False, (jax.ShapeDtypeStruct(q.shape, q.dtype),))
     return dq, dkey, dvalue
 
 
@@ -205,15 +189,9 @@ def _place_constants(mask: Mask, where: _Places, runs: Array) -> Constants:
     }
 
 
-def _constants(
-    shape: Lengths,
-    keys: Sources,
-    values: Sources,
-    mask: Mask,
-    scale: float,
-    softcap: float | None,
-    q_at: Array,
-) -> Constants:
+def _constants(inputs: Inputs, q_at: Array) -> Constants:
+    """What every kernel is compiled for."""
+    keys, values, shape = inputs.keys, inputs.values, inputs.lengths
     return {
         "K": shape.kv_heads,
         "G": shape.groups,
@@ -225,21 +203,25 @@ def _constants(
         "NUM_V": len(values.arrays),
         "WEIGHTED_K": keys.weights is not None,
         "WEIGHTED_V": values.weights is not None,
-        "STRIDE_K": keys.stride,
-        "STRIDE_V": values.stride,
-        "CAUSAL": mask.causal,
-        "WINDOW": mask.window or 0,
+        "CAUSAL": inputs.mask.causal,
+        "WINDOW": inputs.mask.window or 0,
         "Q_ROWS": int(q_at.shape[0] > 1),
-        "SCALE": float(scale),
-        "SOFTCAP": float(softcap or 0.0),
+        "SCALE": float(inputs.scale),
+        "SOFTCAP": float(inputs.softcap or 0.0),
     }
 
 
-def _paging(paging: Paging | None, keys: Sources) -> Constants:
+def _stored(inputs: Inputs) -> Constants:
+    """What forward kernels are compiled for besides: scales, and records in pages."""
+    keys, values, paging = inputs.keys, inputs.values, inputs.paging
     return {
+        "QUANTIZED_K": bool(keys.scales),
+        "QUANTIZED_V": bool(values.scales),
+        "STRIDE_K": keys.stride,
+        "STRIDE_V": values.stride,
+        "SCALE_STRIDE": keys.scale_stride,
         "PAGE": 0 if paging is None else paging.size,
         "PAGES": 0 if paging is None else paging.table.shape[1],
-        "SCALE_STRIDE": keys.scale_stride,
     }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.paged import Pages
+from pallas_kernels.pages import Pages
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.sources import Source, as_array
 

@@ -1,8 +1,8 @@
 """What the compilers for NVIDIA GPUs say of the kernels: registers, spills, shared memory.
 
-Works on any machine: the launches of a call are recorded while it is traced, and each is
-compiled for compute capability 9.0 by Triton and by the `ptxas` that comes with it. Nothing
-here says how fast a kernel is.
+Works on any machine: the launches of a call are recorded while it is traced, and each is compiled
+for a chip of `devices.GPUS` by Triton and by the `ptxas` that comes with it. Nothing here says
+how fast a kernel is.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,13 +21,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import gpu, quantize
-from pallas_kernels.gpu.device import Constants, GpuTarget, kernel, missing
+from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.devices import GPUS
+from pallas_kernels.gpu.device import Constants, GpuTarget, kernel, launch, missing
 from pallas_kernels.masks import Mask
-from pallas_kernels.paged import Pages
-from pallas_kernels.sources import Source
+from pallas_kernels.pages import Pages
+from pallas_kernels.sources import MixedSources
 
-SHARED_LIMIT = 232448  # bytes a program may have on an H100
-_H100 = {"kind": "NVIDIA H100", "cores": 132, "compute_capability": 90}
+CHIPS = ("a100", "l40s", "h100", "b200")  # one of each compute capability
+SPILL = 64  # bytes of a thread that a kernel outside the table may spill
 _TYPES = {
     "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int8": "*i8", "int32": "*i32",
     "float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5",
@@ -74,50 +76,75 @@ class Workload:
     packed: bool = False
 
 
+_KINDS: dict[str, dict[str, Any]] = {
+    "prefill, plain": {"length": 4096, "sources": 0},
+    "training, fused": {"length": 4096, "grad": True},
+    "training, packed": {"length": 4096, "grad": True, "packed": True},
+    "decode, plain": {"length": 1, "sources": 0},
+    "decode, fused": {"length": 1},
+    "decode, fused, pages": {"length": 1, "paged": True},
+    "decode, fused, int8": {"length": 1, "storage": "int8"},
+    "decode, fused, int8 pages": {"length": 1, "storage": "int8", "paged": True},
+    "decode, 64 rows, int8": {"length": 16, "storage": "int8"},
+}
+_RARE: dict[str, dict[str, Any]] = {
+    "training, 4 sources": {"length": 4096, "grad": True, "sources": 4},
+    "decode, 4 sources": {"length": 1, "sources": 4},
+}
 CALLS = tuple(
     Workload(name=f"{name} H={size}", size=size, **options)
+    for size, kinds in ((64, _KINDS | _RARE), (128, _KINDS | _RARE), (256, _RARE))
+    for name, options in kinds.items()
+) + tuple(
+    Workload(
+        name=f"training, fused, fp32 H={size}", length=4096, size=size, grad=True,
+        dtype="float32", storage="float32",
+    )
     for size in (64, 128)
-    for name, options in {
-        "prefill, plain": {"length": 4096, "sources": 0},
-        "training, fused": {"length": 4096, "grad": True},
-        "decode, plain": {"length": 1, "sources": 0},
-        "decode, fused": {"length": 1},
-        "decode, fused, pages": {"length": 1, "paged": True},
-        "decode, fused, int8": {"length": 1, "storage": "int8"},
-        "decode, fused, int8 pages": {"length": 1, "storage": "int8", "paged": True},
-        "decode, fused, e4m3": {"length": 1, "storage": "float8_e4m3fn"},
-    }.items()
-)
+)  # fmt: skip
 
 
-def report(shapes: tuple[Workload, ...] = CALLS) -> list[dict[str, Any]]:
-    """A line for every kernel of every call: call, kernel, block sizes, registers, spill (bytes
-    stored), shared (bytes), wgmma (instructions of the matrix units of Hopper).
+def target(chip: str, launch: Callable[..., Any] = launch) -> GpuTarget:
+    """A chip of `devices.GPUS`, whether there is one here or not."""
+    facts = GPUS[chip]
+    return GpuTarget(
+        kind=facts.kinds[0],
+        cores=facts.cores,
+        compute_capability=facts.capability,
+        launch=launch,
+    )
+
+
+def report(chip: str, shapes: Sequence[Workload] = CALLS) -> list[dict[str, Any]]:
+    """A line for every kernel of every call; see `line`.
 
     Raises:
       NotImplementedError: triton or jax-triton is missing.
     """
     missing()
-    lines = []
+    lines: list[dict[str, Any]] = []
+    seen: list[Launch] = []
     for call in shapes:
-        for launch in launches(call):
-            lines.append({"call": call.name, **line(launch)})
+        for found in launches(call, chip):
+            if found not in seen:  # the kernel that adds up splits is the same for many calls
+                seen.append(found)
+                lines.append({"chip": chip, "call": call.name, **line(found, chip)})
     return lines
 
 
-def line(launch: Launch) -> dict[str, Any]:
-    """The report's line of one launch."""
-    sizes = {"rows": launch.constants.get("BM"), "keys": launch.constants.get("BN")}
+def line(made: Launch, chip: str = "h100") -> dict[str, Any]:
+    """What is reported of a launch: its kernel, block sizes, and what `compiled` finds."""
+    sizes = {"rows": made.constants.get("BM"), "keys": made.constants.get("BN")}
     return {
-        "kernel": launch.name.split(".")[1],
+        "kernel": made.name.split(".")[1],
         **sizes,
-        "warps": launch.warps,
-        "stages": launch.stages,
-        **compiled(launch),
+        "warps": made.warps,
+        "stages": made.stages,
+        **compiled(made, GPUS[chip].capability),
     }
 
 
-def launches(call: Workload) -> list[Launch]:
+def launches(call: Workload, chip: str = "h100") -> list[Launch]:
     """The launches of a call with 32 query heads and 8 KV heads, recorded while tracing."""
     found: list[Launch] = []
 
@@ -135,8 +162,7 @@ def launches(call: Workload) -> list[Launch]:
         found.append(Launch(name, tuple(types), constants, warps, stages))
         return tuple(jnp.zeros(x.shape, x.dtype) for x in out)
 
-    device = GpuTarget(**_H100, launch=record)
-    jax.eval_shape(functools.partial(trace, call, device))
+    jax.eval_shape(functools.partial(trace, call, target(chip, record)))
     return found
 
 
@@ -145,17 +171,18 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
     count = max(1, call.sources)
     q = jnp.zeros((2, call.length, 32, call.size), call.dtype)
     weights = jnp.ones((count, 8, call.size)) if call.sources else None
-    options = {"scale": call.size**-0.5, "softcap": None, "device": device}
     lengths = jnp.full((2,), call.keys)
     if call.paged:
         pages = Pages.create(
             num_pages=64, page_size=64, num_kv_heads=8, num_keys=count, num_values=count,
             key_size=call.size, value_size=call.size, dtype=call.storage,
         )  # fmt: skip
-        table = jnp.zeros((2, call.keys // 64), jnp.int32)
-        return gpu.paged_attention(
-            q, pages, table, lengths, weights, weights, window=None, **options
-        )
+        paged = PagedCall(
+            q=q, pages=pages, page_table=jnp.zeros((2, call.keys // 64), jnp.int32),
+            kv_lengths=lengths, key_weights=weights, value_weights=weights, window=None,
+            scale=call.size**-0.5, softcap=None,
+        )  # fmt: skip
+        return gpu.paged_attention(paged, device=device)
     source = jnp.zeros((2, call.keys, 8, call.size), call.dtype)
     if call.storage != call.dtype:
         source = quantize(source, call.storage)
@@ -165,13 +192,15 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
         mask = dataclasses.replace(
             mask, window=1024, q_segment_ids=segments[0], kv_segment_ids=segments[1]
         )
-
-    def run(q: Array, sources: Sequence[Source]) -> tuple[Array, Array]:
-        return gpu.attention(q, sources, sources, weights, weights, mask, **options)
-
+    sources = MixedSources((source,) * count, (source,) * count, weights, weights)
+    made = Call(q=q, sources=sources, mask=mask, scale=call.size**-0.5, softcap=None)
     if not call.grad:
-        return run(q, (source,) * count)
-    out, pull = jax.vjp(run, q, (source,) * count)
+        return gpu.attention(made, device=device)
+
+    def run(q: Array, sources: MixedSources) -> tuple[Array, Array]:
+        return gpu.attention(dataclasses.replace(made, q=q, sources=sources), device=device)
+
+    out, pull = jax.vjp(run, q, sources)
     return pull(out)
 
 
@@ -192,17 +221,24 @@ def entry_calls(entry: dict[str, Any]) -> tuple[Workload, ...]:
     return tuple(call(length=4096, grad=grad, packed=x) for x in masks)
 
 
-def compiled(launch: Launch, *, compute_capability: int = 90) -> dict[str, int]:
-    """Registers a thread, bytes spilled, bytes of shared memory, count of wgmma instructions."""
+def compiled(made: Launch, compute_capability: int = 90) -> dict[str, int]:
+    """What the compilers make of a launch.
+
+    Returns:
+      registers: of a thread.
+      spill: bytes of a thread that are stored to memory for want of registers.
+      shared: bytes of shared memory.
+      wgmma: instructions of Hopper's matrix units; `serialized`: 1 where the assembler waits for
+        each of them (its warning C7515), as it could not keep their operands apart.
+    """
     triton = _triton()
-    from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = kernel(launch.name)
+    function = kernel(made.name)
     names = function.arg_names
-    constants = dict(launch.constants)
-    types = dict(zip(names, launch.types, strict=False))
+    constants = dict(made.constants)
+    types = dict(zip(names, made.types, strict=False))
     signature = {x: "constexpr" if x in constants else types[x] for x in names}
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if signature[x][0] == "*"
@@ -210,24 +246,35 @@ def compiled(launch: Launch, *, compute_capability: int = 90) -> dict[str, int]:
     built = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+        options={"num_warps": made.warps, "num_stages": made.stages},
     )
-    with tempfile.TemporaryDirectory() as folder:
-        code = pathlib.Path(folder, "kernel.ptx")
-        code.write_text(built.asm["ptx"])
-        suffix = "a" if compute_capability >= 90 else ""
-        ptxas = pathlib.Path(str(nvidia.__file__)).parent / "bin" / "ptxas"
-        log = subprocess.run(
-            [ptxas, "-v", f"--gpu-name=sm_{compute_capability}{suffix}", code, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
+    log = _assemble(built.asm["ptx"], compute_capability)
     number = lambda pattern: int(re.search(pattern, log).group(1))  # noqa: E731  # pyright: ignore
     return {
         "registers": number(r"Used (\d+) registers"),
         "spill": number(r"(\d+) bytes spill stores"),
         "shared": built.metadata.shared,
         "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
+        "serialized": int("C7515" in log),
     }
+
+
+def _assemble(ptx: str, compute_capability: int) -> str:
+    """What `ptxas` says of a program."""
+    from triton.backends import nvidia
+
+    tool = "ptxas-blackwell" if compute_capability >= 100 else "ptxas"
+    suffix = "a" if compute_capability >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        code = pathlib.Path(folder, "kernel.ptx")
+        code.write_text(ptx)
+        return subprocess.run(
+            [
+                pathlib.Path(str(nvidia.__file__)).parent / "bin" / tool, "-v",
+                f"--gpu-name=sm_{compute_capability}{suffix}", code, "-o", os.devnull,
+            ],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
 
 
 def _triton() -> ModuleType:

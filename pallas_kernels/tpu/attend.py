@@ -9,11 +9,10 @@ from jax import Array
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
-from pallas_kernels.sources import MixedSources, Result, Source, as_array
+from pallas_kernels.sources import MixedSources, Result, Source, as_array, named
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu import tile, tile_backward
-from pallas_kernels.tpu.blocks import Blocks
-from pallas_kernels.tpu.how import How, Interpret
+from pallas_kernels.tpu.how import How
 
 Residuals = tuple[Array, MixedSources, Mask, Array, Array]  # q, sources, mask, out, lse
 
@@ -55,60 +54,43 @@ def kernel_order(q: Array, sources: MixedSources) -> MixedSources:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def tiled(
-    how: How,
-    both: tuple[Blocks, Blocks],
-    interpret: Interpret,
-    q: Array,
-    sources: MixedSources,
-    mask: Mask,
-) -> Result:
-    """(out, lse) by the tile kernel; arguments as of `reference.attention`."""
-    return _forward(how, both, interpret, q, sources, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tiled(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:
+    """(out, lse) by the tile kernel; arguments as of `Call`."""
+    return _forward(how, q, sources, mask)[0]
 
 
-def _forward(
-    how: How,
-    both: tuple[Blocks, Blocks],
-    interpret: Interpret,
-    q: Array,
-    sources: MixedSources,
-    mask: Mask,
-) -> tuple[Result, Residuals]:
-    blocks, (_, length, _, _), keys = both[0], q.shape, sources.keys[0]
+def _forward(how: How, q: Array, sources: MixedSources, mask: Mask) -> tuple[Result, Residuals]:
+    length, keys = q.shape[1], sources.keys[0]
     heads = keys.shape[2]
+    blocks = how.tile(q.shape[2] // heads, length, keys.shape[1])
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
     rule = Mask(causal=mask.causal, window=mask.window)
     out, lse = tile.forward(
         how, rule, blocks, stack(scaled(q, how), heads, blocks.queries),
-        kernel_order(q, sources), where, interpret,
+        kernel_order(q, sources), where,
     )  # fmt: skip
     out = unstack(out, blocks.queries, length)
     lse = unstack(lse.swapaxes(3, 4), blocks.queries, length)[..., 0]
+    out, lse = named(out, lse)
     return (out, lse), (q, sources, mask, out, lse)
 
 
 def _backward(
-    how: How,
-    both: tuple[Blocks, Blocks],
-    interpret: Interpret,
-    residuals: Residuals,
-    cotangents: Result,
+    how: How, residuals: Residuals, cotangents: Result
 ) -> tuple[Array, MixedSources, None]:
-    return (*gradients(how, both[1], interpret, residuals, cotangents), None)
+    return (*gradients(how, residuals, cotangents), None)
 
 
 tiled.defvjp(_forward, _backward)
 
 
-def gradients(
-    how: How, blocks: Blocks, interpret: Interpret, residuals: Residuals, cotangents: Result
-) -> tuple[Array, MixedSources]:
+def gradients(how: How, residuals: Residuals, cotangents: Result) -> tuple[Array, MixedSources]:
     """Gradients of the queries and of the sources, by the tile kernel."""
     q, sources, mask, out, lse = residuals
     length, keys = q.shape[1], sources.keys[0]
     heads = keys.shape[2]
+    blocks = how.tile(q.shape[2] // heads, length, keys.shape[1])
     dout, lse, delta = linear.statistics(out, lse, cotangents, tile_backward.BLIND)
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
     rule = Mask(causal=mask.causal, window=mask.window)
@@ -120,7 +102,7 @@ def gradients(
         "delta": stacked(delta[..., None]).swapaxes(3, 4),
     }
     dq, dkey, dvalue = tile_backward.backward(
-        how, rule, blocks, arrays, kernel_order(q, sources), where, interpret
+        how, rule, blocks, arrays, kernel_order(q, sources), where
     )
     dkey = dkey * (how.scale / how.query_factor)
     present = None

@@ -1,8 +1,17 @@
 """Decoding: few queries against a long cache, which is read once, in place, and never mixed.
 
-The cache stays in HBM and is copied by hand, one block ahead of another, several in flight; the
-blocks that hold something visible, of all rows of the batch, are one list of work. Weights fold
-into the queries and outputs, so a block meets the matrix unit as it was stored. The three forms:
+The cache stays in HBM and is copied by hand. The blocks that hold something visible, of all rows of
+the batch, are one list, and so the copies of a row begin while the row before it is computed:
+
+    for each block of the list:
+        start the copies of the block two places on; wait for those of this one
+        zero what is absent, if anything is
+        s = sum_j (a_j q).K_j^T                       8 bits: each product times its scales
+        online softmax; out_j = decay out_j + p.V_j   8 bits: p times its scales
+        last block of a row: write out_j / total and lse
+
+Weights fold into the queries and outputs, so a block meets the matrix unit as it was stored. The
+three forms:
 
     stacked     [P, B, S, K * H], the cache itself and a slot of each source: one product for all
                 KV heads with queries that are zero off their own.
@@ -27,7 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.blocks import LANES
-from pallas_kernels.tpu.how import How, Interpret
+from pallas_kernels.tpu.how import How
 from pallas_kernels.tpu.tile import HIDDEN, LOG2E, NN, NT, Refs, dot, spread
 
 Method = Literal["start", "wait"]  # of a copy
@@ -46,7 +55,7 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class CacheReader:
-    """What differs between the two forms of a cache.
+    """What differs between the forms of a cache.
 
     Attributes:
       heads: products per block, each for its own KV head (1: one product for all).
@@ -71,6 +80,23 @@ class CacheReader:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cache:
+    """What is decoded from.
+
+    Attributes:
+      stored: arrays of the cache, left in HBM.
+      visited: bool [B, blocks], the blocks that hold something visible.
+      table: int32 page table, flat, or the slot of each array; None where there are neither.
+      ends: [B] int32, tokens of each row, of pages; else None.
+    """
+
+    stored: Sequence[Array]
+    visited: Array
+    table: Array | None = None
+    ends: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Memory:
     """References of the kernel: pages or slots, lengths, the cache, buffers and semaphores."""
 
@@ -79,6 +105,26 @@ class Memory:
     stored: Any
     buffers: Any
     sems: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A block that has arrived, and what is done with it.
+
+    Attributes:
+      refs: queries, and integers of queries and keys, by name.
+      buffers: of the cache, of which `slot` holds the block.
+      sums: maximum, denominator and outputs so far.
+      how, rule, form: static settings.
+    """
+
+    refs: Any
+    buffers: Any
+    slot: Any
+    sums: tuple[Any, Any, Any]
+    how: How
+    rule: Mask
+    form: CacheReader
 
 
 def _kernel(
@@ -134,9 +180,11 @@ def _kernel(
         absent = jnp.max(positions[...]) >= steps_lib.FAR
         pl.when(absent)(lambda: form.clear(row, block, slot, positions, memory))
 
+        work = Work(refs, buffers, slot, (top, total, acc), how, rule, form)
+
         def visit(head: int | Array) -> None:
             for start in range(0, form.rows, form.chunk):
-                _visit(refs, buffers, slot, head, start, top, total, acc, how, rule, form)
+                _visit(work, head, start)
 
         # Some heads in straight code, so that products of one overlap the softmax of another.
         straight = next(n for n in (4, 3, 2, 1) if form.heads % n == 0)
@@ -163,20 +211,11 @@ def _spread3(column: Array, width: int) -> Array:
     return jnp.tile(column, (1, 1, pl.cdiv(width, LANES)))[:, :, :width]
 
 
-def _visit(
-    refs: Refs,
-    buffers: Sequence[Ref],
-    slot: int | Array,
-    head: int | Array,
-    start: int,
-    top: Ref,
-    total: Ref,
-    acc: Ref,
-    how: How,
-    rule: Mask,
-    form: CacheReader,
-) -> None:
+def _visit(work: Work, head: int | Array, start: int) -> None:
     """One chunk of a block: scores, online softmax, products with the values."""
+    refs, buffers, slot = work.refs, work.buffers, work.slot
+    top, total, acc = work.sums
+    how, rule, form = work.how, work.rule, work.form
     part = pl.ds(start, form.chunk)
     dtype = refs["q"].dtype
     score = 0.0
@@ -189,8 +228,13 @@ def _visit(
     if how.softcap is not None:
         score = how.softcap * LOG2E * jnp.tanh(score / how.softcap)
     column = lambda x: x[:, :1]  # noqa: E731
+    q_segments, k_segments = refs["q_segments"], refs["k_segments"]
     seen = steps_lib.visible(
-        rule, column(refs["q_positions"]), refs["k_positions"][:, part], None, None
+        rule,
+        column(refs["q_positions"]),
+        refs["k_positions"][:, part],
+        None if q_segments is None else column(q_segments),
+        None if k_segments is None else k_segments[:, part],
     )
     if refs["k_heads"] is not None:
         seen = seen & (column(refs["q_heads"]) == refs["k_heads"][:, part])
@@ -222,12 +266,8 @@ def run(
     rule: Mask,
     form: CacheReader,
     q: Array,
-    stored: Sequence[Array],
-    table: Array,
-    ends: Array,
-    visited: Array,
+    cache: Cache,
     arrays: Mapping[str, Array | np.ndarray | None],
-    interpret: Interpret,
 ) -> tuple[Array, Array]:
     """The kernel.
 
@@ -235,19 +275,19 @@ def run(
       rule: `Mask` whose `causal` and `window` hold.
       form: the form of the cache.
       q: [B, heads, terms, M, width] queries of every score term, times scale.
-      stored: arrays of the cache, left in HBM.
-      table: int32 page table, flat, or the slot of each array; [1] where there are neither.
-      ends: [B] int32, tokens of each row.
-      visited: bool [B, blocks], the blocks that hold something visible.
-      arrays: "q_positions", "q_heads" [B or 1, M], "k_positions", "k_heads" [B or 1, 1, S'],
-        "scales" [B, heads, terms, S'] or None; with "own" [M, K], 1 where a row belongs to a KV
-        head, they are [B, terms, K, S'].
+      cache: what is read.
+      arrays: "q_positions", "q_heads", "q_segments" [B or 1, M], "k_positions", "k_heads",
+        "k_segments" [B or 1, 1, S'], "scales" [B, heads, terms, S']; with "own" [M, K], 1 where a
+        row belongs to a KV head, scales are [B, terms, K, S']. What is missing is not looked at.
 
     Returns:
       out [B, heads, output terms, M, width] and lse [B, heads, M] fp32.
     """
     batch, heads, _, rows, _ = q.shape
-    codes, _, count = steps_lib.listed(visited[None], visited[None])
+    stored, none = list(cache.stored), jnp.zeros(1, jnp.int32)
+    table = none if cache.table is None else cache.table
+    ends = none if cache.ends is None else cache.ends
+    codes, _, count = steps_lib.listed(cache.visited[None], cache.visited[None])
     row = lambda i, codes, *_: steps_lib.outer_block(codes[i])  # noqa: E731
     block = lambda i, codes, *_: steps_lib.inner_block(codes[i])  # noqa: E731
 
@@ -258,15 +298,15 @@ def run(
 
     inputs: dict[str, Any] = {"q": q}
     specs: dict[str, Any] = {"q": spec((None, *q.shape[1:]), q, *"b0000")}
-    for name in ("q_positions", "q_heads"):
-        x = arrays[name]
+    for name in ("q_positions", "q_heads", "q_segments"):
+        x = arrays.get(name)
         inputs[name] = None if x is None else jnp.broadcast_to(x[:, :, None], (*x.shape, LANES))
         specs[name] = None if x is None else spec((None, rows, LANES), x, *"b00")
-    for name in ("k_positions", "k_heads"):
-        x = inputs[name] = arrays[name]
+    for name in ("k_positions", "k_heads", "k_segments"):
+        x = inputs[name] = arrays.get(name)
         last = "0" if name == "k_heads" else "i"  # the heads of every block are the same
         specs[name] = None if x is None else spec((None, 1, form.rows), x, "b", "0", last)
-    x = inputs["scales"] = arrays["scales"]
+    x = inputs["scales"] = arrays.get("scales")
     specs["scales"] = None if x is None else spec((None, *x.shape[1:3], form.rows), x, *"b00i")
 
     inputs["own"] = arrays.get("own") if x is not None else None
@@ -305,7 +345,7 @@ def run(
             vmem_limit_bytes=how.chip.vmem * 3 // 4,
             disable_bounds_checks=True,
         ),
-        interpret=interpret,
+        interpret=how.interpret,
         name="decode",
-    )(codes, table, ends, inputs, list(stored))
+    )(codes, table, ends, inputs, stored)
     return out, lse[..., 0]

@@ -10,17 +10,16 @@ from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import linear
+from pallas_kernels import linear, masks
+from pallas_kernels.call import PagedCall
 from pallas_kernels.masks import Mask
-from pallas_kernels.paged import Pages
 from pallas_kernels.sources import Result
 from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
-from pallas_kernels.tpu.attend import How
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import CacheReader, Memory, Method, Term
-from pallas_kernels.tpu.how import Interpret
+from pallas_kernels.tpu.decode import Cache, CacheReader, Memory, Method, Term
+from pallas_kernels.tpu.how import How
 
 Spans = Sequence[tuple[int, int]]  # start and stop of each stream in a record
 
@@ -80,28 +79,30 @@ def _paged_clear(
     jax.lax.fori_loop(0, pages, page, None)
 
 
-def paged(
-    how: How,
-    interpret: Interpret,
-    q: Array,
-    pages: Pages,
-    page_table: Array,
-    kv_lengths: Array,
-    key_weights: Array | None,
-    value_weights: Array | None,
-    window: int | None,
-) -> Result:
-    """(out, lse) of each row's last T tokens over its pages."""
+def paged(how: How, call: PagedCall) -> Result:
+    """(out, lse) of each row's last T tokens over its pages.
+
+    However many they are: each part of the queries that one product takes reads the pages anew.
+    """
+    pages, mask = call.pages, call.mask
+    chips.check_storage(how.chip, pages.data.dtype)
+    inputs.check_lanes([pages.data.shape[3]], "records", how)
+
+    def run(q: Array, mask: Mask) -> Result:
+        return _blocks(how, call, q, mask)
+
+    held = call.page_table.shape[1] * pages.page_size
+    step = inputs.tokens_at_once(call.q.shape[2] // pages.num_kv_heads)
+    return inputs.in_parts(run, call.q, mask, held, step)
+
+
+def _blocks(how: How, call: PagedCall, q: Array, mask: Mask) -> Result:
+    """The kernel for some of the queries."""
+    pages, page_table, kv_lengths = call.pages, call.page_table, call.kv_lengths
     batch, length, num, size = q.shape
     heads, page_size, record = pages.data.shape[1:]
-    group = num // heads
-    if length * group > inputs.MAX_ROWS:
-        raise NotImplementedError(
-            f"{length * group} rows per KV head; decoding takes {inputs.MAX_ROWS}"
-        )
-    chips.check_storage(how.chip, pages.data.dtype)
-    inputs.check_lanes([record], "records", interpret)
-    width = page_table.shape[1]
+    group, width = num // heads, page_table.shape[1]
+    q_positions = jnp.asarray(masks.query_positions(mask, length, width * page_size))
     page_bytes = heads * page_size * record * pages.data.dtype.itemsize
     count = max(1, min(width, inputs.BLOCK_BYTES // page_bytes))
     need = LANES // np.gcd(LANES, page_size)  # a block's tokens fill whole lanes
@@ -109,11 +110,10 @@ def paged(
     tokens = count * page_size
     total = round_up(width, count) * page_size
 
-    rule = Mask(causal=True, window=window)
-    q_positions = kv_lengths[:, None] - length + jnp.arange(length)
+    rule = Mask(causal=True, window=call.window)
     index = jnp.arange(total)[None]
     k_positions = jnp.where(index < kv_lengths[:, None], index, steps_lib.FAR).astype(jnp.int32)
-    visited = inputs.visited_blocks(rule, q_positions, k_positions, tokens)
+    visited = inputs.Places(q_positions, k_positions, None, None).visited(rule, tokens)
     spans = pages.spans()
     keys, values = spans[: pages.num_keys], spans[pages.num_keys :]
     scales = None
@@ -129,21 +129,19 @@ def paged(
     separate = scales is not None
     scores, score_cuts = _terms(keys, record, separate)
     outputs, output_cuts = _terms(values, record, separate)
-    queries = linear.fold_queries(q, key_weights, how.query_factor)  # [B, J, T, N, H]
+    queries = linear.fold_queries(q, call.key_weights, how.query_factor)  # [B, J, T, N, H]
     queries = _place(queries, keys, scores, separate)
     queries = queries.reshape(batch, len(scores), length, heads, group, -1)
     queries = queries.transpose(0, 3, 1, 4, 2, 5).reshape(
         batch, heads, len(scores), group * length, -1
     )
-    pad = round_up(group * length, 16) - group * length
+    pad = inputs.padded_rows(group * length) - group * length
     queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, pad), (0, 0))).astype(q.dtype)
     arrays = {
         "q_positions": jnp.pad(
             jnp.tile(q_positions, (1, group)), ((0, 0), (0, pad)), constant_values=-steps_lib.FAR
         ),
-        "q_heads": None,
         "k_positions": k_positions[:, None],
-        "k_heads": None,
         "scales": scales,
     }
     form = CacheReader(
@@ -157,10 +155,8 @@ def paged(
         read=_paged_read,
         clear=functools.partial(_paged_clear, pages=count, size=page_size),
     )
-    out, lse = decode.run(
-        how, rule, form, queries, [pages.data], page_table.reshape(-1), kv_lengths, visited,
-        arrays, interpret,
-    )  # fmt: skip
+    cache = Cache([pages.data], visited, page_table.reshape(-1), kv_lengths)
+    out, lse = decode.run(how, rule, form, queries, cache, arrays)
     unstacked = lambda x: x.reshape(*x.shape[:-2], group, length, x.shape[-1])  # noqa: E731
     out = unstacked(out[:, :, :, : group * length])  # [B, K, terms, G, T, width]
     out = out.transpose(0, 2, 4, 1, 3, 5).reshape(batch, len(outputs), length, num, -1)
@@ -168,7 +164,7 @@ def paged(
         out[:, min(j, len(outputs) - 1), ..., stop - pages.value_size : stop]
         for j, stop in enumerate(output_cuts)
     ]
-    out = linear.fold_outputs(jnp.stack(parts, axis=1), value_weights).astype(q.dtype)
+    out = linear.fold_outputs(jnp.stack(parts, axis=1), call.value_weights).astype(q.dtype)
     lse = unstacked(lse[:, :, : group * length, None])[..., 0].transpose(0, 3, 1, 2)
     return out, lse.reshape(batch, length, num)
 

@@ -17,8 +17,7 @@ from pallas_kernels.devices import Chip
 from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources, Result, Source, as_array
 from pallas_kernels.tpu import attend
-from pallas_kernels.tpu.blocks import Blocks
-from pallas_kernels.tpu.how import Interpret
+from pallas_kernels.tpu.how import How
 
 
 def _fold(side: Sequence[Source], weights: Array | None, chip: Chip) -> bool:
@@ -26,14 +25,7 @@ def _fold(side: Sequence[Source], weights: Array | None, chip: Chip) -> bool:
     return weights is not None and len(side) * side[0].shape[3] <= chip.matrix
 
 
-def folded(
-    how: attend.How,
-    both: tuple[Blocks, Blocks],
-    interpret: Interpret,
-    q: Array,
-    sources: MixedSources,
-    mask: Mask,
-) -> Result:
+def folded(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:
     """(out, lse) by the tile kernel, on whichever side folds; arguments as of `attend.tiled`."""
     keys, values, key_weights, value_weights = sources
     dtype = q.dtype
@@ -44,7 +36,7 @@ def folded(
     if _fold(values, value_weights, how.chip):
         values, folded_values, value_weights = _beside(values), value_weights, None
     sources = MixedSources(keys, values, key_weights, value_weights)
-    found: Any = attend.tiled(how, both, interpret, q, sources, mask)
+    found: Any = attend.tiled(how, q, sources, mask)
     out, lse = found
     if folded_values is not None:
         out = linear.fold_outputs(_apart(out, folded_values.shape[0]), folded_values).astype(dtype)

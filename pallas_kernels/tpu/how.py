@@ -8,6 +8,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Chip
+from pallas_kernels.tpu.blocks import Blocks
 
 LOG2E = math.log2(math.e)
 Interpret = bool | pltpu.InterpretParams  # run on any device; the second also simulates copies
@@ -20,6 +21,8 @@ class How:
     Attributes:
       scale, softcap: of the scores.
       chip: what is compiled for.
+      interpret: run on any device.
+      blocks: tile of prefill and training; `Blocks.choose` where it is None.
       full, partial: there may be tiles without, and with, hidden scores.
       per_row: rows of the batch visit different tiles.
       holes: some keys of the arrays may be absent.
@@ -28,6 +31,8 @@ class How:
     scale: float
     softcap: float | None
     chip: Chip
+    interpret: Interpret = False
+    blocks: Blocks | None = None
     full: bool = True
     partial: bool = True
     per_row: bool = False
@@ -37,6 +42,10 @@ class How:
     def query_factor(self) -> float:
         """What the queries are multiplied with: base 2, unless a soft cap comes in between."""
         return self.scale * (LOG2E if self.softcap is None else 1.0)
+
+    def tile(self, groups: int, num_queries: int, num_keys: int) -> Blocks:
+        """The tile of a call of these lengths with G heads for each KV head."""
+        return self.blocks or Blocks.choose(groups, num_queries, num_keys)
 
     def specialized(
         self, visited: Array | np.ndarray, full: Array | np.ndarray, holes: bool = False

@@ -25,6 +25,7 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import attend, chips, folded, topology
 from pallas_kernels.tpu.blocks import Blocks
+from pallas_kernels.tpu.how import How
 
 _NAME = "pallas_kernels.tpu.static"
 _FLAGS = (
@@ -114,13 +115,13 @@ def _compile(chip: str, kernel: str, keys: int, rows: int, size: int) -> str:
         )
         topology.compile_for(chip, lambda *x: call(*x), *[spec(1, _LENGTH, size)] * 3)
         return "splash_mha_fwd_residuals"
-    how = attend.How(size**-0.5, None, chips.CHIPS[chip])
     blocks = Blocks(rows, keys, min(512, keys))
+    how = How(size**-0.5, None, chips.CHIPS[chip], blocks=blocks)
     sources = 2 if kernel in ("tile", "folded") else 1
     run = folded.folded if kernel == "folded" else attend.tiled
     side = (spec(1, _LENGTH, 1, size),) * sources
     weights = spec(sources, 1, size, dtype=jnp.float32) if sources > 1 else None
-    call = lambda q, s: run(how, (blocks, blocks), False, q, s, Mask(causal=False))  # noqa: E731
+    call = lambda q, s: run(how, q, s, Mask(causal=False))  # noqa: E731
     read: Any = (side, side, weights, weights)  # of shapes
     topology.compile_for(chip, call, spec(1, _LENGTH, 1, size), MixedSources(*read))
     return "tile_forward"

@@ -1,7 +1,17 @@
 """The tile kernel, forward: keys and values are mixed in VMEM, once per tile that is visited.
 
-Grid (batch, KV head, tiles that hold anything visible), query-major; the G query heads of a KV
-head are stacked into the rows of a block. Softmax in base 2: the queries carry scale * log2(e).
+The grid is (batch, KV head, step). A step is a tile of keys that a block of queries sees something
+of; `steps.listed` has written them down, block by block, so no program runs to find nothing to do.
+
+    first step of a query block:   top, total, acc = HIDDEN / 2, 0, 0
+    every step, for parts of the tile (`compute` keys; bounds the score tile):
+        key, value = sum_j a_j K_j, sum_j b_j V_j     float32, rounded once; absent values are 0
+        s = q.key^T                                   the queries carry scale log2(e)
+        above = max(top, max s); p = 2^(s - above); decay = 2^(top - above)
+        total, acc = decay total + sum p, decay acc + p.value
+    last step of a query block:    out = acc / total, lse = ln 2 (top + log2 total)
+
+The G query heads of a KV head are stacked into the rows of a block: they share the mixed tile.
 """
 
 import functools
@@ -19,7 +29,7 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.blocks import LANES, Blocks
-from pallas_kernels.tpu.how import LOG2E, How, Interpret
+from pallas_kernels.tpu.how import LOG2E, How
 from pallas_kernels.tpu.steps import Step, Table
 
 DotDimensions = tuple[tuple[tuple[int], tuple[int]], tuple[tuple[()], tuple[()]]]
@@ -160,7 +170,6 @@ def forward(
     q: Array,
     sources: MixedSources,
     where: steps_lib.BlockedPlaces,
-    interpret: Interpret,
 ) -> tuple[Array, Array]:
     """Attention of stacked queries.
 
@@ -234,7 +243,7 @@ def forward(
             jax.ShapeDtypeStruct((*q.shape[:3], 1, rows), jnp.float32),
         ],
         compiler_params=compiler_params(how),
-        interpret=interpret,
+        interpret=how.interpret,
         name="tile_forward",
     )(codes, inputs)
 

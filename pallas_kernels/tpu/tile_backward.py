@@ -1,9 +1,18 @@
 """The tile kernel, backward: one fused kernel, keys outside, queries inside.
 
+    first step of a key tile:      key, value = the mix, kept in VMEM; dkey, dvalue = 0
+    every step, a block of queries that sees the tile, for parts of the tile:
+        s = key.q^T                                   transposed: [keys, rows]
+        p = 2^(s - lse)
+        dvalue += p.dout
+        ds = p (value.dout^T - delta)
+        dkey += ds.q;  dq[block] += ds^T.key
+    last step of all:              dq times scale, rounded
+
 A key tile is mixed once, when its first query block comes; its gradients stay in VMEM until the
-last. Scores are transposed, [keys, rows], so that the statistics of a row are a row of lanes.
-The gradient of the queries of a (batch row, KV head) stays in VMEM as fp32 too; where it would
-not fit, queries are taken in several calls.
+last. Scores are transposed, so that the statistics of a row are a row of lanes. The gradient of
+the queries of a (batch row, KV head) stays in VMEM as fp32 too; where it would not fit, queries
+are taken in several calls.
 """
 
 import functools
@@ -19,7 +28,7 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.blocks import LANES, Blocks
-from pallas_kernels.tpu.how import How, Interpret
+from pallas_kernels.tpu.how import How
 from pallas_kernels.tpu.steps import Table
 from pallas_kernels.tpu.tile import (
     HIDDEN,
@@ -139,7 +148,6 @@ def _call(
     arrays: Mapping[str, Array],
     sources: MixedSources,
     where: steps_lib.BlockedPlaces,
-    interpret: Interpret,
 ) -> tuple[Array, Array, Array]:
     """One call of the kernel for the queries that are given."""
     keys, values, key_weights, value_weights = sources
@@ -208,7 +216,7 @@ def _call(
         ),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), wide(size), wide(value_size)],
         compiler_params=compiler_params(how),
-        interpret=interpret,
+        interpret=how.interpret,
         name="tile_backward",
     )(codes, inputs)
 
@@ -220,7 +228,6 @@ def backward(
     arrays: Mapping[str, Array],
     sources: MixedSources,
     where: steps_lib.BlockedPlaces,
-    interpret: Interpret,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients from stacked queries, cotangents and statistics.
 
@@ -241,9 +248,7 @@ def backward(
     for start in range(0, count, chunk):
         part = {name: x[:, :, start : start + chunk] for name, x in arrays.items()}
         cut = slice(start * blocks.queries, (start + chunk) * blocks.queries)
-        dq, dk, dv = _call(
-            how, mask, blocks, part, sources, steps_lib.queries(where, cut), interpret
-        )
+        dq, dk, dv = _call(how, mask, blocks, part, sources, steps_lib.queries(where, cut))
         dqs.append(dq)
         dkeys.append(dk)
         dvalues.append(dv)

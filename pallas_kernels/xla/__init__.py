@@ -1,21 +1,21 @@
 """Attention in plain XLA operations, in linear memory: the CPU default and the fallback."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 from jax import Array
 
 from pallas_kernels import linear
+from pallas_kernels.call import Call, PagedCall
 from pallas_kernels.masks import Mask
-from pallas_kernels.paged import Pages
 from pallas_kernels.paged_stream import is_paged
 from pallas_kernels.quantized import is_quantized
-from pallas_kernels.sources import Result, Source
+from pallas_kernels.sources import Result, named
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
 from pallas_kernels.xla.plan import BlockPlan
-from pallas_kernels.xla.streams import ArraySources, PagedSources, Streams
+from pallas_kernels.xla.streams import ArraySources, PagedSources, Weighted
 from pallas_kernels.xla.tiles import Scores
 
 _Arrays = tuple[ArraySources, Array | None, Array | None]  # and weights of keys and values
@@ -25,19 +25,8 @@ _FORWARD = {"rows": rows.forward, "blocks": blocks_schedule.forward, "decode": d
 _BACKWARD = {"rows": rows.backward, "blocks": blocks_schedule.backward}
 
 
-def attention(
-    q: Array,
-    keys: Sequence[Source],
-    values: Sequence[Source],
-    key_weights: Array | None,
-    value_weights: Array | None,
-    mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None,
-    blocks: tuple[BlockPlan, BlockPlan] | None = None,
-) -> Result:
-    """Attention without a [T, S] array; arguments and result as in `reference.attention`.
+def attention(call: Call, *, blocks: tuple[BlockPlan, BlockPlan] | None = None) -> Result:
+    """Attention without a [T, S] array; result as of `reference.attention`.
 
     Residuals of the backward pass are the arguments, the output and the lse; scores and mixed
     keys are computed again.
@@ -45,51 +34,33 @@ def attention(
     Args:
       blocks: `BlockPlan` of the forward and of the backward pass; by default what they choose.
     """
+    keys, values, key_weights, value_weights = call.sources
     streams = ArraySources(keys, values)
+    how = Scores(scale=call.scale, softcap=call.softcap)
+    sources = (streams, key_weights, value_weights)
     if is_paged((*keys, *values)):
-        return _paged(
-            q, streams, key_weights, value_weights, mask, Scores(scale=scale, softcap=softcap)
-        )
+        return _paged(how, call.q, sources, call.mask)
     if blocks is None:
-        shapes = (q.shape, keys[0].shape, mask)
+        shapes = (call.q.shape, keys[0].shape, call.mask)
         blocks = (BlockPlan.choose(*shapes), BlockPlan.choose_backward(*shapes))
-    how = Scores(scale=scale, softcap=softcap)
     quantized = is_quantized((*keys, *values))
     plans = (blocks[0].fit(streams.group, quantized), blocks[1].fit(streams.group, quantized))
-    return _attend(how, plans, q, (streams, key_weights, value_weights), mask)
+    return _attend(how, plans, call.q, sources, call.mask)
 
 
-def paged_attention(
-    q: Array,
-    pages: Pages,
-    page_table: Array,
-    kv_lengths: Array,
-    key_weights: Array | None,
-    value_weights: Array | None,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> Result:
+def paged_attention(call: PagedCall) -> Result:
     """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
-    mask = Mask(causal=True, window=window, kv_lengths=kv_lengths)
-    how = Scores(scale=scale, softcap=softcap)
-    return _paged(q, PagedSources(pages, page_table), key_weights, value_weights, mask, how)
+    streams = PagedSources(call.pages, call.page_table)
+    how = Scores(scale=call.scale, softcap=call.softcap)
+    return _paged(how, call.q, (streams, call.key_weights, call.value_weights), call.mask)
 
 
-def _paged(
-    q: Array,
-    streams: Streams,
-    key_weights: Array | None,
-    value_weights: Array | None,
-    mask: Mask,
-    how: Scores,
-) -> Result:
+def _paged(how: Scores, q: Array, sources: Weighted, mask: Mask) -> Result:
     """The forward pass, which gathers a tile of tokens of all rows at a time."""
+    streams = sources[0]
     shape = (q.shape[0], streams.length, streams.heads, q.shape[3])
     blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, streams.quantized)
     places = tiles.places(mask, q.shape[1], streams.length)
-    sources = (streams, key_weights, value_weights)
     run = _FORWARD[blocks.schedule]
     out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources, *places)
     return out.astype(q.dtype), lse
@@ -116,6 +87,7 @@ def _forward(
 
     places = tiles.places(mask, q.shape[1], sources[0].length)
     out, lse = _over_batch(chunk, blocks.batch, (q, sources[0], places))
+    out, lse = named(out, lse)
     return (out, lse), (q, sources, mask, out, lse)
 
 

@@ -5,43 +5,34 @@ are weighted and added. A matrix unit that is J * H channels wide does this in t
 nothing is mixed tile by tile.
 """
 
-from collections.abc import Sequence
+import dataclasses
 
 import jax.numpy as jnp
-from jax import Array
 
 from pallas_kernels import linear, xla
-from pallas_kernels.masks import Mask
+from pallas_kernels.call import Call
 from pallas_kernels.quantized import is_quantized
-from pallas_kernels.sources import Source, as_array
+from pallas_kernels.sources import MixedSources, Result, as_array
 
 
-def attention(
-    q: Array,
-    keys: Sequence[Source],
-    values: Sequence[Source],
-    key_weights: Array | None,
-    value_weights: Array | None,
-    mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Array, Array]:
-    """Arguments and result as in `reference.attention`.
+def attention(call: Call) -> Result:
+    """Result as of `reference.attention`.
 
     Raises:
       NotImplementedError: a source is `Quantized`; side by side the codes would need one scale.
     """
+    keys, values, key_weights, value_weights = call.sources
     if is_quantized((*keys, *values)):
         raise NotImplementedError("Quantized sources cannot lie side by side; use 'xla'")
-    dtype = q.dtype
+    q = call.q
     if key_weights is not None:
         q = jnp.moveaxis(linear.fold_queries(q, key_weights), 1, 3)  # [B, T, N, J, H]
-        q = q.reshape(*q.shape[:3], -1).astype(dtype)
+        q = q.reshape(*q.shape[:3], -1).astype(call.q.dtype)
     key = jnp.concatenate([as_array(x) for x in keys], axis=-1)
     value = jnp.concatenate([as_array(x) for x in values], axis=-1)
-    out, lse = xla.attention(q, (key,), (value,), None, None, mask, scale=scale, softcap=softcap)
+    sources = MixedSources((key,), (value,), None, None)
+    out, lse = xla.attention(dataclasses.replace(call, q=q, sources=sources))
     if value_weights is None:
         return out, lse
     parts = jnp.stack(jnp.split(out.astype(jnp.float32), len(values), axis=-1), axis=1)
-    return linear.fold_outputs(parts, value_weights).astype(dtype), lse
+    return linear.fold_outputs(parts, value_weights).astype(call.q.dtype), lse

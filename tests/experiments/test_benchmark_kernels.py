@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels
 from experiments.benchmarks import kernels, kernels_static, kernels_timed, report
 from experiments.benchmarks.kernels_timed import AttentionShape
+from pallas_kernels.gpu import static as static_gpu
 from pallas_kernels.tpu import static
 
 SHAPE = AttentionShape(batch=1, queries=8, keys=8, heads=4, kv_heads=2, size=8)
@@ -87,7 +88,7 @@ def test_a_measurement_comes_back_from_its_document():
 
 def test_on_a_processor_the_report_is_static_and_written_with_the_device(tmp_path):
     names = kernels.measurements(quick=True, rounds=1, torch_compile=False)
-    assert list(names) == ["tpu_schedules", "gpu_resources"]
+    assert list(names) == ["tpu_schedules", *(f"gpu_resources_{x}" for x in static_gpu.CHIPS)]
     document = {"suite": "kernels"} | report.environment()
     found = report.Measurement("A title", rows=[{"kernel": "tile", "spill": 0}])
     report.write(str(tmp_path / "out"), document, [found.text()])

@@ -3,8 +3,13 @@
 import functools
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.masks import Mask
+from pallas_kernels.sources import MixedSources
 from tests.oracles import attention as oracle
 
 I32 = functools.partial(np.asarray, dtype=np.int32)
@@ -154,3 +159,35 @@ def close(got, want, tolerance=2e-5):
     np.testing.assert_array_equal(got[~finite], want[~finite])
     size = np.abs(want[finite]).max(initial=1e-3)
     np.testing.assert_allclose(got[finite], want[finite], rtol=0, atol=tolerance * size)
+
+
+def as_jax(tree):
+    """NumPy arrays as JAX's."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "shape") else x, tree)
+
+
+def call_of(arguments, options=None) -> Call:
+    """What an implementation gets for these arguments and options of `pallas_kernels.attention`."""
+    (q, keys, values, *weights), options = as_jax((tuple(arguments), dict(options or {})))
+    scale, softcap = options.pop("scale", None), options.pop("softcap", None)
+    return Call(
+        q=q,
+        sources=MixedSources(tuple(keys), tuple(values), *weights),
+        mask=Mask(**{"causal": True, **options}),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+    )
+
+
+def paged_call_of(q, pages, table, lengths, key_weights, value_weights, **options) -> PagedCall:
+    """Likewise of `pallas_kernels.paged_attention`."""
+    options = {"window": None, "softcap": None, "scale": q.shape[-1] ** -0.5, **options}
+    return PagedCall(
+        q=q,
+        pages=pages,
+        page_table=table,
+        kv_lengths=lengths,
+        key_weights=key_weights,
+        value_weights=value_weights,
+        **options,
+    )

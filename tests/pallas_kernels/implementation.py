@@ -1,15 +1,10 @@
 """What an implementation tells the shared tests about itself, as the base of their classes."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from tests.pallas_kernels.cases import CASES, ROUNDED, draw, needs
-
-
-def _as_jax(x):
-    return jnp.asarray(x) if hasattr(x, "shape") else x
+from tests.pallas_kernels.cases import CASES, ROUNDED, as_jax, draw, needs
 
 
 class Implementation:
@@ -25,8 +20,8 @@ class Implementation:
 
     - `implementation`, if `pallas_kernels.attention` reaches the code on this machine; otherwise
       override `attend(arguments, options)`, which gets (q, keys, values, key_weights,
-      value_weights) and the keyword arguments of `attention`, and returns (out, lse): build the
-      `Mask` from the options and call the kernel with `interpret=True`. For pages override
+      value_weights) and the keyword arguments of `attention`, and returns (out, lse): give
+      `cases.call_of` of both to the kernel, with `interpret=True`. For pages override
       `attend_pages`.
     - `unsupported`: words of `cases.needs`, and "gradients", "residuals" (an lse),
       "wide_sources" (float32 sources beside 16-bit queries), "chunk" (pages, several queries),
@@ -68,7 +63,7 @@ class Implementation:
 
     def attend(self, arguments, options):
         """(out, lse)."""
-        arguments, options = jax.tree.map(_as_jax, (arguments, options))
+        arguments, options = as_jax((arguments, options))
         residuals = "residuals" not in self.unsupported
         found = pallas_kernels.attention(
             *arguments, return_residuals=residuals, implementation=self.implementation, **options

@@ -18,24 +18,21 @@ V5E, V6E, H100 = ("tpu", "TPU v5 lite"), ("tpu", "TPU v6 lite"), ("gpu", "NVIDIA
 
 
 @pytest.mark.parametrize(
-    ("device", "phase", "size", "residuals", "expected"),
+    ("device", "phase", "size", "expected"),
     [
-        (("cpu", "cpu"), "sequence", 64, False, ("xla",)),
-        (("cpu", "cpu"), "paged", 64, False, ("xla",)),
-        (V6E, "sequence", 128, False, ("tpu", "folded", "xla")),
-        (V5E, "sequence", 128, False, ("tpu", "xla")),
-        (V5E, "sequence", 64, True, ("tpu", "folded", "xla")),
-        (V5E, "decode", 64, False, ("tpu", "xla")),
-        (H100, "sequence", 128, False, ("cudnn", "triton", "xla")),
-        (H100, "sequence", 128, True, ("triton", "xla")),
-        (H100, "decode", 128, False, ("triton", "xla")),
-        (H100, "paged", 128, False, ("triton", "xla")),
+        (("cpu", "cpu"), "sequence", 64, ("xla",)),
+        (("cpu", "cpu"), "paged", 64, ("xla",)),
+        (V6E, "sequence", 128, ("tpu", "folded", "xla")),
+        (V5E, "sequence", 128, ("tpu", "xla")),
+        (V5E, "sequence", 64, ("tpu", "folded", "xla")),
+        (V5E, "decode", 64, ("tpu", "xla")),
+        (H100, "sequence", 128, ("triton", "xla")),
+        (H100, "decode", 128, ("triton", "xla")),
+        (H100, "paged", 128, ("triton", "xla")),
     ],
 )
-def test_the_table(device, phase, size, residuals, expected):
-    call = choice.CallTraits(
-        platform=device[0], kind=device[1], phase=phase, sources=2, size=size, residuals=residuals
-    )
+def test_the_table(device, phase, size, expected):
+    call = choice.CallTraits(platform=device[0], kind=device[1], phase=phase, sources=2, size=size)
     assert choice.candidates(call) == expected
 
 
@@ -51,7 +48,7 @@ def test_a_program_for_another_device_is_chosen_for_that_device():
     assert choice.device()[0] == "cpu"
     with jax.sharding.use_abstract_mesh(mesh):
         assert choice.device() == V6E
-        call = choice.describe("sequence", 2, 128, False)
+        call = choice.describe("sequence", 2, 128)
     assert choice.candidates(call)[0] == "tpu"
 
 

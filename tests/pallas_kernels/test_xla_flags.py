@@ -1,7 +1,5 @@
 """Sums that one jaxlib gets wrong on CPUs: not used, and kept in XLA's own code."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import jaxlib.version
@@ -11,7 +9,7 @@ import pytest
 from pallas_kernels import xla
 from pallas_kernels.xla_flags import AFFECTED, FLAG, avoid_wrong_sums
 from tests.oracles import attention as oracle
-from tests.pallas_kernels.cases import close, draw
+from tests.pallas_kernels.cases import call_of, close, draw
 
 affected = pytest.mark.skipif(
     jaxlib.version.__version__ not in AFFECTED or jax.default_backend() != "cpu",
@@ -56,8 +54,6 @@ def test_decoding_is_right_where_sums_are_fused():
     """As in a process that computed before it imported the kernels: two sources, H' != H."""
     arguments, _ = draw("sums", (1, 2, 512, 16, 8, 64, 128, 2, 2))
     want = oracle.attention(*arguments, {})
-    attend = functools.partial(
-        xla.attention, mask=xla.Mask(causal=True), scale=64**-0.5, softcap=None
-    )
-    got = jax.jit(attend, compiler_options=FUSED_SUMS)(*arguments)
+    attend = jax.jit(xla.attention, compiler_options=FUSED_SUMS)
+    got = attend(call_of(arguments))
     jax.tree.map(close, got, want)

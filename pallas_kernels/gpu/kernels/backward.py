@@ -1,7 +1,18 @@
 """Gradients: one kernel owns a tile of keys and mixes it once, the other a block of queries.
 
-With P = exp(s - lse) and dS = P * (dout.V^T - delta): dK^ = scale * dS^T.q, dV^ = P^T.dout,
-dq = scale * dS.K^. What they owe to each source is left to the caller, in float32.
+    backward_keys                               backward_queries
+    mix key and value of the tile               load q, dout, lse, delta of the block
+    for each block of rows that sees it:        for each tile that it sees:
+        load q, dout, lse, delta                    mix key and value
+        p  = 2^(key.q^T - lse)                      p  = 2^(q.key^T - lse)
+        dV^ += p.dout                               ds = p (dout.value^T - delta)
+        ds = p (value.dout^T - delta)               dq += ds.key
+        dK^ += ds.q                             write scale dq
+    write scale dK^ and dV^
+
+`lse` is in base 2 and normalizes p at once; delta = sum(out dout) - dlse is the sum over all keys
+that the softmax's Jacobian needs, known before any of them is seen. What dK^ and dV^ owe to each
+source is left to the caller, in float32.
 
 Scores are computed twice, once for either side, so that no two programs add to one place: with
 atomic additions the gradients would depend on the order in which programs end.
@@ -15,10 +26,12 @@ import triton.language as tl
 from pallas_kernels.gpu.kernels.parts import (
     logits,
     mixed,
+    places,
     product,
+    run_of,
     slope,
+    stream_weights,
     visible,
-    weight,
 )
 
 
@@ -47,10 +60,7 @@ def key_loop(low, high, skip_from, skip, key, value, dkey, dvalue, b, k, T, q_pt
         s = logits(s, SCALE, SOFTCAP)
         p = tl.exp2(s - lse[None, :])
         if MASKED:
-            q_at = tl.load(q_at_ptr + b * (Q_ROWS * T) + t, mask=live, other=-1)
-            q_segment = q_at
-            if SEGMENTS:
-                q_segment = tl.load(q_segment_ptr + b * T + t, mask=live, other=-1)
+            q_at, q_segment = places(q_at_ptr, q_segment_ptr, b, t, live, T, Q_ROWS, SEGMENTS)
             seen = visible(q_at[None, :], k_at[:, None], q_segment[None, :], k_segment[:, None],
                            CAUSAL, WINDOW, SEGMENTS)  # fmt: skip
             p = tl.where(seen, p, 0.0)
@@ -84,27 +94,18 @@ def backward_keys(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, lse_p
     b, k = bk // K, bk % K
     n = j * BN + tl.arange(0, BN)
     d, dv = tl.arange(0, BH), tl.arange(0, BHV)
-    k_at = tl.load(k_at_ptr + b * (K_ROWS * S) + n, mask=n < S, other=-1)
-    k_segment = k_at
-    if SEGMENTS:
-        k_segment = tl.load(k_segment_ptr + b * S + n, mask=n < S, other=-1)
+    k_at, k_segment = places(k_at_ptr, k_segment_ptr, b, n, n < S, S, K_ROWS, SEGMENTS)
     keep = k_at >= 0
     base = (b.to(tl.int64) * S + j * BN) * K + k
     offset = tl.arange(0, BN) * K
-    wk = (weight(kw, 0, k, K, H, BH), weight(kw, min(1, NUM_K - 1), k, K, H, BH),
-          weight(kw, min(2, NUM_K - 1), k, K, H, BH),
-          weight(kw, min(3, NUM_K - 1), k, K, H, BH))  # fmt: skip
-    wv = (weight(vw, 0, k, K, HV, BHV), weight(vw, min(1, NUM_V - 1), k, K, HV, BHV),
-          weight(vw, min(2, NUM_V - 1), k, K, HV, BHV),
-          weight(vw, min(3, NUM_V - 1), k, K, HV, BHV))  # fmt: skip
+    wk = stream_weights(kw, k, K, H, BH, NUM_K)
+    wv = stream_weights(vw, k, K, HV, BHV, NUM_V)
     keys, values = (k0, k1, k2, k3), (v0, v1, v2, v3)
     key = mixed(keys, keys, wk, base, offset, keep, NUM_K, H, 1, H, BH, WEIGHTED_K, False, True,
                 q_ptr.dtype.element_ty)  # fmt: skip
     value = mixed(values, values, wv, base, offset, keep, NUM_V, HV, 1, HV, BHV, WEIGHTED_V, False,
                   True, q_ptr.dtype.element_ty)  # fmt: skip
-    at = bounds + (b * (BOUND_ROWS * blocks) + j) * 4
-    low, high = tl.load(at), tl.load(at + 1)
-    clear_low, clear_high = tl.load(at + 2), tl.load(at + 3)
+    low, high, clear_low, clear_high = run_of(bounds, b, j, blocks, BOUND_ROWS)
     clear = clear_high - clear_low
     dkey = tl.zeros((BN, BH), tl.float32)
     dvalue = tl.zeros((BN, BHV), tl.float32)
@@ -144,10 +145,8 @@ def query_loop(low, high, skip_from, skip, q, dout, lse, delta, dq, b, k, S, q_a
         start = (i + tl.where(i >= skip_from, skip, 0)) * BN
         keep = start + n < S
         if MASKED:
-            k_at = tl.load(k_at_ptr + b * (K_ROWS * S) + start + n, mask=keep, other=-1)
-            k_segment = k_at
-            if SEGMENTS:
-                k_segment = tl.load(k_segment_ptr + b * S + start + n, mask=keep, other=-1)
+            k_at, k_segment = places(k_at_ptr, k_segment_ptr, b, start + n, keep, S, K_ROWS,
+                                     SEGMENTS)  # fmt: skip
             keep = k_at >= 0
         base = (b.to(tl.int64) * S + start) * K + k
         key = mixed(keys, keys, wk, base, offset, keep, NUM_K, H, 1, H, BH, WEIGHTED_K, False,
@@ -197,20 +196,11 @@ def backward_queries(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, ls
                    mask=live[:, None] & (dv < HV)[None, :], other=0)  # fmt: skip
     lse = tl.load(lse_ptr + row, mask=live, other=1e30)
     delta = tl.load(delta_ptr + row, mask=live, other=0)
-    q_at = tl.load(q_at_ptr + b * (Q_ROWS * T) + t, mask=live, other=-1)
-    q_segment = q_at
-    if SEGMENTS:
-        q_segment = tl.load(q_segment_ptr + b * T + t, mask=live, other=-1)
-    wk = (weight(kw, 0, k, K, H, BH), weight(kw, min(1, NUM_K - 1), k, K, H, BH),
-          weight(kw, min(2, NUM_K - 1), k, K, H, BH),
-          weight(kw, min(3, NUM_K - 1), k, K, H, BH))  # fmt: skip
-    wv = (weight(vw, 0, k, K, HV, BHV), weight(vw, min(1, NUM_V - 1), k, K, HV, BHV),
-          weight(vw, min(2, NUM_V - 1), k, K, HV, BHV),
-          weight(vw, min(3, NUM_V - 1), k, K, HV, BHV))  # fmt: skip
+    q_at, q_segment = places(q_at_ptr, q_segment_ptr, b, t, live, T, Q_ROWS, SEGMENTS)
+    wk = stream_weights(kw, k, K, H, BH, NUM_K)
+    wv = stream_weights(vw, k, K, HV, BHV, NUM_V)
     keys, values = (k0, k1, k2, k3), (v0, v1, v2, v3)
-    at = bounds + (b * (BOUND_ROWS * blocks) + i) * 4
-    low, high = tl.load(at), tl.load(at + 1)
-    clear_low, clear_high = tl.load(at + 2), tl.load(at + 3)
+    low, high, clear_low, clear_high = run_of(bounds, b, i, blocks, BOUND_ROWS)
     clear = clear_high - clear_low
     dq = tl.zeros((BM, BH), tl.float32)
     dq = query_loop(

@@ -1,8 +1,17 @@
 """Few queries against a long cache: sources folded into queries and outputs, keys in splits.
 
 The weights of the keys multiply the queries, those of the values the outputs, so a tile goes to
-the matrix unit as it was stored: a_1*q.K_1 + a_2*q.K_2, and b_1*(P.V_1) + b_2*(P.V_2). An 8-bit
-tile's scales multiply scores and probabilities. A second kernel adds up the splits.
+the matrix unit as it was stored:
+
+    q_j = a_j q                                       once
+    for each tile of BN keys of the split:
+        s = scale log2(e) sum_j q_j.K_j^T             8 bits: each product times its scales
+        p, decay = online softmax of s                as in `forward`
+        out_j = decay out_j + p.V_j                   8 bits: p times its scales, then rounded
+    write sum_j b_j out_j, top and total
+
+Splits fill the GPU where rows are few; they end with different maxima, so `combine`, a second
+kernel, rescales and adds them. It has one program for a row, and a few numbers for a split.
 """
 
 from typing import no_type_check

@@ -1,4 +1,19 @@
-"""Many queries: sources are mixed tile by tile, in float32, and meet an online softmax."""
+"""Many queries: sources are mixed tile by tile, in float32, and meet an online softmax.
+
+A program owns a block of BM rows, the queries of one KV head, and goes over tiles of BN keys:
+
+    for each tile of which the block sees anything:
+        key    = a_0 K_0 + a_1 K_1 of the tile       in float32, rounded once
+        s      = scale log2(e) q.key^T               HIDDEN where a row does not see a key
+        higher = max(top, max s)                     of each row
+        p, decay = 2^(s - higher), 2^(top - higher)
+        total, out, top = decay total + sum p, decay out + p.value, higher
+    write out / total, and ln 2 (top + log2 total)
+
+Tiles that all of the block sees come first, in a loop without positions and masks; the others lie
+before and after them, and are one loop that steps over the clear ones. A softmax does not mind the
+order. Each source is read once for a block, so a block of few rows reads the sources often.
+"""
 
 from typing import no_type_check
 
@@ -11,9 +26,11 @@ from pallas_kernels.gpu.kernels.parts import (
     locate,
     logits,
     mixed,
+    places,
     product,
+    run_of,
+    stream_weights,
     visible,
-    weight,
 )
 
 
@@ -35,10 +52,8 @@ def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_se
         start = block * BN
         keep = start + n < S
         if MASKED:
-            k_at = tl.load(k_at_ptr + b * (K_ROWS * S) + start + n, mask=keep, other=-1)
-            k_segment = k_at
-            if SEGMENTS:
-                k_segment = tl.load(k_segment_ptr + b * S + start + n, mask=keep, other=-1)
+            k_at, k_segment = places(k_at_ptr, k_segment_ptr, b, start + n, keep, S, K_ROWS,
+                                     SEGMENTS)  # fmt: skip
             keep = k_at >= 0
         base, offset = locate(b, k, start, keep, S, table, K, BN, PAGE, PAGES, MASKED)
         key = mixed(keys, key_scales, wk, base, offset, keep, NUM_K, STRIDE_K, SCALE_STRIDE, H, BH,
@@ -96,23 +111,14 @@ def forward(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, v
     row = (b.to(tl.int64) * T + t) * (K * G) + k * G + r % G
     q = tl.load(q_ptr + row[:, None] * H + d[None, :], mask=live[:, None] & (d < H)[None, :],
                 other=0)  # fmt: skip
-    q_at = tl.load(q_at_ptr + b * (Q_ROWS * T) + t, mask=live, other=-1)
-    q_segment = q_at
-    if SEGMENTS:
-        q_segment = tl.load(q_segment_ptr + b * T + t, mask=live, other=-1)
-    at = bounds + (b * (BOUND_ROWS * blocks) + i) * 4
-    low, high = tl.load(at), tl.load(at + 1)
-    clear_low, clear_high = tl.load(at + 2), tl.load(at + 3)
+    q_at, q_segment = places(q_at_ptr, q_segment_ptr, b, t, live, T, Q_ROWS, SEGMENTS)
+    low, high, clear_low, clear_high = run_of(bounds, b, i, blocks, BOUND_ROWS)
     clear = clear_high - clear_low
 
     keys, values = (k0, k1, k2, k3), (v0, v1, v2, v3)
     key_scales, value_scales = (ks0, ks1, ks2, ks3), (vs0, vs1, vs2, vs3)
-    wk = (weight(kw, 0, k, K, H, BH), weight(kw, min(1, NUM_K - 1), k, K, H, BH),
-          weight(kw, min(2, NUM_K - 1), k, K, H, BH),
-          weight(kw, min(3, NUM_K - 1), k, K, H, BH))  # fmt: skip
-    wv = (weight(vw, 0, k, K, HV, BHV), weight(vw, min(1, NUM_V - 1), k, K, HV, BHV),
-          weight(vw, min(2, NUM_V - 1), k, K, HV, BHV),
-          weight(vw, min(3, NUM_V - 1), k, K, HV, BHV))  # fmt: skip
+    wk = stream_weights(kw, k, K, H, BH, NUM_K)
+    wv = stream_weights(vw, k, K, HV, BHV, NUM_V)
     top = tl.full((BM,), HIDDEN / 2, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, BHV), tl.float32)

@@ -147,3 +147,38 @@ def mixed(sources, scale, w, base, offset, keep, NUM: tl.constexpr, STRIDE: tl.c
         return total.to(dtype)
     else:
         return tile(sources[0], base, offset, keep, STRIDE, SIZE, PADDED, MASKED).to(dtype)
+
+
+@triton.jit
+@no_type_check
+def stream_weights(weights, k, K: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+                   NUM: tl.constexpr):  # fmt: skip
+    """Weights of up to four sources, head k; a source that is not there repeats the last one, as
+    tuples have one length, and its load is dropped as dead code."""
+    return (weight(weights, 0, k, K, SIZE, PADDED),
+            weight(weights, min(1, NUM - 1), k, K, SIZE, PADDED),
+            weight(weights, min(2, NUM - 1), k, K, SIZE, PADDED),
+            weight(weights, min(3, NUM - 1), k, K, SIZE, PADDED))  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def places(at_ptr, segment_ptr, b, index, there, count, ROWS: tl.constexpr,
+           SEGMENTS: tl.constexpr):  # fmt: skip
+    """Positions and segments of tokens `index` of row b, -1 where they are not `there`.
+
+    ROWS is 0 where all rows of the batch have the same positions, which are stored once.
+    """
+    at = tl.load(at_ptr + b * (ROWS * count) + index, mask=there, other=-1)
+    segment = at
+    if SEGMENTS:
+        segment = tl.load(segment_ptr + b * count + index, mask=there, other=-1)
+    return at, segment
+
+
+@triton.jit
+@no_type_check
+def run_of(bounds, b, i, blocks, BOUND_ROWS: tl.constexpr):
+    """(low, high, clear_low, clear_high) of block i; see `bounds.runs`."""
+    at = bounds + (b * (BOUND_ROWS * blocks) + i) * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)

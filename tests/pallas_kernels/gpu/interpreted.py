@@ -6,16 +6,14 @@ Kernels get block sizes so small that most cases have several tiles, splits and 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import blocks
-from pallas_kernels.masks import Mask
 from tests.oracles import attention as oracle
 from tests.pallas_kernels import fuzz
 from tests.pallas_kernels.attention_cases import AttentionCases
-from tests.pallas_kernels.cases import CASES, close, draw, poison
+from tests.pallas_kernels.cases import CASES, call_of, close, draw, paged_call_of, poison
 from tests.pallas_kernels.gpu.interpreter import INTERPRETER
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
@@ -28,15 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array", "ignore
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    def choose(kernel, *_, rows, **__):
-        fitting = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    def choose(kernel, device, call):
+        fitting = 16 if call.rows <= 16 else 32 if call.rows <= 32 else 64
         return dataclasses.replace(SMALL, rows=fitting if kernel == "decode" else 16)
 
     monkeypatch.setattr(blocks, "choose", choose)
-
-
-def as_jax(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "shape") else x, tree)
 
 
 class Triton(Implementation):
@@ -45,16 +39,11 @@ class Triton(Implementation):
     narrow = "float16"  # the interpreter computes bfloat16 wrong
 
     def attend(self, arguments, options):
-        arguments, options = as_jax((tuple(arguments), dict(options)))
-        scale, softcap = options.pop("scale", None), options.pop("softcap", None)
-        scale = arguments[0].shape[-1] ** -0.5 if scale is None else scale
-        mask = Mask(causal=options.pop("causal", True), **options)
-        return gpu.attention(*arguments, mask, scale=scale, softcap=softcap, device=INTERPRETER)
+        return gpu.attention(call_of(arguments, options), device=INTERPRETER)
 
-    def attend_pages(self, q, pages, page_table, kv_lengths, key_weights, value_weights, options):
-        arguments = (q, pages, page_table, kv_lengths, key_weights, value_weights)
-        options = {"window": None, "softcap": None, "scale": q.shape[-1] ** -0.5, **options}
-        return gpu.paged_attention(*arguments, **options, device=INTERPRETER)
+    def attend_pages(self, *arguments):
+        *arguments, options = arguments
+        return gpu.paged_attention(paged_call_of(*arguments, **options), device=INTERPRETER)
 
 
 class TestTriton(Triton, AttentionCases):
@@ -72,8 +61,8 @@ class TestCommittedBlocks(Triton):
         entry = dataclasses.replace(SMALL, rows=rows, keys=keys)
         others = blocks.choose
 
-        def choose(name, *args, **options):
-            return entry if name == kernel else others(name, *args, **options)
+        def choose(name, device, call):
+            return entry if name == kernel else others(name, device, call)
 
         monkeypatch.setattr(blocks, "choose", choose)
         name = "two_tokens" if kernel == "decode" else "segments"

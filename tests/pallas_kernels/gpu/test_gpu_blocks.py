@@ -1,11 +1,19 @@
 """Block sizes: what the table and the rule give, and how decoding is split."""
 
+import dataclasses
+import itertools
+
 import pytest
 
-from pallas_kernels.gpu import blocks, calls
-from pallas_kernels.gpu.device import GpuTarget
+from pallas_kernels import devices
+from pallas_kernels.gpu import blocks, calls, static
 
-CALL = {"itemsize": 2, "stored": 2, "size": 128, "sources": 2, "rows": 4, "simple": True}
+CALL = blocks.Traits(itemsize=2, stored=2, size=128, sources=2, rows=4, simple=True)
+H100 = static.target("h100")
+
+
+def choose(kernel, chip=H100, **traits):
+    return blocks.choose(kernel, chip, dataclasses.replace(CALL, **traits))
 
 
 def test_entries_are_powers_of_two_that_say_where_they_come_from():
@@ -18,27 +26,45 @@ def test_entries_are_powers_of_two_that_say_where_they_come_from():
 
 
 def test_the_table_is_for_its_devices_and_the_rule_for_all_others():
-    on = lambda kind, **x: blocks.choose("decode", kind, **{**CALL, **x})  # noqa: E731
-    rule = blocks.heuristic("decode", itemsize=2, size=128, sources=2, rows=4)
-    assert on("NVIDIA A100-SXM4-40GB") == rule
-    assert on("NVIDIA H100 80GB HBM3", rows=20).rows == 32
-    assert on("NVIDIA H100 80GB HBM3", sources=0).stages == 3
-    forward = blocks.choose("forward", "NVIDIA H100 PCIe", **CALL)
-    masked = blocks.choose("forward", "NVIDIA H100 PCIe", **{**CALL, "simple": False})
+    rule = blocks.heuristic("decode", 80, CALL)
+    assert choose("decode", static.target("a100")) == rule
+    assert choose("decode", rows=20).rows == 32
+    assert choose("decode", sources=0).stages == 3
+    forward, masked = choose("forward"), choose("forward", simple=False)
     assert (forward.keys, masked.keys) == (64, 32)
 
 
+@pytest.mark.parametrize("chip", static.CHIPS)
 @pytest.mark.parametrize("kernel", blocks.KERNELS)
-def test_the_rule_takes_less_memory_for_more_sources(kernel):
-    options = {"itemsize": 2, "size": 128, "rows": 64}
-    one, four = (blocks.heuristic(kernel, sources=x, **options) for x in (1, 4))
-    assert four.keys < one.keys or kernel.startswith("backward")
+def test_the_rule_has_sizes_for_whatever_the_kernels_hold(kernel, chip):
+    """And smaller ones for more: wider heads, more sources, wider numbers."""
+    capability = devices.GPUS[chip].capability
+    area = lambda x: x.rows * x.keys  # noqa: E731
+
+    def rule(**traits):
+        return blocks.heuristic(kernel, capability, dataclasses.replace(CALL, **traits))
+
+    for size, sources in itertools.product((16, 64, 128, 256), (0, 1, 2, 3, 4)):
+        found = rule(size=size, sources=sources)
+        assert min(found.rows, found.keys) >= 16
+        assert area(rule(size=256, sources=4)) <= area(found) <= area(rule(size=16, sources=0))
+        assert area(rule(size=size, sources=sources, itemsize=4, stored=4)) <= area(found)
+
+
+@pytest.mark.parametrize("chip", static.CHIPS)
+def test_tiles_of_a_cache_fit_the_shared_memory(chip):
+    """Also of 16 queries over pages on an L40S, and of four sources with heads of 256."""
+    capability = devices.GPUS[chip].capability
+    for size, sources, rows in itertools.product((64, 128, 256), (1, 2, 4), (4, 32, 64)):
+        call = dataclasses.replace(CALL, size=size, sources=sources, rows=rows)
+        sizes = blocks.heuristic("decode", capability, call)
+        tiles = sizes.stages * sizes.keys * 2 * sources * size * call.stored
+        assert tiles <= devices.shared_memory(capability)
 
 
 def test_splits_fill_the_device_without_tiny_ones():
-    device = GpuTarget(kind="NVIDIA H100", cores=132, compute_capability=90, launch=print)
     for programs, keys in ((8, 32768), (64, 4096), (256, 4096), (1024, 512)):
-        count = calls.splits(device, programs, keys, 64)
+        count = calls.splits(H100, programs, keys, 64)
         assert programs * count >= 264
         assert count == 1 or programs * (count - 1) < 264  # not more than it takes
-    assert calls.splits(device, 8, 100, 64) == 1
+    assert calls.splits(H100, 8, 100, 64) == 1

@@ -10,7 +10,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import gpu, quantize
 from pallas_kernels.gpu import device
-from pallas_kernels.masks import Mask
+from tests.pallas_kernels.cases import call_of
 
 X = jnp.ones((1, 4, 2, 16))
 needs_no_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a CUDA GPU")
@@ -45,9 +45,9 @@ def old_gpu(capability):
 @pytest.mark.parametrize("kind, capability", [("float8_e4m3fn", 80), ("float16", 75)])
 def test_an_old_gpu_is_told_what_it_lacks(kind, capability):
     source = quantize(X, kind) if kind.startswith("float8") else X.astype(kind)
-    options = {"scale": 1.0, "softcap": None, "device": old_gpu(capability)}
     with pytest.raises(NotImplementedError, match=f"{kind} sources need compute capability 8"):
-        gpu.attention(X, (source,), (source,), None, None, Mask(causal=True), **options)
+        call = call_of((X, (source,), (source,), None, None))
+        gpu.attention(call, device=old_gpu(capability))
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_an_old_gpu_is_told_what_it_lacks(kind, capability):
 )
 def test_what_the_kernels_do_not_hold_is_refused(count, size, message):
     x, weights = jnp.ones((1, 4, 2, size)), jnp.ones((count, 2, size))
-    options = {"scale": 1.0, "softcap": None, "device": old_gpu(90)}
     with pytest.raises(NotImplementedError, match=message):
-        gpu.attention(x, (x,) * count, (x,), weights, None, Mask(causal=True), **options)
+        call = call_of((x, (x,) * count, (x,), weights, None))
+        gpu.attention(call, device=old_gpu(90))
 
 
 def test_nothing_imports_triton_before_a_kernel_is_launched():

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import static
-from pallas_kernels.masks import Mask
+from tests.pallas_kernels.cases import call_of
 from tests.pallas_kernels.gpu.toolchain import H100, needs_toolchain
 
 pytestmark = needs_toolchain
@@ -40,10 +40,10 @@ def test_kernels_lower_inside_shard_map():
     """The batch split over two devices: each launches the kernels on its half."""
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("batch",), auto, devices=jax.devices()[:2])
-    options = {"scale": 0.25, "softcap": None, "device": H100}
 
     def shard(q, source):
-        return gpu.attention(q, (source,), (source,), None, None, Mask(causal=True), **options)
+        call = call_of((q, (source,), (source,), None, None), {"scale": 0.25})
+        return gpu.attention(call, device=H100)
 
     mapped = jax.shard_map(
         shard, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"), check_vma=False

@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from pallas_kernels.gpu.device import GpuTarget, launch
+from pallas_kernels.gpu import static
+from pallas_kernels.gpu.device import launch
 
 _PACKAGES = ("triton", "jax_triton", "jax_cuda13_plugin")
 _ABSENT = [x for x in _PACKAGES if importlib.util.find_spec(x) is None]
@@ -16,4 +17,4 @@ needs_toolchain = pytest.mark.skipif(
     bool(_ABSENT), reason=f"needs {', '.join(_ABSENT)}: pip install -e '.[gpu-compile]'"
 )
 
-H100 = GpuTarget(kind="NVIDIA H100", cores=132, compute_capability=90, launch=launch)
+H100 = static.target("h100", launch)

@@ -1,5 +1,6 @@
 """Calls of every kernel at sizes of real models, as shapes: to be lowered and compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Pages, Quantized, tpu
 from pallas_kernels.masks import Mask
+from tests.pallas_kernels.cases import call_of, paged_call_of
 
 SIZES = {"batch": 4, "length": 4096, "kv_heads": 8, "heads": 32}
 
@@ -28,9 +30,10 @@ def training(chip, size=128, sources=2, dtype="bfloat16", length=1024, segments=
     mask = Mask(causal=True, q_segment_ids=ids, kv_segment_ids=ids)
 
     def call(q, keys, values, a, b, mask, cotangents):
-        attend = functools.partial(
-            tpu.attention, mask=mask, scale=0.1, chip=chip, **({"softcap": None} | options)
-        )
+        def attend(*sources):
+            made = call_of(sources, {"scale": 0.1} | options)
+            return tpu.attention(dataclasses.replace(made, mask=mask), chip=chip)
+
         found, pull = jax.vjp(attend, q, keys, values, a, b)
         return found, pull(cotangents)
 
@@ -54,7 +57,8 @@ def decoding(chip, dtype="bfloat16", ring=False, sources=2):
         mask = Mask(causal=True, kv_lengths=integers(batch))
 
     def call(q, keys, values, a, b, mask):
-        return tpu.attention(q, keys, values, a, b, mask, scale=0.1, softcap=None, chip=chip)
+        made = call_of((q, keys, values, a, b), {"scale": 0.1})
+        return tpu.attention(dataclasses.replace(made, mask=mask), chip=chip)
 
     q = spec(batch, 1, SIZES["heads"], 128)
     return call, (q, (source,) * sources, (source,) * sources, weights, weights, mask)
@@ -70,7 +74,7 @@ def paging(chip, dtype="bfloat16", size=128, page_size=128, length=1):
     weights = floats(2, heads, size)
 
     def call(*arguments):
-        return tpu.paged_attention(*arguments, window=None, scale=0.1, softcap=None, chip=chip)
+        return tpu.paged_attention(paged_call_of(*arguments, scale=0.1), chip=chip)
 
     q = spec(batch, length, SIZES["heads"], size)
     return call, (q, pages, integers(batch, width), integers(batch), weights, weights)

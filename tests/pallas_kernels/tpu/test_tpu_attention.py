@@ -1,27 +1,15 @@
 """The TPU kernels pass the shared tests when they are interpreted on any device."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tpu
-from pallas_kernels.masks import Mask
-from pallas_kernels.sources import MixedSources
-from pallas_kernels.tpu import attend, chips
+from pallas_kernels.tpu import attend, chips, decode_inputs
 from pallas_kernels.tpu.blocks import Blocks
+from pallas_kernels.tpu.how import How
 from tests.pallas_kernels.attention_cases import AttentionCases
+from tests.pallas_kernels.cases import I32, call_of, paged_call_of
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
-
-
-def split(arguments, options):
-    """Arguments of a backend from those of `pallas_kernels.attention`."""
-    options = dict(options)
-    scale = options.pop("scale", None) or arguments[0].shape[-1] ** -0.5
-    softcap = options.pop("softcap", None)
-    as_jax = lambda x: jnp.asarray(x) if hasattr(x, "shape") else x  # noqa: E731
-    arguments, options = jax.tree.map(as_jax, (arguments, options))
-    return arguments, Mask(**{"causal": True, **options}), scale, softcap
 
 
 class Tpu(Implementation):
@@ -35,17 +23,12 @@ class Tpu(Implementation):
     unsupported = frozenset({"int4", "float8_e4m3fn"})
 
     def attend(self, arguments, options):
-        arguments, mask, scale, softcap = split(arguments, options)
-        return tpu.attention(
-            *arguments, mask, scale=scale, softcap=softcap, chip=self.chip, interpret=True
-        )
+        return tpu.attention(call_of(arguments, options), chip=self.chip, interpret=True)
 
-    def attend_pages(self, q, pages, page_table, kv_lengths, key_weights, value_weights, options):
-        return tpu.paged_attention(
-            q, pages, page_table, kv_lengths, key_weights, value_weights, interpret=True,
-            window=options.get("window"), softcap=options.get("softcap"), chip=self.chip,
-            scale=q.shape[-1] ** -0.5,
-        )  # fmt: skip
+    def attend_pages(self, *arguments):
+        *arguments, options = arguments
+        call = paged_call_of(*arguments, **options)
+        return tpu.paged_attention(call, chip=self.chip, interpret=True)
 
 
 class Tile(Tpu):
@@ -56,12 +39,11 @@ class Tile(Tpu):
     examples = 2
 
     def attend(self, arguments, options):
-        arguments, mask, scale, softcap = split(arguments, options)
-        q, keys, values, *weights = arguments
-        how = attend.How(scale, softcap, chips.CHIPS["v5e"])
-        blocks = Blocks(16, 256, 128) if keys[0].shape[1] > 128 else Blocks(16, 128, 128)
-        sources = MixedSources(keys, values, *weights)
-        return attend.tiled(how, (blocks, blocks), True, q, sources, mask)
+        call = call_of(arguments, options)
+        long = call.sources.keys[0].shape[1] > 128
+        blocks = Blocks(16, 256, 128) if long else Blocks(16, 128, 128)
+        how = How(call.scale, call.softcap, chips.CHIPS["v5e"], True, blocks)
+        return attend.tiled(how, call.q, call.sources, call.mask)
 
 
 class TestTpu(Tpu, AttentionCases):
@@ -71,9 +53,30 @@ class TestTpu(Tpu, AttentionCases):
 class TestTpuQuantized(Tpu, QuantizedCases):
     formats = ("int8", "float8_e5m2")
 
+    @pytest.mark.parametrize(
+        ("shape", "options"),
+        [
+            # In blocks of 128 tokens, the last of which overlaps the one before; a tail of 13.
+            ((2, 2, 301, 4, 2, 16, 16, 2, 1), {"kv_lengths": I32([301, 180])}),
+            ((1, 1, 40, 2, 2, 16, 16, 1, 1), {"kv_segment_ids": I32([[0] * 25 + [1] * 15])}),
+            # Prefill: too many queries to read codes in place, so the tile kernel gets numbers.
+            ((1, 33, 40, 4, 1, 16, 16, 2, 2), {"kv_lengths": I32([35])}),
+        ],
+        ids=["odd length", "segments", "prefill"],
+    )
+    def test_whatever_the_length_mask_and_number_of_queries(self, monkeypatch, shape, options):
+        monkeypatch.setattr(decode_inputs, "BLOCK_BYTES", 1)
+        if "kv_segment_ids" in options:
+            options = options | {"q_segment_ids": I32([[0]])}
+        self.both("int8", shape, options, self.quantized_tolerance)
+
 
 class TestTpuPaged(Tpu, PagedCases):
     paged = ("one_token", "window", "uneven", "heads_of_128")
+
+    def test_more_queries_than_one_product_takes(self, monkeypatch):
+        monkeypatch.setattr(decode_inputs, "MAX_ROWS", 6)  # three of the seven tokens
+        self.check_pages("chunk", "int8", self.paged_tolerance)
 
 
 @pytest.mark.slow

@@ -10,10 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import tpu
-from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import topology
 from tests.oracles import attention as oracle
-from tests.pallas_kernels.cases import I32, close, draw
+from tests.pallas_kernels.cases import I32, call_of, close, draw
 
 HEADS, WEIGHTS = P(None, None, "heads"), P(None, "heads")
 SPECS = (HEADS, HEADS, HEADS, WEIGHTS, WEIGHTS, P())
@@ -23,8 +22,8 @@ def sharded(mesh, **options):
     """`tpu.attention` with query and KV heads split over the mesh; lengths are everywhere."""
 
     def attend(q, keys, values, a, b, lengths):
-        mask = Mask(causal=True, kv_lengths=lengths)
-        return tpu.attention(q, keys, values, a, b, mask, scale=0.25, softcap=None, **options)
+        call = call_of((q, keys, values, a, b), {"kv_lengths": lengths, "scale": 0.25})
+        return tpu.attention(call, **options)
 
     return jax.shard_map(
         attend, mesh=mesh, in_specs=SPECS, out_specs=(HEADS, HEADS), check_vma=False

@@ -13,10 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Pages, tpu
-from pallas_kernels.masks import Mask
 from pallas_kernels.tpu import decode_inputs
 from tests.oracles import attention as oracle
-from tests.pallas_kernels.cases import I32, close, draw
+from tests.pallas_kernels.cases import I32, call_of, close, draw, paged_call_of
 
 
 def simulated(function, *arguments):
@@ -45,12 +44,10 @@ def test_contiguous_cache_in_several_blocks(monkeypatch):
     q, keys, values, *weights = arguments
     spoil = lambda side: tuple(np.where(absent, np.nan, x) for x in side)  # noqa: E731
     arguments = jax.tree.map(jnp.asarray, (q, spoil(keys), spoil(values), *weights))
-    mask = Mask(causal=True, kv_lengths=jnp.asarray(lengths))
 
     def attend(*arguments, interpret):
-        return tpu.attention(
-            *arguments, mask, scale=0.25, softcap=None, chip="v5e", interpret=interpret
-        )
+        call = call_of(arguments, {"kv_lengths": lengths, "scale": 0.25})
+        return tpu.attention(call, chip="v5e", interpret=interpret)
 
     jax.tree.map(close, tuple(simulated(attend, *arguments)), want[:2])
 
@@ -73,10 +70,8 @@ def test_pages_in_several_blocks(monkeypatch):
     pages = pages.write(*jax.tree.map(jnp.asarray, (keys, values)), table, positions)
 
     def attend(q, pages, table, lengths, weights, interpret):
-        return tpu.paged_attention(
-            q, pages, table, lengths, *weights, window=130, scale=0.25, softcap=None,
-            chip="v5e", interpret=interpret,
-        )  # fmt: skip
+        call = paged_call_of(q, pages, table, lengths, *weights, window=130, scale=0.25)
+        return tpu.paged_attention(call, chip="v5e", interpret=interpret)
 
     arguments = (
         jnp.asarray(q),
