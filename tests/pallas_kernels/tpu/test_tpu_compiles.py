@@ -1,5 +1,6 @@
 """The kernels lower for TPU anywhere, and libtpu compiles them for chips that are not there."""
 
+import functools
 import importlib.util
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Pages, tpu
+from pallas_kernels.sources import SAVED
 from pallas_kernels.tpu import chips
+from tests.pallas_kernels.cases import call_of
 from tests.pallas_kernels.tpu import calls
 
 needs_libtpu = pytest.mark.skipif(
@@ -99,3 +102,19 @@ def test_a_write_leaves_the_other_pages_where_they_are():
 
     compiled = tpu.compile_for("v5e", write, pages, token, table, position, donate=(0,))
     assert compiled.memory_analysis().temp_size_in_bytes < pages.nbytes / 4
+
+
+@needs_libtpu
+def test_a_policy_that_saves_results_by_name_runs_the_kernel_once():
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(q, key):
+        return tpu.attention(call_of((q, (key,), (key,), None, None)), chip="v5e")[0]
+
+    gradient = jax.value_and_grad(lambda *x: layer(*x).astype(jnp.float32).sum())
+    x = calls.spec(1, 128, 2, 128)
+    text = tpu.compile_for("v5e", gradient, x, x).as_text() or ""
+    kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    assert sum("tile_forward" in line.partition("=")[0] for line in kernels) == 1
+    assert len(kernels) == 2
