@@ -8,9 +8,10 @@ Several processes are found in the environment (Slurm, Open MPI, Cloud TPU) or n
 --coordinator, --num_processes and --process_id; docs/guides/clusters.md shows how to start them.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
-from collections.abc import Callable
 
 from absl import flags
 
@@ -34,6 +35,20 @@ def define_flags() -> None:
         "the model's configuration and the tokenizer; --config.model.FIELD may change its layout "
         "and how it is computed.",
     )
+    flags.DEFINE_integer(
+        "fit_tokens",
+        None,
+        "With --init_from under another layout: fit the start to the model by least squares on so "
+        "many tokens of the training text, instead of leaving out what has no place.",
+        lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "teacher",
+        None,
+        "Model that --config.distillation compares with: a run's directory, a Hugging Face folder, "
+        "or a .gguf file; default the one of --init_from, as it was.",
+    )
+    cli.only_with("fit_tokens", init_from=True)
     flags.DEFINE_string(
         "profile_steps",
         None,
@@ -53,7 +68,7 @@ def define_flags() -> None:
 def main() -> int:
     from fusedkv_jax.training.monitoring.metrics import finite_or_none
 
-    config, initial = _start()
+    config, start = _start()
     workdir, profile_steps = cli.require("workdir"), _steps(FLAGS.profile_steps)
     processes.initialize(
         FLAGS.coordinator,
@@ -66,7 +81,8 @@ def main() -> int:
         workdir,
         profile_steps=profile_steps,
         wandb_project=FLAGS.wandb_project,
-        initial=initial,
+        initial=None if start is None else lambda: _initial(config, start),
+        teacher=_teacher(config, start),
     )
     if processes.is_first():
         summary = {"name": config.name, "step": result.step, "interrupted": result.interrupted}
@@ -74,15 +90,40 @@ def main() -> int:
     return training.INTERRUPTED_EXIT_CODE if result.interrupted else 0
 
 
-def _start() -> "tuple[training.ExperimentConfig, Callable[[], fkv.Decoder] | None]":
-    """The experiment, and what gives the model that it starts from, if not from drawn weights."""
+def _start() -> tuple[training.ExperimentConfig, models.Start | None]:
+    """The experiment, and the model that it starts from, if not from drawn weights."""
     source = FLAGS.init_from
     if source is None:
         return cli.load_config(), None
     workdir = pathlib.Path(cli.require("workdir")).expanduser()
     start = models.Start(source, workdir / "init_from")
-    config = start.settle(cli.load_config(start.change))
-    return config, lambda: start.load(config.model)
+    return start.settle(cli.load_config(start.change)), start
+
+
+def _initial(config: training.ExperimentConfig, start: models.Start) -> fkv.Decoder:
+    """The model before the first step."""
+    if not FLAGS.fit_tokens:
+        return start.load(config.model)
+    import jax
+
+    from fusedkv_jax.sharding import MeshConfig, make_mesh
+
+    tokens = models.training_tokens(config.data, FLAGS.fit_tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(devices=1))):
+        return start.load(config.model, tokens)
+
+
+def _teacher(config: training.ExperimentConfig, start: models.Start | None) -> fkv.Decoder | None:
+    """What distillation compares the model with."""
+    if not config.distillation.is_on:
+        if FLAGS.teacher is not None:
+            raise ValueError("--teacher goes with --config.distillation.logits or .hidden")
+        return None
+    if FLAGS.teacher is not None:
+        return models.Start(FLAGS.teacher, pathlib.Path(FLAGS.workdir) / "teacher").original()
+    if start is None:
+        raise ValueError("--teacher is missing; --config.distillation compares with one")
+    return start.original()
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

@@ -19,11 +19,12 @@ from experiments.common import cli
 from fusedkv_jax import interop, training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
-from fusedkv_jax.layouts import KVLayout
+from fusedkv_jax.layouts import KINDS, KVLayout
 from fusedkv_jax.training import ExperimentConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+    from jaxtyping import Array
 
 FLAGS = flags.FLAGS
 
@@ -214,18 +215,38 @@ class Start:
                     f"--config.model.{field.name}={asked} does not fit {self.path}, where it is "
                     f"{mine}; leave it out"
                 )
-        if is_run(self.path) and config.model.kv_layout != self.config.kv_layout:
+        layers = self.config.kv_layout.layers
+        streams = [layer.stream(kind) for layer in layers for kind in KINDS]
+        shares = any(stream.sources or not stream.own for stream in streams)
+        if shares and config.model.kv_layout != self.config.kv_layout:
             raise ValueError(
-                f"--config.model.layout is not the layout of {self.path}; leave it out"
+                f"--config.model.layout: {self.path} shares keys and values across layers already; "
+                "leave the layout out, or start from the model that it was made from"
             )
         layout = interop.with_layout(self.config, config.model.kv_layout).kv_layout
         return dataclasses.replace(config, model=config.model.replace(layout=layout))
 
-    def load(self, config: ModelConfig) -> fkv.Decoder:
-        """The model, under the layout that is trained; raises as loading does."""
+    def load(self, config: ModelConfig, tokens: Array | None = None) -> fkv.Decoder:
+        """The model, under the layout that is trained; raises as loading does.
+
+        Args:
+          config: of the model that is trained.
+          tokens: [B, T], to fit another layout on; without them, what it has no place for is left
+            out.
+        """
+        if tokens is not None:
+            return interop.uptrain.fit(self.original(), config.kv_layout, tokens)
+        if config.kv_layout == self.config.kv_layout:
+            return self.original()
+        if is_run(self.path):
+            return interop.uptrain.drop(self.original(), config.kv_layout)
+        return load_pretrained(self.path, config.kv_layout, tokenizer=self.tokenizer).model
+
+    def original(self) -> fkv.Decoder:
+        """The model under its own layout."""
         if is_run(self.path):
             return load_run(self.path).model
-        return load_pretrained(self.path, config.kv_layout, tokenizer=self.tokenizer).model
+        return load_pretrained(self.path, tokenizer=self.tokenizer).model
 
 
 def is_run(path: str) -> bool:
@@ -268,3 +289,17 @@ def _placed(model: fkv.Decoder, mesh: Mesh) -> fkv.Decoder:
 
     graphdef, params = nnx.split(model, nnx.Param)
     return nnx.merge(graphdef, jax.device_put(params, serving_shardings(params, mesh)))
+
+
+def training_tokens(config: DataConfig, count: int) -> Array:
+    """Whole sequences of the training text, at least so many tokens, [B, T] int32."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from fusedkv_jax import data
+
+    batches, rows = data.make_train_iterator(config), -(-count // config.seq_len)
+    found: list[np.ndarray] = []
+    while len(found) < rows:
+        found.extend(next(batches)["tokens"])
+    return jnp.asarray(np.stack(found[:rows]), jnp.int32)

@@ -103,3 +103,34 @@ def draw_loss_curves(histories: Mapping[str, History], path: pathlib.Path) -> No
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def draw_losses_by_tokens(
+    curves: Mapping[str, Sequence[Sequence[float]]], reference: float, path: pathlib.Path
+) -> None:
+    """Write losses as lists of (tokens, nats per token), and a line for what they should reach."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(name.partition(",")[0] for name in curves))
+    styles = ("o-", "s--", "^:", "d-.")
+    seen = dict.fromkeys(groups, 0)
+    for name, curve in curves.items():
+        group = name.partition(",")[0]
+        tokens, losses = zip(*curve, strict=True)
+        axes.plot(
+            tokens,
+            losses,
+            styles[seen[group] % len(styles)],
+            color=f"C{groups.index(group)}",
+            markersize=3,
+            label=name,
+        )
+        seen[group] += 1
+    axes.axhline(reference, color="black", linewidth=1, label="the original")
+    axes.set_xlabel("tokens of training")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 from experiments.common.documents import Document
 from fusedkv_jax import training
@@ -57,7 +58,7 @@ class FinishedRun:
         return _history(self.workdir)
 
 
-def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> FinishedRun:
+def complete(config: ExperimentConfig, workdir: pathlib.Path | str, **options: Any) -> FinishedRun:
     """Train to the end, go on with a run that was cut off, or return a finished one at once.
 
     `workdir/run.json` holds the whole configuration from the start and the result in the end.
@@ -65,6 +66,7 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> FinishedR
     Args:
       config: the experiment; it must evaluate (train.eval_batches above 0).
       workdir: its directory, created if it does not exist.
+      options: what `train` takes besides: the model that it begins with, a teacher.
 
     Raises:
       Interrupted: SIGTERM or SIGINT; the state is saved.
@@ -85,7 +87,7 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str) -> FinishedR
         workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir, config, seconds, None)
     start = time.perf_counter()
-    trained = training.train(config, workdir)
+    trained = training.train(config, workdir, **options)
     seconds += time.perf_counter() - start
     if trained.interrupted:
         _write(workdir, config, seconds, None)
@@ -138,6 +140,10 @@ def _write(
 
 def _check_same(saved: Document, config: ExperimentConfig, workdir: pathlib.Path) -> None:
     now = json.loads(json.dumps(config.to_dict()))
+    try:  # settings that are newer than the run had their defaults then
+        saved = json.loads(json.dumps(ExperimentConfig.from_dict(saved).to_dict()))
+    except ValueError:
+        pass  # a setting that is no more: the comparison names it
     difference = first_difference(_comparable(saved), _comparable(now))
     if difference:
         raise ValueError(

@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DamagedCheckpointError",
+    "DistillationConfig",
     "DivergedError",
     "EarlyExitConfig",
     "EvalResult",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError
     from fusedkv_jax.training.checkpointing.manifest import CheckpointError, DamagedCheckpointError
     from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
+    from fusedkv_jax.training.distillation_config import DistillationConfig
     from fusedkv_jax.training.divergence import DivergedError
     from fusedkv_jax.training.early_exit_config import EarlyExitConfig
     from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
@@ -78,6 +80,7 @@ else:
             "checkpointing.lock": ["WorkdirLockedError"],
             "checkpointing.manifest": ["CheckpointError", "DamagedCheckpointError"],
             "config": ["ExperimentConfig", "TrainConfig"],
+            "distillation_config": ["DistillationConfig"],
             "divergence": ["DivergedError"],
             "early_exit_config": ["EarlyExitConfig"],
             "evaluation": ["EvalResult", "evaluate", "make_eval_step"],

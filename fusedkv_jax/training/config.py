@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.mesh import MeshConfig
+from fusedkv_jax.training.distillation_config import DistillationConfig
 from fusedkv_jax.training.early_exit_config import EarlyExitConfig
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
 from fusedkv_jax.validation import build, validate
@@ -91,7 +92,7 @@ class ExperimentConfig:
 
     Attributes:
       name: what the run is called in its output.
-      model, data, optimizer, train, mesh, early_exit: the parts; see their classes.
+      model, data, optimizer, train, mesh, early_exit, distillation: the parts; see their classes.
     """
 
     name: str
@@ -101,6 +102,7 @@ class ExperimentConfig:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     early_exit: EarlyExitConfig = EarlyExitConfig()
+    distillation: DistillationConfig = DistillationConfig()
 
     def __post_init__(self) -> None:
         validate(self, ValueError)
@@ -111,6 +113,9 @@ class ExperimentConfig:
                 f"train.grad_accumulation={self.train.grad_accumulation} must divide "
                 f"data.batch_size={self.data.batch_size}"
             )
+        early = self.early_exit.max_dropout or self.early_exit.loss_scale
+        if self.distillation.is_on and early:
+            raise ValueError("distillation and early_exit are two objectives; turn one of them off")
         if self.data.seq_len > self.model.max_length:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} is longer than model.max_length="
@@ -145,6 +150,7 @@ _PARTS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
     "early_exit": EarlyExitConfig,
+    "distillation": DistillationConfig,
 }
 
 

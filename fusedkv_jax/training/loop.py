@@ -76,6 +76,7 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     wandb_project: str | None = None,
     initial: Callable[[], Decoder] | None = None,
+    teacher: Decoder | None = None,
 ) -> TrainResult:
     """Train until `config.train.steps`, or until SIGTERM, SIGINT or SIGHUP.
 
@@ -95,9 +96,11 @@ def train(
         `workdir/profile`, for TensorBoard or Perfetto.
       wandb_project: project of Weights & Biases that gets the metrics too.
       initial: gives the model to start from, of `config.model`; not called where a run goes on.
+      teacher: what `config.distillation` compares the model with; it is spread as the model is.
 
     Raises:
-      ValueError: `profile_steps` is no range of steps, the vocabulary is too small for the
+      ValueError: `profile_steps` is no range of steps, a teacher is missing or unused or does not
+        fit the model, the vocabulary is too small for the
         tokenizer, there is no text, the directory is in use (`WorkdirLockedError`), or holds the
         checkpoint of another configuration (`CheckpointError`), the package wandb is asked for
         and missing, or the processes differ (`ProcessesError`).
@@ -118,7 +121,8 @@ def train(
     profile = ProfileWindow(workdir / "profile", profile_steps)
     arguments = config.to_dict() | {"workdir": str(workdir), "profile_steps": profile_steps}
     processes.check_same("configuration", arguments, first_difference)
-    program = TrainProgram(config, make_mesh(config.mesh))
+    teaching = None if teacher is None else teacher.config
+    program = TrainProgram(config, make_mesh(config.mesh), teaching)
     process_rows(program.mesh)  # refuses a mesh that cuts across the processes
     name = config.data.tokenizer
     tokenizer = processes.together(lambda: tokenizers.load(kept_tokenizer(name, workdir)))
@@ -132,7 +136,7 @@ def train(
         ) as checkpoints,
     ):
         processes.on_first(lambda: keep_tokenizer(name, workdir))
-        options = _RunOptions(profile, wandb_project, initial)
+        options = _RunOptions(profile, wandb_project, initial, teacher)
         return _Run(workdir, program, checkpoints, interrupts, options).finish()
 
 
@@ -143,6 +147,7 @@ class _RunOptions:
     profile: ProfileWindow
     wandb_project: str | None
     initial: Callable[[], Decoder] | None
+    teacher: Decoder | None
 
 
 class _Run:
@@ -259,13 +264,14 @@ class _Run:
         train = self.config.train
         batch = self._next_batch()
         train_step = self._compile(progress)
+        constants = self._constants()
         timer = self._timer(state)
         losses, waited, to_save = [], 0.0, False
         self.alarm.restart()
         while True:
             self.goodput.switch("repeated steps" if step < self.seen else PRODUCTIVE)
             self.options.profile.move(step, state.step)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, *constants)
             step += 1
             progress.advance()
             timer.count(waited)
@@ -298,6 +304,14 @@ class _Run:
             before = time.perf_counter()
             batch = self._next_batch()
             waited = time.perf_counter() - before
+
+    def _constants(self) -> tuple[nnx.State, ...]:
+        """What each step is given besides state and batch: the teacher, placed as compiled."""
+        if self.options.teacher is None:
+            return ()
+        params = (nnx.state(self.options.teacher, nnx.Param),)
+        place = lambda leaf, like: jax.device_put(leaf, like.sharding)  # noqa: E731
+        return jax.tree.map(place, params, self.program.constants)
 
     def _settle(self, running: int) -> None:
         """Wait until at most so many steps are on the device, and look at those that are done."""

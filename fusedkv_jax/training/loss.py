@@ -18,7 +18,8 @@ from fusedkv_jax.trees import Leaf
 Sums = tuple[jax.Array, jax.Array]  # of the losses, and of the targets that count
 Batch = dict[str, Leaf]  # of [B, T] arrays: NumPy from the data pipeline, or traced
 Loss = Callable[[nnx.GraphDef, nnx.State, Batch], Sums]
-Objective = Callable[[jax.Array, Batch], tuple[Batch, Loss]]  # from the step's number
+# From the number of the step, its batch, and constants that it is given.
+Objective = Callable[..., tuple[Batch, Loss]]
 
 
 def sum_cross_entropy(

@@ -9,7 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fusedkv_jax.sharding import automatic, batch_sharding, check_batch
+from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.sharding import automatic, batch_sharding, check_batch, parameter_shardings
+from fusedkv_jax.training import distillation
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.early_exit import make_objective
 from fusedkv_jax.training.loss import Batch, Objective, batch_loss
@@ -28,18 +30,28 @@ class TrainProgram:
     Args:
       config: the experiment.
       mesh: what the run is spread over.
+      teacher: configuration of the teacher, where `distillation` needs one.
 
     Raises:
       MeshError: the batch does not divide over the mesh.
-      ValueError: the layout has no layer that `train.trainable` speaks of.
+      ValueError: the layout has no layer that `train.trainable` speaks of; a teacher is missing,
+        unused, or cannot be compared with the model.
     """
 
-    def __init__(self, config: ExperimentConfig, mesh: Mesh) -> None:
+    def __init__(
+        self, config: ExperimentConfig, mesh: Mesh, teacher: ModelConfig | None = None
+    ) -> None:
         train = config.train
+        distillation.check_teacher(config.distillation, config.model, teacher)
         check_batch(mesh, config.data.batch_size, config.data.seq_len, train.grad_accumulation)
         self.config, self.mesh = config, mesh
         self.graphdef, _ = abstract_model(config.model)
         self.optimizer = run_optimizer(config)
+        self.constants: tuple[nnx.State, ...] = ()  # shapes of what each step is given besides
+        self.teacher_graphdef = None
+        if teacher is not None:
+            self.teacher_graphdef, params = abstract_model(teacher)
+            self.constants = (_with_shardings(params, mesh),)
 
     def create(self, params: nnx.State | None = None) -> TrainState:
         """The initial state.
@@ -53,7 +65,10 @@ class TrainProgram:
         if params is None:
             return state
         placed = jax.tree.map(
-            lambda given, drawn: jax.device_put(given.astype(drawn.dtype), drawn.sharding),
+            # A copy: steps donate what they are given, and the caller's model would be gone.
+            lambda given, drawn: jax.device_put(
+                given.astype(drawn.dtype), drawn.sharding, may_alias=False
+            ),
             params,
             state.params,
         )
@@ -80,7 +95,9 @@ class TrainProgram:
         }
 
     def lower(self) -> jax.stages.Lowered:
-        """The step `(state, batch) -> (state, metrics)`, the state donated, ready to `compile()`.
+        """The step `(state, batch, *constants) -> (state, metrics)`, the state donated, to compile.
+
+        The constants are the teacher's parameters, if there is one.
 
         To call under `jax.set_mesh`.
         """
@@ -102,10 +119,14 @@ class TrainProgram:
         jitted = jax.jit(
             automatic(step, (specs, P())), donate_argnums=0, out_shardings=(shardings, None)
         )
-        return jitted.lower(self.state, self.batch)
+        return jitted.lower(self.state, self.batch, *self.constants)
 
     def _objective(self) -> Objective:
         config, train = self.config, self.config.train
+        if self.teacher_graphdef is not None:
+            return distillation.make_objective(
+                config.distillation, self.teacher_graphdef, train.logits_mib
+            )
         early_exits = make_objective(
             config.early_exit, config.model.num_layers, train.steps, train.seed, train.logits_mib
         )
@@ -114,8 +135,18 @@ class TrainProgram:
 
 
 def _brings_to_device(step: Step) -> Step:
-    def brought(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def brought(
+        state: TrainState, batch: Batch, *constants: nnx.State
+    ) -> tuple[TrainState, Metrics]:
         opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
-        return step(dataclasses.replace(state, opt_state=opt_state), batch)
+        return step(dataclasses.replace(state, opt_state=opt_state), batch, *constants)
 
     return brought
+
+
+def _with_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        parameter_shardings(params, mesh),
+    )

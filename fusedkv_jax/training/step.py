@@ -17,7 +17,7 @@ from fusedkv_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 _Totals = tuple[jax.Array, jax.Array, nnx.State]  # losses, targets that count, gradients
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
@@ -125,8 +125,12 @@ def make_train_step(
     """
     objective, deviations = options.objective, options.skip_spikes
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch, loss_of = (batch, batch_loss) if objective is None else objective(state.step, batch)
+    def train_step(
+        state: TrainState, batch: Batch, *constants: nnx.State
+    ) -> tuple[TrainState, Metrics]:
+        loss_of: Loss = batch_loss
+        if objective is not None:
+            batch, loss_of = objective(state.step, batch, *constants)
         # Only what is differentiated is trained: a mask of updates would compute all gradients.
         trained, frozen = nnx.split_state(state.params, options.chosen, ...)
 

@@ -34,6 +34,7 @@ NOT_RUN = {
     "gpu": "a test of its own runs it at toy size",
     "reproduce": "tests of its own run it and its study at toy size",
     "serve": "a test of its own starts it and asks it",
+    "uptrain": "a test of its own runs it at toy size",
     "*--coordinator=*": "several machines; tests/processes runs them",
     "*shared_run*": "several machines; their meshes are checked above",
     "*--suite=longcontext*": "a test of its own runs it at toy size",

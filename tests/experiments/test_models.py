@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
 
 import fusedkv_jax as fkv
-from fusedkv_jax.interop import load_huggingface, save_huggingface
+from experiments.common import models
+from fusedkv_jax.interop import load_huggingface, save_huggingface, uptrain
 from fusedkv_jax.training import load_model
 from tests.experiments import commands
 
@@ -104,3 +106,64 @@ def test_training_starts_from_a_folder(folder, tmp_path):
     pair = (nnx.to_flat_state(nnx.state(each)) for each in (model, expected))
     for ours, theirs in zip(*pair, strict=True):
         assert abs(ours[1][...] - theirs[1][...]).max() < 1e-6, ours[0]
+
+
+def test_a_conversion_is_fitted_and_learns_from_its_original(folder, tmp_path):
+    run = tmp_path / "run"
+    arguments = [
+        "--config=demo",
+        f"--init_from={folder}",
+        f"--config.data.source={folder.parent / 'text.txt'}",
+        "--config.data.seq_len=32",
+        "--config.data.batch_size=2",
+        "--config.data.holdout_fraction=0.0",
+        "--config.train.eval_batches=0",
+        "--config.train.steps=2",
+        "--config.optimizer.learning_rate=1e-30",
+        "--config.model.layout=yoco",
+        f"--workdir={run}",
+    ]
+    learns = "--config.distillation.logits=1"
+    trained, unused, missing = commands.run(
+        "train",
+        [*arguments, "--fit_tokens=256", learns, "--config.distillation.hidden=1"],
+        [*arguments, f"--teacher={folder}"],
+        ["--config=demo", f"--workdir={tmp_path / 'other'}", learns],
+    )
+    assert trained[0] == 0, trained
+    assert unused[0] == 2 and "--teacher goes with --config.distillation" in unused[2]
+    assert missing[0] == 2 and "--teacher is missing" in missing[2]
+    model, config, _ = load_model(run)
+    tokens = models.training_tokens(config.data, 256)
+    assert tokens.shape == (8, 32)
+    expected = uptrain.fit(load_huggingface(folder), "yoco", tokens)
+    np.testing.assert_allclose(model(tokens), expected(tokens), atol=1e-3)
+
+
+def test_losses_of_conversions_are_tabulated(folder, tmp_path):
+    text = tmp_path / "text.jsonl"
+    lines = [{"text": f"document {'abcdefghij'[i]} of the text.\n" * 4} for i in range(10)]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [
+        f"--init_from={folder}",
+        f"--config.data.source={text}",
+        "--config.data.seq_len=16",
+        "--config.data.batch_size=2",
+        "--config.data.holdout_fraction=0.5",
+        "--config.train.eval_batches=1",
+        "--config.train.eval_every=1",
+        "--config.train.steps=2",
+        f"--workdir={tmp_path}",
+        "--layouts=yoco",
+        "--fit_tokens=64",
+    ]
+    made, wrong = commands.run("uptrain", arguments, [*arguments, "--objectives=other"])
+    assert made[0] == 0, made
+    assert wrong[0] == 2 and "--objectives=other; choose text" in wrong[2]
+    results = json.loads(made[1].splitlines()[-1])
+    (row,) = results["rows"]
+    assert [tokens for tokens, _ in row["curves"]["distillation"]] == [0, 32, 64]
+    assert row["curves"]["text"][0][1] == row["fitted"]
+    assert row["cache_bytes_per_token"] * 2 == results["original"]["cache_bytes_per_token"]
+    assert "| yoco | 50% |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.png").stat().st_size > 1000

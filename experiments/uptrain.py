@@ -1,0 +1,210 @@
+"""How much training a converted model needs: python -m experiments.uptrain --init_from=MODEL.
+
+For each of --layouts: the loss on held-out text of the model whose projections were dropped, of
+the one that was fitted by least squares, and of that one against tokens of training, on the text
+alone and by distillation from the original. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png. Finished
+runs are skipped and a run that was cut off goes on, so the same command continues after an
+interruption. The last line on standard output is the JSON document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+from absl import flags
+
+import fusedkv_jax as fkv
+from experiments.common import cli, models, pictures, runs
+from fusedkv_jax import costs, processes, training
+from fusedkv_jax.training import DistillationConfig, ExperimentConfig
+
+FLAGS = flags.FLAGS
+
+# What a run learns from, by the name of its curve.
+OBJECTIVES = {
+    "text": DistillationConfig(),
+    "distillation": DistillationConfig(logits=1.0),
+    "distillation, hidden states too": DistillationConfig(logits=1.0, hidden=1.0),
+}
+_WITHIN = (0.02, 0.01)  # shares of the original's loss
+
+
+def define_flags() -> None:
+    """Define the flags."""
+    cli.define_config("demo")
+    flags.DEFINE_string(
+        "init_from",
+        None,
+        "The original: a run's directory, a Hugging Face folder, or a .gguf file, of a layout in "
+        "which every layer has its own keys and values.",
+    )
+    flags.DEFINE_list("layouts", ["fusedkv", "cla", "yoco"], "Layouts, separated by commas.")
+    flags.DEFINE_list(
+        "objectives", ["text", "distillation"], f"What runs learn from: {', '.join(OBJECTIVES)}."
+    )
+    flags.DEFINE_integer(
+        "fit_tokens", 16384, "Tokens of the training text that models are fitted on.", lower_bound=1
+    )
+    flags.DEFINE_string("workdir", "runs/uptrain", "Directory that holds all runs.")
+    flags.DEFINE_string(
+        "output", None, "OUTPUT.md, OUTPUT.json and OUTPUT.png; by default WORKDIR/table."
+    )
+
+
+def main() -> int:
+    workdir = pathlib.Path(cli.require("workdir")).expanduser()
+    output = FLAGS.output or str(workdir / "table")
+    results_file = cli.check_results_file(pathlib.Path(f"{output}.json"))
+    table_file, picture = (cli.check_output(f"{output}.{end}") for end in ("md", "png"))
+    start = models.Start(cli.require("init_from"), workdir / "init_from")
+    config = start.settle(cli.load_config(start.change))
+    unknown = [name for name in FLAGS.objectives if name not in OBJECTIVES]
+    if unknown:
+        raise ValueError(f"--objectives={unknown[0]}; choose {', '.join(OBJECTIVES)}")
+    original = start.original()
+    try:
+        rows = [_row(config, layout, start, original, workdir) for layout in FLAGS.layouts]
+    except runs.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return training.INTERRUPTED_EXIT_CODE
+    results = {
+        "experiment": "uptrain",
+        "original": {
+            "parameters": costs.parameter_count(original.config),
+            "cache_bytes_per_token": costs.cache_bytes_per_token(
+                original.config, original.config.dtype
+            ),
+            "loss": _held_out_loss(original, config),
+        },
+        "fit_tokens": FLAGS.fit_tokens,
+        "train_tokens": config.train.steps * _batch_tokens(config),
+        "rows": rows,
+        "environment": processes.environment(),
+        "command": shlex.join(["python", "-m", "experiments.uptrain", *sys.argv[1:]]),
+    }
+    text = markdown(results)
+    table_file.write_text(text, encoding="utf-8")
+    results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    pictures.draw_losses_by_tokens(_curves(results), results["original"]["loss"], picture)
+    print(text)
+    print(json.dumps(results))
+    return 0
+
+
+def _row(
+    config: ExperimentConfig,
+    layout: str,
+    start: models.Start,
+    original: fkv.Decoder,
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    """One layout: losses before training, and the curve of each objective."""
+    config = dataclasses.replace(config, model=config.model.replace(layout=layout))
+    folder = workdir / layout.replace(":", "_").replace("=", "")
+    fitted = folder / "fitted"
+    if models.is_run(str(fitted)):
+        model = models.load_run(str(fitted)).model
+    else:
+        print(f"{layout}: fitting to {FLAGS.fit_tokens:,} tokens", flush=True)
+        model = start.load(config.model, models.training_tokens(config.data, FLAGS.fit_tokens))
+        training.save_model(model, config, fitted)
+    losses = {
+        "dropped": _held_out_loss(start.load(config.model), config),
+        "fitted": _held_out_loss(model, config),
+    }
+    print(f"{layout}: {losses}", flush=True)
+    curves = {}
+    for name in FLAGS.objectives:
+        run = dataclasses.replace(config, name=f"{layout}, {name}", distillation=OBJECTIVES[name])
+        finished = runs.complete(
+            run,
+            folder / name.replace(", ", "-").replace(" ", "-"),
+            initial=lambda: model,
+            teacher=original if run.distillation.is_on else None,
+        )
+        evaluated = [line for line in finished.history if line.get("eval/loss") is not None]
+        curve = [[line["step"] * _batch_tokens(run), line["eval/loss"]] for line in evaluated]
+        curves[name] = [[0, losses["fitted"]], *curve]
+    return {
+        "layout": layout,
+        "cache_bytes_per_token": costs.cache_bytes_per_token(config.model, config.model.dtype),
+        **losses,
+        "curves": curves,
+    }
+
+
+def _batch_tokens(config: ExperimentConfig) -> int:
+    return config.data.batch_size * config.data.seq_len
+
+
+def _held_out_loss(model: fkv.Decoder, config: ExperimentConfig) -> float:
+    from flax import nnx
+
+    from fusedkv_jax import data
+
+    graphdef, params = nnx.split(model, nnx.Param)
+    batches = data.make_eval_batches(config.data, config.train.eval_batches)
+    found = training.evaluate(training.make_eval_step(graphdef), params, batches)
+    return found.metrics["loss"]
+
+
+def _curves(results: dict[str, Any]) -> dict[str, list[list[float]]]:
+    return {
+        f"{row['layout']}, {name}": curve
+        for row in results["rows"]
+        for name, curve in row["curves"].items()
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a Markdown document."""
+    original, environment = results["original"], results["environment"]
+    loss, within = original["loss"], " | ".join(f"within {share:.0%}" for share in _WITHIN)
+    lines = [
+        "# Uptraining",
+        "",
+        f"A model of {original['parameters']:,} parameters and a held-out loss of {loss:.4f} nats "
+        "per token, under layouts of less cache: without the projections that have no place, "
+        f"fitted by least squares to {results['fit_tokens']:,} tokens, and after "
+        f"{results['train_tokens']:,} tokens of training from there. The last columns are "
+        "the tokens after which the loss is within that share of the original's.",
+        "",
+        f"| layout | cache | dropped | fitted | learns from | trained | {within} |",
+        "|---|---:|---:|---:|---|---:|" + "---:|" * len(_WITHIN),
+    ]
+    for row in results["rows"]:
+        cache = row["cache_bytes_per_token"] / original["cache_bytes_per_token"]
+        for name, curve in row["curves"].items():
+            last, needed = curve[-1][1], [_tokens_until(curve, loss * (1 + w)) for w in _WITHIN]
+            lines.append(
+                f"| {row['layout']} | {cache:.0%} | {row['dropped']:.3f} "
+                f"| {row['fitted']:.3f} | {name} "
+                f"| {last:.4f} ({last / loss - 1:+.1%}) | {' | '.join(needed)} |"
+            )
+    versions = ("python", "jax", "jaxlib", "flax", "optax", "fusedkv_jax")
+    lines += [
+        "",
+        f"Device: {environment['devices']} x {environment['device']} ({environment['processor']}, "
+        f"{environment['cores']} cores). Versions: "
+        f"{', '.join(f'{name} {environment[name]}' for name in versions)}. One run each.",
+        "",
+        f"Command: `{results['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _tokens_until(curve: list[list[float]], loss: float) -> str:
+    found = next((tokens for tokens, value in curve if value <= loss), None)
+    return "not reached" if found is None else f"{found:,.0f}"
+
+
+# Not at import: other binaries have flags of the same names, and tests import several.
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

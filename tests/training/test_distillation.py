@@ -1,0 +1,107 @@
+"""Distillation from a teacher, against its definition, and through the training step."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fusedkv_jax.model import Decoder
+from fusedkv_jax.sharding import MeshConfig, make_mesh
+from fusedkv_jax.training import DistillationConfig, TrainProgram, train
+from fusedkv_jax.training.distillation import distillation_loss
+from fusedkv_jax.training.loss import batch_loss
+
+
+@pytest.fixture(scope="module")
+def pair(toy):
+    """A model and the teacher that it was made from, of another layout."""
+    model, teacher = (
+        Decoder(toy.model.replace(layout=layout), rngs=nnx.Rngs(seed))
+        for seed, layout in enumerate(("fusedkv", "mha"))
+    )
+    return model, teacher
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(1)
+    return {
+        "tokens": jnp.asarray(rng.integers(0, 258, (4, 8)), jnp.int32),
+        "targets": jnp.asarray(rng.integers(0, 258, (4, 8)), jnp.int32),
+        "segment_ids": jnp.zeros((4, 8), jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (4, 8)),
+        "loss_mask": jnp.ones((4, 8)).at[-1, 2:].set(0),
+    }
+
+
+def test_losses_are_those_of_the_definition(pair, batch):
+    model, teacher = pair
+    counted = np.asarray(batch["loss_mask"]) != 0
+    given = batch["tokens"], batch["segment_ids"], batch["positions"]
+    logs = [jax.nn.log_softmax(one(*given) / 2.0) for one in pair]
+    divergence = 4 * (np.exp(logs[1]) * (logs[1] - logs[0])).sum(-1)[counted].sum()
+    x, y = (np.asarray(one.layer_outputs(*given)) for one in pair)
+    distance = (((x - y) ** 2).sum(-1) / (y**2).sum(-1)).mean(0)[counted].sum()
+    text = batch_loss(*nnx.split(model, nnx.Param), batch)[0]
+    config = DistillationConfig(logits=0.5, hidden=3.0, text=0.25, temperature=2.0)
+    for logits_mib in (512, 0.01):  # whole, and in chunks that do not divide the tokens
+        total, count = distillation_loss(model, teacher, batch, config, logits_mib)
+        assert count == 26
+        np.testing.assert_allclose(total, 0.5 * divergence + 3 * distance + 0.25 * text, rtol=1e-4)
+    same, _ = distillation_loss(teacher, teacher, batch, dataclasses.replace(config, text=0.0))
+    assert abs(same) < 1e-4
+
+
+def test_chunks_change_no_gradient(pair, batch):
+    graphdef, params = nnx.split(pair[0], nnx.Param)
+
+    def gradient(logits_mib):
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            config = DistillationConfig(logits=1.0)
+            return distillation_loss(model, pair[1], batch, config, logits_mib)[0]
+
+        return jax.grad(loss)(params)
+
+    for one, other in zip(*map(jax.tree.leaves, (gradient(512), gradient(0.01))), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_training_brings_a_model_nearer_to_its_teacher(toy, pair, tmp_path):
+    config = dataclasses.replace(
+        toy,
+        distillation=DistillationConfig(logits=1.0, hidden=1.0),
+        train=dataclasses.replace(toy.train, steps=12, grad_accumulation=2, log_every=1),
+    )
+    result = train(config, tmp_path, teacher=pair[1])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert result.step == 12
+    losses = [json.loads(line)["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_does_not_fit_is_refused(toy, pair):
+    mesh = make_mesh(MeshConfig(devices=1))
+    learns = dataclasses.replace(toy, distillation=DistillationConfig(hidden=1.0))
+    for config, teacher, message in (
+        (learns, None, "distillation needs a teacher"),
+        (toy, toy.model, "a teacher is given, but"),
+        (learns, toy.model.replace(vocab_size=300), "the teacher has vocab_size=300"),
+        (learns, toy.model.replace(num_layers=2, layout="mha"), "num_layers=2.*hidden=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainProgram(config, mesh, teacher)
+    for settings, message in (
+        (dict(logits=-1.0), "distillation.logits=-1.0; use 0 or more"),
+        (dict(text=1.0), "goes with distillation.logits"),
+        (dict(logits=1.0, temperature=0.0), "use more than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillationConfig(**settings)
+    early = dataclasses.replace(toy.early_exit, loss_scale=1.0)
+    with pytest.raises(ValueError, match="two objectives"):
+        dataclasses.replace(learns, early_exit=early)
