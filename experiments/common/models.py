@@ -234,12 +234,14 @@ class Start:
           tokens: [B, T], to fit another layout on; without them, what it has no place for is left
             out.
         """
+        from fusedkv_jax.interop import uptrain  # imports JAX, for which --help does not wait
+
         if tokens is not None:
-            return interop.uptrain.fit(self.original(), config.kv_layout, tokens)
+            return uptrain.fit(self.original(), config.kv_layout, tokens)
         if config.kv_layout == self.config.kv_layout:
             return self.original()
         if is_run(self.path):
-            return interop.uptrain.drop(self.original(), config.kv_layout)
+            return uptrain.drop(self.original(), config.kv_layout)
         return load_pretrained(self.path, config.kv_layout, tokenizer=self.tokenizer).model
 
     def original(self) -> fkv.Decoder:

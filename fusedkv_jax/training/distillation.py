@@ -81,7 +81,7 @@ def distillation_loss(
     if config.logits:
         compared = _divergence((model, teacher), (x, other), mask, config.temperature, logits_mib)
         total += config.logits * compared
-    if config.hidden:
+    if layers is not None and other_layers is not None:
         total += config.hidden * _distance(layers, other_layers, mask)
     return total, count
 

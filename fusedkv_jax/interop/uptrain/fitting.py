@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -152,7 +153,9 @@ class _Fitting:
         """Fit one layer, and pass through it in both models."""
         kv = self.config.kv_layout.layers[i]
         rotation = pieces.rotation_of(self.model, i, self.x[0].shape[:2])
-        anew = {kind: self.sources[kind, i] for kind in KINDS if (kind, i) in self.sources}
+        anew: dict[Kind, np.ndarray] = {
+            kind: self.sources[kind, i] for kind in KINDS if (kind, i) in self.sources
+        }
         if self.y is self.x and kv.caches and not anew:
             self.x = self.y = self._through(i, kv, rotation)
             return
@@ -207,7 +210,7 @@ class _Fitting:
                 sums.append([[np.asarray(array) for array in kind] for kind in found])
         if reads:
             keys, values = (
-                [sum(arrays) for arrays in zip(*kind, strict=True)]
+                [functools.reduce(np.add, arrays) for arrays in zip(*kind, strict=True)]
                 for kind in zip(*sums, strict=True)
             )
             params, weights = read_others(

@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
     def plus(self, other: Moments) -> Moments:
         """The sums over both's tokens."""
-        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.power + other.power)
 
     def error(self, matrix: np.ndarray) -> float:
         """The squared error of `inputs @ matrix`, summed over tokens."""

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from scipy.optimize import linear_sum_assignment
 
 from fusedkv_jax.interop.uptrain.layers import Heads
-from fusedkv_jax.layouts import Kind, LayerKV
+from fusedkv_jax.layouts import KINDS, Kind, LayerKV
 from fusedkv_jax.model.attention import Attention
 from fusedkv_jax.model.transform import Layer
 
@@ -134,7 +134,7 @@ def read_others(
     factors = np.stack([key.factors for key, _ in chosen])
     _move_heads(attention, order, factors, np.stack([value.matrix for _, value in chosen]))
     found: dict[Kind, Array] = {}
-    for kind, fitted in (("key", [k for k, _ in chosen]), ("value", [v for _, v in chosen])):
+    for kind, fitted in zip(KINDS, zip(*chosen, strict=True), strict=True):
         weights = [one.weights for one in fitted if one.weights is not None]
         if weights:
             found[kind] = jnp.asarray(np.stack(weights, 1), jnp.float32)

@@ -134,7 +134,8 @@ class _View:
         q, k, v = (np.asarray(getattr(attention, name)[...], np.float64) for name in names)
         heads = k.shape[1]
         squares = np.einsum("dnc,dnc->nc", q, np.tensordot(gram, q, 1))
-        squares = sum(np.split(squares, 2, axis=-1)).reshape(heads, -1, q.shape[-1] // 2)
+        first, second = np.split(squares, 2, axis=-1)  # of each rotary pair
+        squares = (first + second).reshape(heads, -1, q.shape[-1] // 2)
         return cls(k, v, squares.sum(1), output_metric(attention, heads), gram)
 
     def matrix(self, kind: Kind) -> np.ndarray:
