@@ -43,9 +43,12 @@ REFUSED = [
         "train --config=demo --workdir=x --config.model.num_layers=1000000",
         "--config.model.num_layers=1000000; use at most 10,000",
     ),
-    ("train --config=demo --workdir=x --config.train.steps=0", "error: --config.train.steps=0 "),
+    (
+        "train --config=demo --workdir=x --config.train.steps=0",
+        "error: --config.train.steps=0; use a whole number",
+    ),
     ("train --config=demo --config.optimizer.eps=-1", "error: --config.optimizer.eps=-1"),
-    ("train --config=demo --config.mesh.fsdp=0", "error: --config.mesh.fsdp=0 must"),
+    ("train --config=demo --config.mesh.fsdp=0", "error: --config.mesh.fsdp=0"),
     (
         "prepare_data --input=x --output_dir=y --num_shards=0",
         "error: --num_shards=0; use a whole number from 1",
