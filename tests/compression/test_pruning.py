@@ -40,7 +40,7 @@ def test_each_step_drops_what_brute_force_would(geometry):
     model = small.decoder(small.config("fusedkv", geometry, num_layers=4))
     _, report = prune_sources(model, 1.3, TOKENS, refit=False)
     assert report.steps[0].divergence == 0 and len(report.steps) == {"gqa": 3, "mla": 2}[geometry]
-    trial = pruning._Pruning(model, TOKENS, False, None, "bfloat16")
+    trial = pruning._Pruning(model, TOKENS, False)
     kept = {name: (0, 1) for name in trial.streams}
     for step in report.steps[1:2]:
         found = {}
@@ -84,7 +84,7 @@ def test_budgets_are_monotone_and_nested():
 
 def test_refitted_weights_are_the_least_squares():
     model = small.decoder(small.config("fusedkv"))
-    trial = pruning._Pruning(model, TOKENS, True, None, "bfloat16")
+    trial = pruning._Pruning(model, TOKENS, True)
     graph, params = nnx.split(model)
     cache = fkv.KVCache.create(model.config, batch_size=2, max_length=16)
     count = jnp.full(2, 16, jnp.int32)
