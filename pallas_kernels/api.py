@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, choice
-from pallas_kernels.call import Call
+from pallas_kernels.call import AttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged_stream import PagedStream, is_paged
 from pallas_kernels.quantized import Quantized, is_quantized
@@ -103,7 +103,7 @@ def attention(
         checks.weights("key_weights", key_weights, "keys", len(keys), keys[0].shape[2:]),
         checks.weights("value_weights", value_weights, "values", len(values), values[0].shape[2:]),
     )
-    call = Call(
+    call = AttentionCall(
         q=q,
         sources=MixedSources(keys, values, *weights),
         mask=mask,
@@ -111,7 +111,7 @@ def attention(
         softcap=None if softcap is None else float(softcap),
     )
 
-    def run(call: Call) -> tuple[Array, Array | None]:
+    def run(call: AttentionCall) -> tuple[Array, Array | None]:
         return choice.run(implementation, call)
 
     if is_paged((*keys, *values)):

@@ -10,7 +10,7 @@ from pallas_kernels.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
+class AttentionCall:
     """`pallas_kernels.attention` with its defaults filled in; for `jax.tree`, its arrays.
 
     Attributes:
@@ -47,7 +47,7 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PagedCall:
+class PagedAttentionCall:
     """`pallas_kernels.paged_attention` likewise.
 
     Attributes:
@@ -57,7 +57,7 @@ class PagedCall:
       kv_lengths: int32 [B], tokens of each row.
       key_weights, value_weights: [J, K, H] and [J', K, H'], or None for one source.
       window: positions that a query sees; None for all.
-      scale, softcap: as of `Call`.
+      scale, softcap: as of `AttentionCall`.
     """
 
     q: Any
@@ -91,9 +91,9 @@ class PagedCall:
         return Mask(causal=True, window=self.window, kv_lengths=self.kv_lengths)
 
 
-jax.tree_util.register_dataclass(Call, ["q", "sources", "mask"], ["scale", "softcap"])
+jax.tree_util.register_dataclass(AttentionCall, ["q", "sources", "mask"], ["scale", "softcap"])
 jax.tree_util.register_dataclass(
-    PagedCall,
+    PagedAttentionCall,
     ["q", "pages", "page_table", "kv_lengths", "key_weights", "value_weights"],
     ["window", "scale", "softcap"],
 )

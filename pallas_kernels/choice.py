@@ -14,13 +14,14 @@ from typing import Any
 import jax
 
 from pallas_kernels import devices, stacked
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.phases import DECODE, PAGED, SEQUENCE
 
-# Every module has `attention` and may have `paged_attention`, which get a `Call` or a `PagedCall`,
-# return (out, lse), and raise NotImplementedError for what they do not serve. Imported when first
-# asked for: a machine without CUDA lacks what "triton" imports, and loses nothing.
+# Every module has `attention` and may have `paged_attention`, which get an `AttentionCall` or a
+# `PagedAttentionCall`, return (out, lse), and raise NotImplementedError for what they do not serve.
+# Imported when first asked for: a machine without CUDA lacks what "triton" imports, and loses
+# nothing.
 MODULES: dict[str, str] = {
     "tpu": "pallas_kernels.tpu",
     "triton": "pallas_kernels.gpu",
@@ -178,7 +179,7 @@ def check_name(implementation: Any) -> None:
         )
 
 
-def run(implementation: str, call: Call | PagedCall) -> Any:
+def run(implementation: str, call: AttentionCall | PagedAttentionCall) -> Any:
     """Has the named implementation serve a call, or for "auto" the first of the table that does.
 
     Raises:
@@ -197,8 +198,8 @@ def run(implementation: str, call: Call | PagedCall) -> Any:
     raise NotImplementedError("no implementation serves this call; " + "; ".join(refusals))
 
 
-def _serve(name: str, call: Call | PagedCall) -> Any:
-    if isinstance(call, PagedCall):
+def _serve(name: str, call: AttentionCall | PagedAttentionCall) -> Any:
+    if isinstance(call, PagedAttentionCall):
         return load(name, "paged_attention")(call)
     kept = IN_PLACE.get(name, ())
     keys, values = (stacked.read(side, kept) for side in call.sources[:2])

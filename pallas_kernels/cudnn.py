@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import linear
-from pallas_kernels.call import Call
+from pallas_kernels.call import AttentionCall
 from pallas_kernels.quantized import is_quantized
 
 
-def attention(call: Call) -> tuple[Array, None]:
+def attention(call: AttentionCall) -> tuple[Array, None]:
     """Output as of `reference.attention`; None in place of the lse.
 
     Raises:
@@ -37,7 +37,7 @@ def attention(call: Call) -> tuple[Array, None]:
     return out, None
 
 
-def _refusal(call: Call) -> str:
+def _refusal(call: AttentionCall) -> str:
     """Why the call cannot go to cuDNN; empty if it can."""
     q, mask, (keys, values, *_) = call.q, call.mask, call.sources
     length, num_keys = q.shape[1], keys[0].shape[1]

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, choice
-from pallas_kernels.call import PagedCall
+from pallas_kernels.call import PagedAttentionCall
 from pallas_kernels.pages import Pages
 
 
@@ -55,7 +55,7 @@ def paged_attention(
             "value_weights", value_weights, "values", pages.num_values, (heads, pages.value_size)
         ),
     )
-    call = PagedCall(
+    call = PagedAttentionCall(
         q=q,
         pages=pages,
         page_table=table,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import masks
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.pages import Pages
 from pallas_kernels.sources import MixedSources, Result, as_array
 
@@ -25,7 +25,7 @@ def mixed(sources: Sequence[Array], weights: Array | None) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def attention(call: Call) -> Result:
+def attention(call: AttentionCall) -> Result:
     """Attention by its formula; see `pallas_kernels.attention` for shapes.
 
     Memory grows as B * N * T * S: this is the yardstick of the tests, not something to run.
@@ -88,11 +88,13 @@ def gather(pages: Pages, page_table: Array) -> tuple[tuple[Array, ...], tuple[Ar
     return tuple(streams[: pages.num_keys]), tuple(streams[pages.num_keys :])
 
 
-def paged_attention(call: PagedCall) -> Result:
+def paged_attention(call: PagedAttentionCall) -> Result:
     """Paged attention by its definition: all pages in a row; see `paged.paged_attention`."""
     sources = MixedSources(
         *gather(call.pages, call.page_table), call.key_weights, call.value_weights
     )
     return attention(
-        Call(q=call.q, sources=sources, mask=call.mask, scale=call.scale, softcap=call.softcap)
+        AttentionCall(
+            q=call.q, sources=sources, mask=call.mask, scale=call.scale, softcap=call.softcap
+        )
     )

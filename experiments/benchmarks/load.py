@@ -25,7 +25,7 @@ Serve = Callable[[Ask, Callable[[], None]], Awaitable[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """What came of one request; times in seconds.
 
     Attributes:
@@ -81,18 +81,20 @@ def mixed(count: int, prompt: range, generated: range, seed: int = 0) -> list[As
     ]
 
 
-async def closed_loop(serve: Serve, asks: Sequence[Ask], clients: int) -> list[Answer]:
+async def closed_loop(serve: Serve, asks: Sequence[Ask], clients: int) -> list[TimedAnswer]:
     """So many clients, each of which sends its next request when it has its answer."""
     waiting = iter(asks)
 
-    async def client() -> list[Answer]:
+    async def client() -> list[TimedAnswer]:
         return [await _answer(serve, ask) for ask in waiting]
 
     answers = await asyncio.gather(*(client() for _ in range(clients)))
     return list(itertools.chain.from_iterable(answers))
 
 
-async def open_loop(serve: Serve, asks: Sequence[Ask], rate: float, seed: int = 0) -> list[Answer]:
+async def open_loop(
+    serve: Serve, asks: Sequence[Ask], rate: float, seed: int = 0
+) -> list[TimedAnswer]:
     """Requests that come by a Poisson process, whoever still waits.
 
     Args:
@@ -104,14 +106,16 @@ async def open_loop(serve: Serve, asks: Sequence[Ask], rate: float, seed: int = 
     times = np.cumsum(np.random.default_rng(seed).exponential(size=len(asks)))
     times *= len(asks) / rate / times[-1]
 
-    async def client(ask: Ask, seconds: float) -> Answer:
+    async def client(ask: Ask, seconds: float) -> TimedAnswer:
         await asyncio.sleep(seconds)
         return await _answer(serve, ask)
 
     return await asyncio.gather(*map(client, asks, times.tolist()))
 
 
-def figures(answers: Sequence[Answer], objectives: Objectives = OBJECTIVES) -> dict[str, float]:
+def figures(
+    answers: Sequence[TimedAnswer], objectives: Objectives = OBJECTIVES
+) -> dict[str, float]:
     """What a run came to: a row of a table. Rates are per second, times in milliseconds."""
     seconds = max(a.pieces[-1] for a in answers) - min(a.start for a in answers)
     generated = sum(a.generated for a in answers)
@@ -136,8 +140,8 @@ def figures(answers: Sequence[Answer], objectives: Objectives = OBJECTIVES) -> d
     return row
 
 
-async def _answer(serve: Serve, ask: Ask) -> Answer:
+async def _answer(serve: Serve, ask: Ask) -> TimedAnswer:
     clock, pieces = asyncio.get_running_loop().time, []
     start = clock()
     generated = await serve(ask, lambda: pieces.append(clock()))
-    return Answer(start, tuple(pieces), len(ask.prompt), generated)
+    return TimedAnswer(start, tuple(pieces), len(ask.prompt), generated)

@@ -22,7 +22,7 @@ Contestants = Mapping[str, contextlib.AbstractAsyncContextManager[Serve]]
 Measure = Callable[[], Measurement]
 
 
-class Sizes(NamedTuple):
+class LoadSizes(NamedTuple):
     """How much load there is.
 
     Attributes:
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     long: int
 
 
-def sizes(quick: bool) -> Sizes:
+def sizes(quick: bool) -> LoadSizes:
     """Those of the suite, or toy ones."""
     if quick:
         shapes = StepShapes(decode_rows=(2,), mixed_rows=(2,), chunk_rows=(4,), chunk=8)
@@ -51,12 +51,12 @@ def sizes(quick: bool) -> Sizes:
             max_num_seqs=2, max_num_batched_tokens=16, num_pages=16, page_size=8, shapes=shapes
         )
         toy = ModelConfig(**cpu.TOY)
-        return Sizes(toy, settings, range(4, 16), range(2, 8), 2, (1, 2), 40)
+        return LoadSizes(toy, settings, range(4, 16), range(2, 8), 2, (1, 2), 40)
     settings = ServingSettings(
         max_num_seqs=16, max_num_batched_tokens=256, num_pages=600, page_size=16
     )
     config = ModelConfig(**cpu.GEOMETRY)
-    return Sizes(config, settings, range(32, 257), range(16, 129), 4, (1, 4, 16), 4000)
+    return LoadSizes(config, settings, range(32, 257), range(16, 129), 4, (1, 4, 16), 4000)
 
 
 def measurements(
@@ -83,7 +83,7 @@ def measurements(
     }
 
 
-def measure_closed_loops(chosen: Sizes, rounds: int, url: str) -> Measurement:
+def measure_closed_loops(chosen: LoadSizes, rounds: int, url: str) -> Measurement:
     """Clients that wait for their answers: rows for each number of them."""
 
     async def run(contestants: Mapping[str, Serve]) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def measure_closed_loops(chosen: Sizes, rounds: int, url: str) -> Measurement:
     )
 
 
-def measure_poisson(chosen: Sizes, rounds: int, url: str) -> Measurement:
+def measure_poisson(chosen: LoadSizes, rounds: int, url: str) -> Measurement:
     """Arrivals at 70 % of what the first contestant serves in the largest closed loop."""
 
     async def run(contestants: Mapping[str, Serve]) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def measure_poisson(chosen: Sizes, rounds: int, url: str) -> Measurement:
     return Measurement(title, _setting(chosen, url), rows)
 
 
-def measure_static_batches(chosen: Sizes, rounds: int) -> Measurement:
+def measure_static_batches(chosen: LoadSizes, rounds: int) -> Measurement:
     """The engine, whose rows are filled as they end, against batches that run until all end."""
     model, rows = _model(chosen.config), chosen.settings.max_num_seqs
     short, *_, long = chosen.generated
@@ -165,13 +165,13 @@ def measure_static_batches(chosen: Sizes, rounds: int) -> Measurement:
     )
 
 
-def measure_first_token(chosen: Sizes, rounds: int) -> Measurement:
+def measure_first_token(chosen: LoadSizes, rounds: int) -> Measurement:
     """The time to the first token of a long prompt, with half of the prefill and with all."""
     config = chosen.config.replace(num_kv_heads=chosen.config.num_heads)
     asks = load.mixed(rounds + 1, range(chosen.long, chosen.long + 1), range(2, 3))
 
-    async def run(contestants: Mapping[str, Serve]) -> dict[str, list[load.Answer]]:
-        found: dict[str, list[load.Answer]] = {name: [] for name in contestants}
+    async def run(contestants: Mapping[str, Serve]) -> dict[str, list[load.TimedAnswer]]:
+        found: dict[str, list[load.TimedAnswer]] = {name: [] for name in contestants}
         for ask in asks:
             for name, serve in contestants.items():
                 found[name] += await load.closed_loop(serve, [ask], 1)
@@ -192,7 +192,7 @@ def measure_first_token(chosen: Sizes, rounds: int) -> Measurement:
     )
 
 
-def contestants(chosen: Sizes, url: str) -> Contestants:
+def contestants(chosen: LoadSizes, url: str) -> Contestants:
     """Who is measured: the server at a URL, or our engine and, if installed, transformers."""
     if url:
         return {url: served.server(url)}
@@ -211,7 +211,7 @@ def _model(config: ModelConfig) -> Decoder:
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
-def _asks(chosen: Sizes, clients: int, seed: int) -> list[Ask]:
+def _asks(chosen: LoadSizes, clients: int, seed: int) -> list[Ask]:
     return load.mixed(chosen.asks * clients, chosen.prompt, chosen.generated, seed)
 
 
@@ -231,7 +231,7 @@ def _against(rows: Sequence[Mapping[str, Any]], column: str, what: str) -> list[
     ]
 
 
-def _setting(chosen: Sizes, url: str) -> dict[str, Any]:
+def _setting(chosen: LoadSizes, url: str) -> dict[str, Any]:
     setting: dict[str, Any] = {
         "prompt": f"{chosen.prompt.start} to {chosen.prompt.stop - 1} tokens",
         "generated": f"{chosen.generated.start} to {chosen.generated.stop - 1}",

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.common import outputs
 from experiments.common.documents import Document
-from experiments.common.preparation_workers import Done, Job, Processes
+from experiments.common.preparation_workers import Done, PreparationJob, Processes
 from fusedkv_jax.data import chunks, shards, sources, tokenizers
 from fusedkv_jax.training.monitoring.progress import Progress
 from fusedkv_jax.validation import validate
@@ -93,7 +93,9 @@ def prepare(settings: Preparation) -> Document:
         outputs.resumable_folder("output_dir", output, plan) as (scratch, made),
     ):
         if not (made / shards.METADATA).is_file():
-            job = Job(scratch, made, recipe, shards.token_dtype(tokenizer.vocab_size).str)
+            job = PreparationJob(
+                scratch, made, recipe, shards.token_dtype(tokenizer.vocab_size).str
+            )
             _write(settings, job, workers, tokenizer, files, heldout)
         return shards.read_metadata(made)
 
@@ -111,7 +113,7 @@ def _identity(file: pathlib.Path) -> list[Any]:
 
 def _write(
     settings: Preparation,
-    job: Job,
+    job: PreparationJob,
     workers: Any,
     tokenizer: tokenizers.Tokenizer,
     files: Sequence[pathlib.Path],
@@ -192,7 +194,7 @@ def _describe(tokenizer: tokenizers.Tokenizer) -> Document:
 class _Report:
     """The progress bar over the bytes of all files, or a line every ten seconds."""
 
-    def __init__(self, job: Job, units: Sequence[chunks.Unit]) -> None:
+    def __init__(self, job: PreparationJob, units: Sequence[chunks.Unit]) -> None:
         self._sizes = {u.number: sum(file.stat().st_size for file in u.files) for u in units}
         complete = [unit.number for unit in units if job.documents(unit) is not None]
         # Bytes of units that are complete, and of those that are not.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments.common import preparation_workers as local
-from experiments.common.preparation_workers import Done, Job, Place
+from experiments.common.preparation_workers import Done, Place, PreparationJob
 from fusedkv_jax.data import chunks
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ class Ray:
         self._ray.shutdown()
 
     def tokenize(
-        self, job: Job, units: Sequence[chunks.Unit], max_documents: int | None
+        self, job: PreparationJob, units: Sequence[chunks.Unit], max_documents: int | None
     ) -> Iterator[Done]:
         """Tokenizes the units that are not complete; yields them, in any order."""
         assert max_documents is None
@@ -64,7 +64,7 @@ class Ray:
         for row in self._map(functools.partial(_tokenize_unit, job), rows):
             yield Done(row["number"], row["documents"], row["bytes_read"], row["ids"], last=True)
 
-    def assemble(self, job: Job, places: Sequence[Place]) -> None:
+    def assemble(self, job: PreparationJob, places: Sequence[Place]) -> None:
         """Writes shards."""
         rows = [{"place": job.places().index(place)} for place in places]
         for _ in self._map(functools.partial(_write_shard, job), rows):
@@ -94,7 +94,7 @@ def _attempt(function: Callable[[Row], Row], row: Row) -> Row:
         return {"result": "", "errno": 0, "error": str(error), "file": ""}
 
 
-def _tokenize_unit(job: Job, row: Row) -> Row:
+def _tokenize_unit(job: PreparationJob, row: Row) -> Row:
     files = tuple(map(pathlib.Path, row["files"]))
     unit = chunks.Unit(int(row["number"]), files, bool(row["heldout"]))
     done = [local.tokenize_chunk(job, chunk) for chunk in chunks.read(unit, job.recipe)]
@@ -109,6 +109,6 @@ def _tokenize_unit(job: Job, row: Row) -> Row:
     }
 
 
-def _write_shard(job: Job, row: Row) -> Row:
+def _write_shard(job: PreparationJob, row: Row) -> Row:
     local.write_shard(job, job.places()[row["place"]])
     return {}

@@ -48,7 +48,7 @@ class Done(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PreparationJob:
     """A preparation as its workers know it.
 
     Attributes:
@@ -89,7 +89,7 @@ class Job:
         ]
 
 
-def tokenize_chunk(job: Job, chunk: chunks.Chunk) -> Done:
+def tokenize_chunk(job: PreparationJob, chunk: chunks.TextChunk) -> Done:
     """Tokenizes a chunk, unless its file is there already."""
     path = chunks.chunk_path(job.scratch, chunk.unit.number, chunk.number)
     ids = 0
@@ -98,7 +98,7 @@ def tokenize_chunk(job: Job, chunk: chunks.Chunk) -> Done:
     return Done(chunk.unit.number, len(chunk.texts), chunk.bytes_read, ids, chunk.last)
 
 
-def write_shard(job: Job, place: Place) -> None:
+def write_shard(job: PreparationJob, place: Place) -> None:
     """Puts one shard together from all chunks."""
     found = sorted(job.scratch.glob("*.safetensors"))
     chunks.write_shard(place.path, found, place.index, np.dtype(job.dtype))
@@ -133,7 +133,7 @@ class Processes:
             self._pool.shutdown(cancel_futures=True)
 
     def tokenize(
-        self, job: Job, units: Sequence[chunks.Unit], max_documents: int | None
+        self, job: PreparationJob, units: Sequence[chunks.Unit], max_documents: int | None
     ) -> Iterator[Done]:
         """Tokenizes the units that are not complete; yields what is done, in order."""
         documents = 0
@@ -145,7 +145,7 @@ class Processes:
                 documents = 0
             yield done
 
-    def assemble(self, job: Job, places: Sequence[Place]) -> None:
+    def assemble(self, job: PreparationJob, places: Sequence[Place]) -> None:
         """Writes shards."""
         for _ in self._map(functools.partial(write_shard, job), places):
             pass
@@ -170,8 +170,8 @@ class Processes:
 
 
 def _read(
-    job: Job, units: Sequence[chunks.Unit], max_documents: int | None
-) -> Iterator[chunks.Chunk]:
+    job: PreparationJob, units: Sequence[chunks.Unit], max_documents: int | None
+) -> Iterator[chunks.TextChunk]:
     left = max_documents
     for unit in units:
         if left == 0 and not unit.heldout:

@@ -56,7 +56,7 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
+class TextChunk:
     """Consecutive documents of a unit.
 
     Attributes:
@@ -88,7 +88,7 @@ def units(files: Sequence[pathlib.Path], *, heldout: bool = False, first: int = 
     return [Unit(first + i, tuple(group), heldout) for i, group in enumerate(groups)]
 
 
-def read(unit: Unit, recipe: Recipe, max_documents: int | None = None) -> Iterator[Chunk]:
+def read(unit: Unit, recipe: Recipe, max_documents: int | None = None) -> Iterator[TextChunk]:
     """Yields the chunks of a unit, at least one. Raises as `formats.read_documents`."""
     documents = sources.read_all(
         unit.files, text_key=recipe.text_key, errors=recipe.errors, max_bytes=recipe.max_bytes
@@ -99,13 +99,13 @@ def read(unit: Unit, recipe: Recipe, max_documents: int | None = None) -> Iterat
         if total == max_documents:
             break
         if len(texts) == DOCUMENTS_PER_CHUNK or characters >= CHARACTERS_PER_CHUNK:
-            yield Chunk(unit, number, texts, bytes_read, last=False)
+            yield TextChunk(unit, number, texts, bytes_read, last=False)
             texts, number, characters = [], number + 1, 0
         texts.append(document.text)
         characters += len(document.text)
         bytes_read = document.bytes_read
         total += 1
-    yield Chunk(unit, number, texts, bytes_read, last=True)
+    yield TextChunk(unit, number, texts, bytes_read, last=True)
 
 
 def chunk_path(folder: pathlib.Path, unit: int, number: int) -> pathlib.Path:
@@ -114,7 +114,7 @@ def chunk_path(folder: pathlib.Path, unit: int, number: int) -> pathlib.Path:
 
 
 def write(
-    folder: pathlib.Path, chunk: Chunk, recipe: Recipe, tokenizer: tokenizers.Tokenizer
+    folder: pathlib.Path, chunk: TextChunk, recipe: Recipe, tokenizer: tokenizers.Tokenizer
 ) -> int:
     """Tokenizes a chunk into its file; returns the number of ids in it."""
     from safetensors.numpy import save
@@ -128,7 +128,7 @@ def write(
 
 
 def _content(
-    chunk: Chunk, recipe: Recipe, tokenizer: tokenizers.Tokenizer
+    chunk: TextChunk, recipe: Recipe, tokenizer: tokenizers.Tokenizer
 ) -> dict[str, np.ndarray]:
     dtype, count = shards.token_dtype(tokenizer.vocab_size), recipe.num_shards
     documents = (formats.Document(text, "", 0) for text in chunk.texts)

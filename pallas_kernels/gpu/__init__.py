@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import linear, masks
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.gpu import calls, operands
 from pallas_kernels.gpu.device import GpuTarget, current
 from pallas_kernels.gpu.inputs import Inputs, Paging
@@ -19,12 +19,12 @@ from pallas_kernels.phases import DECODE, phase
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import MixedSources, Result, named
 
-_Residuals = tuple[Call, Array, Array]  # and out and lse
+_Residuals = tuple[AttentionCall, Array, Array]  # and out and lse
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def attention(call: Call, *, device: GpuTarget | None = None) -> Result:
+def attention(call: AttentionCall, *, device: GpuTarget | None = None) -> Result:
     """Attention as `pallas_kernels.attention` says; residuals are the call, out and lse.
 
     Args:
@@ -40,7 +40,7 @@ def attention(call: Call, *, device: GpuTarget | None = None) -> Result:
     return _attend(device, call)
 
 
-def paged_attention(call: PagedCall, *, device: GpuTarget | None = None) -> Result:
+def paged_attention(call: PagedAttentionCall, *, device: GpuTarget | None = None) -> Result:
     """Attention over pages as `pallas_kernels.paged_attention` says; no gradients.
 
     Args:
@@ -69,7 +69,7 @@ def _check(q: Array) -> None:
         raise NotImplementedError(f"{q.dtype} queries; served are {', '.join(_DTYPES)}")
 
 
-def _inputs(call: Call) -> Inputs:
+def _inputs(call: AttentionCall) -> Inputs:
     _check(call.q)
     keys, values, key_weights, value_weights = call.sources
     return Inputs(
@@ -100,16 +100,16 @@ def _run(device: GpuTarget, inputs: Inputs) -> Result:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(device: GpuTarget, call: Call) -> Result:
+def _attend(device: GpuTarget, call: AttentionCall) -> Result:
     return _forward(device, call)[0]
 
 
-def _forward(device: GpuTarget, call: Call) -> tuple[Result, _Residuals]:
+def _forward(device: GpuTarget, call: AttentionCall) -> tuple[Result, _Residuals]:
     out, lse = named(*_run(device, _inputs(call)))
     return (out, lse), (call, out, lse)
 
 
-def _backward(device: GpuTarget, residuals: _Residuals, cotangents: Result) -> tuple[Call]:
+def _backward(device: GpuTarget, residuals: _Residuals, cotangents: Result) -> tuple[AttentionCall]:
     call, out, lse = residuals
     dout, lse, delta = linear.statistics(out, lse, cotangents, jnp.inf)  # exp(x - inf) = 0
     dq, dkey, dvalue = calls.backward(device, _inputs(call), lse, dout, delta)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import gpu, quantize
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.devices import GPUS
 from pallas_kernels.gpu.device import Constants, GpuTarget, kernel, launch, missing
 from pallas_kernels.masks import Mask
@@ -177,7 +177,7 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
             num_pages=64, page_size=64, num_kv_heads=8, num_keys=count, num_values=count,
             key_size=call.size, value_size=call.size, dtype=call.storage,
         )  # fmt: skip
-        paged = PagedCall(
+        paged = PagedAttentionCall(
             q=q, pages=pages, page_table=jnp.zeros((2, call.keys // 64), jnp.int32),
             kv_lengths=lengths, key_weights=weights, value_weights=weights, window=None,
             scale=call.size**-0.5, softcap=None,
@@ -193,7 +193,7 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
             mask, window=1024, q_segment_ids=segments[0], kv_segment_ids=segments[1]
         )
     sources = MixedSources((source,) * count, (source,) * count, weights, weights)
-    made = Call(q=q, sources=sources, mask=mask, scale=call.size**-0.5, softcap=None)
+    made = AttentionCall(q=q, sources=sources, mask=mask, scale=call.size**-0.5, softcap=None)
     if not call.grad:
         return gpu.attention(made, device=device)
 

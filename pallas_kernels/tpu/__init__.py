@@ -16,7 +16,7 @@ import jax
 from jax import Array
 
 from pallas_kernels import checks
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.phases import DECODE
 from pallas_kernels.quantized import is_quantized
@@ -40,7 +40,7 @@ __all__ = ["Blocks", "attention", "compile_for", "compiling_for", "paged_attenti
 
 
 def attention(
-    call: Call,
+    call: AttentionCall,
     *,
     chip: str | None = None,
     interpret: Interpret = False,
@@ -76,7 +76,7 @@ def attention(
     return folded.folded(how, call.q, sources, call.mask)
 
 
-def _stacked(how: How, call: Call) -> Result:
+def _stacked(how: How, call: AttentionCall) -> Result:
     if not all(isinstance(x, Stacked) for side in call.sources[:2] for x in side):
         raise NotImplementedError("some sources are stacked and others are not")
     run = functools.partial(decode_stacked.stacked, how)
@@ -107,7 +107,7 @@ _decode.defvjp(_decode_forward, _decode_backward)
 
 
 def paged_attention(
-    call: PagedCall, *, chip: str | None = None, interpret: Interpret = False
+    call: PagedAttentionCall, *, chip: str | None = None, interpret: Interpret = False
 ) -> Result:
     """Attention of each row's last tokens over pages; see `pallas_kernels.paged_attention`."""
     how = How(call.scale, call.softcap, chips.current(chip), interpret)

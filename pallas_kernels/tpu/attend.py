@@ -56,7 +56,7 @@ def kernel_order(q: Array, sources: MixedSources) -> MixedSources:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tiled(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:
-    """(out, lse) by the tile kernel; arguments as of `Call`."""
+    """(out, lse) by the tile kernel; arguments as of `AttentionCall`."""
     return _forward(how, q, sources, mask)[0]
 
 

@@ -31,7 +31,7 @@ def _contiguous_copy(
     slot: int | Array,
     memory: Memory,
     *,
-    cut: inputs.Cut,
+    cut: inputs.BlockCut,
     heads: int,
 ) -> None:
     start = pl.multiple_of(cut.start(block) * heads, cut.align * heads)
@@ -81,7 +81,7 @@ def contiguous(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:
     size, heads = stored[0].shape[1:3]
     token_bytes = sum(x[0, 0].size * x.dtype.itemsize for x in stored)
     rows_of_tile = 32 // min(x.dtype.itemsize for x in stored)
-    cut = inputs.Cut.of(size, token_bytes, rows_of_tile // math.gcd(rows_of_tile, heads))
+    cut = inputs.BlockCut.of(size, token_bytes, rows_of_tile // math.gcd(rows_of_tile, heads))
 
     def run(q: Array, mask: Mask) -> Result:
         return _blocks(how, q, sources, (stored, scales), (mask, cut))
@@ -95,7 +95,7 @@ def _blocks(
     q: Array,
     sources: MixedSources,
     storage: tuple[list[Array], list[Array] | None],
-    masked: tuple[Mask, inputs.Cut],
+    masked: tuple[Mask, inputs.BlockCut],
 ) -> Result:
     """The kernel on the blocks of every row."""
     keys, values, key_weights, value_weights = sources
@@ -110,7 +110,7 @@ def _blocks(
     flat = [x.reshape(batch, size * heads, x.shape[3]) for x in stored]
 
     rule = Mask(causal=mask.causal, window=mask.window)
-    places = inputs.Places.of(mask, length, size, cut)
+    places = inputs.StepPlaces.of(mask, length, size, cut)
     visited = places.visited(rule, cut.tokens)
     visited = jnp.broadcast_to(visited, (batch, visited.shape[1]))
     pad = inputs.padded_rows(length * num) - length * num

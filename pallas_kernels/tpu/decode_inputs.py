@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import masks, xla
-from pallas_kernels.call import Call
+from pallas_kernels.call import AttentionCall
 from pallas_kernels.combining import combine
 from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources, Result, Source
@@ -62,7 +62,7 @@ def in_parts(
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class BlockCut:
     """How the tokens of a row are cut into blocks.
 
     Attributes:
@@ -76,7 +76,7 @@ class Cut:
     align: int
 
     @classmethod
-    def of(cls, size: int, token_bytes: int, align: int) -> "Cut":
+    def of(cls, size: int, token_bytes: int, align: int) -> "BlockCut":
         """Blocks of `BLOCK_BYTES`, in whole lanes unless one holds all."""
         tokens = min(BLOCK_BYTES // token_bytes // LANES * LANES, BLOCK_TOKENS)
         tokens = max(LANES, tokens)
@@ -99,7 +99,9 @@ class Cut:
         return jnp.concatenate([x[..., : self.size - late], last], axis=-1)
 
 
-def with_tail(how: How, call: tuple[Array, MixedSources, Mask], cut: Cut, found: Result) -> Result:
+def with_tail(
+    how: How, call: tuple[Array, MixedSources, Mask], cut: BlockCut, found: Result
+) -> Result:
     """What blocks have found, merged with what XLA finds in the few tokens after them.
 
     A copy moves whole tiles of memory. The rest of a length that is no multiple of them, fewer than
@@ -127,13 +129,13 @@ def with_tail(how: How, call: tuple[Array, MixedSources, Mask], cut: Cut, found:
     keys, values = (tuple(map(end, side)) for side in sources[:2])
     sources = sources._replace(keys=keys, values=values)
     tail = xla.attention(
-        Call(q=q, sources=sources, mask=rest, scale=how.scale, softcap=how.softcap)
+        AttentionCall(q=q, sources=sources, mask=rest, scale=how.scale, softcap=how.softcap)
     )
     return combine([found, tail])
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class StepPlaces:
     """Integers of a decoding step, those of keys in the order of blocks.
 
     Attributes:
@@ -148,7 +150,7 @@ class Places:
     k_segments: Array | None
 
     @classmethod
-    def of(cls, mask: Mask, num_queries: int, num_keys: int, cut: Cut) -> "Places":
+    def of(cls, mask: Mask, num_queries: int, num_keys: int, cut: BlockCut) -> "StepPlaces":
         """The integers of `mask`."""
         keys = masks.key_positions(mask, num_keys)
         keys = jnp.where(keys < 0, steps_lib.FAR, keys).astype(jnp.int32)

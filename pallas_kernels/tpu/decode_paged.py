@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear, masks
-from pallas_kernels.call import PagedCall
+from pallas_kernels.call import PagedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.sources import Result
 from pallas_kernels.tpu import chips, decode
@@ -79,7 +79,7 @@ def _paged_clear(
     jax.lax.fori_loop(0, pages, page, None)
 
 
-def paged(how: How, call: PagedCall) -> Result:
+def paged(how: How, call: PagedAttentionCall) -> Result:
     """(out, lse) of each row's last T tokens over its pages.
 
     However many they are: each part of the queries that one product takes reads the pages anew.
@@ -96,7 +96,7 @@ def paged(how: How, call: PagedCall) -> Result:
     return inputs.in_parts(run, call.q, mask, held, step)
 
 
-def _blocks(how: How, call: PagedCall, q: Array, mask: Mask) -> Result:
+def _blocks(how: How, call: PagedAttentionCall, q: Array, mask: Mask) -> Result:
     """The kernel for some of the queries."""
     pages, page_table, kv_lengths = call.pages, call.page_table, call.kv_lengths
     batch, length, num, size = q.shape
@@ -113,7 +113,7 @@ def _blocks(how: How, call: PagedCall, q: Array, mask: Mask) -> Result:
     rule = Mask(causal=True, window=call.window)
     index = jnp.arange(total)[None]
     k_positions = jnp.where(index < kv_lengths[:, None], index, steps_lib.FAR).astype(jnp.int32)
-    visited = inputs.Places(q_positions, k_positions, None, None).visited(rule, tokens)
+    visited = inputs.StepPlaces(q_positions, k_positions, None, None).visited(rule, tokens)
     spans = pages.spans()
     keys, values = spans[: pages.num_keys], spans[pages.num_keys :]
     scales = None

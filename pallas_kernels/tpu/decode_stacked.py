@@ -37,7 +37,7 @@ def _copy(
     slot: int | Array,
     memory: Memory,
     *,
-    cut: inputs.Cut,
+    cut: inputs.BlockCut,
 ) -> None:
     start = pl.multiple_of(cut.start(block), cut.align)
     for index, (stored, buffer) in enumerate(zip(memory.stored, memory.buffers, strict=True)):
@@ -93,7 +93,7 @@ def stacked(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:
     for x in both:
         chips.check_storage(how.chip, x.dtype)
     token_bytes = sum(x.data.shape[3] * x.dtype.itemsize for x in both)
-    cut = inputs.Cut.of(size, token_bytes, 32 // min(x.dtype.itemsize for x in both))
+    cut = inputs.BlockCut.of(size, token_bytes, 32 // min(x.dtype.itemsize for x in both))
     if cut.size != size and not how.interpret:
         # The compiler lays such a cache out with rows, not tokens, in its tiles, and would turn all
         # streams of it round for the kernel: those that are read, cut out, are less.
@@ -112,14 +112,14 @@ def _both(sources: MixedSources) -> tuple[Stacked, ...]:
     return tuple(x for side in sources[:2] for x in side if isinstance(x, Stacked))
 
 
-def _blocks(how: How, q: Array, sources: MixedSources, mask: Mask, cut: inputs.Cut) -> Result:
+def _blocks(how: How, q: Array, sources: MixedSources, mask: Mask, cut: inputs.BlockCut) -> Result:
     """The kernel on the blocks of every row."""
     keys, values, key_weights, value_weights = sources
     both = _both(sources)
     batch, length, num, _ = q.shape
     size, heads = keys[0].shape[1:3]
     rule = Mask(causal=mask.causal, window=mask.window)
-    places = inputs.Places.of(mask, length, size, cut)
+    places = inputs.StepPlaces.of(mask, length, size, cut)
     visited = places.visited(rule, cut.tokens)
     pad = inputs.padded_rows(length * num) - length * num
     own = np.arange(length * num) % num // (num // heads)
@@ -155,7 +155,7 @@ def _blocks(how: How, q: Array, sources: MixedSources, mask: Mask, cut: inputs.C
     return out.astype(q.dtype), lse[:, 0, : length * num].reshape(batch, length, num)
 
 
-def _scales(both: Sequence[Stacked], k_positions: Array, cut: inputs.Cut) -> Array | None:
+def _scales(both: Sequence[Stacked], k_positions: Array, cut: inputs.BlockCut) -> Array | None:
     """Scales [B, terms, K, S'] where anything is stored in 8 bits; 0 * NaN is NaN."""
     if all(x.scale is None for x in both):
         return None

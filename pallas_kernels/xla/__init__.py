@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from pallas_kernels import linear
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged_stream import is_paged
 from pallas_kernels.quantized import is_quantized
@@ -25,7 +25,7 @@ _FORWARD = {"rows": rows.forward, "blocks": blocks_schedule.forward, "decode": d
 _BACKWARD = {"rows": rows.backward, "blocks": blocks_schedule.backward}
 
 
-def attention(call: Call, *, blocks: tuple[BlockPlan, BlockPlan] | None = None) -> Result:
+def attention(call: AttentionCall, *, blocks: tuple[BlockPlan, BlockPlan] | None = None) -> Result:
     """Attention without a [T, S] array; result as of `reference.attention`.
 
     Residuals of the backward pass are the arguments, the output and the lse; scores and mixed
@@ -48,7 +48,7 @@ def attention(call: Call, *, blocks: tuple[BlockPlan, BlockPlan] | None = None) 
     return _attend(how, plans, call.q, sources, call.mask)
 
 
-def paged_attention(call: PagedCall) -> Result:
+def paged_attention(call: PagedAttentionCall) -> Result:
     """Attention over pages, a few of each row at a time; see `paged.paged_attention`."""
     streams = PagedSources(call.pages, call.page_table)
     how = Scores(scale=call.scale, softcap=call.softcap)

@@ -10,12 +10,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import linear, xla
-from pallas_kernels.call import Call
+from pallas_kernels.call import AttentionCall
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import MixedSources, Result, as_array
 
 
-def attention(call: Call) -> Result:
+def attention(call: AttentionCall) -> Result:
     """Result as of `reference.attention`.
 
     Raises:

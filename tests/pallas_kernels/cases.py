@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.call import Call, PagedCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources
 from tests.oracles import attention as oracle
@@ -166,11 +166,11 @@ def as_jax(tree):
     return jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "shape") else x, tree)
 
 
-def call_of(arguments, options=None) -> Call:
+def call_of(arguments, options=None) -> AttentionCall:
     """What an implementation gets for these arguments and options of `pallas_kernels.attention`."""
     (q, keys, values, *weights), options = as_jax((tuple(arguments), dict(options or {})))
     scale, softcap = options.pop("scale", None), options.pop("softcap", None)
-    return Call(
+    return AttentionCall(
         q=q,
         sources=MixedSources(tuple(keys), tuple(values), *weights),
         mask=Mask(**{"causal": True, **options}),
@@ -179,10 +179,12 @@ def call_of(arguments, options=None) -> Call:
     )
 
 
-def paged_call_of(q, pages, table, lengths, key_weights, value_weights, **options) -> PagedCall:
+def paged_call_of(
+    q, pages, table, lengths, key_weights, value_weights, **options
+) -> PagedAttentionCall:
     """Likewise of `pallas_kernels.paged_attention`."""
     options = {"window": None, "softcap": None, "scale": q.shape[-1] ** -0.5, **options}
-    return PagedCall(
+    return PagedAttentionCall(
         q=q,
         pages=pages,
         page_table=table,
