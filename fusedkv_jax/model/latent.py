@@ -90,7 +90,7 @@ class LatentAttention(nnx.Module):
 
     def _attend_piece(
         self,
-        q: Float[Array, "B T N H"],
+        q: Float[Array, "_ _ N R"],
         piece: Piece,
         weights: dict[Kind, StreamWeights],
         options: dict[str, Any],
