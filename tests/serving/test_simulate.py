@@ -129,7 +129,7 @@ def test_half_the_cache_holds_twice_the_pages():
 
 def test_devices():
     assert device("v5e:2x2").flops == 4 * device("v5e").flops
-    with pytest.raises(ValueError, match="or a GPU: a100, h100, h200"):
+    with pytest.raises(ValueError, match="or a GPU: a100, l40s, h100, h200, b200"):
         device("v5e:3x3")
     with pytest.raises(ValueError, match="a fraction of 0.1 is used; the parameters need"):
         device("v5e").num_pages(StepCosts.of(presets.get("4b", layout="mha")), 16, utilization=0.1)
