@@ -97,9 +97,9 @@ def test_the_command_runs_a_program_as_python_does(installed):
 
 
 def test_a_mistake_is_one_line(installed):
-    result = installed("-m", "fusedkv_jax", "genrate")
+    result = installed("-m", "fusedkv_jax", "inspekt")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "fusedkv: error: no program 'genrate'; did you mean generate?\n"
+    assert result.stderr == "fusedkv: error: no program 'inspekt'; did you mean inspect?\n"
     result = installed("-m", "fusedkv_jax", "describe", "--laiout=cla")
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown flag --laiout")
