@@ -100,7 +100,9 @@ class Answer:
             choice.texts.append("")
         delta, places = grown.delta, self.places(grown)
         if delta.text or places or delta.finish_reason is not None:
-            yield self.chunk([self.part(grown.choice, delta.text, places, delta.finish_reason)])
+            part = self.part(grown.choice, delta.text, places, delta.finish_reason)
+            if part is not None:
+                yield self.chunk([part])
 
     def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """A chunk's document."""
@@ -126,8 +128,8 @@ class Answer:
 
     def part(
         self, index: int, text: str, places: list[Place], reason: str | None
-    ) -> dict[str, Any]:
-        """A chunk's choice."""
+    ) -> dict[str, Any] | None:
+        """A chunk's choice; None while there is nothing to show."""
         raise NotImplementedError
 
     def spelled(self, token: int, place: PlaceLogprobs | None) -> str:
@@ -257,7 +259,7 @@ class ChatAnswer(Answer):
 
     def part(
         self, index: int, text: str, places: list[Place], reason: str | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
         delta = {"content": text} if text or reason is None else {}
         return {"delta": delta, **self._form(index, places, reason)}
 

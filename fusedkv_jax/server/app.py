@@ -32,6 +32,7 @@ from fusedkv_jax.server.metrics import CONTENT_TYPE, Metrics
 from fusedkv_jax.server.prompts import Prompts
 from fusedkv_jax.server.running import Running
 from fusedkv_jax.server.statistics import log_statistics
+from fusedkv_jax.server.tool_answers import ToolAnswer
 
 if TYPE_CHECKING:
     from fusedkv_jax.serving import AsyncEngine
@@ -168,11 +169,11 @@ class Server:
             asked.chat_template_kwargs,
         )
         self._check([prompt], params)
-        answer = answers.ChatAnswer(
-            f"chatcmpl-{uuid.uuid4().hex}",
-            self.engine.model_name,
-            answers.Asked(params.logprobs, asked.prompt_logprobs),
-            self.prompts.spell,
+        head = f"chatcmpl-{uuid.uuid4().hex}", self.engine.model_name
+        shown = answers.Asked(params.logprobs, asked.prompt_logprobs), self.prompts.spell
+        calls = asked.forced_calls()
+        answer = (
+            answers.ChatAnswer(*head, *shown) if calls is None else ToolAnswer(*head, *shown, calls)
         )
         return await self._answer(request, asked, params, [prompt], answer)
 

@@ -12,6 +12,7 @@ import msgspec
 from fusedkv_jax.generation.params import SamplingError, SamplingParams
 from fusedkv_jax.generation.structured import StructuredOutputsError, StructuredOutputsParams
 from fusedkv_jax.server.errors import ApiError
+from fusedkv_jax.server.tools import ForcedCalls
 
 _MOST_LOGPROBS = 20  # OpenAI's bound, and vLLM's
 _OTHERWISE = ("logprobs", "prompt_logprobs", "structured_outputs")  # set in ways of their own
@@ -192,6 +193,7 @@ class ChatRequest(_Asked, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     functions: Any = None
@@ -203,8 +205,6 @@ class ChatRequest(_Asked, kw_only=True):
         for name in ("functions", "function_call"):
             if getattr(self, name) is not None:
                 _not_built(name, f"{name} (give tools)")
-        if self.tool_choice not in (None, "auto", "none"):
-            _not_built("tool_choice", f"tool_choice={self.tool_choice!r} (use auto or none)")
         if self.top_logprobs is not None and not self.logprobs:
             _refuse("top_logprobs", "top_logprobs need logprobs=true")
         top = self.top_logprobs if self.logprobs else None
@@ -213,7 +213,23 @@ class ChatRequest(_Asked, kw_only=True):
             max_tokens=self.max_tokens if limit is None else limit,
             logprobs=_bounded("top_logprobs", (top or 0) if self.logprobs else None),
             prompt_logprobs=self.prompt_logprobs,
+            **self._forced_form(),
         )
+
+    def forced_calls(self) -> ForcedCalls | None:
+        """The calls that the answer must consist of, if any. Raises ApiError."""
+        parallel = self.parallel_tool_calls is not False
+        return ForcedCalls.of(self.tools, self.tool_choice, parallel)
+
+    def _forced_form(self) -> dict[str, StructuredOutputsParams]:
+        calls = self.forced_calls()
+        if calls is None:
+            return {}
+        if self._form() is not None:
+            _refuse(
+                "tool_choice", "tool_choice asks for a call; leave out other forms of an answer"
+            )
+        return {"structured_outputs": calls.form()}
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

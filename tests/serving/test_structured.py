@@ -160,7 +160,7 @@ def test_what_they_need_is_said():
         fkv.generate(model(), [[1]], params, tokenizer=Json())
 
 
-def _walk(grammars, form, decode, seed, most=4000):
+def walk(grammars, form, decode, seed, most=4000):
     """A random output of the grammar, as the masks let it grow."""
     rng, tokens = np.random.default_rng(seed), []
     constraint = grammars.constraint(fkv.StructuredOutputsParams(**form))
@@ -180,11 +180,11 @@ def test_tokens_of_bytes_and_of_a_tokenizer_file(name, tmp_path):
     grammars = Grammars(Codec(tokenizer), tokenizer.vocab_size + 5)
     schema = {"type": "string", "pattern": "^[ä日🙂h-t ]{1,9}$"}
     for seed in range(10):
-        found = _walk(
+        found = walk(
             grammars, {"json": schema, "disable_any_whitespace": True}, tokenizer.decode, seed
         )
         jsonschema.validate(json.loads(found), schema)
-        assert _walk(grammars, {"choice": ["日本", "the"]}, tokenizer.decode, seed) in (
+        assert walk(grammars, {"choice": ["日本", "the"]}, tokenizer.decode, seed) in (
             "日本",
             "the",
         )
