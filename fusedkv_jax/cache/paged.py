@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from fusedkv_jax.cache.calls import Call, Cut, Piece, Rows, View
+from fusedkv_jax.cache.shardings import constrain_cache, local_rows
 from fusedkv_jax.cache.storage import Slot, Storage, Tree, empty, encode, storage_type
 from fusedkv_jax.cache.stores import Store, storage_of
 from fusedkv_jax.config import ModelConfig
@@ -162,10 +163,10 @@ class PagedStore(Store):
     def write(self, kind: Kind, slot: Slot, new: Float[Array, "1 N K H"], call: Call) -> PagedStore:
         assert isinstance(call, PagedCall)
         storage = storage_of(self, kind)
-        pages, places = call.places(self.page_size, self.num_pages)
+        where = call.places(self.page_size, self.num_pages)
 
         def put(pool: Array, tokens: Array) -> Array:
-            return pool.at[slot, pages, places].set(tokens[0], mode="drop")
+            return local_rows(_put, self.heads)(pool, slot, tokens, *where)
 
         return self._with(kind, jax.tree.map(put, storage, _together(encode(new, storage), 2)))
 
@@ -211,7 +212,7 @@ class PagedStore(Store):
 
 def check_paged(config: ModelConfig, dtype: str) -> None:
     """Raises ValueError where a model's cache cannot lie in pages."""
-    remedy = "generate with fkv.generate, which caches each row in one piece"
+    remedy = "let each row be in one piece: a KVCache, or slots of an engine"
     if config.kv_layout.is_cyclic:
         raise ValueError(
             f"layout {config.kv_layout.spec or 'of the model'!r} is cyclic: what it computes"
@@ -235,7 +236,7 @@ def copy_pages(
         ]
 
     leaves, tree = jax.tree.flatten(store)
-    return jax.tree.unflatten(tree, jax.lax.fori_loop(0, count, copy, leaves))
+    return constrain_cache(jax.tree.unflatten(tree, jax.lax.fori_loop(0, count, copy, leaves)))
 
 
 def take_pages(store: PagedStore, pages: Int[Array, "n"]) -> PagedStore:
@@ -245,7 +246,18 @@ def take_pages(store: PagedStore, pages: Int[Array, "n"]) -> PagedStore:
 
 def put_pages(store: PagedStore, pages: Int[Array, "n"], new: PagedStore) -> PagedStore:
     """The pool with a small pool's pages at some places; a page that is not there drops them."""
-    return jax.tree.map(lambda pool, part: pool.at[:, pages].set(part, mode="drop"), store, new)
+    put = jax.tree.map(lambda pool, part: pool.at[:, pages].set(part, mode="drop"), store, new)
+    return constrain_cache(put)
+
+
+def _put(
+    pool: Shaped[Array, "P pages S W"],
+    slot: Slot,
+    new: Shaped[Array, "1 N W"],
+    pages: Int[Array, "N"],
+    places: Int[Array, "N"],
+) -> Shaped[Array, "P pages S W"]:
+    return pool.at[slot, pages, places].set(new[0], mode="drop")
 
 
 def _together(storage: Tree, axis: int) -> Tree:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -14,6 +15,8 @@ from jax.sharding import AxisType, Mesh
 from fusedkv_jax.cache import KVCache, cache_shardings
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import AXES, MeshError, serving_shardings
+
+Tree = TypeVar("Tree")
 
 
 @functools.lru_cache(maxsize=256)  # a function that is jitted anew is compiled anew
@@ -68,6 +71,13 @@ class Placement:
         if self.mesh is None:
             return KVCache.create(config, batch_size=batch_size, max_length=max_length, dtype=dtype)
         return _allocation(self.mesh, config, batch_size, max_length, dtype)()
+
+    def allocated(self, create: Callable[[], Tree]) -> Tree:
+        """Caches as a function makes them, but never whole on one device."""
+        if self.mesh is None:
+            return create()
+        shardings = cache_shardings(jax.eval_shape(create), self.mesh)
+        return jax.jit(create, out_shardings=shardings)()
 
     @property
     def workers(self) -> int:

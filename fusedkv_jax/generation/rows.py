@@ -1,4 +1,4 @@
-"""Rows of a cache: repeated for several outputs of one prompt, gathered for beams."""
+"""Rows of a cache: repeated for outputs of one prompt, gathered for beams, cut out and put back."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ def repeat_rows(
 ) -> tuple[KVCache, Float[Array, "R V"] | None]:
     """`take_rows` of a cache, and the logits that follow it, as a program of its own."""
     return take_rows(cache, rows), None if logits is None else logits[rows]
+
+
+def cut_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:
+    """One row of a cache, as a cache of one."""
+
+    def cut(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(leaf, row, 1, min(leaf.ndim - 1, 1))
+
+    return constrain_cache(jax.tree.map(cut, cache))
+
+
+def put_row(cache: KVCache, row: Int[Array, ""], new: KVCache) -> KVCache:
+    """The cache with a row in place of another; in place where it is donated."""
+
+    def put(leaf: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, row, min(leaf.ndim - 1, 1))
+
+    return constrain_cache(jax.tree.map(put, cache, new))

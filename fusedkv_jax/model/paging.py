@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import PagedCall, PagedStore
+from fusedkv_jax.cache import PagedCall, PagedStore, constrain_cache
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers
 from fusedkv_jax.model.streams import Streams
@@ -52,4 +52,4 @@ def extend_pages(
 def _pool(streams: Streams) -> PagedStore:
     (pool,) = streams.stores
     assert isinstance(pool, PagedStore)
-    return pool
+    return constrain_cache(pool)

@@ -6,6 +6,7 @@ sequence is split over `context` are gathered there, and only there: they stay s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ from jaxtyping import Array, Float, PyTree
 import pallas_kernels
 from fusedkv_jax.cache.calls import Source, StreamWeights
 from fusedkv_jax.sharding import RULES, spec
-from pallas_kernels import Stacked, stacked
+from pallas_kernels import PagedStream, Stacked, stacked
 
 Sources = tuple[Source, ...]
 Weights = tuple[StreamWeights, StreamWeights]
+
+_IN_PLACE = (Stacked, PagedStream)  # sources that are parts of a larger array
 
 
 def attention(
@@ -56,7 +59,11 @@ def attention(
     def part(x: Array, *axes: str | None) -> P:
         return spec([axis if set(RULES[axis]) <= free else None for axis in axes], x.shape, mesh)
 
-    def source(x: Array | Stacked) -> PyTree:
+    def source(x: Array | Stacked | PagedStream) -> PyTree:
+        if isinstance(x, PagedStream):
+            pool = part(x.data, None, None, None, kv_heads)
+            scale = None if x.scale is None else pool
+            return dataclasses.replace(x, data=pool, slot=P(), table=P(), scale=scale)
         if isinstance(x, Stacked):
             axes = (None, "batch", None, kv_heads)
             return jax.tree.map(lambda array: part(array, *axes[: array.ndim]), x)
@@ -68,7 +75,7 @@ def attention(
     names = {name: [sequences.get(axis, axis) for axis in _AXES[name]] for name in arrays}
     in_specs = (
         q_spec,
-        jax.tree.map(source, sources, is_leaf=lambda x: isinstance(x, Stacked)),
+        jax.tree.map(source, sources, is_leaf=lambda x: isinstance(x, _IN_PLACE)),
         jax.tree.map(lambda x: part(x, None, kv_heads, None), weights),
         {name: part(x, *names[name]) for name, x in arrays.items()},
     )
