@@ -24,8 +24,9 @@ FLAGS = flags.FLAGS
 
 _log = logging.getLogger("fusedkv_jax.serve")
 _SETTINGS = (
-    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages"),
-    *("gpu_memory_utilization", "host_pages", "cache_dtype", "enable_prefix_caching", "policy"),
+    *("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"),
+    *("page_size", "num_pages", "gpu_memory_utilization", "host_pages", "cache_dtype", "memory"),
+    *("enable_prefix_caching", "policy"),
 )
 _LIBRARIES = ("msgspec", "prometheus_client", "starlette", "uvicorn")
 
@@ -41,6 +42,7 @@ def define_flags() -> None:
         "api_key_file", None, "Keys, one a line; with FUSEDKV_API_KEY none is on the command line."
     )
     flags.DEFINE_string("chat_template", None, "Jinja file; default the tokenizer's own.")
+    flags.DEFINE_integer("tensor_parallel_size", 1, "Devices that share every step.", 1)
     flags.DEFINE_integer("max_num_seqs", 64, "Requests in a step.", 1)
     flags.DEFINE_integer("max_num_batched_tokens", 512, "Tokens in a step.", 1)
     flags.DEFINE_integer("max_model_len", None, "Tokens of a request; default the model's.", 1)
@@ -49,6 +51,12 @@ def define_flags() -> None:
     flags.DEFINE_float("gpu_memory_utilization", 0.9, "Part of the device's memory to use.")
     flags.DEFINE_integer("host_pages", 0, "Pages of a second pool in host memory.", 0)
     flags.DEFINE_string("cache_dtype", None, "Storage type of the cache; default the model's.")
+    flags.DEFINE_enum(
+        "memory",
+        "auto",
+        ["auto", "pages", "slots"],
+        "How caches lie; default what the model allows.",
+    )
     flags.DEFINE_bool("enable_prefix_caching", True, "Share pages of prompts that begin alike.")
     flags.DEFINE_enum("policy", "fcfs", sorted(serving.POLICIES), "Who comes first.")
     flags.DEFINE_integer("max_queued", 1024, "Requests that may wait; further ones get a 503.", 1)
@@ -69,8 +77,8 @@ def main() -> None:
     loaded = models.load()
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)
     template = _template(tokenizer)
-    engine = serving.Engine(loaded.model, tokenizer, settings)
     _log_to_stderr()
+    engine = serving.Engine(loaded.model, tokenizer, settings)
     _log.info("%s: compiling", loaded.title)
     _log.info("%d programs are compiled", engine.warm_up())
     front = serving.AsyncEngine(

@@ -9,7 +9,6 @@ import numpy as np
 
 from fusedkv_jax.cache import Lane
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.request import Request
 from fusedkv_jax.serving.shapes import StepShapes
 
 
@@ -68,7 +67,7 @@ def step_arrays(
             request = plan.requests[place]
             table[row, : len(request.pages)] = request.pages
             positions[row, :count] = np.arange(start, start + count)
-            new[row, :count] = _tokens(request, start, count)
+            new[row, :count] = request.tokens(start, count)
             last[place] = before + row * columns + count - 1
         lanes.append(Lane(table, positions))
         tokens.append(new.ravel())
@@ -87,12 +86,3 @@ def empty_arrays(rows: int, chunk_rows: int, chunk: int, width: int) -> StepArra
     )
     tokens = np.zeros(rows + chunk_rows * chunk, np.int32)
     return StepArrays(tokens, lanes, np.full(rows, -1, np.int32), [])
-
-
-def _tokens(request: Request, start: int, count: int) -> np.ndarray | list[int]:
-    prompt = len(request.prompt)
-    if start >= prompt:
-        return request.outputs[start - prompt : start - prompt + count]
-    own = request.prompt[start : start + count]
-    rest = request.outputs[: max(start + count - prompt, 0)]
-    return np.concatenate([own, np.asarray(rest, np.int32)]) if rest else own

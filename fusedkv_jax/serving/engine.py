@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -15,18 +15,22 @@ from fusedkv_jax.generation.requests import Codec, TokenizerLike
 from fusedkv_jax.generation.requests import Request as Prompt
 from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.serving.cache_form import CacheForm
 from fusedkv_jax.serving.grammars import Grammars
 from fusedkv_jax.serving.intake import AnyPrompt, Intake
 from fusedkv_jax.serving.job import Growing, Job
-from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.output import Delta, EngineStats
+from fusedkv_jax.serving.page_runner import PageRunner
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.request import Request
 from fusedkv_jax.serving.runner import Drawn, Runner, StepResult
 from fusedkv_jax.serving.scheduler import Scheduler
 from fusedkv_jax.serving.settings import ServingSettings
+from fusedkv_jax.serving.slot_runner import SlotRunner
 
 _log = logging.getLogger(__name__)
+
+RUNNERS: dict[str, type[Runner]] = {"pages": PageRunner, "slots": SlotRunner}
 
 Deltas = list[tuple[str, Delta]]  # with the name of the request that each belongs to
 
@@ -39,9 +43,11 @@ class Engine:
         tokenizer: encodes prompts and decodes outputs, or None.
         settings: how it is served; by default as `ServingSettings` has it.
 
+    Attributes:
+        watch: called when a step has run, with its plan and seconds, before it is taken in.
+
     Raises:
-        ValueError: a model whose cache cannot lie in pages or that is spread over several devices,
-            or settings that do not fit it.
+        ValueError: a model that is spread over several devices, or settings that do not fit it.
     """
 
     def __init__(
@@ -51,36 +57,28 @@ class Engine:
         settings: ServingSettings | None = None,
     ):
         check_model(model)
-        _check_one_device(model)
         self.settings = settings = settings or ServingSettings()
+        if settings.tensor_parallel_size == 1:
+            _check_one_device(model)
         self.tokenizer, self.config = tokenizer, model.config
         codec = Codec(tokenizer, settings.eos_id, settings.add_special_tokens)
         grammars = Grammars(codec, model.config.vocab_size)
-        num_pages = settings.pages(model.config)
-        memory = PagedMemory(
-            num_pages,
-            settings.page_size,
-            host_pages=settings.host_pages,
-            prefix_caching=settings.enable_prefix_caching,
-        )
-        self.max_model_len = settings.model_length(model.config, memory.largest)
+        form = CacheForm.choose(model.config, settings)
+        _log.info("%s", form)
+        self.max_model_len = form.max_model_len
         self.scheduler = Scheduler(
-            memory,
+            form.memory(settings),
             settings.make_policy(),
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_batched_tokens=form.step_tokens(settings),
             max_model_len=self.max_model_len,
+            whole_prompts=form.whole_prompts,
         )
-        self.runner = Runner(
-            model,
-            settings,
-            num_pages=num_pages,
-            max_model_len=self.max_model_len,
-            mask_words=grammars.words,
-        )
+        self.runner = RUNNERS[form.kind](model, settings, form, grammars.words)
         self._intake = Intake(
             model.config, codec, grammars, self.max_model_len, settings.max_logprobs
         )
+        self.watch: Callable[[StepPlan, float], None] | None = None
         self._jobs: dict[str, Job] = {}
         self._outputs: dict[Request, tuple[Job, Growing]] = {}  # that the scheduler knows
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
@@ -143,6 +141,11 @@ class Engine:
         return [] if job is None else self._end(job, Delta(0, finish_reason="abort"))
 
     @property
+    def names(self) -> list[str]:
+        """The requests that have not ended."""
+        return list(self._jobs)
+
+    @property
     def unfinished(self) -> int:
         """Requests that have not ended."""
         return len(self._jobs)
@@ -158,6 +161,8 @@ class Engine:
             result = self.runner.run(plan, draws)
         except Exception as error:  # whatever it is, others must go on
             return self._failed(plan, error)
+        if self.watch is not None:
+            self.watch(plan, time.monotonic() - start)
         self._keep_scores(plan, result)
         return self._finish(plan, result.drawn, start)
 
@@ -278,10 +283,15 @@ class Engine:
 
 
 def _check_one_device(model: Decoder) -> None:
+    if not jax.sharding.get_mesh().empty:
+        raise ValueError(
+            "a mesh is set, and an engine makes its own; leave jax.set_mesh, and say how many"
+            " devices share a step with tensor_parallel_size"
+        )
     arrays = (x for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.Array))
     devices = max(len(x.sharding.device_set) for x in arrays)
     if devices > 1:
         raise ValueError(
             f"the model is spread over {devices} devices, and the engine serves from one; load it"
-            " without a mesh, or use fkv.generate"
+            f" without a mesh, or let {devices} share a step with tensor_parallel_size={devices}"
         )

@@ -17,12 +17,20 @@ from fusedkv_jax.serving.intake import AnyPrompt
 from fusedkv_jax.serving.output import Delta
 from fusedkv_jax.serving.settings import ServingSettings
 
+# Settings of `fkv.generate` that engines do not have, and why.
+_ELSEWHERE = {
+    "speculation": "a step of the engine draws one token of each request, a draft needs several",
+    "compression": "what it leaves of a prompt depends on arrays that an engine does not have",
+}
+
 
 class LLM:
-    """A model behind a serving engine: continuous batching over paged caches, prefix reuse.
+    """A model behind a serving engine: continuous batching, over paged caches with prefix reuse.
 
     Greedy outputs and seeded draws are those of `fkv.generate`. Pages of prompts that have ended
-    stay as long as there is room, so later calls find their prefixes computed.
+    stay as long as there is room, so later calls find their prefixes computed. What cannot lie
+    in pages (cyclic layouts, int4) is served from slots, a row of a contiguous cache for each
+    request; a line of the log says which it is and why.
 
     Args:
         model: the model.
@@ -30,14 +38,14 @@ class LLM:
         template: makes the prompts of `chat`, as `fusedkv_jax.data.chat.load_template` reads it.
         **settings: how to serve, see `ServingSettings`: max_num_seqs, max_num_batched_tokens,
             max_model_len, page_size, num_pages, kv_cache_memory_bytes, gpu_memory_utilization,
-            host_pages, cache_dtype, enable_prefix_caching, policy, max_logprobs, eos_id,
+            host_pages, cache_dtype, memory, enable_prefix_caching, policy, max_logprobs, eos_id,
             add_special_tokens, shapes.
 
     Attributes:
         engine: what runs.
 
     Raises:
-        ValueError: a model whose cache cannot lie in pages, or a setting out of bounds.
+        ValueError: a setting out of bounds, or one that the model cannot have.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class LLM:
     ):
         known = ServingSettings.__dataclass_fields__
         unknown = next((name for name in settings if name not in known), None)
+        if unknown in _ELSEWHERE:
+            raise ValueError(f"{unknown} is served by fkv.generate alone: {_ELSEWHERE[unknown]}")
         if unknown is not None:
             raise ValueError(f"LLM has no setting {unknown!r}; it has {', '.join(known)}")
         self.engine = Engine(model, tokenizer, ServingSettings(**settings))

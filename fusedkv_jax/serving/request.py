@@ -165,6 +165,15 @@ class Request:
         """Whether its next tool call is due."""
         return bool(self.tool_calls) and self.generated >= self.tool_calls[0].after
 
+    def tokens(self, start: int, count: int) -> np.ndarray | list[int]:
+        """So many of its known tokens, from a position on."""
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return self.outputs[start - prompt : start - prompt + count]
+        own = self.prompt[start : start + count]
+        rest = self.outputs[: max(start + count - prompt, 0)]
+        return np.concatenate([own, np.asarray(rest, np.int32)]) if rest else own
+
     def take_answer(self) -> None:
         """The tool that it has called has answered."""
         call, *later = self.tool_calls

@@ -32,6 +32,8 @@ class Scheduler:
         max_num_seqs: requests in a step.
         max_num_batched_tokens: tokens in a step.
         max_model_len: tokens that a request may come to; None for what the pages hold.
+        whole_prompts: a prompt is not cut, and what a request had generated before it gave up its
+            pages comes again token by token: what is computed depends on it.
         look_ahead: waiting requests whose pages are loaded from host memory in advance; with 0
             they come when it starts, and the step waits for them.
         seconds_per_page: what copying a page between host and device takes, for policies.
@@ -45,6 +47,7 @@ class Scheduler:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
+        whole_prompts: bool = False,
         look_ahead: int = 16,
         seconds_per_page: float = 1e-4,
     ):
@@ -67,6 +70,7 @@ class Scheduler:
         self.memory, self.policy = memory, policy
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.look_ahead = max_model_len, look_ahead
+        self.whole_prompts = whole_prompts
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.calling: list[tuple[float, str, Request]] = []  # a heap: until when a tool runs
@@ -146,7 +150,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Choose the next step. An empty plan means that nothing can run now."""
-        view, policy, plan = self.view, self.policy, StepPlan()
+        view, plan = self.view, StepPlan()
         view.now = now
         while self.calling and self.calling[0][0] <= now:
             self._answered(heapq.heappop(self.calling)[2])
@@ -166,12 +170,9 @@ class Scheduler:
                 continue
             if request.state is not State.RUNNING and not self._admit(request):
                 break
-            count = request.length - request.computed
-            if count > 1:
-                limit = policy.budget(request, view)
-                count = min(count, left, left if limit is None else limit)
+            count = self._portion(request, left)
             end = request.computed + count
-            if end > request.capacity and not self._grow(request, end):
+            if not count or end > request.capacity and not self._grow(request, end):
                 continue
             requests.append(request)
             counts.append(count)
@@ -299,6 +300,17 @@ class Scheduler:
         self._admitted.add(request)
         self.policy.admitted(request, self.view)
         return True
+
+    def _portion(self, request: Request, left: int) -> int:
+        """How many tokens of it come next, of so many that are left; 0 for none in this step."""
+        if self.whole_prompts:
+            count = 1 if request.computed else len(request.prompt)
+            return count if count <= left else 0
+        count = request.length - request.computed
+        if count > 1:
+            limit = self.policy.budget(request, self.view)
+            count = min(count, left, left if limit is None else limit)
+        return count
 
     def _must_await(self, request: Request) -> bool:
         """Its pages are loaded beside the steps of others, before it starts."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
 from fusedkv_jax.cache import check_paged, storage_type
 from fusedkv_jax.config import ModelConfig
@@ -14,6 +15,7 @@ from fusedkv_jax.generation.settings import check_whole
 from fusedkv_jax.serving.policies import POLICIES
 from fusedkv_jax.serving.policy import Policy
 from fusedkv_jax.serving.shapes import StepShapes
+from fusedkv_jax.sharding import MeshConfig, make_mesh
 
 _WITHOUT_DEVICE_MEMORY = 2**30  # bytes of the pool where the device does not tell its memory
 
@@ -23,18 +25,23 @@ class ServingSettings:
     """How a model is served.
 
     Attributes:
+        tensor_parallel_size: devices that share every step; heads, feed-forward, vocabulary and,
+            where their heads divide by it, caches are split over them.
         max_num_seqs: requests in a step at most.
         max_num_batched_tokens: tokens in a step at most; longer prompts come in chunks.
         max_model_len: tokens that a request can come to; by default the model's `max_length`, or
             what the pool holds if that is less.
         page_size: tokens of a page.
         num_pages: pages of the pool; by default as many as fit in the memory below.
-        kv_cache_memory_bytes: bytes of the pool; by default what `gpu_memory_utilization` leaves.
+        kv_cache_memory_bytes: bytes of the caches; by default what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: part of the device's memory that may be used, model included. A
             device that does not tell its memory (a CPU) gets a pool of 1 GiB.
         host_pages: pages of a second pool in host memory.
-        cache_dtype: storage type of the pages, by default the model's activation type.
-        enable_prefix_caching: keep the pages of prompts that have ended, and share them.
+        cache_dtype: storage type of the caches, by default the model's activation type.
+        memory: how caches lie: in `pages`, or in `slots`, a row of a contiguous cache for each
+            request, as `generate` has it; see `CacheForm.choose`, which `auto` leaves it to.
+        enable_prefix_caching: keep the pages of prompts that have ended, and share them; slots
+            share nothing.
         policy: who comes first: a name of `POLICIES`, or a policy.
         max_logprobs: likeliest tokens that a request may ask for.
         eos_id: end-of-text token where there is no tokenizer, or instead of its own.
@@ -45,6 +52,7 @@ class ServingSettings:
         ValueError: a value of the wrong kind or out of bounds.
     """
 
+    tensor_parallel_size: int = 1
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
@@ -54,6 +62,7 @@ class ServingSettings:
     gpu_memory_utilization: float = 0.9
     host_pages: int = 0
     cache_dtype: str | None = None
+    memory: Literal["auto", "pages", "slots"] = "auto"
     enable_prefix_caching: bool = True
     policy: str | Policy = "fcfs"
     max_logprobs: int = 20
@@ -62,7 +71,7 @@ class ServingSettings:
     shapes: StepShapes | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
             check_whole(name, getattr(self, name), 1)
         for name in ("max_model_len", "num_pages", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
@@ -73,6 +82,8 @@ class ServingSettings:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}; use above 0, at most 1"
             )
+        if self.memory not in ("auto", "pages", "slots"):
+            raise ValueError(f"memory={self.memory!r}; use auto, pages or slots")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r}; use one of {', '.join(sorted(POLICIES))}")
 
@@ -95,7 +106,7 @@ class ServingSettings:
         if self.num_pages is not None:
             return self.num_pages
         page = self.page_size * cache_bytes_per_token(config, dtype)
-        available = self.kv_cache_memory_bytes or self._free_bytes()
+        available = self.cache_bytes(config)
         if available < page:
             raise ValueError(
                 f"a page takes {page} bytes and {available} are free; raise kv_cache_memory_bytes"
@@ -118,8 +129,22 @@ class ServingSettings:
             )
         return self.max_model_len or most
 
-    def _free_bytes(self) -> int:
+    def mesh(self) -> Mesh | None:
+        """The devices that share every step; None for one.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        size = self.tensor_parallel_size
+        return None if size == 1 else make_mesh(MeshConfig(data=1, tensor=size, devices=size))
+
+    def cache_bytes(self, config: ModelConfig) -> int:
+        """Bytes that caches may take, over all devices."""
+        if self.kv_cache_memory_bytes is not None:
+            return self.kv_cache_memory_bytes
         stats: Any = jax.devices()[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return _WITHOUT_DEVICE_MEMORY
-        return int(self.gpu_memory_utilization * stats["bytes_limit"] - stats["bytes_in_use"])
+        free = self.gpu_memory_utilization * stats["bytes_limit"] - stats["bytes_in_use"]
+        split = config.stream_shapes["key"][0] % self.tensor_parallel_size == 0
+        return int(free) * (self.tensor_parallel_size if split else 1)

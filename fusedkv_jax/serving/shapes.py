@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-import jax
-
 
 @dataclass(frozen=True)
 class StepShapes:
@@ -42,15 +40,17 @@ class StepShapes:
         A CPU feels every padded row, and gathers the pages of a row for each of its own; wide rows
         fill the matrix units of accelerators, which decode 8 rows in the time of one.
         """
+        import jax  # the simulator needs none
+
         cpu = jax.default_backend() == "cpu"
         chunk = min(32 if cpu else 128, max_num_batched_tokens)
         # A chunk of one token is a row of the first lane, so there are at most so many others.
         chunks = min(max_num_seqs, max(1, max_num_batched_tokens // 2))
         most = max_num_batched_tokens // chunk + chunks
         return cls(
-            _powers(1 if cpu else 8, max_num_seqs, 2 if cpu else 4),
-            (0, *_powers(8, max_num_seqs, 8)),
-            _powers(1, most, 2 if cpu else 4),
+            powers(1 if cpu else 8, max_num_seqs, 2 if cpu else 4),
+            (0, *powers(8, max_num_seqs, 8)),
+            powers(1, most, 2 if cpu else 4),
             chunk,
         )
 
@@ -70,7 +70,7 @@ def _first(sizes: tuple[int, ...], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
 
 
-def _powers(least: int, most: int, factor: int) -> tuple[int, ...]:
+def powers(least: int, most: int, factor: int) -> tuple[int, ...]:
     """`least` and its multiples by powers of the factor below `most`, and `most`."""
     sizes, size = [], least
     while size < most:

@@ -353,6 +353,8 @@ def test_llm_generates_and_chats_as_generate_does(expected):
         llm.chat([{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="has no setting 'num_blocks'"):
         fkv.LLM(model(), num_blocks=3)
+    with pytest.raises(ValueError, match="speculation is served by fkv.generate alone"):
+        fkv.LLM(model(), speculation=fkv.SelfSpeculation())
 
 
 def _llm_settings():
