@@ -4,9 +4,10 @@
         --layout=mha --layout=fusedkv --policy=fcfs --load=0.5 --load=0.9
 
 The scheduler and the memory are the real ones; only the time of a step is computed, as the
-roofline of its work. A load of 1 is the rate at which the first layout and policy serve the trace
-when all of it is there at once. Writes simulation.json, .md and .png into --output_dir; the
-last line is the same as one JSON document.
+roofline of its work, or as `experiments.calibrate` has fitted it to steps of a real engine. A load
+of 1 is the rate at which the first layout and policy serve the trace when all of it is there at
+once. Writes simulation.json, .md and .png into --output_dir; the last line is the same as one JSON
+document.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fusedkv_jax import costs, presets
 from fusedkv_jax.serving import POLICIES, PagedMemory, Scheduler
 from fusedkv_jax.serving.simulate import (
     Arrival,
+    CalibratedDevice,
     Device,
     Summary,
     device,
@@ -37,6 +39,7 @@ from fusedkv_jax.serving.simulate import (
 )
 
 FLAGS = flags.FLAGS
+Place = Device | CalibratedDevice
 
 
 def define_flags() -> None:
@@ -55,7 +58,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("preset", "1_5b", f"Model size: {', '.join(presets.names())}.")
     flags.DEFINE_string(
-        "device", "v5e", "A TPU slice such as v5e:2x2, or a100, h100, h200; bfloat16."
+        "device",
+        "v5e",
+        "A TPU slice such as v5e:2x2, or a100, h100, h200, in bfloat16; or the calibration.json of "
+        "experiments.calibrate.",
     )
     flags.DEFINE_multi_float(
         "load", [0.9], "Rate of arrivals, as a fraction of what the device serves; may be repeated."
@@ -95,7 +101,7 @@ _COLUMNS = (
 
 def main() -> None:
     trace = cli.check_readable(cli.require("trace"))
-    place, arrivals = device(FLAGS.device), read_trace(trace)
+    place, arrivals = _device(FLAGS.device), read_trace(trace)
     arrivals = arrivals[: FLAGS.num_requests]
     models = {
         layout: costs.StepCosts.of(
@@ -187,12 +193,18 @@ def draw(rows: Sequence[Document], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _pages(place: Device, step_costs: costs.StepCosts) -> int:
+def _device(name: str) -> Place:
+    if name.endswith(".json"):
+        return CalibratedDevice.read(cli.check_readable(name))
+    return device(name)
+
+
+def _pages(place: Place, step_costs: costs.StepCosts) -> int:
     return FLAGS.num_pages or place.num_pages(step_costs, FLAGS.page_size)
 
 
 def _run(
-    place: Device,
+    place: Place,
     step_costs: costs.StepCosts,
     policy: str,
     arrivals: Sequence[Arrival],

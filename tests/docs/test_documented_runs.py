@@ -30,6 +30,7 @@ SMALL = {
 }
 NOT_RUN = {
     "benchmark": "tests of its own run each suite at toy size",
+    "calibrate": "a test of its own runs it at toy size",
     "compile_for_tpu": "tests of its own compile with libtpu",
     "gpu": "a test of its own runs it at toy size",
     "reproduce": "tests of its own run it and its study at toy size",
@@ -41,6 +42,7 @@ NOT_RUN = {
     "*--config=recall*": "the same configuration's test trains it",
     "*--model=*": "needs a model of others; tests/experiments/test_models.py has each flag",
     "*--init_from=*": "the same",
+    "*--device=runs/calibrate*": "needs the calibration; the same test hands it on",
     "*azure_conv_2023*": "needs the trace; another command of the program is run",
 }
 

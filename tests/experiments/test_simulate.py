@@ -61,9 +61,26 @@ def test_mistakes(trace, tmp_path):
             ([given, "--layout=fusedkw"], "fusedkw"),
             ([given, "--layout=lckv"], "cyclic"),
             ([given, "--device=v5e:3x3"], "v5e:3x3"),
+            ([given, f"--device={tmp_path / 'none.json'}"], "none.json"),
             ([given, "--preset=13b"], "13b"),
             ([given, "--load=0"], "--load=0"),
             ([given, "--page_size=0"], "page_size"),
             ([given, "--max_num_seqs=300", "--max_num_batched_tokens=100"], "300"),
         ],
     )
+
+
+@pytest.mark.slow
+def test_a_calibration_on_steps_of_the_real_engine(trace, tmp_path):
+    common = ["--preset=demo", "--layout=fusedkv", "--max_num_seqs=2"]
+    common += ["--max_num_batched_tokens=16"]
+    options = [*common, "--max_model_len=64", "--steps=30", f"--output_dir={tmp_path}"]
+    ((code, out, err),) = run("calibrate", options)
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["steps"] == 20 and 0 < found["median_error"] < 1
+    calibrated = [f"--trace={trace}", *common, f"--device={tmp_path / 'calibration.json'}"]
+    calibrated += ["--num_requests=8", "--load=0.5", f"--output_dir={tmp_path}"]
+    ((code, out, err),) = run("simulate", calibrated)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["device"]["median_error"] == found["median_error"]

@@ -1,5 +1,6 @@
 """The scheduler and the memory on a virtual clock: how policies fare under recorded load."""
 
+from fusedkv_jax.serving.simulate.calibration import CalibratedDevice
 from fusedkv_jax.serving.simulate.device import Device, device
 from fusedkv_jax.serving.simulate.metrics import Record, Summary, summarize
 from fusedkv_jax.serving.simulate.simulator import simulate
@@ -7,6 +8,7 @@ from fusedkv_jax.serving.simulate.traces import Arrival, read_trace, requests
 
 __all__ = [
     "Arrival",
+    "CalibratedDevice",
     "Device",
     "Record",
     "Summary",
