@@ -21,6 +21,9 @@ from experiments.common import cli
 from experiments.common.documents import Document
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.training import ExperimentConfig
+from fusedkv_jax.training.checkpointing.directory import committed_steps
+from fusedkv_jax.training.evaluation import make_eval_step
+from fusedkv_jax.training.trainable import run_optimizer
 
 FLAGS = flags.FLAGS
 
@@ -88,13 +91,13 @@ def save(model: fkv.Decoder, config: ExperimentConfig, workdir: pathlib.Path) ->
     from flax import nnx
 
     config = dataclasses.replace(config, model=model.config)
-    optimizer = training.run_optimizer(config)
+    optimizer = run_optimizer(config)
     state = training.create_state(config.model, optimizer, config.train.seed)
     params = nnx.state(model, nnx.Param)
     state = dataclasses.replace(state, params=params)
     with training.Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(0, state, data.make_train_iterator(config.data), config)
-    if training.committed_steps(training.checkpoint_directory(workdir)) != [0]:
+    if committed_steps(training.checkpoint_directory(workdir)) != [0]:
         raise OSError(f"{workdir}: the pruned model could not be saved")
 
 
@@ -121,7 +124,7 @@ def _rows(
     for name, model in models.items():
         graphdef, params = nnx.split(model, nnx.Param)
         batches = data.make_eval_batches(config.data, FLAGS.max_batches)
-        result = training.evaluate(training.make_eval_step(graphdef), params, batches)
+        result = training.evaluate(make_eval_step(graphdef), params, batches)
         rows.append(
             {
                 "model": name,

@@ -32,7 +32,7 @@ MODULES: dict[str, str] = {
 }
 
 # Sources that an implementation reads where they lie; instead of others it gets what `read` makes.
-IN_PLACE = {"tpu": stacked.Stacked, "xla": PagedStream}
+IN_PLACE = {"tpu": stacked.Stacked, "xla": (stacked.Stacked, PagedStream)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

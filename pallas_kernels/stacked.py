@@ -1,6 +1,7 @@
 """A stream of a cache that is read where it lies: the stacked array of all streams, and a slot."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,13 +14,14 @@ from pallas_kernels.quantized import Quantized
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """One [B, S, K, H] source in an array that holds P of them, with all heads of a token together.
+    """One [B, S, K, H] source in an array that holds P of them.
 
-    A kernel that copies from memory itself takes the array as it is and finds the slot: nothing is
-    cut out before the call. Whoever needs an array of one source calls `read`.
+    Who reads tile by tile takes the array as it is and finds the slot: nothing is cut out before
+    the call. Whoever needs an array of one source calls `read`.
 
     Attributes:
-      data: [P, B, S, K * H], float or 8-bit codes.
+      data: [P, B, S, K * H] or [P, B, S, K, H], float or 8-bit codes. TPU kernels read the first;
+        a reshape of one into the other beside an update makes XLA on CPUs copy the array.
       slot: which of the P; an int or an int32 scalar, which may be traced.
       head_size: H.
       scale: of 8-bit codes, float [P, B, S, K]; else None.
@@ -34,8 +36,8 @@ class Stacked:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape [B, S, K, H] of the source."""
-        _, batch, length, width = self.data.shape
-        return (batch, length, width // self.head_size, self.head_size)
+        _, batch, length, *token = self.data.shape
+        return (batch, length, math.prod(token) // self.head_size, self.head_size)
 
     @property
     def ndim(self) -> int:
@@ -52,29 +54,32 @@ class Stacked:
         data = self._cut(self.data).reshape(self.shape)
         return data if self.scale is None else Quantized(data, self._cut(self.scale)[..., None])
 
-    def tokens(self, start: int, size: int) -> Float[Array, "B size K H"] | Quantized:
-        """`size` tokens from `start`."""
+    def tokens(self, start: int | Array, size: int) -> Float[Array, "B size K H"] | Quantized:
+        """`size` tokens of each row from `start`, which may be traced."""
 
         def cut(x: Array) -> Array:
-            part = jax.lax.slice_in_dim(x, start, start + size, axis=2)
-            return self._cut(part)
+            sizes = (1, x.shape[1], size, *x.shape[3:])
+            starts = (self.slot, 0, start, *(0,) * (x.ndim - 3))
+            return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
         data = cut(self.data).reshape(self.shape[0], size, *self.shape[2:])
         return data if self.scale is None else Quantized(data, cut(self.scale)[..., None])
 
     def check_present(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the data is no such array."""
-        if getattr(self.data, "ndim", 0) != 4:
-            raise ValueError(f"{name}.data is no array [P, B, S, K * H]")
+        if getattr(self.data, "ndim", 0) not in (4, 5):
+            raise ValueError(f"{name}.data is no array [P, B, S, K * H] or [P, B, S, K, H]")
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the arrays do not fit each other."""
-        if self.data.ndim != 4 or self.head_size < 1 or self.data.shape[3] % self.head_size:
+        last, size = self.data.shape[-1], self.head_size
+        apart = self.data.ndim == 5
+        if self.data.ndim not in (4, 5) or size < 1 or (last != size if apart else last % size):
             raise ValueError(
-                f"{name}.data has shape {self.data.shape}; it must be [P, B, S, K * H] with "
-                f"H = {self.head_size}"
+                f"{name}.data has shape {self.data.shape}; it must be [P, B, S, K * H] or "
+                f"[P, B, S, K, H] with H = {size}"
             )
-        expected = (*self.data.shape[:3], self.data.shape[3] // self.head_size)
+        expected = (*self.data.shape[:3], self.shape[2])
         if self.scale is not None and self.scale.shape != expected:
             raise ValueError(
                 f"{name}.scale has shape {self.scale.shape}; it must be [P, B, S, K] = {expected}"

@@ -20,9 +20,9 @@ from fusedkv_jax.evaluation.longcontext_cases import heldout_texts
 from fusedkv_jax.generation import EngineSettings, SamplingParams, generate
 from fusedkv_jax.generation.batches import Batch
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
-from fusedkv_jax.generation.engine import Engine
+from fusedkv_jax.generation.engine import OfflineEngine
 from fusedkv_jax.generation.programs import GenerationPrograms
-from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.generation.requests import PreparedRequest
 from fusedkv_jax.generation.speculation import SelfSpeculation
 from fusedkv_jax.model import Decoder
 
@@ -165,10 +165,12 @@ class _Runner:
     def __init__(
         self, model: Decoder, compressor: Compressor | None, tokens: int, room: int
     ) -> None:
-        engine = Engine(model, settings=EngineSettings(compression=compressor, bucketing=False))
+        engine = OfflineEngine(
+            model, settings=EngineSettings(compression=compressor, bucketing=False)
+        )
         prompt = tuple(_random_tokens(model.config, tokens)[0].tolist())
         greedy = SamplingParams(temperature=0.0, ignore_eos=True)
-        request = Request(0, prompt, greedy, tokens + room, (), None, ())
+        request = PreparedRequest(0, prompt, greedy, tokens + room, (), None, ())
         self._batch = Batch(engine, [request])
         self._batch.step(1)
         self.nbytes = self._batch.cache_bytes

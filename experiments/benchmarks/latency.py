@@ -9,8 +9,8 @@ import numpy as np
 
 from fusedkv_jax.generation import SamplingParams
 from fusedkv_jax.generation.batches import Batch
-from fusedkv_jax.generation.engine import Engine
-from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.generation.engine import OfflineEngine
+from fusedkv_jax.generation.requests import PreparedRequest
 from fusedkv_jax.model import Decoder
 
 
@@ -41,7 +41,7 @@ def measure(
       new_tokens: tokens decoded each time, the first included; at least 2.
       repeats: rounds that count.
     """
-    engines = {name: Engine(model) for name, model in models.items()}
+    engines = {name: OfflineEngine(model) for name, model in models.items()}
     rounds = [
         {name: _once(engine, prompt, new_tokens) for name, engine in engines.items()}
         for _ in range(repeats + 1)
@@ -53,12 +53,12 @@ def measure(
     return {name: Latency(median(name, 0), median(name, 1)) for name in models}
 
 
-def _once(engine: Engine, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
+def _once(engine: OfflineEngine, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
     """(seconds to the first token, seconds for each later one)."""
     tokens = tuple(prompt.tolist())
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     # Not by `make_requests`, which would refuse a prompt beyond the context.
-    request = Request(0, tokens, greedy, len(tokens) + new_tokens, (), None, ())
+    request = PreparedRequest(0, tokens, greedy, len(tokens) + new_tokens, (), None, ())
     batch = Batch(engine, [request])
     start = time.perf_counter()
     batch.step(new_tokens)

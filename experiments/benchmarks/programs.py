@@ -16,6 +16,7 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import SamplingParams, generate, warm_up
 from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.training.state import abstract_model, abstract_state
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 LAYOUTS = ("mha", "fusedkv", "fusedkv_lite")
@@ -109,12 +110,12 @@ def lower_train_step(
     """The train step, traced and lowered from shapes alone."""
     settings = training.OptimizerConfig()
     optimizer = training.make_optimizer(settings, 100)
-    graphdef, _ = training.abstract_model(config)
+    graphdef, _ = abstract_model(config)
     schedule = training.learning_rate_schedule(settings, 100)
     step = training.make_train_step(graphdef, optimizer, schedule)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-    state = training.abstract_state(config, optimizer)
+    state = abstract_state(config, optimizer)
     return jax.jit(step, donate_argnums=0).lower(state, dict.fromkeys(names, tokens))
 
 

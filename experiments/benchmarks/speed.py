@@ -13,6 +13,7 @@ from fusedkv_jax import training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import SamplingParams, generate
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.training.state import abstract_model
 
 LAYOUTS = ("mha", "fusedkv_lite", "fusedkv")
 
@@ -25,7 +26,7 @@ def train_step(config: ModelConfig, tokens: np.ndarray, targets: np.ndarray) -> 
     """The library's train step on one batch, AdamW and clipping included; gives the loss."""
     settings = training.OptimizerConfig()
     optimizer = training.make_optimizer(settings, 1000)
-    graphdef, _ = training.abstract_model(config)
+    graphdef, _ = abstract_model(config)
     schedule = training.learning_rate_schedule(settings, 1000)
     state = training.create_state(config, optimizer, 0)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

@@ -19,9 +19,9 @@ from experiments.benchmarks.turns import take_turns
 from fusedkv_jax import data, training
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, make_mesh, put_batch
-from fusedkv_jax.training import ExperimentConfig, TrainProgram, head_cross_entropy
+from fusedkv_jax.training import ExperimentConfig, TrainProgram
 from fusedkv_jax.training.checkpointing import manifest
-from fusedkv_jax.training.loss import sum_cross_entropy
+from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
 from fusedkv_jax.training.step import BATCH_KEYS
 
 INTERVAL = 100  # steps between checkpoints

@@ -17,8 +17,9 @@ from experiments.study import corpus, plan, records
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Study
 from fusedkv_jax.sharding import MeshConfig, make_mesh
-from fusedkv_jax.training import DivergedError, evaluate, load_model, make_eval_step
+from fusedkv_jax.training import DivergedError, evaluate, load_model
 from fusedkv_jax.training.config import first_difference
+from fusedkv_jax.training.evaluation import make_eval_step
 
 SECONDS_BETWEEN_LOOKS = 60.0
 

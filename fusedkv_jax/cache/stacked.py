@@ -17,14 +17,13 @@ from jaxtyping import Array, Float
 from fusedkv_jax.cache.calls import Call, Source
 from fusedkv_jax.cache.storage import Slot, write
 from fusedkv_jax.cache.storage_types import FLOATS
-from fusedkv_jax.cache.stores import LinearStore, Store, storage_of
+from fusedkv_jax.cache.stores import IN_PLACE_TOKENS, LinearStore, Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.trees import Leaf
 from pallas_kernels import Stacked, choice
 
 LANES = 128  # of a TPU's vector unit: tokens fill whole ones
-IN_PLACE_TOKENS = 16  # tokens of a call up to which streams are read in place
 
 
 def suits(config: ModelConfig, dtype: str) -> bool:

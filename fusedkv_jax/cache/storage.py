@@ -18,6 +18,7 @@ from fusedkv_jax.cache.shardings import local_rows
 from fusedkv_jax.cache.storage_types import FLOATS, STORAGE_TYPES
 from fusedkv_jax.validation import nearest
 from pallas_kernels.quantized import Quantized, quantize
+from pallas_kernels.stacked import Stacked
 
 SCALE_TYPE = jnp.float32  # of 8-bit codes, one for each token and head
 SCATTERED = 32  # up to so many new tokens are put in one by one, without passing over the stream
@@ -67,6 +68,19 @@ def select(storage: Tree, slot: Slot) -> Tree:
     return jax.tree.map(
         lambda array: jax.lax.dynamic_index_in_dim(array, slot, keepdims=False), storage
     )
+
+
+def lying(storage: Storage, slot: Slot) -> Stacked:
+    """One stream where it lies, for attention in XLA to cut tiles out.
+
+    A loop over tiles takes a stream that was cut out before as a copy, and makes it again for every
+    token: at 16,384 tokens on two CPU cores half of a decoding step.
+    """
+    slot = jnp.asarray(slot, jnp.int32)
+    data, scale = (
+        (storage.data, storage.scale[..., 0]) if isinstance(storage, Quantized) else (storage, None)
+    )
+    return Stacked(data, slot, data.shape[-1], scale)
 
 
 def take_tokens(storage: Tree, index: Int[Array, "*P B K C"]) -> Tree:

@@ -15,6 +15,7 @@ from fusedkv_jax.cache.storage import (
     Slot,
     Storage,
     encode,
+    lying,
     ring_positions,
     select,
     write,
@@ -22,7 +23,10 @@ from fusedkv_jax.cache.storage import (
 )
 from fusedkv_jax.layouts import Kind
 from fusedkv_jax.trees import Leaf
+from pallas_kernels import choice
 
+# Tokens of a call up to which streams are read in place: more transpose a stream anyway.
+IN_PLACE_TOKENS = 16
 _ENDLESS = (1 << 30) - 1  # more tokens than any row is given; see `KVCache.overflowed`
 
 
@@ -144,6 +148,12 @@ class LinearStore(Store):
         if self.dropped is None:
             return position
         return position - self.dropped.reshape(-1, *(1,) * (position.ndim - 1))
+
+    def view(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call) -> View:
+        storage = storage_of(self, kind)
+        if call.length <= IN_PLACE_TOKENS and choice.device()[0] == "cpu":
+            return lying(storage, slot)
+        return select(storage, slot)
 
     def pieces(
         self,

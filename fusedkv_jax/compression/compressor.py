@@ -12,7 +12,8 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from fusedkv_jax import validation
-from fusedkv_jax.cache import KiviStore, KVCache
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.kivi import KiviStore
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.trees import Leaf

@@ -14,21 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import (
-    Call,
-    Group,
-    KVCache,
-    LinearStore,
-    Piece,
-    Reading,
-    Rows,
-    Slot,
-    Store,
-    View,
-    storage_of,
-    unstacked,
-)
-from fusedkv_jax.cache.storage import Tree
+from fusedkv_jax.cache import KVCache, Store
+from fusedkv_jax.cache.cache import unstacked
+from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows, View
+from fusedkv_jax.cache.plan import Group
+from fusedkv_jax.cache.storage import Slot, Tree
+from fusedkv_jax.cache.stores import LinearStore, storage_of
 from fusedkv_jax.compression.compressor import (
     Chunk,
     CompressionError,

@@ -12,21 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import (
-    Call,
-    Group,
-    KVCache,
-    Piece,
-    Reading,
-    Rows,
-    Slot,
-    Storage,
-    Store,
-    View,
-    encode,
-    storage_of,
-    take_tokens,
-)
+from fusedkv_jax.cache import KVCache, Store
+from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows, View
+from fusedkv_jax.cache.plan import Group
+from fusedkv_jax.cache.storage import Slot, Storage, encode, take_tokens
+from fusedkv_jax.cache.stores import storage_of
 from fusedkv_jax.compression import scoring
 from fusedkv_jax.compression.compressor import (
     Chunk,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Slot
+from fusedkv_jax.cache.storage import Slot
 from fusedkv_jax.trees import Leaf
 
 SCALE_TYPE = jnp.float16

@@ -11,19 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import (
-    Call,
-    Group,
-    KVCache,
-    LinearStore,
-    Slot,
-    Storage,
-    Store,
-    encode,
-    select,
-    storage_of,
-    write,
-)
+from fusedkv_jax.cache import KVCache, Store
+from fusedkv_jax.cache.calls import Call
+from fusedkv_jax.cache.plan import Group
+from fusedkv_jax.cache.storage import Slot, Storage, encode, select, write
+from fusedkv_jax.cache.stores import LinearStore, storage_of
 from fusedkv_jax.compression.compressor import (
     Chunk,
     CompressionError,

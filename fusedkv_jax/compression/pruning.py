@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fusedkv_jax import costs
-from fusedkv_jax.cache import KVCache, unstacked
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.cache import unstacked
 from fusedkv_jax.compression.compressor import CompressionError
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, Mixing, Stream
 from fusedkv_jax.model import Decoder, fold_fusion

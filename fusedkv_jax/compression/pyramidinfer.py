@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Call, Group, KVCache, LinearStore, Reading
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.calls import Call, Reading
+from fusedkv_jax.cache.plan import Group
+from fusedkv_jax.cache.stores import LinearStore
 from fusedkv_jax.compression import scoring
 from fusedkv_jax.compression.budgets import FIRST_TOKENS, pyramid_lengths, recent_tokens
 from fusedkv_jax.compression.compressor import (

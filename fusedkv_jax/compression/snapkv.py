@@ -8,7 +8,9 @@ from typing import ClassVar, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Group, KVCache, Reading
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.calls import Reading
+from fusedkv_jax.cache.plan import Group
 from fusedkv_jax.compression import scoring
 from fusedkv_jax.compression.budgets import pyramid_budgets
 from fusedkv_jax.compression.compressor import (

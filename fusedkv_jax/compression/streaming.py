@@ -10,23 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import (
-    Call,
-    KVCache,
-    MaskArguments,
-    Piece,
-    RingStore,
-    Rotation,
-    Rows,
-    Slot,
-    Storage,
-    Store,
-    View,
-    encode,
-    select,
-    storage_of,
-    write,
-)
+from fusedkv_jax.cache import KVCache, Store
+from fusedkv_jax.cache.calls import Call, MaskArguments, Piece, Rotation, Rows, View
+from fusedkv_jax.cache.storage import Slot, Storage, encode, select, write
+from fusedkv_jax.cache.stores import RingStore, storage_of
 from fusedkv_jax.compression.compressor import CompressionError, Compressor, check_count
 from fusedkv_jax.config import ModelConfig, RopeConfig
 from fusedkv_jax.layouts import Kind

@@ -13,20 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import (
-    CachePlan,
-    Group,
-    KVCache,
-    LinearStore,
-    Reading,
-    Source,
-    Storage,
-    Store,
-    split_plan,
-    storage_of,
-    take_tokens,
-)
-from fusedkv_jax.cache.storage import Tree
+from fusedkv_jax.cache import CachePlan, KVCache, Store
+from fusedkv_jax.cache.calls import Reading, Source
+from fusedkv_jax.cache.plan import Group, split_plan
+from fusedkv_jax.cache.storage import Storage, Tree, take_tokens
+from fusedkv_jax.cache.stores import LinearStore, storage_of
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout
 from fusedkv_jax.model.mixing import mix
 from pallas_kernels import Quantized

@@ -7,8 +7,10 @@ import math
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fusedkv_jax.cache import EIGHT_BITS, check_int4, kivi, storage_type
-from fusedkv_jax.cache.storage import SCALE_TYPE
+from fusedkv_jax.cache import kivi
+from fusedkv_jax.cache.cache import check_int4
+from fusedkv_jax.cache.storage import SCALE_TYPE, storage_type
+from fusedkv_jax.cache.storage_types import EIGHT_BITS
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.costs.visible import visible_to_last

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.model import Decoder, fold_fusion
 from fusedkv_jax.model.checks import check_integers
-from fusedkv_jax.training import sum_cross_entropy
+from fusedkv_jax.training.loss import sum_cross_entropy
 from fusedkv_jax.validation import check_count
 
 

@@ -9,10 +9,16 @@ import numpy as np
 
 from fusedkv_jax.generation.batches import Batch
 from fusedkv_jax.generation.buckets import SHORTEST_BUCKET
-from fusedkv_jax.generation.engine import Engine, group
+from fusedkv_jax.generation.engine import OfflineEngine, group
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.prefix import prefill_prefix, shared_prefix
-from fusedkv_jax.generation.requests import OnError, Prompt, Request, TokenizerLike, make_requests
+from fusedkv_jax.generation.requests import (
+    OnError,
+    PreparedRequest,
+    Prompt,
+    TokenizerLike,
+    make_requests,
+)
 from fusedkv_jax.generation.results import Completion, Delta, Rates
 from fusedkv_jax.generation.settings import (
     EngineSettings,
@@ -174,7 +180,7 @@ def warm_up(
             prompt = (0,) * max(1, min(size, total - 2))
             prefix = prefill_prefix(engine, prompt[: size - 1] or prompt, total)
             for count in rows:
-                request = Request(0, prompt, greedy, len(prompt) + 2, (), None, ())
+                request = PreparedRequest(0, prompt, greedy, len(prompt) + 2, (), None, ())
                 for interval in (None, _VISIT_EVERY, stream_interval):
                     batch = Batch(engine, [request] * count, length=total)
                     while not batch.finished:
@@ -189,21 +195,21 @@ def _engine(
     tokenizer: TokenizerLike | None,
     settings: Settings,
     progress: Callable[[Rates], None] | None = None,
-) -> Engine:
+) -> OfflineEngine:
     check_model(model)
     if progress is not None and not callable(progress):
         raise ValueError(f"progress={progress!r}; pass a function that takes the rates, or None")
-    return Engine(model, tokenizer, EngineSettings(**settings))
+    return OfflineEngine(model, tokenizer, EngineSettings(**settings))
 
 
-def _batches(engine: Engine, requests: Sequence[Request]) -> Iterator[Batch]:
+def _batches(engine: OfflineEngine, requests: Sequence[PreparedRequest]) -> Iterator[Batch]:
     prefix = shared_prefix(engine, requests)
     for together in group(requests, engine.settings):
         scored = together[0].params.prompt_logprobs is not None
         yield Batch(engine, together, None if scored else prefix)
 
 
-def _trackers(batch: Batch, engine: Engine, piecewise: bool) -> list[Tracker]:
+def _trackers(batch: Batch, engine: OfflineEngine, piecewise: bool) -> list[Tracker]:
     return [Tracker(request, number, engine.codec, piecewise) for request, number in batch.rows]
 
 

@@ -15,11 +15,11 @@ from jaxtyping import Array
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation import loop
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
-from fusedkv_jax.generation.engine import Engine
+from fusedkv_jax.generation.engine import OfflineEngine
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.prefix import Prefix
-from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.generation.requests import PreparedRequest
 from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.generation.sampling import SamplerInputs, bucket
 
@@ -60,8 +60,8 @@ class Batch:
 
     def __init__(
         self,
-        engine: Engine,
-        requests: Sequence[Request],
+        engine: OfflineEngine,
+        requests: Sequence[PreparedRequest],
         prefix: Prefix | None = None,
         length: int | None = None,
     ):

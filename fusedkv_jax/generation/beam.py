@@ -10,12 +10,12 @@ import numpy as np
 
 from fusedkv_jax.generation.beam_loop import Beams, Limits, Sizes
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
-from fusedkv_jax.generation.engine import Engine
+from fusedkv_jax.generation.engine import OfflineEngine
 from fusedkv_jax.generation.params import BeamSearchParams, SamplingParams
 from fusedkv_jax.generation.requests import (
+    PreparedRequest,
     Prompt,
     PromptError,
-    Request,
     TokenizerLike,
     logits_error,
     make_requests,
@@ -72,7 +72,7 @@ def beam_search(
         ignore_eos=params.ignore_eos,
         stop_token_ids=params.stop_token_ids,
     )
-    engine = Engine(model, tokenizer, EngineSettings(**settings))
+    engine = OfflineEngine(model, tokenizer, EngineSettings(**settings))
     requests, _ = make_requests(model.config, prompts, plain, engine.codec)
     together = max(1, engine.settings.batch_size // params.beam_width)
     order = sorted(requests, key=lambda request: len(request.prompt))
@@ -85,7 +85,9 @@ def beam_search(
     return [completions[i] for i in range(len(prompts))]
 
 
-def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchParams) -> Beams:
+def _search_batch(
+    engine: OfflineEngine, requests: list[PreparedRequest], params: BeamSearchParams
+) -> Beams:
     buckets, programs, width = engine.buckets, engine.programs, params.beam_width
     rows = buckets.rows(len(requests))
     longest = buckets.size(max(len(r.prompt) for r in requests))
@@ -115,7 +117,7 @@ def _search_batch(engine: Engine, requests: list[Request], params: BeamSearchPar
 
 
 def _completion(
-    request: Request,
+    request: PreparedRequest,
     beams: Beams,
     row: int,
     params: BeamSearchParams,

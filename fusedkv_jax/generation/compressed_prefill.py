@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import KVCache, unstacked
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.cache import unstacked
 from fusedkv_jax.compression.compressor import Chunk, Compressor, Observed
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder

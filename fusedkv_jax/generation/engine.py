@@ -10,14 +10,14 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.buckets import Buckets
 from fusedkv_jax.generation.parts import part_ends
 from fusedkv_jax.generation.programs import GenerationPrograms
-from fusedkv_jax.generation.requests import Codec, PromptError, Request, TokenizerLike
+from fusedkv_jax.generation.requests import Codec, PreparedRequest, PromptError, TokenizerLike
 from fusedkv_jax.generation.results import Rates
 from fusedkv_jax.generation.settings import EngineSettings
 from fusedkv_jax.model import Decoder, check_parts
 
 
 @dataclass(frozen=True)
-class Engine:
+class OfflineEngine:
     """A model and how it is run.
 
     Attributes:
@@ -70,7 +70,9 @@ class Engine:
         return Codec(self.tokenizer, settings.eos_id, settings.add_special_tokens)
 
 
-def group(requests: Sequence[Request], settings: EngineSettings) -> list[list[Request]]:
+def group(
+    requests: Sequence[PreparedRequest], settings: EngineSettings
+) -> list[list[PreparedRequest]]:
     """Requests that run together.
 
     Neighbors in length do, which saves padding; those that want log-probabilities of their prompts
@@ -85,7 +87,7 @@ def group(requests: Sequence[Request], settings: EngineSettings) -> list[list[Re
                 reason = f"has prompt_logprobs, which {settings.compression.title} does not give"
                 raise PromptError(f"{reason}; leave one of the two out", request.number)
     rows = settings.most_rows
-    found: list[list[Request]] = []
+    found: list[list[PreparedRequest]] = []
     for scored in (False, True):
         own = [r for r in requests if (r.params.prompt_logprobs is not None) == scored]
         size = rows  # a new batch for the first

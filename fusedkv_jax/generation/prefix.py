@@ -10,8 +10,8 @@ import numpy as np
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.buckets import SHORTEST_BUCKET
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
-from fusedkv_jax.generation.engine import Engine
-from fusedkv_jax.generation.requests import Request
+from fusedkv_jax.generation.engine import OfflineEngine
+from fusedkv_jax.generation.requests import PreparedRequest
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Prefix:
     cache: KVCache
 
 
-def shared_prefix(engine: Engine, requests: Sequence[Request]) -> Prefix | None:
+def shared_prefix(engine: OfflineEngine, requests: Sequence[PreparedRequest]) -> Prefix | None:
     """What all prompts begin with, if it is worth while.
 
     Cyclic layouts are left out: there several passes approximate what token by token gives, and
@@ -50,7 +50,7 @@ def shared_prefix(engine: Engine, requests: Sequence[Request]) -> Prefix | None:
     return prefill_prefix(engine, first[:common], length)
 
 
-def prefill_prefix(engine: Engine, tokens: tuple[int, ...], length: int) -> Prefix:
+def prefill_prefix(engine: OfflineEngine, tokens: tuple[int, ...], length: int) -> Prefix:
     """A prefix in a cache of `length` tokens."""
     prompt = np.zeros((1, engine.buckets.size(len(tokens))), np.int32)
     prompt[0, : len(tokens)] = tokens

@@ -113,7 +113,7 @@ class Codec:
 
 
 @dataclass(frozen=True)
-class Request:
+class PreparedRequest:
     """A prompt that can be decoded.
 
     Attributes:
@@ -141,7 +141,7 @@ def make_requests(
     params: SamplingParams | Sequence[SamplingParams] | None,
     codec: Codec,
     on_error: OnError = "raise",
-) -> tuple[list[Request], dict[int, PromptError]]:
+) -> tuple[list[PreparedRequest], dict[int, PromptError]]:
     """Requests, and the errors of those prompts that cannot be decoded.
 
     Raises:
@@ -192,7 +192,7 @@ def _check_params(params: object, count: int) -> Sequence[SamplingParams]:
 
 def _request(
     config: ModelConfig, number: int, prompt: object, params: SamplingParams, codec: Codec
-) -> Request:
+) -> PreparedRequest:
     ids = _tokens(number, prompt, codec)
     if not ids:
         raise PromptError("is empty; give it at least one token", number)
@@ -229,7 +229,7 @@ def _request(
     if params.max_tokens is not None:
         limit = min(len(ids) + params.max_tokens, limit)
     words = codec.bad_words(params.bad_words)
-    return Request(number, ids, params, limit, stops, codec.eos_id, words)
+    return PreparedRequest(number, ids, params, limit, stops, codec.eos_id, words)
 
 
 def _tokens(number: int, prompt: Any, codec: Codec) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ import functools
 import jax
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import KVCache, constrain_cache
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.shardings import constrain_cache
 
 
 def take_rows(cache: KVCache, rows: Int[Array, "R"]) -> KVCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusedkv_jax.generation.logprobs import Logprobs
-from fusedkv_jax.generation.requests import Codec, LogitsError, Request, logits_error
+from fusedkv_jax.generation.requests import Codec, LogitsError, PreparedRequest, logits_error
 from fusedkv_jax.generation.results import FinishReason, Output, PlaceLogprobs
 from fusedkv_jax.generation.sampling import NO_TOKEN
 from fusedkv_jax.generation.text import Detokenizer, StopTexts
@@ -21,7 +21,7 @@ class Tracker:
         piecewise: text is wanted with every `push`, not only at the end.
     """
 
-    def __init__(self, request: Request, index: int, codec: Codec, piecewise: bool):
+    def __init__(self, request: PreparedRequest, index: int, codec: Codec, piecewise: bool):
         self.request, self.index = request, index
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import Piece, StreamWeights
+from fusedkv_jax.cache.calls import Piece, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.layers import Norm, add_bias, make_norm
 from fusedkv_jax.model.parameters import Initializer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import Piece, StreamWeights
+from fusedkv_jax.cache.calls import Piece, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.attention import Attention, Lse
 from fusedkv_jax.model.latent import LatentAttention

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fusedkv_jax.cache import Call, KVCache
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.calls import Call
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Run, runs
 from fusedkv_jax.model.block import Block

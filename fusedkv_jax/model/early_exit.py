@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fusedkv_jax.cache import Call, KiviStore, KVCache, LinearStore, RingStore, StackedStore
+from fusedkv_jax.cache import KVCache
+from fusedkv_jax.cache.calls import Call
+from fusedkv_jax.cache.kivi import KiviStore
+from fusedkv_jax.cache.stacked import StackedStore
+from fusedkv_jax.cache.stores import LinearStore, RingStore
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache import Piece, Source, StreamWeights
+from fusedkv_jax.cache.calls import Piece, Source, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.attention import Lse, joined, merged, needs_residuals
 from fusedkv_jax.model.layers import RMSNorm

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import PagedCall, PagedStore, constrain_cache
+from fusedkv_jax.cache.paged import PagedCall, PagedStore
+from fusedkv_jax.cache.shardings import constrain_cache
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers
 from fusedkv_jax.model.streams import Streams

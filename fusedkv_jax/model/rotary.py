@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import Rotation
+from fusedkv_jax.cache.calls import Rotation
 from fusedkv_jax.config import RopeConfig
 
 

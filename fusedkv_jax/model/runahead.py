@@ -18,19 +18,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
-from fusedkv_jax.cache import (
-    CachePlan,
-    Call,
-    KVCache,
-    LinearStore,
-    StackedStore,
-    Storage,
-    Store,
-    select,
-    storage_of,
-    unstacked,
-)
-from fusedkv_jax.cache.storage import Slot, Tree
+from fusedkv_jax.cache import CachePlan, KVCache, Store
+from fusedkv_jax.cache.cache import unstacked
+from fusedkv_jax.cache.calls import Call
+from fusedkv_jax.cache.stacked import StackedStore
+from fusedkv_jax.cache.storage import Slot, Storage, Tree, select
+from fusedkv_jax.cache.stores import LinearStore, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Kind
 from fusedkv_jax.model.decoder import Decoder

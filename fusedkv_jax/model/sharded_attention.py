@@ -65,7 +65,7 @@ def attention(
             scale = None if x.scale is None else pool
             return dataclasses.replace(x, data=pool, slot=P(), table=P(), scale=scale)
         if isinstance(x, Stacked):
-            axes = (None, "batch", None, kv_heads)
+            axes = (None, "batch", None, kv_heads, None)
             return jax.tree.map(lambda array: part(array, *axes[: array.ndim]), x)
         return part(x, "batch", tokens, kv_heads, None)
 

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fusedkv_jax.cache import Reading, Store, StreamWeights
+from fusedkv_jax.cache import Store
+from fusedkv_jax.cache.calls import Reading, StreamWeights
 from fusedkv_jax.cache.plan import StreamName
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, Run, runs
@@ -26,6 +27,7 @@ from fusedkv_jax.model.stream_plan import Bank
 from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.trees import Leaf
 from pallas_kernels.sources import SAVED
+from pallas_kernels.stacked import read
 
 Hidden = Float[Array, "B T D"]
 Watch = Callable[[Reading], PyTree]
@@ -190,7 +192,9 @@ def run_layer(
     if observed:
         rows = streams.rows(layer, positions)
         assert lse is not None
-        reading = Reading(layer, streams.locate(layer), fused, q, pieces, lse, rows)
+        # Whoever looks gets arrays; attention may have read the same where they lie.
+        arrays = tuple(p._replace(keys=read(p.keys), values=read(p.values)) for p in pieces)
+        reading = Reading(layer, streams.locate(layer), fused, q, arrays, lse, rows)
         streams = streams.observe(reading)
         seen = None if watch is None else watch(reading)
     return block.finish(x, out), streams, seen

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from fusedkv_jax.cache import CachePlan, Call, Store
+from fusedkv_jax.cache import CachePlan, Store
+from fusedkv_jax.cache.calls import Call
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, exported, runs
 

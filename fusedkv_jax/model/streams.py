@@ -22,23 +22,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fusedkv_jax.cache import (
-    Call,
-    KVCache,
-    PagedCall,
-    PagedStore,
-    Piece,
-    Reading,
-    Rows,
-    SequenceStore,
-    Slot,
-    Source,
-    Store,
-    View,
-    constrain_cache,
-    sequence_plan,
-)
-from fusedkv_jax.cache.plan import StreamName
+from fusedkv_jax.cache import KVCache, Store
+from fusedkv_jax.cache.calls import Call, Piece, Reading, Rows, Source, View
+from fusedkv_jax.cache.paged import PagedCall, PagedStore
+from fusedkv_jax.cache.plan import StreamName, sequence_plan
+from fusedkv_jax.cache.sequence import SequenceStore
+from fusedkv_jax.cache.shardings import constrain_cache
+from fusedkv_jax.cache.storage import Slot
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, Run
 from fusedkv_jax.model.mixing import mix

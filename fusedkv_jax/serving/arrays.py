@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusedkv_jax.cache import Lane
+from fusedkv_jax.cache.paged import Lane
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.shapes import StepShapes
 

@@ -8,7 +8,9 @@ from typing import Literal
 
 import jax
 
-from fusedkv_jax.cache import KVCache, cache_plan, check_paged, storage_type
+from fusedkv_jax.cache import KVCache, cache_plan
+from fusedkv_jax.cache.paged import check_paged
+from fusedkv_jax.cache.storage import storage_type
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.settings import ServingSettings

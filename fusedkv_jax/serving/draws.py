@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.generation.loop import forbidden
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.requests import PreparedRequest as Prompt
 from fusedkv_jax.generation.sampling import NO_TOKEN, SamplerInputs, adjust, choose
 from fusedkv_jax.serving.grammars import Constraint
 from fusedkv_jax.serving.request import Request

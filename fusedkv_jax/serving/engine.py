@@ -12,7 +12,7 @@ from flax import nnx
 
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import Codec, TokenizerLike
-from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.requests import PreparedRequest as Prompt
 from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving.cache_form import CacheForm

@@ -12,7 +12,7 @@ import numpy as np
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import Codec, PromptError, make_requests
-from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.requests import PreparedRequest as Prompt
 from fusedkv_jax.generation.tracker import Tracker
 from fusedkv_jax.serving.draws import check_lists
 from fusedkv_jax.serving.grammars import Grammars

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
-from fusedkv_jax.generation.requests import Request as Prompt
+from fusedkv_jax.generation.requests import PreparedRequest as Prompt
 from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.generation.sampling import NO_TOKEN
 from fusedkv_jax.generation.tracker import Tracker

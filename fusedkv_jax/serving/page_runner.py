@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from fusedkv_jax.cache import Lane, PagedCall, PagedStore, copy_pages, put_pages, take_pages
+from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore, copy_pages, put_pages, take_pages
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.paging import extend_pages

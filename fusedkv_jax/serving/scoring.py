@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fusedkv_jax.cache import Lane, PagedCall, PagedStore
+from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore
 from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.paging import extend_pages

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from fusedkv_jax.cache import check_paged, storage_type
+from fusedkv_jax.cache.paged import check_paged
+from fusedkv_jax.cache.storage import storage_type
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs import cache_bytes_per_token
 from fusedkv_jax.generation.settings import check_whole

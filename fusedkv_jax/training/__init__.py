@@ -21,22 +21,14 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "WorkdirLockedError",
-    "abstract_model",
-    "abstract_state",
-    "bits_per_byte",
     "checkpoint_directory",
-    "committed_steps",
     "create_state",
     "evaluate",
-    "head_cross_entropy",
     "learning_rate_schedule",
     "load_model",
-    "make_eval_step",
     "make_optimizer",
     "make_train_step",
-    "run_optimizer",
     "save_model",
-    "sum_cross_entropy",
     "train",
 ]
 
@@ -47,24 +39,20 @@ if TYPE_CHECKING:
         load_model,
         save_model,
     )
-    from fusedkv_jax.training.checkpointing.directory import committed_steps
     from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError
     from fusedkv_jax.training.checkpointing.manifest import CheckpointError, DamagedCheckpointError
     from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
     from fusedkv_jax.training.distillation_config import DistillationConfig
     from fusedkv_jax.training.divergence import DivergedError
     from fusedkv_jax.training.early_exit_config import EarlyExitConfig
-    from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
+    from fusedkv_jax.training.evaluation import EvalResult, evaluate
     from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
     from fusedkv_jax.training.loop import TrainResult, train
-    from fusedkv_jax.training.loss import head_cross_entropy, sum_cross_entropy
-    from fusedkv_jax.training.monitoring.metrics import bits_per_byte
     from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
     from fusedkv_jax.training.optimizer_config import OptimizerConfig
     from fusedkv_jax.training.program import TrainProgram
-    from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
+    from fusedkv_jax.training.state import TrainState, create_state
     from fusedkv_jax.training.step import StepOptions, make_train_step
-    from fusedkv_jax.training.trainable import run_optimizer
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -76,23 +64,19 @@ else:
                 "load_model",
                 "save_model",
             ],
-            "checkpointing.directory": ["committed_steps"],
             "checkpointing.lock": ["WorkdirLockedError"],
             "checkpointing.manifest": ["CheckpointError", "DamagedCheckpointError"],
             "config": ["ExperimentConfig", "TrainConfig"],
             "distillation_config": ["DistillationConfig"],
             "divergence": ["DivergedError"],
             "early_exit_config": ["EarlyExitConfig"],
-            "evaluation": ["EvalResult", "evaluate", "make_eval_step"],
+            "evaluation": ["EvalResult", "evaluate"],
             "interrupts": ["INTERRUPTED_EXIT_CODE"],
             "loop": ["TrainResult", "train"],
-            "loss": ["head_cross_entropy", "sum_cross_entropy"],
-            "monitoring.metrics": ["bits_per_byte"],
             "optimizer": ["learning_rate_schedule", "make_optimizer"],
             "optimizer_config": ["OptimizerConfig"],
             "program": ["TrainProgram"],
-            "state": ["TrainState", "abstract_model", "abstract_state", "create_state"],
+            "state": ["TrainState", "create_state"],
             "step": ["StepOptions", "make_train_step"],
-            "trainable": ["run_optimizer"],
         },
     )

@@ -77,8 +77,9 @@ def attention(
 
 
 def _stacked(how: How, call: AttentionCall) -> Result:
-    if not all(isinstance(x, Stacked) for side in call.sources[:2] for x in side):
-        raise NotImplementedError("some sources are stacked and others are not")
+    both = [x for side in call.sources[:2] for x in side]
+    if not all(isinstance(x, Stacked) and x.data.ndim == 4 for x in both):
+        raise NotImplementedError("not all sources are stacked with the heads of a token together")
     run = functools.partial(decode_stacked.stacked, how)
     reason = "sources in a stacked cache are not differentiated on TPU; pass arrays"
     arguments = (call.q, call.sources, call.mask)

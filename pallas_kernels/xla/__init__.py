@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
-from pallas_kernels import linear
+from pallas_kernels import linear, stacked
 from pallas_kernels.call import AttentionCall, PagedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged_stream import is_paged
@@ -14,6 +14,7 @@ from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import Result, named
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
+from pallas_kernels.xla.chunk import Chunk
 from pallas_kernels.xla.plan import BlockPlan
 from pallas_kernels.xla.streams import ArraySources, PagedSources, Weighted
 from pallas_kernels.xla.tiles import Scores
@@ -61,8 +62,10 @@ def _paged(how: Scores, q: Array, sources: Weighted, mask: Mask) -> Result:
     shape = (q.shape[0], streams.length, streams.heads, q.shape[3])
     blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, streams.quantized)
     places = tiles.places(mask, q.shape[1], streams.length)
-    run = _FORWARD[blocks.schedule]
-    out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources, *places)
+    chunk = Chunk(
+        how=how, mask=mask, plan=blocks, q=q, sources=sources, queries=places[0], keys=places[1]
+    )
+    out, lse = _FORWARD[blocks.schedule](chunk)
     return out.astype(q.dtype), lse
 
 
@@ -80,9 +83,13 @@ def _forward(
     run = _FORWARD[blocks.schedule]
 
     def chunk(arrays: tuple) -> tuple[Array, ...]:
-        q, streams, (queries, where) = arrays
-        sources_ = (streams, *sources[1:])
-        out, lse = run(how, mask, blocks.queries, blocks.keys, q, sources_, queries, where)
+        q, streams, (queries, keys) = arrays
+        weighted = (streams, *sources[1:])
+        out, lse = run(
+            Chunk(
+                how=how, mask=mask, plan=blocks, q=q, sources=weighted, queries=queries, keys=keys
+            )
+        )
         return out.astype(q.dtype), lse
 
     places = tiles.places(mask, q.shape[1], sources[0].length)
@@ -97,17 +104,20 @@ def _backward(
     blocks = both_blocks[1]
     run = _BACKWARD[blocks.schedule]
     q, sources, mask, out, lse = residuals
-    streams, key_weights, value_weights = sources
+    stored, key_weights, value_weights = sources
+    streams, to_stored = jax.vjp(_apart, stored)
     places = tiles.places(mask, q.shape[1], streams.length)
 
     def chunk(arrays: tuple) -> tuple[Array, ...]:
-        q, streams, (queries, where), out, lse, dout, dlse = arrays
+        q, streams, (queries, keys), out, lse, dout, dlse = arrays
         dout, lse, delta = linear.statistics(out, lse, (dout, dlse), -tiles.HIDDEN)
-        sources_ = (streams, key_weights, value_weights)
+        weighted = (streams, key_weights, value_weights)
         grads = run(
-            how, mask, blocks.queries, blocks.keys, q, sources_, queries, where, lse,
-            dout.astype(q.dtype), delta,
-        )  # fmt: skip
+            Chunk(
+                how=how, mask=mask, plan=blocks, q=q, sources=weighted, queries=queries, keys=keys
+            ),
+            tiles.Cotangents(lse, dout.astype(q.dtype), delta),
+        )
         return grads[0].astype(q.dtype), *grads[1:]
 
     arrays = (q, streams, places, out, lse, *cotangents)
@@ -115,10 +125,16 @@ def _backward(
     present = (places[1].positions >= 0)[:, :, None, None] if mask.ragged else None
     dkeys, dkey_weights = linear.unmix(dkey, streams.keys, key_weights, present)
     dvalues, dvalue_weights = linear.unmix(dvalue, streams.values, value_weights, present)
-    return dq, (ArraySources(dkeys, dvalues), dkey_weights, dvalue_weights), None
+    (grads,) = to_stored(ArraySources(dkeys, dvalues))
+    return dq, (grads, dkey_weights, dvalue_weights), None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _apart(streams: ArraySources) -> ArraySources:
+    """Every source as an array of its own."""
+    return ArraySources(stacked.read(streams.keys), stacked.read(streams.values))
 
 
 def _over_batch(

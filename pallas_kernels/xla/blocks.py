@@ -4,13 +4,12 @@ never visited, whatever hides them (causality, window, lengths, segments, ring o
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Integers, Mask
 from pallas_kernels.xla import tiles
-from pallas_kernels.xla.streams import Weighted
-from pallas_kernels.xla.tiles import Places, Scores
+from pallas_kernels.xla.chunk import Chunk
+from pallas_kernels.xla.tiles import Cotangents, Places
 
 FAR = 2**30  # beyond every position and segment id
 
@@ -83,18 +82,17 @@ class _KeyTiles:
     products, and leaves nothing of the sources' size in memory.
     """
 
-    def __init__(
-        self, mask: Mask, dtype: DTypeLike, sources: Weighted, where: Places, block: int
-    ) -> None:
-        self.streams, self.key_weights, self.value_weights = sources
-        self.mask, self.dtype, self.block, self.where = mask, dtype, block, where
+    def __init__(self, chunk: Chunk) -> None:
+        self.streams, self.key_weights, self.value_weights = chunk.sources
+        self.mask, self.dtype, self.groups = chunk.mask, chunk.q.dtype, chunk.groups
+        self.block, self.places = chunk.plan.keys, chunk.keys
         self.length = self.streams.length
 
     def cut(self, index: Array) -> tuple[Array, Array, Places, Array | None]:
         """Key [B, K, block, H] and value tile, and their places, the last tile moved back to
         end with the keys; `fresh` [block] marks what the tile before it does not have."""
         start = jnp.minimum(index * self.block, self.length - self.block)
-        where = tiles.part(self.where, start, self.block)
+        where = tiles.part(self.places, start, self.block)
         present = (where.positions >= 0)[:, :, None, None] if self.mask.ragged else None
         mix = lambda sources, weights: linear.mix(  # noqa: E731
             sources, weights, self.dtype, present
@@ -105,30 +103,19 @@ class _KeyTiles:
             fresh = start + jnp.arange(self.block) >= index * self.block
         return mix(keys, self.key_weights), mix(values, self.value_weights), where, fresh
 
-    def seen(
-        self, queries: Places, where: Places, fresh: Array | None, groups: int
-    ) -> Array | None:
-        seen = tiles.hide(self.mask, queries, where, groups)
+    def seen(self, queries: Places, where: Places, fresh: Array | None) -> Array | None:
+        seen = tiles.hide(self.mask, queries, where, self.groups)
         if fresh is None:
             return seen
         return fresh[None, None, None] if seen is None else seen & fresh
 
 
-def forward(
-    how: Scores,
-    mask: Mask,
-    block_q: int,
-    block_k: int,
-    q: Array,
-    sources: Weighted,
-    queries: Places,
-    where: Places,
-) -> tuple[Array, Array]:
+def forward(chunk: Chunk) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
-    heads = sources[0].heads
-    groups = q.shape[2] // heads
-    cutter = _KeyTiles(mask, q.dtype, sources, where, block_k)
-    order, count = visits(active(mask, queries, where, block_q, block_k))
+    how, q, streams = chunk.how, chunk.q, chunk.sources[0]
+    block_q, heads = chunk.plan.queries, streams.heads
+    cutter = _KeyTiles(chunk)
+    order, count = visits(active(chunk.mask, chunk.queries, chunk.keys, block_q, chunk.plan.keys))
 
     def one_block(arrays: tuple[Array, Places, Array, Array]) -> tuple[Array, Array]:
         query, place, order, count = arrays
@@ -136,7 +123,7 @@ def forward(
         def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = carry
             key, value, key_place, fresh = cutter.cut(order[i])
-            seen = cutter.seen(place, key_place, fresh, groups)
+            seen = cutter.seen(place, key_place, fresh)
             score = tiles.logits(how, query, key, seen)
             # The running softmax: sums so far are rescaled to the new maximum.
             higher = jnp.maximum(top, score.max(-1, keepdims=True))
@@ -149,42 +136,31 @@ def forward(
         start = (
             jnp.full((*rows, 1), tiles.HIDDEN / 2, jnp.float32),
             jnp.zeros((*rows, 1), jnp.float32),
-            jnp.zeros((*rows, sources[0].value_size), jnp.float32),
+            jnp.zeros((*rows, streams.value_size), jnp.float32),
         )
         return tiles.finish(*lax.fori_loop(0, count, visit, start))
 
-    arrays = (_split(q, block_q, heads), _split_places(queries, block_q), order, count)
+    arrays = (_split(q, block_q, heads), _split_places(chunk.queries, block_q), order, count)
     out, lse = lax.map(one_block, arrays)
     length = q.shape[1]
     return _merge(out, block_q, length), _merge(lse, block_q, length)[..., 0]
 
 
-def backward(
-    how: Scores,
-    mask: Mask,
-    block_q: int,
-    block_k: int,
-    q: Array,
-    sources: Weighted,
-    queries: Places,
-    where: Places,
-    lse: Array,
-    dout: Array,
-    delta: Array,
-) -> tuple[Array, Array, Array]:
+def backward(chunk: Chunk, rows: Cotangents) -> tuple[Array, Array, Array]:
     """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32.
 
     Keys are the outer loop: a tile is mixed once, and its gradients never leave the loop.
     """
-    heads, length = sources[0].heads, sources[0].length
-    groups = q.shape[2] // heads
-    cutter = _KeyTiles(mask, q.dtype, sources, where, block_k)
-    order, count = visits(active(mask, queries, where, block_q, block_k).T)
+    how, q, streams = chunk.how, chunk.q, chunk.sources[0]
+    block_q, heads = chunk.plan.queries, streams.heads
+    cutter = _KeyTiles(chunk)
+    order, count = visits(active(chunk.mask, chunk.queries, chunk.keys, block_q, chunk.plan.keys).T)
+    lse, dout, delta = rows
     # Added rows have lse 0 and dout 0: their weights are finite and their gradients zero.
     query, dout, lse, delta = (
         _split(x, block_q, heads) for x in (q, dout, lse[..., None], delta[..., None])
     )
-    places = _split_places(queries, block_q)
+    places = _split_places(chunk.queries, block_q)
 
     def one_tile(
         dq: Array, arrays: tuple[Array, Array, Array]
@@ -196,10 +172,11 @@ def backward(
             dq, dkey, dvalue = carry
             block = order[i]
             at = lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False)  # noqa: E731
-            seen = cutter.seen(jax.tree.map(at, places), key_place, fresh, groups)
+            seen = cutter.seen(jax.tree.map(at, places), key_place, fresh)
             dq_part, dkey_part, dvalue_part = tiles.gradients(
-                how, at(query), key, value, seen, at(lse)[..., 0], at(dout), at(delta)[..., 0]
-            )
+                how, at(query), key, value, seen,
+                Cotangents(at(lse)[..., 0], at(dout), at(delta)[..., 0]),
+            )  # fmt: skip
             # Queries are visited by several key tiles: their gradients are in the loop's state, and
             # one block of it is updated in place.
             dq = lax.dynamic_update_index_in_dim(dq, at(dq) + dq_part, block, 0)
@@ -211,7 +188,7 @@ def backward(
 
     steps = (jnp.arange(order.shape[0]), order, count)
     dq, grads = lax.scan(one_tile, jnp.zeros(query.shape, jnp.float32), steps)
-    dkey, dvalue = (_assemble(x, length) for x in grads)
+    dkey, dvalue = (_assemble(x, streams.length) for x in grads)
     return _merge(dq, block_q, q.shape[1]), dkey, dvalue
 
 

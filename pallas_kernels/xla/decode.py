@@ -18,11 +18,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels import masks
-from pallas_kernels.masks import Mask
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.xla import blocks, tiles
-from pallas_kernels.xla.streams import Weighted
-from pallas_kernels.xla.tiles import Places, Scores
+from pallas_kernels.xla.chunk import Chunk
 
 _Sums = tuple[Array, Array, tuple[Array, ...]]  # maximum, denominator, outputs of each source
 
@@ -95,18 +93,11 @@ def _read(
     return _product(weight.astype(dtype), value.reshape(*value.shape[:2], -1).astype(dtype), 1)
 
 
-def forward(
-    how: Scores,
-    mask: Mask,
-    _: int,
-    block: int,
-    q: Array,
-    sources: Weighted,
-    queries: Places,
-    where: Places,
-) -> tuple[Array, Array]:
+def forward(chunk: Chunk) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
-    streams, key_weights, value_weights = sources
+    how, mask, q, block = chunk.how, chunk.mask, chunk.q, chunk.plan.keys
+    queries, where = chunk.queries, chunk.keys
+    streams, key_weights, value_weights = chunk.sources
     batch, length, num, _ = q.shape
     num_keys, heads = streams.length, streams.heads
     rows, shape = (batch, length * num), (batch, length, num, block)

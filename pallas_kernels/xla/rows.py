@@ -2,13 +2,12 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.xla import tiles
-from pallas_kernels.xla.streams import Weighted
-from pallas_kernels.xla.tiles import Places, Scores
+from pallas_kernels.xla.chunk import Chunk
+from pallas_kernels.xla.tiles import Cotangents
 
 
 def spans(
@@ -33,39 +32,36 @@ def spans(
     return result
 
 
-def _mixed(mask: Mask, sources: Weighted, where: Places, dtype: DTypeLike) -> tuple[Array, Array]:
+def _spans(chunk: Chunk) -> list[tuple[int, int, int, int]]:
+    length, num_keys = chunk.q.shape[1], chunk.sources[0].length
+    return spans(chunk.mask, length, num_keys, chunk.plan.queries)
+
+
+def _mixed(chunk: Chunk) -> tuple[Array, Array]:
     """The mixed key [B, K, S, H] and value [B, K, S, H']."""
-    streams, key_weights, value_weights = sources
+    streams, key_weights, value_weights = chunk.sources
     keys, values = streams.tile(0, streams.length)
-    present = (where.positions >= 0)[:, :, None, None] if mask.ragged else None
-    key = linear.mix(keys, key_weights, dtype, present)
-    value = linear.mix(values, value_weights, dtype, present)
+    present = (chunk.keys.positions >= 0)[:, :, None, None] if chunk.mask.ragged else None
+    key = linear.mix(keys, key_weights, chunk.q.dtype, present)
+    value = linear.mix(values, value_weights, chunk.q.dtype, present)
     return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
 
 
-def forward(
-    how: Scores,
-    mask: Mask,
-    block: int,
-    _: int,
-    q: Array,
-    sources: Weighted,
-    queries: Places,
-    where: Places,
-) -> tuple[Array, Array]:
+def forward(chunk: Chunk) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
-    key, value = _mixed(mask, sources, where, q.dtype)
-    batch, heads, num_keys, _ = key.shape
-    groups = q.shape[2] // heads
+    q, groups = chunk.q, chunk.groups
+    key, value = _mixed(chunk)
+    batch, heads = key.shape[:2]
     outs, lses = [], []
-    for start, stop, low, high in spans(mask, q.shape[1], num_keys, block):
+    for start, stop, low, high in _spans(chunk):
         if low == high:
             shape = (batch, stop - start, q.shape[2])
             outs.append(jnp.zeros((*shape, value.shape[3]), jnp.float32))
             lses.append(jnp.full((*shape, 1), -jnp.inf))
             continue
-        seen = tiles.hide(mask, queries[:, start:stop], where[:, low:high], groups)
-        score = tiles.logits(how, tiles.to_rows(q[:, start:stop], heads), key[:, :, low:high], seen)
+        seen = tiles.hide(chunk.mask, chunk.queries[:, start:stop], chunk.keys[:, low:high], groups)
+        query = tiles.to_rows(q[:, start:stop], heads)
+        score = tiles.logits(chunk.how, query, key[:, :, low:high], seen)
         # A blind row has only HIDDEN; a higher anchor makes its weights exact zeros.
         top = jnp.maximum(score.max(-1, keepdims=True), tiles.HIDDEN / 2)  # [B, K, R, 1]
         weight = jnp.exp(score - top)
@@ -77,27 +73,16 @@ def forward(
     return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)[..., 0]
 
 
-def backward(
-    how: Scores,
-    mask: Mask,
-    block: int,
-    _: int,
-    q: Array,
-    sources: Weighted,
-    queries: Places,
-    where: Places,
-    lse: Array,
-    dout: Array,
-    delta: Array,
-) -> tuple[Array, Array, Array]:
+def backward(chunk: Chunk, rows: Cotangents) -> tuple[Array, Array, Array]:
     """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32."""
-    key, value = _mixed(mask, sources, where, q.dtype)
-    heads, num_keys = key.shape[1:3]
-    groups = q.shape[2] // heads
+    q, groups = chunk.q, chunk.groups
+    key, value = _mixed(chunk)
+    heads = key.shape[1]
+    lse, dout, delta = rows
     dqs = []
     dkey = jnp.zeros_like(key.swapaxes(2, 3), jnp.float32)
     dvalue = jnp.zeros_like(value.swapaxes(2, 3), jnp.float32)
-    for start, stop, low, high in spans(mask, q.shape[1], num_keys, block):
+    for start, stop, low, high in _spans(chunk):
         if low == high:
             dqs.append(jnp.zeros_like(q[:, start:stop], jnp.float32))
             continue
@@ -105,11 +90,12 @@ def backward(
             tiles.to_rows(x[:, start:stop], heads)
             for x in (q, dout, lse[..., None], delta[..., None])
         )
-        seen = tiles.hide(mask, queries[:, start:stop], where[:, low:high], groups)
+        seen = tiles.hide(chunk.mask, chunk.queries[:, start:stop], chunk.keys[:, low:high], groups)
         key_, value_ = key[:, :, low:high], value[:, :, low:high]
         dq, dkey_part, dvalue_part = tiles.gradients(
-            how, query, key_, value_, seen, lse_[..., 0], dout_, delta_[..., 0]
-        )
+            chunk.how, query, key_, value_, seen,
+            Cotangents(lse_[..., 0], dout_, delta_[..., 0]),
+        )  # fmt: skip
         dqs.append(tiles.from_rows(dq, groups))
         dkey = dkey.at[..., low:high].add(dkey_part)
         dvalue = dvalue.at[..., low:high].add(dvalue_part)

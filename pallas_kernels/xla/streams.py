@@ -10,6 +10,7 @@ from jax import Array, lax
 from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.quantized import Quantized, token_group
 from pallas_kernels.sources import Source
+from pallas_kernels.stacked import Stacked
 
 # Some tokens of the keys and of the values, tuples of [B, size, K, H].
 Tiles = tuple[tuple[Array | Quantized, ...], tuple[Array | Quantized, ...]]
@@ -18,7 +19,7 @@ Tiles = tuple[tuple[Array | Quantized, ...], tuple[Array | Quantized, ...]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ArraySources:
-    """Tuples of key and value sources, each [B, S, K, H], `Quantized` or `PagedStream`."""
+    """Tuples of key and value sources, each [B, S, K, H] or a record of `pallas_kernels`."""
 
     keys: Any
     values: Any
@@ -55,8 +56,8 @@ class ArraySources:
     def tile(self, start: int | Array, size: int) -> Tiles:
         """Keys and values of `size` tokens from `start`, tuples of [B, size, K, H]."""
 
-        def cut(x: Array | Quantized | PagedStream) -> Array | Quantized:
-            if isinstance(x, PagedStream):
+        def cut(x: Source) -> Array | Quantized:
+            if isinstance(x, PagedStream | Stacked):
                 return x.tokens(start, size)
             if size == self.length:
                 return x

@@ -5,7 +5,7 @@ outermost: one batched matrix product then serves a whole group and no key is re
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,20 @@ class Scores:
 
     scale: float
     softcap: float | None
+
+
+class Cotangents(NamedTuple):
+    """What the backward pass is given beside the chunk, of every row.
+
+    Attributes:
+      lse: [..., T, N], +large where a row sees nothing, so that its weights vanish.
+      dout: [..., T, N, H'].
+      delta: sum(out * dout) - dlse, [..., T, N].
+    """
+
+    lse: Array
+    dout: Array
+    delta: Array
 
 
 @jax.tree_util.register_dataclass
@@ -109,18 +123,14 @@ def gradients(
     key: Array,
     value: Array,
     seen: Array | None,
-    lse: Array,
-    dout: Array,
-    delta: Array,
+    rows: Cotangents,
 ) -> tuple[Array, Array, Array]:
     """Gradients of one block: dq [B, K, R, H], dkey [B, K, H, S], dvalue [B, K, H', S], fp32.
 
     The key gradients come transposed because the matrix library has no fast product that
     contracts the rows of its left operand: with the small operand there 2.1x as fast.
-
-    `lse` must be +large where a row sees nothing, so that its weights vanish; `delta` is
-    sum(out * dout) - dlse.
     """
+    lse, dout, delta = rows
     score = logits(how, q, key, seen)
     weight = jnp.exp(score - lse[..., None])  # [B, K, R, S], normalised; hidden ones are 0
     dweight = product(dout, value, 3, 3)

@@ -6,7 +6,8 @@ import pytest
 
 import fusedkv_jax as fkv
 from fusedkv_jax import layouts
-from fusedkv_jax.cache import cache_plan, ring_positions, write, write_ring
+from fusedkv_jax.cache import cache_plan
+from fusedkv_jax.cache.storage import ring_positions, write, write_ring
 
 H = 3
 

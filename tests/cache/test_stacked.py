@@ -9,7 +9,10 @@ import pytest
 from flax import nnx
 
 import fusedkv_jax as fkv
-from fusedkv_jax.cache import LinearStore, StackedStore, cache_shardings, unstacked
+from fusedkv_jax.cache import cache_shardings
+from fusedkv_jax.cache.cache import unstacked
+from fusedkv_jax.cache.stacked import StackedStore
+from fusedkv_jax.cache.stores import LinearStore
 from fusedkv_jax.sharding import MeshConfig, make_mesh
 from pallas_kernels import choice
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import fusedkv_jax as fkv
-from fusedkv_jax.cache import Call, LinearStore, Rows, split_plan, take_tokens
+from fusedkv_jax.cache.calls import Call, Rows
+from fusedkv_jax.cache.plan import split_plan
+from fusedkv_jax.cache.storage import take_tokens
+from fusedkv_jax.cache.stores import LinearStore
 from pallas_kernels import attention
 from pallas_kernels.combining import combine
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusedkv_jax as fkv
-from fusedkv_jax.cache import Call
+from fusedkv_jax.cache.calls import Call
 from fusedkv_jax.compression import CompressionError, MiniCache
 from fusedkv_jax.compression.merging import merge, restore
 from tests.model import small

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 import fusedkv_jax as fkv
 from fusedkv_jax import training
 from fusedkv_jax.data import DataConfig
+from fusedkv_jax.training.state import abstract_model, abstract_state
 
 
 def load_experiment(path):
@@ -48,14 +49,14 @@ def total_bytes(compiled):
 def compile_train_step(config):
     optimizer = training.make_optimizer(config.optimizer, config.train.steps)
     schedule = training.learning_rate_schedule(config.optimizer, config.train.steps)
-    graph, _ = training.abstract_model(config.model)
+    graph, _ = abstract_model(config.model)
     options = training.StepOptions(microbatches=config.train.grad_accumulation)
     step = training.make_train_step(graph, optimizer, schedule, options)
     shape = (config.data.batch_size, config.data.seq_len)
     integers = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: np.zeros(shape, np.int32) for name in integers}
     batch["loss_mask"] = np.zeros(shape, np.float32)
-    state = training.abstract_state(config.model, optimizer)
+    state = abstract_state(config.model, optimizer)
     return jax.jit(step, donate_argnums=0).lower(on_chip(state), on_chip(batch)).compile()
 
 

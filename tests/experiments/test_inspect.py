@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from fusedkv_jax import costs, data
-from fusedkv_jax.training import Checkpoints, abstract_state, make_optimizer
+from fusedkv_jax.training import Checkpoints, make_optimizer
+from fusedkv_jax.training.state import abstract_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 

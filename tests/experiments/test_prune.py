@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from fusedkv_jax import data
-from fusedkv_jax.training import evaluate, load_model, make_eval_step, train
+from fusedkv_jax.training import evaluate, load_model, train
+from fusedkv_jax.training.evaluation import make_eval_step
 from tests.experiments import commands
 
 

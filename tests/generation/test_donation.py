@@ -33,5 +33,25 @@ def test_cache_is_aliased_and_not_copied(spec):
     state = jax.tree.map(jnp.copy, state)  # lengths stand in it twice: donated once each
     memory = loop.decode.lower(graph, params, state, inputs).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    # Single layers are copied out to be read, the whole cache is not.
+    # Single streams may be cut out to be read, the whole cache is not.
     assert memory.temp_size_in_bytes < 0.75 * cache.nbytes, memory.temp_size_in_bytes / cache.nbytes
+
+
+@pytest.mark.usefixtures("fresh_compilation")
+@pytest.mark.parametrize("spec", ["mha", "fusedkv"])
+def test_a_long_cache_is_read_in_place(spec):
+    config = small.config(spec, max_length=16384)
+    graph, params = nnx.split(small.decoder(config))
+    cache = jax.eval_shape(
+        lambda: fkv.KVCache.create(config, batch_size=8, max_length=config.max_length)
+    )
+
+    def step(params, tokens, cache):
+        return fkv.decode_step(nnx.merge(graph, params), tokens, cache)
+
+    tokens = jax.ShapeDtypeStruct((8,), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile()
+    memory = compiled.memory_analysis()
+    stream = cache.keys[0]
+    of_one = stream.size * stream.dtype.itemsize // stream.shape[0]
+    assert memory.temp_size_in_bytes < of_one, memory.temp_size_in_bytes / of_one

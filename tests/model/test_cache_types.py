@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import fusedkv_jax as fkv
-from fusedkv_jax.cache import KiviStore, split_plan
+from fusedkv_jax.cache.kivi import KiviStore
+from fusedkv_jax.cache.plan import split_plan
 from fusedkv_jax.model.transform import unroll_layers
 from tests.model import small
 from tests.model.test_equality import extend

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import fusedkv_jax as fkv
-from fusedkv_jax.cache import Lane, PagedCall, PagedStore, copy_pages
+from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore, copy_pages
 from fusedkv_jax.model.paging import extend_pages
 from tests.model import small
 

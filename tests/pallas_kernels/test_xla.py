@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pallas_kernels
@@ -79,3 +80,32 @@ def test_schedules_follow_the_shape(shape, schedule):
     choose = functools.partial(BlockPlan.choose, (batch, length, 8, 64), (batch, num_keys, 4, 64))
     blocks = choose(mask)
     assert blocks.schedule == schedule and batch % blocks.batch == 0
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_stream_of_a_cache_is_read_where_it_lies(together):
+    """Values and gradients are those of the stream cut out; no copy of it is made."""
+    slots, batch, num_keys, heads, size = 3, 2, 8192, 2, 64
+    keys = jax.random.split(jax.random.key(0), 2)
+    data = jax.random.normal(keys[0], (slots, batch, num_keys, heads, size))
+    if together:
+        data = data.reshape(*data.shape[:3], -1)
+    q = jax.random.normal(keys[1], (batch, 1, 4, size))
+    lengths = jnp.array([num_keys - 5, 17])
+
+    def run(q, data, slot, cut):
+        sources = [pallas_kernels.Stacked(data, slot + i, size) for i in (0, 1)]
+        sources = [x.read() for x in sources] if cut else sources
+        options = {"kv_lengths": lengths, "implementation": "xla"}
+        return pallas_kernels.attention(q, sources[:1], sources[1:], **options)
+
+    read = jax.jit(run, static_argnames="cut")
+    np.testing.assert_allclose(
+        read(q, data, 1, cut=False), read(q, data, 1, cut=True), rtol=1e-6, atol=1e-6
+    )
+    loss = lambda *arguments: (run(*arguments) ** 2).sum()  # noqa: E731
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)
+    for found, expected in zip(grad(q, data, 1, False), grad(q, data, 1, True), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    memory = read.lower(q, data, 1, cut=False).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < data.nbytes / slots

@@ -10,7 +10,8 @@ from flax import nnx
 
 import fusedkv_jax as fkv
 from experiments.benchmarks.programs import counted_compilations
-from fusedkv_jax.cache import KiviStore, RingStore
+from fusedkv_jax.cache.kivi import KiviStore
+from fusedkv_jax.cache.stores import RingStore
 from fusedkv_jax.serving import ServingSettings
 from fusedkv_jax.serving.cache_form import CacheForm
 from tests.model import small

@@ -19,12 +19,12 @@ from fusedkv_jax import layouts
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import (
     OptimizerConfig,
-    abstract_model,
     create_state,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
 )
+from fusedkv_jax.training.state import abstract_model
 
 FILE = pathlib.Path(__file__).with_name("golden_losses.json")
 STEPS = 50

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from fusedkv_jax.training import DivergedError, committed_steps, memory, train
+from fusedkv_jax.training import DivergedError, memory, train
+from fusedkv_jax.training.checkpointing.directory import committed_steps
 from fusedkv_jax.training.divergence import LIMIT, DivergenceCheck
 
 

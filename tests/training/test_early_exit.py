@@ -10,10 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from fusedkv_jax.training import ExperimentConfig, abstract_model, create_state
+from fusedkv_jax.training import ExperimentConfig, create_state
 from fusedkv_jax.training import early_exit as ee
 from fusedkv_jax.training.early_exit import EarlyExitConfig
 from fusedkv_jax.training.loss import batch_loss, head_cross_entropy, sum_cross_entropy
+from fusedkv_jax.training.state import abstract_model
 from fusedkv_jax.training.step import accumulate_gradients
 
 L, STEPS = 6, 40

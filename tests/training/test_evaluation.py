@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from fusedkv_jax import data
-from fusedkv_jax.training import EvalResult, abstract_model, evaluate, make_eval_step
+from fusedkv_jax.training import EvalResult, evaluate
+from fusedkv_jax.training.evaluation import make_eval_step
+from fusedkv_jax.training.state import abstract_model
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

@@ -14,15 +14,10 @@ import pytest
 from flax import nnx
 
 from fusedkv_jax import data
-from fusedkv_jax.training import (
-    Checkpoints,
-    abstract_state,
-    bits_per_byte,
-    load_model,
-    make_eval_step,
-    make_optimizer,
-    train,
-)
+from fusedkv_jax.training import Checkpoints, load_model, make_optimizer, train
+from fusedkv_jax.training.evaluation import make_eval_step
+from fusedkv_jax.training.monitoring.metrics import bits_per_byte
+from fusedkv_jax.training.state import abstract_state
 
 # Runs until the metrics of step 30 are due, then dies without any clean-up.
 KILLED_RUN = """

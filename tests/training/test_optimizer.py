@@ -9,12 +9,8 @@ import pytest
 from flax import nnx
 
 from fusedkv_jax.model import weight_decay_mask
-from fusedkv_jax.training import (
-    OptimizerConfig,
-    abstract_state,
-    learning_rate_schedule,
-    make_optimizer,
-)
+from fusedkv_jax.training import OptimizerConfig, learning_rate_schedule, make_optimizer
+from fusedkv_jax.training.state import abstract_state
 
 
 def _learning_rate(config: OptimizerConfig, steps: int, i: int) -> float:

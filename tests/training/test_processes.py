@@ -18,16 +18,11 @@ import pytest
 
 from fusedkv_jax import data
 from fusedkv_jax.sharding import MeshConfig
-from fusedkv_jax.training import (
-    Checkpoints,
-    TrainConfig,
-    abstract_state,
-    committed_steps,
-    make_optimizer,
-    train,
-)
+from fusedkv_jax.training import Checkpoints, TrainConfig, make_optimizer, train
 from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing.directory import committed_steps
 from fusedkv_jax.training.checkpointing.lock import lock_workdir
+from fusedkv_jax.training.state import abstract_state
 
 CONFIG = """
 import json, pathlib

@@ -27,14 +27,13 @@ from fusedkv_jax.sharding import (
 from fusedkv_jax.training import (
     Checkpoints,
     TrainProgram,
-    abstract_model,
-    abstract_state,
     create_state,
     learning_rate_schedule,
-    make_eval_step,
     make_optimizer,
     make_train_step,
 )
+from fusedkv_jax.training.evaluation import make_eval_step
+from fusedkv_jax.training.state import abstract_model, abstract_state
 from fusedkv_jax.training.step import BATCH_KEYS
 from tests.training.golden import OPTIMIZER, STEPS, batches, small_config
 

@@ -14,14 +14,13 @@ from fusedkv_jax.config import MLAConfig
 from fusedkv_jax.sharding import PARAMETERS, matrix_name
 from fusedkv_jax.training import (
     StepOptions,
-    abstract_model,
     create_state,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
-    sum_cross_entropy,
 )
-from fusedkv_jax.training.state import initial_state
+from fusedkv_jax.training.loss import sum_cross_entropy
+from fusedkv_jax.training.state import abstract_model, initial_state
 from fusedkv_jax.training.step import accumulate_gradients, cast_matrices, is_spike
 
 

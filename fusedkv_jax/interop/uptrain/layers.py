@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from fusedkv_jax.cache import Piece
+from fusedkv_jax.cache.calls import Piece
 from fusedkv_jax.layouts import KINDS, Kind, LayerKV
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.rotary import Rotation

@@ -13,16 +13,10 @@ import pytest
 from flax import nnx
 
 from fusedkv_jax import data
-from fusedkv_jax.training import (
-    CheckpointError,
-    Checkpoints,
-    abstract_model,
-    abstract_state,
-    load_model,
-    make_optimizer,
-)
+from fusedkv_jax.training import CheckpointError, Checkpoints, load_model, make_optimizer
 from fusedkv_jax.training.checkpointing import manifest
 from fusedkv_jax.training.checkpointing.compatibility import check_config
+from fusedkv_jax.training.state import abstract_model, abstract_state
 
 
 def _abstract(config):

@@ -17,14 +17,10 @@ import numpy as np
 import pytest
 
 from fusedkv_jax import data
-from fusedkv_jax.training import (
-    Checkpoints,
-    abstract_state,
-    committed_steps,
-    make_optimizer,
-    train,
-)
+from fusedkv_jax.training import Checkpoints, make_optimizer, train
 from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing.directory import committed_steps
+from fusedkv_jax.training.state import abstract_state
 
 KILLS = int(os.environ.get("FUSEDKV_KILLS", "2"))
 LAYOUTS = ["mha", "fusedkv", "fusedkv_lite"] if KILLS > 2 else ["fusedkv"]

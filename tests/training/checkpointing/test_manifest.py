@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 
 from fusedkv_jax import data
-from fusedkv_jax.training import (
-    CheckpointError,
-    Checkpoints,
-    abstract_state,
-    load_model,
-    make_optimizer,
-)
+from fusedkv_jax.training import CheckpointError, Checkpoints, load_model, make_optimizer
 from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.state import abstract_state
 
 FAULTS = ("flip", "zero", "truncate", "grow", "delete", "swap", "add")
 

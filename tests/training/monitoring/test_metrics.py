@@ -8,7 +8,6 @@ import types
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from fusedkv_jax.training import bits_per_byte
 from fusedkv_jax.training.monitoring import metrics
 from fusedkv_jax.training.monitoring.metrics import (
     JsonLinesWriter,
@@ -17,6 +16,7 @@ from fusedkv_jax.training.monitoring.metrics import (
     StepTimer,
     TensorBoardWriter,
     WandbWriter,
+    bits_per_byte,
     last_step,
 )
 
