@@ -23,9 +23,9 @@ from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate, yarn_temperature
 from fusedkv_jax.model.sharded_attention import attention
-from pallas_kernels import PagedStream
 from pallas_kernels.combining import Part
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.stacked import read
 
 
 class LatentAttention(nnx.Module):
@@ -155,8 +155,7 @@ class LatentAttention(nnx.Module):
 
 def _plain(source: Source, dtype: DTypeLike) -> Array:
     """A source [B, S, 1, C] as numbers: latents are expanded or joined before attention."""
-    if isinstance(source, PagedStream):
-        source = source.read()
+    (source,) = read((source,))
     if isinstance(source, Quantized):
         return source.dequantize(dtype)
     assert isinstance(source, Array)
