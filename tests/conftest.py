@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.common.compilation import kind_of_processor
+from tests.plain_code import xla_flags
 
 # In the environment, not through jax.config: tests that start a program hand it on.
 # `JAX_PLATFORMS=cuda,cpu pytest` runs what needs an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compiling; generating plain code instead of fast code halves it. Users
+# Most of the suite's time is compiling; to plain code instead of fast code it takes a third. Users
 # run fast code: `.ci/run` tests a sample with it, and `pallas_kernels/test_fuzz.py` always has it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.update(XLA_FLAGS=xla_flags(os.environ))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A second run, of the tests or of a program that they start, does not compile again what took long

@@ -1,9 +1,18 @@
-"""Command lines of the programs, each run in a fork, so that a test imports a program once."""
+"""Command lines of the programs: in a fork, so that a test imports them once, or right here."""
 
+import contextlib
+import importlib
+import io
 import json
 import pathlib
 import subprocess
 import sys
+from unittest import mock
+
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments.common import cli, failures, parsing
 
 _FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 PROGRAMS = sorted(path.stem for path in _FOLDER.glob("*.py") if "cli.run(" in path.read_text())
@@ -32,6 +41,10 @@ def only_read():
         cli.read_mesh()
 only_read.__module__ = "experiments.common.cli"
 
+def own_modules():
+    packages = ("experiments.", "fusedkv_jax", "pallas_kernels")
+    return [name for name in sys.modules if name.startswith(packages)]
+
 def run(program, arguments):
     sys.argv = [program.__name__, *arguments]
     program.define_flags()
@@ -50,24 +63,29 @@ def run(program, arguments):
 
 results = []
 for name, arguments in lines:
-    files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+    # What a program imports when it needs it, the next one finds: that is most of a short run.
+    files = [tempfile.TemporaryFile() for _ in range(3)]
     child = os.fork()
     if child == 0:
         for number, file in zip((1, 2), files):
             os.dup2(file.fileno(), number)
+        code = 1
         try:
             run(programs[name], arguments)
         except SystemExit as end:
             sys.stdout.flush(), sys.stderr.flush()
-            os._exit(end.code or 0)
+            code = end.code or 0
         except BaseException as error:
             os.write(2, b"TRACEBACK " + repr(error).encode())
-            os._exit(1)
+        os.write(files[2].fileno(), " ".join(own_modules()).encode())
+        os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     texts = []
     for file in files:
         file.seek(0)
         texts.append(file.read().decode())
+    for module in texts.pop().split():
+        importlib.import_module(module)
     results.append([code, *texts])
 print(json.dumps(results))
 """
@@ -91,6 +109,49 @@ def run_several(command_lines: list[tuple[str, list[str]]]) -> list[tuple[int, s
         check=True,
     )
     return [tuple(result) for result in json.loads(done.stdout.splitlines()[-1])]
+
+
+class Refused(Exception):
+    """What a program would write to standard error, ending with code 2."""
+
+
+def run_here(program: str, *command_lines: list[str]) -> list[str]:
+    """Standard output of each line, run in this process.
+
+    What the first one compiles serves the others, and the test around them. Devices are the tests'.
+
+    Raises:
+      Refused: a line is a mistake.
+    """
+    module, found = importlib.import_module(f"experiments.{program}"), []
+    for line in command_lines:
+        read, value = set(), flags.Flag.value
+
+        def get(flag, read=read, value=value):
+            read.add(flag.name)
+            return value.fget(flag)
+
+        with (
+            flagsaver.flagsaver(),  # also forgets the flags that are defined meanwhile
+            mock.patch.dict(parsing._RULES, clear=True),
+            mock.patch.object(sys, "argv", [module.__name__, *line]),
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            module.define_flags()
+            try:
+                _, given = parsing.parse(cli._spell_out(sys.argv))
+                with mock.patch.object(flags.Flag, "value", property(get, value.fset)):
+                    assert not module.main()
+            except Exception as error:
+                message = failures.explain(error)
+                if message is None:
+                    raise
+                raise Refused(message) from error
+            unread = {name for name in given if given[name].present} - read
+            assert not unread, f"flags that nothing read: {unread}"
+        found.append(out.getvalue())
+    return found
 
 
 def check_mistakes(program: str, cases: list[tuple[list[str], str]]) -> None:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.common import runs
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.sharding import MeshConfig
@@ -45,6 +46,12 @@ def comparison_config(comparison_text) -> ExperimentConfig:
         train=TrainConfig(steps=12, log_every=4, eval_every=6, eval_batches=1000),
         mesh=MeshConfig(devices=1),
     )
+
+
+@pytest.fixture(scope="session")
+def finished_run(comparison_config, tmp_path_factory) -> pathlib.Path:
+    """Directory of the toy experiment's run; not to be written to."""
+    return runs.complete(comparison_config, tmp_path_factory.mktemp("finished")).workdir
 
 
 @pytest.fixture

@@ -6,15 +6,12 @@ import pytest
 
 from experiments.suites.longcontext_methods import defaults, methods, refusal
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.training import train
 from tests.experiments.commands import check_mistakes, run
 
 
-@pytest.fixture(scope="module")
-def workdir(comparison_config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    train(comparison_config, folder)
-    return folder
+@pytest.fixture
+def workdir(finished_run):
+    return finished_run
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import generate
-from experiments.common import chat, runs
+from experiments.common import chat
 from fusedkv_jax import SamplingParams
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.training import load_model
@@ -19,10 +19,10 @@ from tests.experiments import commands
 RATES = r"prefill \d+ tokens, \d+ tokens/s; decode \d+ tokens, [\d.]+ tokens/s\n"
 
 
-@pytest.fixture(scope="module")
-def workdir(comparison_config, tmp_path_factory):
+@pytest.fixture
+def workdir(finished_run):
     """Directory of a finished run; its context is 64 tokens."""
-    return runs.complete(comparison_config, tmp_path_factory.mktemp("run")).workdir
+    return finished_run
 
 
 def greedy(model, tokens, count):
@@ -55,18 +55,15 @@ def test_prints_prompts_and_completions(workdir):
     prompts = ["--prompt=def ", "--prompt=return cache"]
     greedily = [where, *prompts, "--max_tokens=8", "--temperature=0"]
     drawn = [where, *prompts, "--max_tokens=8", "--temperature=1.5"]
-    outputs = commands.run(
+    ((code, first, error),) = commands.run("generate", greedily)
+    assert code == 0 and re.fullmatch(RATES, error), error
+    again, three, three_again, four = commands.run_here(
         "generate",
-        greedily,
         [*drawn, "--top_k=1"],  # greedy by another name
         [*drawn, "--seed=3"],
         [*drawn, "--seed=3"],
         [*drawn, "--seed=4"],
     )
-    assert [code for code, _, _ in outputs] == [0] * 5
-    for _, _, error in outputs:
-        assert re.fullmatch(RATES, error)
-    first, again, three, three_again, four = (out for _, out, _ in outputs)
     assert first == again != three == three_again != four
     model, _, _ = load_model(workdir)
     tokenizer = tokenizers.load("byte")
@@ -81,14 +78,13 @@ def test_prints_prompts_and_completions(workdir):
     assert first == "".join(expected)
 
 
-@pytest.mark.usefixtures("share_compiled_programs")
 def test_prompt_files_and_formats(workdir, tmp_path):
     lines, strings = tmp_path / "lines.txt", tmp_path / "strings.jsonl"
     lines.write_text("def \nreturn cache\n", encoding="utf-8")
     strings.write_text('"def "\n"return cache"\n', encoding="utf-8")
     common = [f"--workdir={workdir}", "--max_tokens=8", "--temperature=0", "--ignore_eos"]
     prompts = ["--prompt=def ", "--prompt=return cache"]
-    outputs = commands.run(
+    texts = commands.run_here(
         "generate",
         [*common, *prompts],
         [*common, f"--prompt_file={lines}"],
@@ -97,8 +93,6 @@ def test_prompt_files_and_formats(workdir, tmp_path):
         [*common[:2], *common[3:], *prompts, "--beam_width=1"],
         [*common[:2], *common[3:], *prompts, "--beam_width=3", "--n=2"],
     )
-    assert [code for code, _, _ in outputs] == [0] * 6, outputs
-    texts = [out for _, out, _ in outputs]
     assert texts[0] == texts[1] == texts[2] == texts[4]
     assert texts[5].count("=== ") == 4 and "prompt 2 of 2, output 2: 8 tokens" in texts[5]
     for line, prompt in zip(texts[3].splitlines(), ("def ", "return cache"), strict=True):

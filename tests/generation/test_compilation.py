@@ -41,7 +41,10 @@ def test_a_longer_prompt_is_counted_as_compilation(model):
     assert len(seconds) > 0
 
 
-@pytest.mark.parametrize("spec, read", [("mha", 2), ("fusedkv", 4), ("fusedkv_lite", 2)])
+@pytest.mark.parametrize(
+    "spec, read",
+    [("mha", 2), ("fusedkv", 4), pytest.param("fusedkv_lite", 2, marks=pytest.mark.slow)],
+)
 def test_decode_loop_reuses_the_donated_cache(spec, read, fresh_compilation):
     """The cache is aliased to the output, and no copy of it is in temporary memory.
 

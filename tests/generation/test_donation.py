@@ -14,7 +14,7 @@ ROWS, LENGTH = 2, 512
 
 
 @pytest.mark.usefixtures("fresh_compilation")
-@pytest.mark.parametrize("spec", ["mha", "fusedkv"])
+@pytest.mark.parametrize("spec", [pytest.param("mha", marks=pytest.mark.slow), "fusedkv"])
 def test_cache_is_aliased_and_not_copied(spec):
     config = small.config(spec, max_length=LENGTH)
     graph, params = nnx.split(small.decoder(config))

@@ -35,7 +35,7 @@ CASES = [
     *(("fusedkv", geometry, "context") for geometry in ("gqa", "mla")),
     ("fusedkv", "gqa", "data"),
 ]
-QUICK = {("fusedkv", "gqa", "product"), ("mha", "mla", "tensor")}
+QUICK = {("fusedkv", "gqa", "product")}
 
 
 def prompts(count: int = 5) -> list[list[int]]:

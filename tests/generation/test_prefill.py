@@ -11,7 +11,7 @@ from tests.model import small
 
 GREEDY = fkv.SamplingParams(temperature=0, max_tokens=4)
 FULL = fkv.SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0)
-QUICK = ("fusedkv", "window_hybrid")
+QUICK = ("fusedkv",)
 ROWS = 64
 
 
@@ -73,7 +73,14 @@ def test_chunks_end_together():
     assert [starts.tolist()[3] for starts, _ in plan] == [0, 0, 2]
 
 
-@pytest.mark.parametrize("spec", ["mha", "fusedkv", "fusedkv_lite", "cla:k=2", "yoco"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fusedkv",
+        "cla:k=2",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("mha", "fusedkv_lite", "yoco")),
+    ],
+)
 def test_rows_per_layer(spec, monkeypatch):
     """T rows in the layers that cache, one above in the last chunk, none in the others."""
     config = small.config(spec, scan_layers=False, d_model=20, num_layers=4)

@@ -63,10 +63,10 @@ def test_support_is_exactly_the_definition():
 
 
 @pytest.mark.parametrize("chosen", [dict(top_k=8), dict(top_p=0.9), dict(min_p=0.05, top_k=9)])
-def test_a_million_draws_follow_the_distribution(chosen):
+def test_draws_follow_the_distribution(chosen):
     logits = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32)
     params = SamplingParams(temperature=1.3, seed=11, **chosen)
-    rows, rounds = 2000, 500
+    rows, rounds = 2000, 100
     inputs = SamplerInputs.create([params] * rows)
     wide = jnp.broadcast_to(jnp.asarray(logits), (rows, VOCAB))
     seen = jnp.zeros(wide.shape, bool)
@@ -83,7 +83,7 @@ def test_a_million_draws_follow_the_distribution(chosen):
     kept = sorted(support(logits, params))
     scaled = np.exp(logits[kept].astype(np.float64) / params.temperature)
     expected = draws * scaled / scaled.sum()
-    assert counts.sum() == counts[kept].sum() == draws == 1_000_000
+    assert counts.sum() == counts[kept].sum() == draws
     chi_square = float(np.sum((counts[kept] - expected) ** 2 / expected))
     # 0.999 quantile, by Wilson and Hilferty.
     freedom = len(kept) - 1

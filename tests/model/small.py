@@ -26,8 +26,11 @@ SPECS = {
     "resformer": "resformer",
     "window_hybrid": "window_hybrid:window=5,full_every=2",
 }
-# The layouts that differ most. What is tried on every layout is quick on these, slow on the others.
-FOREMOST = ("mha", "cla", "yoco", "lckv", "fusedkv", "fusedkv_lite", "window_hybrid")
+# The layouts that differ in kind: sharing, passes, fusion, windows. What is tried through
+# `generate` on every layout is quick on these, slow on the others.
+FOREMOST = ("cla", "lckv", "fusedkv", "window_hybrid")
+# Models of another geometry than GQA that are quick.
+QUICK = {("fusedkv", "mha"), ("fusedkv", "mla"), ("mha", "mla")}
 # Further shapes of the algebra, in the grammar or with options.
 EXTRA_SPECS = {
     "yoco_windowed": "yoco:window=4",
@@ -75,7 +78,7 @@ def cases() -> list:
             except ValueError as error:
                 assert geometry == "mla" and "latent" in str(error)
             else:
-                quick = name in SPECS and geometry == "gqa" or name in FOREMOST
+                quick = name in SPECS and geometry == "gqa" or (name, geometry) in QUICK
                 chosen = [] if quick else [pytest.mark.slow]
                 found.append(pytest.param(spec, geometry, id=f"{name}-{geometry}", marks=chosen))
     return found

@@ -37,7 +37,10 @@ def assert_close(found, expected):
         np.testing.assert_allclose(found[name] / scale, gradient / scale, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec",
+    ["fusedkv", "cla:k=2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("yoco_pp", HYBRID))],
+)
 def test_scanned_and_rematerialized_gradients_equal_the_plain_program(spec):
     layers = dict(num_layers=SPECS[spec])
     plain = gradients(small.config(spec, scan_layers=False, **layers))

@@ -7,7 +7,7 @@ import pytest
 from experiments.benchmarks.programs import PROGRAMS, size
 from tests.model import small
 
-LAYOUTS = ["mha", "fusedkv", "fusedkv_lite"]
+LAYOUTS = [*(pytest.param(s, marks=pytest.mark.slow) for s in ("mha", "fusedkv_lite")), "fusedkv"]
 
 
 def lowered(spec, program, depth, **changes):
@@ -31,7 +31,18 @@ def test_an_unrolled_program_does_grow():
 
 
 @pytest.mark.parametrize(
-    "spec, program", [*((spec, "decode loop") for spec in LAYOUTS), ("fusedkv", "train step")]
+    "spec, program",
+    [
+        ("fusedkv", "decode loop"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("mha", "decode loop"),
+                ("fusedkv_lite", "decode loop"),
+                ("fusedkv", "train step"),
+            )
+        ),
+    ],
 )
 def test_compiled_program_does_not_grow(spec, program, fresh_compilation):
     sizes, seconds = {}, {}

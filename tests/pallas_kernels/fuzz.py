@@ -5,6 +5,7 @@ Each case is one program, as users compile it, with XLA's optimizations: forward
 
 import dataclasses
 import datetime
+import functools
 import os
 import traceback
 import zlib
@@ -19,6 +20,9 @@ from tests.pallas_kernels.cases import I32, close, poison
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import EIGHT_AND_EIGHT, KIVI, spoil
 
+# As users compile it: the tests may ask XLA for plain code (`tests.plain_code`).
+jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
+
 SIZES = (8, 16, 24, 32, 64, 80, 96, 128)
 
 
@@ -29,8 +33,13 @@ def seed() -> str:
 
 
 def count() -> int:
-    """FUSEDKV_FUZZ_CASES, by default 200: cases of one run, over all implementations."""
-    return int(os.environ.get("FUSEDKV_FUZZ_CASES", "200"))
+    """FUSEDKV_FUZZ_CASES, by default 60: cases of one run, over all implementations."""
+    return int(os.environ.get("FUSEDKV_FUZZ_CASES", "60"))
+
+
+def share(parts: int) -> range:
+    """The cases of an implementation that gets so many of 200 parts; one at least."""
+    return range(max(1, parts * count() // 200))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +129,7 @@ def attention(rng, how: Implementation, limits: Limits):
         result, pull = jax.vjp(lambda *x: how.attend(x, options), *arguments)
         return *result, pull(cotangents)
 
-    got = jax.jit(both)(poison(arguments, options), (dout, dlse))
+    got = jit(both)(poison(arguments, options), (dout, dlse))
     kept = slice(None) if "residuals" not in how.unsupported else slice(None, None, 2)
     jax.tree.map(lambda x, y: close(x, y, how.tolerance), got[kept], want[kept])
 
@@ -135,7 +144,7 @@ def quantized(rng, how: Implementation, limits: Limits):
     (q, *sides, key_weights, value_weights), _ = _arguments(rng, shape)
     groups = KIVI if format == "int4" else EIGHT_AND_EIGHT
 
-    @jax.jit  # one small program instead of one for each operation
+    @jit  # one small program instead of one for each operation
     def store(sides):
         stored = [
             tuple(quantize(x, format, **group) for x in side)
@@ -147,7 +156,7 @@ def quantized(rng, how: Implementation, limits: Limits):
     want = oracle.attention(q, *exact, key_weights, value_weights, options)
     spoiled = [tuple(spoil(x, options) for x in side) for side in stored]
     weights = (key_weights, value_weights)
-    got = jax.jit(lambda *x: how.attend(x, options))(q, *spoiled, *weights)
+    got = jit(lambda *x: how.attend(x, options))(q, *spoiled, *weights)
     jax.tree.map(lambda x, y: close(x, y, how.quantized_tolerance), got, want)
 
 
@@ -174,7 +183,7 @@ def paged(rng, how: Implementation, limits: Limits):
     named = {"window": None, "softcap": None, "scale": shape[5] ** -0.5, **options}
     named.pop("kv_lengths")
 
-    @jax.jit
+    @jit
     def both(q, pages, sides, places, lengths, weights):
         pages = pages.write(*sides, *places)
         if dtype == "int8":

@@ -42,10 +42,9 @@ def spoil(source: Quantized, options) -> Quantized:
 class QuantizedCases(Implementation):
     """`Quantized` keys and values; see `Implementation` for what a subclass sets."""
 
-    def check(self, sources, want_sources, rest, options, tolerance):
+    def check(self, sources, exact, rest, options, tolerance):
         (q, weights), (keys, values) = rest, sources
         got = jax.jit(lambda *x: self.attend(x, options))(q, keys, values, *weights)
-        exact = [[np.asarray(x.dequantize()) for x in side] for side in want_sources]
         want = oracle.attention(q, *exact, *weights, options)
         close(got[0], want[0], tolerance)
         if "residuals" not in self.unsupported:
@@ -54,12 +53,18 @@ class QuantizedCases(Implementation):
     def both(self, format, shape, options, tolerance):
         (q, keys, values, *weights), _ = draw(format, shape)
         groups = KIVI if format == "int4" else EIGHT_AND_EIGHT
-        sources = [
-            tuple(quantize(jnp.asarray(x), format, **group) for x in side)
-            for side, group in zip((keys, values), groups, strict=True)
-        ]
+
+        @jax.jit  # one small program instead of one for each operation
+        def store(sides):
+            stored = [
+                tuple(quantize(x, format, **group) for x in side)
+                for side, group in zip(sides, groups, strict=True)
+            ]
+            return stored, [[x.dequantize() for x in side] for side in stored]
+
+        sources, exact = store((keys, values))
         spoiled = [tuple(spoil(x, options) for x in side) for side in sources]
-        self.check(spoiled, sources, (q, weights), options, tolerance)
+        self.check(spoiled, exact, (q, weights), options, tolerance)
 
     def test_one_token_reads_stored_codes(self, format):
         options = {"kv_lengths": I32([40, 17, 0])}
@@ -107,13 +112,18 @@ class PagedCases(Implementation):
         table = rng.permutation(pages.num_pages)[: batch * per_row].reshape(batch, per_row)
         at = np.arange(length)
         positions = np.where(at < options["kv_lengths"][:, None], at, -1)
-        sides = jax.tree.map(jnp.asarray, (keys, values))
-        table = jnp.asarray(table, jnp.int32)
-        pages = pages.write(*sides, table, jnp.asarray(positions, jnp.int32))
+        eight_bits = jnp.dtype(dtype).itemsize == 1
+
+        @jax.jit
+        def write(pages, sides, places):
+            pages = pages.write(*sides, *places)
+            if eight_bits:
+                sides = jax.tree.map(lambda x: quantize(x, dtype).dequantize(), sides)
+            return pages, sides
+
+        pages, sides = write(pages, (keys, values), (I32(table), I32(positions)))
         used = -(-options["kv_lengths"][:, None] // page_size)
-        table = jnp.where(jnp.arange(per_row) < used, table, 10**6)  # no token reaches these
-        if jnp.dtype(dtype).itemsize == 1:
-            sides = jax.tree.map(lambda x: quantize(x, dtype).dequantize(), sides)
+        table = np.where(np.arange(per_row) < used, table, 10**6)  # no token reaches these
         return (jnp.asarray(q), pages, table), sides, weights, options
 
     def check_pages(self, name, dtype, tolerance):
@@ -122,7 +132,7 @@ class PagedCases(Implementation):
         lengths = options.pop("kv_lengths")
         weights = jax.tree.map(jnp.asarray, weights)
         got = jax.jit(lambda *x: self.attend_pages(*x, options))(
-            q, pages, jnp.clip(table, 0, pages.num_pages - 1), jnp.asarray(lengths), *weights
+            q, pages, I32(np.clip(table, 0, pages.num_pages - 1)), lengths, *weights
         )
         want = oracle.attention(q, *sides, *weights, {**options, "kv_lengths": lengths})
         jax.tree.map(functools.partial(close, tolerance=tolerance), got, want)

@@ -19,7 +19,7 @@ class Folded(Implementation):
 
 ALL = fuzz.Limits()
 FEW = fuzz.Limits(rows=64, numbers=2**15, sizes=(16, 64, 128), keys=128)
-# name: (form, implementation, limits, cases of 200)
+# name: (form, implementation, limits, parts of 200)
 SHARES = {
     "xla": (fuzz.attention, Xla, ALL, 80),
     "folded": (fuzz.attention, Folded, ALL, 20),
@@ -36,4 +36,4 @@ SHARES = {
 @pytest.mark.parametrize("share", SHARES)
 def test_random_calls_match_the_definition(share):
     form, how, limits, parts = SHARES[share]
-    fuzz.run(form, how(), limits, range(parts * fuzz.count() // 200))
+    fuzz.run(form, how(), limits, fuzz.share(parts))

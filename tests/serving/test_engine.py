@@ -56,8 +56,12 @@ def test_greedy_outputs_are_those_of_generate(expected):
 @pytest.mark.parametrize(
     "spec, geometry",
     [
-        *((spec, "gqa") for spec in ("mha", "cla:k=2", "yoco", "fusedkv_lite", "resformer")),
+        *((spec, "gqa") for spec in ("cla:k=2", "resformer")),
         ("fusedkv", "mla"),
+        *(
+            pytest.param(spec, "gqa", marks=pytest.mark.slow)
+            for spec in ("mha", "yoco", "fusedkv_lite")
+        ),
     ],
 )
 def test_every_token_is_the_likeliest_after_all_before_it(spec, geometry):

@@ -8,8 +8,11 @@ import os
 import pathlib
 import platform
 
+from tests.plain_code import xla_flags
+
 # As in the other tests: plain code, quickly compiled. It rounds elsewhere than fast code.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.update(XLA_FLAGS=xla_flags(os.environ))
 
 import jax
 import jaxlib
@@ -80,6 +83,7 @@ def environment() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "machine": platform.machine(),
         "instructions": " ".join(vectors),
+        "flags": os.environ["XLA_FLAGS"],
     }
 
 

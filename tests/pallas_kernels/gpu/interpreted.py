@@ -93,4 +93,4 @@ SMALL_CALLS = fuzz.Limits(rows=48, numbers=2**13, sizes=(16, 32, 64), keys=96)
 @pytest.mark.parametrize("form", [fuzz.attention, fuzz.quantized, fuzz.paged])
 def test_random_calls_match_the_definition(form):
     """The interpreter's share of the weekly sample; see `fuzz`."""
-    fuzz.run(form, Triton(), SMALL_CALLS, range(2 * fuzz.count() // 200))
+    fuzz.run(form, Triton(), SMALL_CALLS, fuzz.share(2))
