@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fusedkv_jax.trees import Leaf
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"]
+)
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix and a change of low rank, base + scale * a b, in place of a parameter's array.
+
+    Neither the sum nor a gradient of its size is ever computed (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        base: the matrix, [inputs, outputs] of any number of axes each.
+        a: [inputs, rank].
+        b: [rank, outputs].
+        scale: of their product.
+    """
+
+    base: Leaf
+    a: Leaf
+    b: Leaf
+    scale: float
+
+    def __getitem__(self, key: object) -> LowRank:
+        """Itself: modules read all of a parameter, `parameter[...]`."""
+        return self
+
 
 def project(
     x: Float[Array, "..."],
-    weight: Float[Array, "..."],
+    weight: Float[Array, "..."] | LowRank,
     axes: int = 1,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
@@ -28,6 +59,9 @@ def project(
         axes: number of axes to contract.
         dtype: of the sums and the result, by default that of `x`.
     """
+    if isinstance(weight, LowRank):
+        change = _project(_project(x, weight.a, axes, dtype), weight.b, 1, dtype)
+        return _project(x, weight.base, axes, dtype) + weight.scale * change
     return _project(x, weight, axes, dtype)
 
 

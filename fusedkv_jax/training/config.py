@@ -31,6 +31,11 @@ class TrainConfig:
       trainable: "all" parameters; or "changed", for a model that was converted to its layout:
         stream weights, and layers that read other layers' keys or values. The others keep their
         values and have no gradients and no optimizer state.
+      lora_rank: of the change to each matrix of those layers (LoRA, arXiv 2106.09685). Matrices,
+        norms and embeddings then keep their values; trained are the two factors of each change,
+        and stream weights. Checkpoints hold the factors, and whoever loads a model gets their
+        products added. 0 trains the parameters themselves.
+      lora_alpha: changes are multiplied with lora_alpha / lora_rank.
       logits_mib: MiB of float32 logits that a device holds at a time; larger batches compute the
         loss in chunks. Each chunk reads and writes the gradient of the output head once, so more is
         faster where there is memory.
@@ -52,6 +57,8 @@ class TrainConfig:
     grad_accumulation: int = 1
     gradient_dtype: GradientType = "float32"
     trainable: Trainable = "all"
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     logits_mib: int = LOGITS_MIB
     seed: int = 0
     log_every: int = 10
@@ -65,13 +72,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         validate(
-            self, ValueError, least=_LEAST, most=_MOST, above={"peak_flops": 0}, prefix="train."
+            self,
+            ValueError,
+            least=_LEAST,
+            most=_MOST,
+            above={"peak_flops": 0, "lora_alpha": 0},
+            prefix="train.",
         )
 
 
 _LEAST = {
     "steps": 1,
     "grad_accumulation": 1,
+    "lora_rank": 0,
     "logits_mib": 1,
     "seed": 0,
     "log_every": 1,

@@ -44,7 +44,10 @@ class EvalResult:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, microbatches: int = 1, logits_mib: float = LOGITS_MIB
+    graphdef: nnx.GraphDef,
+    microbatches: int = 1,
+    logits_mib: float = LOGITS_MIB,
+    model_parameters: Callable[[nnx.State], nnx.State] = lambda params: params,
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Build the compiled function (params, batch) -> (loss sum, token count).
 
@@ -52,10 +55,11 @@ def make_eval_step(
       graphdef: the model's structure.
       microbatches: parts that a batch is computed in one after the other; divides its rows.
       logits_mib: as for `head_cross_entropy`.
+      model_parameters: gives what the model computes with, from `params`.
     """
 
     def eval_step(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        parts = split_rows(batch, microbatches)
+        parts, params = split_rows(batch, microbatches), model_parameters(params)
         losses, counts = jax.lax.map(
             lambda part: batch_loss(graphdef, params, part, logits_mib), parts
         )

@@ -176,7 +176,9 @@ class _Run:
         processes.together(self._load_data)
         processes.check_same("corpus", {"data": self.data.corpus}, first_difference)
         parts, logits_mib = config.train.grad_accumulation, config.train.logits_mib
-        self.eval_step = make_eval_step(program.graphdef, parts, logits_mib)
+        self.eval_step = make_eval_step(
+            program.graphdef, parts, logits_mib, program.model_parameters
+        )
         self.eval_compiled = False
         self.latest: dict[str, float] = {}
         self.seen = last_step(self.workdir / METRICS_FILE)

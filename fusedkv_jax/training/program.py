@@ -18,7 +18,7 @@ from fusedkv_jax.training.loss import Batch, Objective, batch_loss
 from fusedkv_jax.training.optimizer import learning_rate_schedule
 from fusedkv_jax.training.state import TrainState, abstract_model, abstract_state, create_state
 from fusedkv_jax.training.step import BATCH_KEYS, Metrics, Step, StepOptions, make_train_step
-from fusedkv_jax.training.trainable import chosen_parameters, run_optimizer
+from fusedkv_jax.training.trainable import lora_of, run_optimizer, trained_parameters
 
 
 class TrainProgram:
@@ -47,6 +47,7 @@ class TrainProgram:
         self.config, self.mesh = config, mesh
         self.graphdef, _ = abstract_model(config.model)
         self.optimizer = run_optimizer(config)
+        self.lora = lora_of(config)
         self.constants: tuple[nnx.State, ...] = ()  # shapes of what each step is given besides
         self.teacher_graphdef = None
         if teacher is not None:
@@ -58,27 +59,41 @@ class TrainProgram:
 
         Args:
           params: initial parameters, of `config.model`; drawn by default.
+
+        Raises:
+          ValueError: there are none, and `train.lora_rank` adapts a model.
         """
         config = self.config
+        if params is None and self.lora is not None:
+            raise ValueError(
+                f"train.lora_rank={config.train.lora_rank} adapts a trained model; start from one "
+                "(--init_from), or leave it out"
+            )
         seed, offload = config.train.seed, config.optimizer.offload
-        state = create_state(config.model, self.optimizer, seed, self.mesh, offload)
+        state = create_state(config.model, self.optimizer, seed, self.mesh, offload, self.lora)
         if params is None:
             return state
+        added, drawn = nnx.split_state(state.params, nnx.LoRAParam, ...)
         placed = jax.tree.map(
             # A copy: steps donate what they are given, and the caller's model would be gone.
             lambda given, drawn: jax.device_put(
                 given.astype(drawn.dtype), drawn.sharding, may_alias=False
             ),
             params,
-            state.params,
+            drawn,
         )
-        return dataclasses.replace(state, params=placed)
+        return dataclasses.replace(state, params=nnx.merge_state(placed, added))
+
+    def model_parameters(self, params: nnx.State) -> nnx.State:
+        """What the model computes with, from the parameters of a state; to be traced."""
+        return params if self.lora is None else self.lora.apply(params)
 
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         config = self.config
-        return abstract_state(config.model, self.optimizer, self.mesh, config.optimizer.offload)
+        offload = config.optimizer.offload
+        return abstract_state(config.model, self.optimizer, self.mesh, offload, self.lora)
 
     @functools.cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -107,7 +122,8 @@ class TrainProgram:
             objective=self._objective(),
             gradient_dtype=None if train.gradient_dtype == "float32" else train.gradient_dtype,
             skip_spikes=config.optimizer.skip_spikes,
-            chosen=chosen_parameters(config.model.kv_layout, train.trainable) or True,
+            chosen=trained_parameters(config) or True,
+            model_parameters=self.model_parameters,
         )
         schedule = learning_rate_schedule(config.optimizer, train.steps)
         step = make_train_step(self.graphdef, self.optimizer, schedule, options)

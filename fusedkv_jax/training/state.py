@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import automatic, parameter_shardings
+from fusedkv_jax.training.lora import Lora
 from fusedkv_jax.trees import Leaf
 
 RECENT_STEPS = 128
@@ -27,7 +28,7 @@ class TrainState:
         gradient norm was not finite, or a spike.
       recent: loss and gradient norm of the last steps, by step modulo their number; float32,
         negative where there is none.
-      params: `nnx.State` of the model's `nnx.Param`s.
+      params: `nnx.State` of the model's `nnx.Param`s, and of LoRA's.
       opt_state: the optimizer's state.
     """
 
@@ -56,6 +57,7 @@ def create_state(
     seed: int,
     mesh: Mesh | None = None,
     offload: bool = False,
+    lora: Lora | None = None,
 ) -> TrainState:
     """Initial parameters and optimizer state, computed in one compiled program.
 
@@ -65,8 +67,9 @@ def create_state(
       seed: of the parameters, which do not depend on the mesh.
       mesh: the arrays are split over it, and never whole on one device; None uses one device.
       offload: on a mesh, the optimizer's state is in the host's memory.
+      lora: how the model is adapted, if it is.
     """
-    initial = lambda seed: _initial_state(config, optimizer, seed)  # noqa: E731
+    initial = lambda seed: _initial_state(config, optimizer, seed, lora)  # noqa: E731
     if mesh is None:
         return jax.jit(initial)(seed)
     shardings = _shardings(jax.eval_shape(initial, seed), mesh, offload)
@@ -80,9 +83,10 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
     offload: bool = False,
+    lora: Lora | None = None,
 ) -> TrainState:
     """Shapes, dtypes and (on a mesh) shardings of `create_state`, for restoring into."""
-    shapes = jax.eval_shape(lambda: _initial_state(config, optimizer, 0))
+    shapes = jax.eval_shape(lambda: _initial_state(config, optimizer, 0, lora))
     if mesh is None:
         return shapes
     return jax.tree.map(
@@ -107,10 +111,14 @@ def _shardings(shapes: TrainState, mesh: Mesh, offload: bool) -> TrainState:
 
 
 def _initial_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int | jax.Array,
+    lora: Lora | None,
 ) -> TrainState:
     rngs = nnx.Rngs(jax.random.key(seed))
-    return initial_state(nnx.state(Decoder(config, rngs=rngs), nnx.Param), optimizer)
+    params = nnx.state(Decoder(config, rngs=rngs), nnx.Param)
+    return initial_state(params if lora is None else lora.add(params, seed), optimizer)
 
 
 def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:

@@ -96,6 +96,7 @@ class StepOptions:
       skip_spikes: as for `is_spike`; 0 skips none.
       chosen: the parameters that are trained, by default all. The others have no gradient, and
         count in no norm; the optimizer takes the chosen ones alone.
+      model_parameters: gives what the loss takes, from the parameters of the state.
     """
 
     microbatches: int = 1
@@ -103,6 +104,7 @@ class StepOptions:
     gradient_dtype: DTypeLike | None = None
     skip_spikes: float = 0.0
     chosen: nnx.filterlib.Filter = True
+    model_parameters: Callable[[nnx.State], nnx.State] = lambda params: params
 
 
 def make_train_step(
@@ -135,7 +137,8 @@ def make_train_step(
         trained, frozen = nnx.split_state(state.params, options.chosen, ...)
 
         def loss_of_all(graphdef: nnx.GraphDef, params: nnx.State, part: Batch) -> Sums:
-            return loss_of(graphdef, nnx.merge_state(params, frozen), part)
+            whole = options.model_parameters(nnx.merge_state(params, frozen))
+            return loss_of(graphdef, whole, part)
 
         loss, grads = accumulate_gradients(
             graphdef, trained, batch, options.microbatches, loss_of_all, options.gradient_dtype

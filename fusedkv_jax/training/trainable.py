@@ -1,8 +1,7 @@
-"""Which parameters training changes: all, or those of layers that read other layers' caches."""
+"""Which parameters training changes: all, those of layers that read others' caches, or LoRA's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import optax
@@ -11,9 +10,8 @@ from jaxtyping import PyTree
 
 from fusedkv_jax.layouts import KVLayout, runs
 from fusedkv_jax.training.config import ExperimentConfig
+from fusedkv_jax.training.lora import Chosen, Lora
 from fusedkv_jax.training.optimizer import make_optimizer
-
-Chosen = Callable[[tuple[Any, ...], object], bool]  # of a parameter's path and the parameter
 
 
 def chosen_parameters(layout: KVLayout, trainable: Literal["all", "changed"]) -> Chosen | None:
@@ -44,6 +42,22 @@ def chosen_parameters(layout: KVLayout, trainable: Literal["all", "changed"]) ->
     return chosen
 
 
+def lora_of(config: ExperimentConfig) -> Lora | None:
+    """What a run adapts; None if it trains parameters themselves. Raises as `chosen_parameters`."""
+    rank, alpha = config.train.lora_rank, config.train.lora_alpha
+    if not rank:
+        return None
+    chosen = chosen_parameters(config.model.kv_layout, config.train.trainable)
+    return Lora(rank, alpha / rank, chosen)
+
+
+def trained_parameters(config: ExperimentConfig) -> Chosen | None:
+    """Which parameters of a run's state are trained; None for all; raises likewise."""
+    if config.train.lora_rank:
+        return lambda path, parameter: path[0] == "mixing" or isinstance(parameter, nnx.LoRAParam)
+    return chosen_parameters(config.model.kv_layout, config.train.trainable)
+
+
 def only(optimizer: optax.GradientTransformation, chosen: Chosen) -> optax.GradientTransformation:
     """An optimizer that is given all parameters or the chosen ones, and keeps state for these."""
 
@@ -63,5 +77,5 @@ def only(optimizer: optax.GradientTransformation, chosen: Chosen) -> optax.Gradi
 def run_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
     """The optimizer of a run; raises as `chosen_parameters`."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    chosen = chosen_parameters(config.model.kv_layout, config.train.trainable)
+    chosen = trained_parameters(config)
     return optimizer if chosen is None else only(optimizer, chosen)

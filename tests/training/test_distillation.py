@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.sharding import MeshConfig, make_mesh
+from fusedkv_jax.sharding import MeshConfig, make_mesh, put_batch
 from fusedkv_jax.training import DistillationConfig, TrainProgram, train
 from fusedkv_jax.training.distillation import distillation_loss
 from fusedkv_jax.training.loss import batch_loss
@@ -82,6 +82,42 @@ def test_training_brings_a_model_nearer_to_its_teacher(toy, pair, tmp_path):
     assert result.step == 12
     losses = [json.loads(line)["train/loss"] for line in lines if "train/loss" in line]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_what_one_device_gives(toy, pair):
+    """Of changes of low rank too, which every device has whole."""
+    model, teacher = pair
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, 258, (2, 4, 32), np.int32)
+    batch = {
+        "tokens": ids[0],
+        "targets": ids[1],
+        "segment_ids": np.zeros((4, 32), np.int32),
+        "positions": np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32)),
+        "loss_mask": np.ones((4, 32), np.float32),
+    }
+    losses = []
+    for sizes in (MeshConfig(devices=1), MeshConfig(data=2, fsdp=2, tensor=2)):
+        config = dataclasses.replace(
+            toy,
+            mesh=sizes,
+            distillation=DistillationConfig(logits=1.0, hidden=1.0),
+            train=dataclasses.replace(toy.train, lora_rank=2),
+        )
+        mesh = make_mesh(sizes)
+        program = TrainProgram(config, mesh, teacher.config)
+        with jax.set_mesh(mesh):
+            step, state = program.lower().compile(), program.create(nnx.state(model, nnx.Param))
+            place = lambda leaf, like: jax.device_put(leaf, like.sharding)  # noqa: E731
+            constants = jax.tree.map(place, (nnx.state(teacher, nnx.Param),), program.constants)
+            found = []
+            for _ in range(3):
+                state, metrics = step(state, put_batch(batch, mesh), *constants)
+                found.append(float(metrics["loss"]))
+        losses.append(found)
+    assert losses[0][2] < losses[0][0] - 1e-3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_what_does_not_fit_is_refused(toy, pair):

@@ -32,6 +32,7 @@ from fusedkv_jax.training.checkpointing.tokenizer_files import kept_tokenizer
 from fusedkv_jax.training.checkpointing.trees import plain, unplain, with_sharding
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.state import TrainState, abstract_model
+from fusedkv_jax.training.trainable import lora_of
 from fusedkv_jax.validation import check_count, check_kind
 
 BEST_METRIC = "eval/loss"
@@ -286,7 +287,7 @@ def save_model(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path |
 
     Args:
       model: the model, `config.model` its configuration.
-      config: stored with it.
+      config: stored with it, without LoRA, whose changes are the model's own by now.
       workdir: made if it does not exist.
 
     Raises:
@@ -294,6 +295,7 @@ def save_model(model: Decoder, config: ExperimentConfig, workdir: pathlib.Path |
     """
     check_kind("model", model, Decoder, "a Decoder")
     check_kind("config", config, ExperimentConfig, "an ExperimentConfig")
+    config = _without_lora(config)
     directory = checkpoint_directory(workdir)
     if directory.exists():
         raise CheckpointError(f"{workdir} has checkpoints; use another directory")
@@ -317,7 +319,8 @@ def load_model(
 
     Returns:
       (model, configuration of the run, step). `data.tokenizer` is the copy in the work directory
-      where there is one.
+      where there is one. LoRA's changes are added to the model's matrices, and the configuration
+      speaks of none.
 
     Raises:
       CheckpointError: no checkpoint there, or none of that step, or a file of it is damaged.
@@ -338,11 +341,21 @@ def load_model(
     tokenizer = kept_tokenizer(config.data.tokenizer, workdir)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     graphdef, params = abstract_model(config.model)
+    lora = lora_of(config)
+    if lora is not None:
+        params = jax.eval_shape(lora.add, params, 0)
     expected = {"params": plain(params)}
     check_tree(path, saved, expected, config)
     shardings = None if mesh is None else serving_shardings(expected, mesh)
     loaded = ocp.load_checkpointables(str(path), with_sharding(expected, shardings))
-    return nnx.merge(graphdef, unplain(params, loaded["params"])), config, step
+    params = unplain(params, loaded["params"])
+    if lora is not None:
+        params, config = lora.merge(params), _without_lora(config)
+    return nnx.merge(graphdef, params), config, step
+
+
+def _without_lora(config: ExperimentConfig) -> ExperimentConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, lora_rank=0))
 
 
 def _optimizer_item(state: TrainState) -> dict[str, PyTree]:
