@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments.common import chat, cli, models
 from fusedkv_jax import serving
+from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
 
@@ -26,7 +27,7 @@ _log = logging.getLogger("fusedkv_jax.serve")
 _SETTINGS = (
     *("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"),
     *("page_size", "num_pages", "gpu_memory_utilization", "host_pages", "cache_dtype", "memory"),
-    *("enable_prefix_caching", "policy"),
+    *("max_output_len", "enable_prefix_caching", "policy"),
 )
 _LIBRARIES = ("msgspec", "prometheus_client", "starlette", "uvicorn")
 
@@ -57,6 +58,17 @@ def define_flags() -> None:
         ["auto", "pages", "slots"],
         "How caches lie; default what the model allows.",
     )
+    flags.DEFINE_string(
+        "compression",
+        None,
+        f"Compressor of prompts' caches, such as snapkv:budget=256; {', '.join(names())}.",
+    )
+    flags.DEFINE_integer(
+        "max_output_len",
+        None,
+        "Tokens of an output beside a compressed prompt; default a quarter.",
+        1,
+    )
     flags.DEFINE_bool("enable_prefix_caching", True, "Share pages of prompts that begin alike.")
     flags.DEFINE_enum("policy", "fcfs", sorted(serving.POLICIES), "Who comes first.")
     flags.DEFINE_integer("max_queued", 1024, "Requests that may wait; further ones get a 503.", 1)
@@ -71,6 +83,8 @@ def main() -> None:
     from fusedkv_jax.server import Server, ServerSettings, listen, run
 
     chosen: dict[str, Any] = {name: FLAGS[name].value for name in _SETTINGS}
+    if FLAGS.compression is not None:
+        chosen["compression"] = parse(FLAGS.compression)
     settings = serving.ServingSettings(**chosen)
     limits = ServerSettings(api_keys=_keys(), max_body_bytes=FLAGS.max_body_bytes)
     sock = listen(FLAGS.host, FLAGS.port)  # before the model is read

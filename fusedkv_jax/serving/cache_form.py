@@ -12,6 +12,7 @@ from fusedkv_jax.cache import KVCache, cache_plan
 from fusedkv_jax.cache.paged import check_paged
 from fusedkv_jax.cache.storage import storage_type
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.serving.compressed_rows import compressed_row
 from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.settings import ServingSettings
 
@@ -30,6 +31,7 @@ class CacheForm:
         size: tokens of each.
         max_model_len: tokens that a request can come to.
         whole_prompts: what a prompt computes depends on where it is cut, so that it is not cut.
+        max_output_len: tokens that an output can come to; None for what the request can.
         reason: why they are slots.
     """
 
@@ -38,6 +40,7 @@ class CacheForm:
     size: int
     max_model_len: int
     whole_prompts: bool = False
+    max_output_len: int | None = None
     reason: str = ""
 
     @classmethod
@@ -90,6 +93,10 @@ def _reason_for_slots(config: ModelConfig, settings: ServingSettings) -> str | N
         if settings.memory == "pages":
             raise
         return str(error).partition(";")[0]
+    if settings.compression is not None:
+        if settings.memory == "pages":
+            raise ValueError("memory='pages' and compression exclude each other; leave memory out")
+        return f"{settings.compression.title} shrinks what prompts leave"
     if settings.memory == "slots":
         return "memory='slots'"
     windows = cache_plan(config.kv_layout).windows
@@ -107,8 +114,13 @@ def _slots(config: ModelConfig, settings: ServingSettings, reason: str) -> Cache
                 " leave it out, max_num_seqs and max_model_len say how many slots there are"
             )
     length = settings.model_length(config, config.max_length)
-    create = functools.partial(KVCache.create, config, batch_size=1, max_length=length)
-    slot = jax.eval_shape(functools.partial(create, dtype=_dtype(config, settings))).nbytes
+    room = None
+    if settings.compression is not None:
+        room = min(settings.max_output_len or max(1, length // 4), length - 1)
+        slot = compressed_row(config, settings, length, room).nbytes
+    else:
+        create = functools.partial(KVCache.create, config, batch_size=1, max_length=length)
+        slot = jax.eval_shape(functools.partial(create, dtype=_dtype(config, settings))).nbytes
     available = settings.cache_bytes(config)
     if available < slot:
         raise ValueError(
@@ -116,7 +128,8 @@ def _slots(config: ModelConfig, settings: ServingSettings, reason: str) -> Cache
             " max_model_len, or raise kv_cache_memory_bytes or gpu_memory_utilization"
         )
     count = min(settings.max_num_seqs, available // slot)
-    return CacheForm("slots", count, length, length, config.kv_layout.is_cyclic, reason)
+    whole = config.kv_layout.is_cyclic or room is not None
+    return CacheForm("slots", count, length, length, whole, room, reason)
 
 
 def _dtype(config: ModelConfig, settings: ServingSettings) -> str:

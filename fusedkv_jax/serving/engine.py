@@ -16,6 +16,7 @@ from fusedkv_jax.generation.requests import PreparedRequest as Prompt
 from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving.cache_form import CacheForm
+from fusedkv_jax.serving.compressed_slots import CompressedSlotRunner
 from fusedkv_jax.serving.grammars import Grammars
 from fusedkv_jax.serving.intake import AnyPrompt, Intake
 from fusedkv_jax.serving.job import Growing, Job
@@ -29,8 +30,6 @@ from fusedkv_jax.serving.settings import ServingSettings
 from fusedkv_jax.serving.slot_runner import SlotRunner
 
 _log = logging.getLogger(__name__)
-
-RUNNERS: dict[str, type[Runner]] = {"pages": PageRunner, "slots": SlotRunner}
 
 Deltas = list[tuple[str, Delta]]  # with the name of the request that each belongs to
 
@@ -74,9 +73,14 @@ class Engine:
             max_model_len=self.max_model_len,
             whole_prompts=form.whole_prompts,
         )
-        self.runner = RUNNERS[form.kind](model, settings, form, grammars.words)
+        self.runner = _runner(form, settings)(model, settings, form, grammars.words)
         self._intake = Intake(
-            model.config, codec, grammars, self.max_model_len, settings.max_logprobs
+            model.config,
+            codec,
+            grammars,
+            self.max_model_len,
+            settings.max_logprobs,
+            form.max_output_len,
         )
         self.watch: Callable[[StepPlan, float], None] | None = None
         self._jobs: dict[str, Job] = {}
@@ -280,6 +284,12 @@ class Engine:
             self.scheduler.restart(time.monotonic())
             self.runner.reset()
         return deltas
+
+
+def _runner(form: CacheForm, settings: ServingSettings) -> type[Runner]:
+    if form.kind == "pages":
+        return PageRunner
+    return SlotRunner if settings.compression is None else CompressedSlotRunner
 
 
 def _check_one_device(model: Decoder) -> None:

@@ -32,6 +32,7 @@ class Intake:
         grammars: compiles those of structured outputs.
         max_model_len: tokens that a request can come to.
         max_logprobs: likeliest tokens that it may ask for.
+        max_output_len: tokens that an output can come to, where prompts are compressed.
     """
 
     config: ModelConfig
@@ -39,6 +40,7 @@ class Intake:
     grammars: Grammars
     max_model_len: int
     max_logprobs: int
+    max_output_len: int | None = None
 
     def check(self, name: str, prompt: AnyPrompt, params: SamplingParams) -> Prompt:
         """A prompt that can be served; touches nothing, so any thread may ask.
@@ -74,7 +76,20 @@ class Intake:
             except ValueError as error:
                 raise RequestError(name, f"is refused: {error}", "structured_outputs") from None
         limit = min(checked.limit, self.max_model_len)
+        if self.max_output_len is not None:
+            self._check_compressed(name, params)
+            limit = min(limit, len(checked.prompt) + self.max_output_len)
         return dataclasses.replace(checked, params=params, limit=limit)
+
+    def _check_compressed(self, name: str, params: SamplingParams) -> None:
+        """Raises RequestError for what a compressor leaves no room for."""
+        most = self.max_output_len
+        if params.max_tokens is not None and most is not None and params.max_tokens > most:
+            reason = f"has max_tokens={params.max_tokens}; max_output_len={most} is the limit"
+            raise RequestError(name, reason, "max_tokens")
+        if params.prompt_logprobs is not None:
+            reason = "has prompt_logprobs, which need all of a prompt; this engine compresses them"
+            raise RequestError(name, reason, "prompt_logprobs")
 
     def job(self, name: str, prompt: Prompt, arrival: float, priority: int, tenant: str) -> Job:
         """The job of a checked prompt.

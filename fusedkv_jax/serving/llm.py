@@ -20,7 +20,6 @@ from fusedkv_jax.serving.settings import ServingSettings
 # Settings of `fkv.generate` that engines do not have, and why.
 _ELSEWHERE = {
     "speculation": "a step of the engine draws one token of each request, a draft needs several",
-    "compression": "what it leaves of a prompt depends on arrays that an engine does not have",
 }
 
 
@@ -29,17 +28,17 @@ class LLM:
 
     Greedy outputs and seeded draws are those of `fkv.generate`. Pages of prompts that have ended
     stay as long as there is room, so later calls find their prefixes computed. What cannot lie
-    in pages (cyclic layouts, int4) is served from slots, a row of a contiguous cache for each
-    request; a line of the log says which it is and why.
+    in pages (cyclic layouts, int4, compressed prompts) is served from slots, a row of a contiguous
+    cache for each request; a line of the log says which it is and why.
 
     Args:
         model: the model.
         tokenizer: encodes prompts and decodes outputs; None where prompts are token ids.
         template: makes the prompts of `chat`, as `fusedkv_jax.data.chat.load_template` reads it.
         **settings: how to serve, see `ServingSettings`: max_num_seqs, max_num_batched_tokens,
-            max_model_len, page_size, num_pages, kv_cache_memory_bytes, gpu_memory_utilization,
-            host_pages, cache_dtype, memory, enable_prefix_caching, policy, max_logprobs, eos_id,
-            add_special_tokens, shapes.
+            max_model_len, tensor_parallel_size, page_size, num_pages, kv_cache_memory_bytes,
+            gpu_memory_utilization, host_pages, cache_dtype, memory, compression, max_output_len,
+            enable_prefix_caching, policy, max_logprobs, eos_id, add_special_tokens, shapes.
 
     Attributes:
         engine: what runs.

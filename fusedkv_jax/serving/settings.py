@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from fusedkv_jax.cache.paged import check_paged
 from fusedkv_jax.cache.storage import storage_type
+from fusedkv_jax.compression.compressor import Compressor
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs import cache_bytes_per_token
 from fusedkv_jax.generation.settings import check_whole
@@ -41,6 +42,10 @@ class ServingSettings:
         cache_dtype: storage type of the caches, by default the model's activation type.
         memory: how caches lie: in `pages`, or in `slots`, a row of a contiguous cache for each
             request, as `generate` has it; see `CacheForm.choose`, which `auto` leaves it to.
+        compression: a compressor of `fusedkv_jax.compression`, which shrinks what prompts leave in
+            their slots.
+        max_output_len: with a compressor, tokens that an output can come to, for which there is
+            room beside what it keeps; by default a quarter of `max_model_len`.
         enable_prefix_caching: keep the pages of prompts that have ended, and share them; slots
             share nothing.
         policy: who comes first: a name of `POLICIES`, or a policy.
@@ -64,6 +69,8 @@ class ServingSettings:
     host_pages: int = 0
     cache_dtype: str | None = None
     memory: Literal["auto", "pages", "slots"] = "auto"
+    compression: Compressor | None = None
+    max_output_len: int | None = None
     enable_prefix_caching: bool = True
     policy: str | Policy = "fcfs"
     max_logprobs: int = 20
@@ -74,7 +81,7 @@ class ServingSettings:
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
             check_whole(name, getattr(self, name), 1)
-        for name in ("max_model_len", "num_pages", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "max_output_len", "num_pages", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         for name in ("host_pages", "max_logprobs"):
@@ -83,6 +90,8 @@ class ServingSettings:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}; use above 0, at most 1"
             )
+        if self.compression is None and self.max_output_len is not None:
+            raise ValueError("max_output_len is for compressors; leave it out, or set compression")
         if self.memory not in ("auto", "pages", "slots"):
             raise ValueError(f"memory={self.memory!r}; use auto, pages or slots")
         if isinstance(self.policy, str) and self.policy not in POLICIES:

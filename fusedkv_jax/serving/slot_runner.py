@@ -203,18 +203,23 @@ class SlotRunner(Runner):
         return Slots(cache, jnp.zeros((self.form.count, self.config.vocab_size), jnp.float32))
 
     def _warm_up(self) -> int:
+        shapes = self._warm_up_prompts()
+        nobody = np.zeros(self.form.count, np.int32)
+        self.pool = run_decodes(*self._split, self._donated(), nobody, nobody, nobody)
+        self.pool = _copy(self._donated(), np.int32(0), np.int32(0))
+        for size in self.shapes.decode_rows:
+            self._warm_up_draws(_take(self.pool.logits, np.zeros(size, np.int32)))
+        return shapes + 1
+
+    def _warm_up_prompts(self) -> int:
+        """Compile what prompts run in; the number of shapes."""
         kinds: tuple[Literal["last", "none"], ...] = ("last", "none")
         for columns in self._columns:
             chunk = _no_tokens(columns)
             for rows in kinds:
                 self.pool = run_chunk(*self._split, self._donated(), chunk, rows)
             _, self.pool = run_scored_chunk(*self._split, self._donated(), chunk, k=self._k)
-        nobody = np.zeros(self.form.count, np.int32)
-        self.pool = run_decodes(*self._split, self._donated(), nobody, nobody, nobody)
-        self.pool = _copy(self._donated(), np.int32(0), np.int32(0))
-        for size in self.shapes.decode_rows:
-            self._warm_up_draws(_take(self.pool.logits, np.zeros(size, np.int32)))
-        return len(self._columns) + 1
+        return len(self._columns)
 
 
 def _no_tokens(columns: int) -> SlotChunk:

@@ -10,8 +10,10 @@ from flax import nnx
 
 import fusedkv_jax as fkv
 from experiments.benchmarks.programs import counted_compilations
+from fusedkv_jax.cache import KVCache
 from fusedkv_jax.cache.kivi import KiviStore
 from fusedkv_jax.cache.stores import RingStore
+from fusedkv_jax.compression import H2O, SnapKV, StreamingLLM
 from fusedkv_jax.serving import ServingSettings
 from fusedkv_jax.serving.cache_form import CacheForm
 from tests.model import small
@@ -187,3 +189,39 @@ def test_the_form_of_a_cache_follows_from_layout_window_and_type():
 def test_settings_that_slots_cannot_have_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         engine(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        SnapKV(budget=8, window=4),
+        StreamingLLM(budget=8, sinks=2),
+        H2O(budget=8),
+    ],
+    ids=lambda compressor: compressor.title,
+)
+def test_compressed_prompts_answer_as_generate_does(compressor):
+    """Some prompts are shorter than the budget, some than a chunk, others pass in several."""
+    some, served = prompts(8), engine(model(), compression=compressor, max_output_len=12)
+    assert "shrinks what prompts leave" in str(served.runner.form)
+    several = fkv.SamplingParams(n=2, seed=1, max_tokens=6)
+    found = run(served, [*some, some[7]], [*[GREEDY] * 8, several])
+    answers = all_tokens(found)
+    assert answers[:8] == _generated(model(), some, compression=compressor)
+    own = dataclasses.replace(several, n=1, seed=2)
+    assert tokens(found["8"], 1) == tokens(run(served, [some[7]], own)["0"])
+    plain = KVCache.create(served.config, batch_size=4, max_length=LONGEST)
+    assert served.runner.pool.cache.nbytes < 0.75 * plain.nbytes
+
+
+def test_what_compressors_leave_no_room_for_is_refused():
+    served = engine(model(), compression=SnapKV(budget=8, window=4), max_output_len=6)
+    for changes, message in (
+        ({}, "has max_tokens=12; max_output_len=6 is the limit"),
+        ({"max_tokens": 2, "prompt_logprobs": 1}, "need all of a prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            served.add([1], dataclasses.replace(GREEDY, **changes), request_id="a")
+    with pytest.raises(ValueError, match="memory='pages' and compression"):
+        engine(model(), compression=SnapKV(budget=8), memory="pages")
