@@ -199,8 +199,10 @@ def _store(config: ModelConfig, group: Group, rows: int, max_length: int, dtype:
             exact = [jnp.zeros(shape(kind, kivi.PLACES), config.dtype) for kind in KINDS]
             return kivi.KiviStore(codes[0], codes[1], exact[0], exact[1])
         dtype = config.dtype
+    in_place = not ring and stacked.suits(config, dtype)
+    length = stacked.whole_tiles(length, dtype) if in_place else length
     keys, values = (empty(shape(kind, length), dtype) for kind in KINDS)
     if ring:
         return RingStore(keys, values)
     store = LinearStore(keys, values)
-    return stacked.StackedStore.of(store) if stacked.suits(config, dtype) else store
+    return stacked.StackedStore.of(store) if in_place else store

@@ -38,6 +38,16 @@ def suits(config: ModelConfig, dtype: str) -> bool:
     )
 
 
+def whole_tiles(tokens: int, dtype: str) -> int:
+    """Room for so many tokens of a row, as whole tiles of a TPU's memory.
+
+    A row that ends within a tile is laid out another way, and turned round for every kernel: up to
+    15 tokens more for each row are nothing beside that.
+    """
+    tile = 32 // jnp.dtype(dtype).itemsize
+    return tokens if tokens <= LANES else -(-tokens // tile) * tile
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["heads"]
 )

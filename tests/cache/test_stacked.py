@@ -28,11 +28,11 @@ def config_of(layout, **options):
     return fkv.ModelConfig(vocab_size=64, d_ff=32, layout=layout, **sizes | options)
 
 
-def create(config, monkeypatch, device="tpu", dtype=None):
+def create(config, monkeypatch, device="tpu", dtype=None, max_length=30):
     """The cache that `device` gets; what reads it runs on the CPU."""
     with monkeypatch.context() as patch:
         patch.setattr(choice, "device", lambda: (device, ""))
-        return fkv.KVCache.create(config, batch_size=4, max_length=30, dtype=dtype)
+        return fkv.KVCache.create(config, batch_size=4, max_length=max_length, dtype=dtype)
 
 
 def run(model, cache):
@@ -78,3 +78,9 @@ def test_what_no_kernel_reads_in_place_is_stored_as_ever(options, monkeypatch):
     others = {name: value for name, value in options.items() if name != "dtype"}
     cache = create(config_of("fusedkv", **others), monkeypatch, dtype=dtype)
     assert all(type(store) is LinearStore for store in cache.stores)
+
+
+@pytest.mark.parametrize(("dtype", "room"), [("float32", 4104), ("bfloat16", 4112)])
+def test_rows_of_long_caches_are_whole_tiles(dtype, room, monkeypatch):
+    cache = create(config_of("fusedkv"), monkeypatch, dtype=dtype, max_length=4097)
+    assert cache.capacity == room
