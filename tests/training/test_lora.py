@@ -13,8 +13,9 @@ from fusedkv_jax import data
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.projection import LowRank, project
 from fusedkv_jax.sharding import MeshConfig, make_mesh
-from fusedkv_jax.training import TrainProgram, evaluate, load_model, make_eval_step, train
+from fusedkv_jax.training import TrainProgram, evaluate, load_model, train
 from fusedkv_jax.training.checkpointing.checkpoints import checkpoint_directory
+from fusedkv_jax.training.evaluation import make_eval_step
 from fusedkv_jax.training.trainable import lora_of
 
 RANK, ALPHA = 3, 6.0
