@@ -21,7 +21,7 @@ import fusedkv_jax as fkv
 from experiments.common import cli, models, outputs
 from experiments.common.documents import Document
 from fusedkv_jax import costs, interop, training
-from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data import sources, tokenizers
 from fusedkv_jax.training.monitoring.metrics import step_of
 
 if TYPE_CHECKING:
@@ -93,12 +93,21 @@ def _facts(loaded: models.Loaded) -> dict[str, str]:
         return {"made from": pathlib.Path(loaded.where).name}
     data = loaded.config.data
     tokens = loaded.step * data.batch_size * data.seq_len
-    facts = {"data": pathlib.Path(data.source).name, "tokens trained on": f"{tokens:,}"}
+    facts = {"data": _named(data.source), "tokens trained on": f"{tokens:,}"}
     metrics = pathlib.Path(loaded.where).expanduser() / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines() if metrics.is_file() else ()
     rows = (json.loads(line) for line in lines if step_of(line) == loaded.step)
     losses = [row["eval/loss"] for row in rows if row.get("eval/loss") is not None]
     return facts | ({"held-out loss, nats per token": f"{losses[-1]:.4f}"} if losses else {})
+
+
+def _named(source: str) -> str:
+    """The sources of a mixture with their shares; without folders, which are the trainer's own."""
+    parts = [(pathlib.Path(name).name, weight) for name, weight in sources.mixture(source)]
+    if len(parts) == 1:
+        return parts[0][0]
+    total = sum(weight for _, weight in parts)
+    return ", ".join(f"{name} ({weight / total:.0%})" for name, weight in parts)
 
 
 def _layout(model: fkv.Decoder) -> str:

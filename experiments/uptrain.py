@@ -1,9 +1,9 @@
 """How much training a converted model needs: python -m experiments.uptrain --init_from=MODEL.
 
 For each of --layouts: the loss on held-out text of the model whose projections were dropped, of
-the one that was fitted by least squares, and of that one against tokens of training, on the text
-alone and by distillation from the original. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png. Finished
-runs are skipped and a run that was cut off goes on, so the same command continues after an
+the one that was fitted by least squares, and of that one against tokens of training, by
+distillation from the original or on the text alone. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png.
+Finished runs are skipped and a run that was cut off goes on, so the same command continues after an
 interruption. The last line on standard output is the JSON document.
 """
 
@@ -26,11 +26,25 @@ from fusedkv_jax.training.evaluation import make_eval_step
 
 FLAGS = flags.FLAGS
 
-# What a run learns from, by the name of its curve.
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a training: what the model learns from, and for which share of the steps."""
+
+    name: str
+    distillation: DistillationConfig
+    share: float = 1.0
+
+
+_LOGITS = DistillationConfig(logits=1.0)
+# What is trained after the fit, by the name of its curve; each stage starts where the last ended.
 OBJECTIVES = {
-    "text": DistillationConfig(),
-    "distillation": DistillationConfig(logits=1.0),
-    "distillation, hidden states too": DistillationConfig(logits=1.0, hidden=1.0),
+    "text": (Stage("text", DistillationConfig()),),
+    "distillation": (Stage("logits", _LOGITS),),
+    "stages": (
+        Stage("hidden states", DistillationConfig(hidden=1.0), share=0.25),
+        Stage("logits", _LOGITS, share=0.75),
+    ),
 }
 _WITHIN = (0.02, 0.01)  # shares of the original's loss
 
@@ -46,7 +60,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("layouts", ["fusedkv", "cla", "yoco"], "Layouts, separated by commas.")
     flags.DEFINE_list(
-        "objectives", ["text", "distillation"], f"What runs learn from: {', '.join(OBJECTIVES)}."
+        "objectives",
+        ["stages", "text"],
+        "What is learned from after the fit: text; distillation, the original's next-token "
+        "distributions; stages, its hidden states after every layer in the first quarter of the "
+        "steps, then distillation. Empty for no training.",
     )
     flags.DEFINE_integer(
         "fit_tokens", 16384, "Tokens of the training text that models are fitted on.", lower_bound=1
@@ -64,9 +82,7 @@ def main() -> int:
     table_file, picture = (cli.check_output(f"{output}.{end}") for end in ("md", "png"))
     start = models.Start(cli.require("init_from"), workdir / "init_from")
     config = start.settle(cli.load_config(start.change))
-    unknown = [name for name in FLAGS.objectives if name not in OBJECTIVES]
-    if unknown:
-        raise ValueError(f"--objectives={unknown[0]}; choose {', '.join(OBJECTIVES)}")
+    _check(config)
     original = start.original()
     try:
         rows = [_row(config, layout, start, original, workdir) for layout in FLAGS.layouts]
@@ -91,10 +107,22 @@ def main() -> int:
     text = markdown(results)
     table_file.write_text(text, encoding="utf-8")
     results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    pictures.draw_losses_by_tokens(_curves(results), results["original"]["loss"], picture)
+    if FLAGS.objectives:
+        pictures.draw_losses_by_tokens(_curves(results), results["original"]["loss"], picture)
     print(text)
     print(json.dumps(results))
     return 0
+
+
+def _check(config: ExperimentConfig) -> None:
+    for name in FLAGS.objectives:
+        if name not in OBJECTIVES:
+            raise ValueError(f"--objectives={name}; choose {', '.join(OBJECTIVES)}")
+        if config.train.steps < len(OBJECTIVES[name]):
+            raise ValueError(
+                f"--config.train.steps={config.train.steps} are fewer than the parts of "
+                f"--objectives={name}; use {len(OBJECTIVES[name])} or more"
+            )
 
 
 def _row(
@@ -119,24 +147,57 @@ def _row(
         "fitted": _held_out_loss(model, config),
     }
     print(f"{layout}: {losses}", flush=True)
-    curves = {}
-    for name in FLAGS.objectives:
-        run = dataclasses.replace(config, name=f"{layout}, {name}", distillation=OBJECTIVES[name])
-        finished = runs.complete(
-            run,
-            folder / name.replace(", ", "-").replace(" ", "-"),
-            initial=lambda: model,
-            teacher=original if run.distillation.is_on else None,
-        )
-        evaluated = [line for line in finished.history if line.get("eval/loss") is not None]
-        curve = [[line["step"] * _batch_tokens(run), line["eval/loss"]] for line in evaluated]
-        curves[name] = [[0, losses["fitted"]], *curve]
+    trained = {
+        name: _train(config, name, model, original, folder / name) for name in FLAGS.objectives
+    }
     return {
         "layout": layout,
         "cache_bytes_per_token": costs.cache_bytes_per_token(config.model, config.model.dtype),
         **losses,
-        "curves": curves,
+        "curves": {
+            name: [[0, losses["fitted"]], *(point for stage in stages.values() for point in stage)]
+            for name, stages in trained.items()
+        },
+        "stages": {
+            name: {stage: points[-1][1] for stage, points in stages.items()}
+            for name, stages in trained.items()
+        },
     }
+
+
+def _train(
+    config: ExperimentConfig,
+    objective: str,
+    model: fkv.Decoder,
+    original: fkv.Decoder,
+    folder: pathlib.Path,
+) -> dict[str, list[list[float]]]:
+    """Train by an objective; held-out losses [tokens so far, loss] of each of its stages."""
+    found, done, stages = {}, 0, OBJECTIVES[objective]
+    for number, stage in enumerate(stages):
+        left = config.train.steps - done
+        steps = left if stage is stages[-1] else max(1, round(stage.share * config.train.steps))
+        run = dataclasses.replace(
+            config,
+            name=f"{config.model.kv_layout.spec}, {objective}, {stage.name}",
+            distillation=stage.distillation,
+            train=dataclasses.replace(config.train, steps=steps),
+            data=dataclasses.replace(config.data, seed=config.data.seed + number),  # other text
+        )
+        finished = runs.complete(
+            run,
+            folder / stage.name.replace(" ", "_"),
+            initial=lambda model=model: model,
+            teacher=original if run.distillation.is_on else None,
+        )
+        evaluated = [line for line in finished.history if line.get("eval/loss") is not None]
+        found[stage.name] = [
+            [(done + line["step"]) * _batch_tokens(run), line["eval/loss"]] for line in evaluated
+        ]
+        done += steps
+        if stage is not stages[-1]:
+            model = models.load_run(str(finished.workdir)).model
+    return found
 
 
 def _batch_tokens(config: ExperimentConfig) -> int:
@@ -166,27 +227,33 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown document."""
     original, environment = results["original"], results["environment"]
     loss, within = original["loss"], " | ".join(f"within {share:.0%}" for share in _WITHIN)
+    trained = (
+        f". Then come {results['train_tokens']:,} tokens of training, on the original's hidden "
+        "states or logits, or on the text alone. The last columns are the tokens after which the "
+        "loss is within that share of the original's."
+        if any(row["curves"] for row in results["rows"])
+        else ". Nothing was trained."
+    )
     lines = [
         "# Uptraining",
         "",
         f"A model of {original['parameters']:,} parameters and a held-out loss of {loss:.4f} nats "
-        "per token, under layouts of less cache: without the projections that have no place, "
-        f"fitted by least squares to {results['fit_tokens']:,} tokens, and after "
-        f"{results['train_tokens']:,} tokens of training from there. The last columns are "
-        "the tokens after which the loss is within that share of the original's.",
+        "per token, under layouts of less cache: without the projections that have no place, and "
+        f"fitted by least squares to {results['fit_tokens']:,} tokens{trained}",
         "",
-        f"| layout | cache | dropped | fitted | learns from | trained | {within} |",
-        "|---|---:|---:|---:|---|---:|" + "---:|" * len(_WITHIN),
+        f"| layout | cache | dropped | fitted | after training on | {within} |",
+        "|---|---:|---:|---:|---|" + "---:|" * len(_WITHIN),
     ]
     for row in results["rows"]:
         cache = row["cache_bytes_per_token"] / original["cache_bytes_per_token"]
+        starts = f"| {row['layout']} | {cache:.0%} | {row['dropped']:.3f} | {row['fitted']:.3f} |"
+        if not row["curves"]:
+            lines.append(f"{starts} |" + " |" * len(_WITHIN))
         for name, curve in row["curves"].items():
-            last, needed = curve[-1][1], [_tokens_until(curve, loss * (1 + w)) for w in _WITHIN]
-            lines.append(
-                f"| {row['layout']} | {cache:.0%} | {row['dropped']:.3f} "
-                f"| {row['fitted']:.3f} | {name} "
-                f"| {last:.4f} ({last / loss - 1:+.1%}) | {' | '.join(needed)} |"
-            )
+            after = ", then ".join(f"{s} {value:.4f}" for s, value in row["stages"][name].items())
+            needed = [_tokens_until(curve, loss * (1 + share)) for share in _WITHIN]
+            gap = f"{curve[-1][1] / loss - 1:+.1%}"
+            lines.append(f"{starts} {after} ({gap}) | {' | '.join(needed)} |")
     versions = ("python", "jax", "jaxlib", "flax", "optax", "fusedkv_jax")
     lines += [
         "",

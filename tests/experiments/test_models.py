@@ -1,5 +1,6 @@
 """--model, --init_from and convert: a tiny model with a tokenizer goes through every program."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import tokenizers
 from flax import nnx
 
 import fusedkv_jax as fkv
+from experiments import convert
 from experiments.common import models
 from fusedkv_jax.interop import load_huggingface, save_huggingface, uptrain
 from fusedkv_jax.training import load_model
@@ -81,6 +83,19 @@ def test_a_folder_becomes_a_run_and_a_folder_again(folder, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_model_card_names_all_sources_of_a_mixture(tmp_path):
+    config = fkv.ModelConfig(vocab_size=258, num_layers=2, d_model=16, num_heads=2, d_ff=16)
+    own = models.experiment("a", config, "byte")
+    for source, named in (
+        ("/home/me/web.jsonl,3;/home/me/code,1", "web.jsonl (75%), code (25%)"),
+        ("/home/me/web.jsonl", "web.jsonl"),
+    ):
+        data = dataclasses.replace(own.data, source=source, seq_len=32, batch_size=2)
+        run = dataclasses.replace(own, data=data)
+        facts = convert._facts(models.Loaded(None, run, 10, str(tmp_path)))
+        assert facts == {"data": named, "tokens trained on": "640"}
+
+
 def test_training_starts_from_a_folder(folder, tmp_path):
     arguments = [
         "--config=demo",
@@ -152,18 +167,26 @@ def test_losses_of_conversions_are_tabulated(folder, tmp_path):
         "--config.data.holdout_fraction=0.5",
         "--config.train.eval_batches=1",
         "--config.train.eval_every=1",
-        "--config.train.steps=2",
         f"--workdir={tmp_path}",
         "--layouts=yoco",
         "--fit_tokens=64",
     ]
-    made, wrong = commands.run("uptrain", arguments, [*arguments, "--objectives=other"])
+    made, wrong, short = commands.run(
+        "uptrain",
+        [*arguments, "--objectives=stages", "--config.train.steps=2"],
+        [*arguments, "--objectives=other"],
+        [*arguments, "--config.train.steps=1"],
+    )
     assert made[0] == 0, made
     assert wrong[0] == 2 and "--objectives=other; choose text" in wrong[2]
+    assert short[0] == 2 and "steps=1 are fewer than the parts of --objectives=stages" in short[2]
     results = json.loads(made[1].splitlines()[-1])
     (row,) = results["rows"]
-    assert [tokens for tokens, _ in row["curves"]["distillation"]] == [0, 32, 64]
-    assert row["curves"]["text"][0][1] == row["fitted"]
+    curves, stages = row["curves"], row["stages"]
+    assert [tokens for tokens, _ in curves["stages"]] == [0, 32, 64]
+    assert list(stages["stages"]) == ["hidden states", "logits"]
+    assert list(stages["stages"].values()) == [loss for _, loss in curves["stages"][1:]]
+    assert curves["stages"][0][1] == row["fitted"] != curves["stages"][1][1]
     assert row["cache_bytes_per_token"] * 2 == results["original"]["cache_bytes_per_token"]
     assert "| yoco | 50% |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.png").stat().st_size > 1000
