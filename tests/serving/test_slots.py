@@ -14,7 +14,7 @@ from fusedkv_jax.cache import KVCache
 from fusedkv_jax.cache.kivi import KiviStore
 from fusedkv_jax.cache.stores import RingStore
 from fusedkv_jax.compression import H2O, SnapKV, StreamingLLM
-from fusedkv_jax.serving import ServingSettings
+from fusedkv_jax.serving import Policy, ServingSettings
 from fusedkv_jax.serving.cache_form import CacheForm
 from tests.model import small
 from tests.serving.served import GREEDY, LONGEST, Letters, all_tokens, model, prompts, run, tokens
@@ -28,6 +28,13 @@ HYBRID = "0s5_1_0s5_1"
 def engine(model_=None, **changes):
     sizes = dict(num_pages=None, max_num_seqs=4, max_num_batched_tokens=24)
     return paged(model_ or model(CYCLIC), **{**sizes, **changes})
+
+
+class Chunks(Policy):
+    """Wants prompts in chunks."""
+
+    def budget(self, request, view):
+        return 7
 
 
 def given():
@@ -46,12 +53,19 @@ def _generated(model_, prompts_, **settings):
 
 def test_a_cyclic_layout_answers_as_generate_does(expected, caplog):
     with caplog.at_level(logging.INFO, "fusedkv_jax"):
-        served = engine()
+        served = engine(policy=Chunks())
+    begun = []
+    served.watch = lambda plan, seconds: begun.extend(
+        count
+        for request, count in zip(plan.requests, plan.counts, strict=True)
+        if not request.computed
+    )
     assert (
         "caches lie in 4 slots of 40 tokens and share no prefixes; prompts are not" in caplog.text
     )
     assert all_tokens(run(served, given(), GREEDY)) == expected
     assert served.stats().pages_total == 4
+    assert sorted(begun) == sorted(map(len, given())), "no prompt was cut"
 
 
 @pytest.mark.slow
