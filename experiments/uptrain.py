@@ -228,9 +228,8 @@ def markdown(results: dict[str, Any]) -> str:
     original, environment = results["original"], results["environment"]
     loss, within = original["loss"], " | ".join(f"within {share:.0%}" for share in _WITHIN)
     trained = (
-        f". Then come {results['train_tokens']:,} tokens of training, on the original's hidden "
-        "states or logits, or on the text alone. The last columns are the tokens after which the "
-        "loss is within that share of the original's."
+        f". Then come {results['train_tokens']:,} tokens of training. The last columns are the "
+        "tokens after which the loss is within that share of the original's."
         if any(row["curves"] for row in results["rows"])
         else ". Nothing was trained."
     )
