@@ -1,15 +1,20 @@
 """What the wheel holds, and the console command `fusedkv` run from it, without the checkout."""
 
+import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 
 import pytest
+
+from tests.interop import smollm2
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
@@ -103,6 +108,62 @@ def test_a_mistake_is_one_line(installed):
     result = installed("-m", "fusedkv_jax", "describe", "--laiout=cla")
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown flag --laiout")
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """A new environment with the wheel, and what it depends on as it is here; not the checkout."""
+    place = tmp_path_factory.mktemp("environment")
+    venv.create(place, symlinks=True)
+    python = place / "bin" / "python"
+    options = ["--no-deps", "--no-index", "--ignore-installed", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, timeout=300)
+    # A path alone: what names the checkout are .pth files in that folder, which are not read so.
+    (packages,) = place.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return place
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_and_writes(environment, tmp_path):
+    """The console command in its own environment: from a text file to generated text."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    place = {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+
+    def fusedkv(*arguments):
+        done = subprocess.run(
+            [str(environment / "bin" / "fusedkv"), *arguments],
+            cwd=tmp_path,
+            env=kept | place,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    ask = "import fusedkv_jax, experiments; print(fusedkv_jax.__file__, experiments.__file__)"
+    python = [str(environment / "bin" / "python"), "-c", ask]
+    where = subprocess.run(python, cwd=tmp_path, env=kept, capture_output=True, text=True).stdout
+    assert where.count(str(environment)) == 2, where
+
+    (tmp_path / "text.txt").write_text("The cache of the upper layers is not kept.\n" * 50)
+    small = ("model.num_layers=4", "model.d_model=16", "model.d_ff=32", "data.seq_len=32")
+    steps = ("train.steps=20", "data.holdout_fraction=0", "train.eval_batches=0")
+    settings = [f"--config.{setting}" for setting in (*small, *steps, "data.source=text.txt")]
+    trained = fusedkv("train", "--config=demo", "--workdir=run", *settings)
+    assert json.loads(trained.splitlines()[-1])["step"] == 20
+    written = fusedkv("generate", "--workdir=run", "--prompt=The", "--max_tokens=8")
+    assert len(written) > 8
+    assert "K 0 & 1" in fusedkv("describe", "--layout=fusedkv", "--num_layers=4")
+    try:
+        model = smollm2.path()
+    except pytest.skip.Exception:
+        return  # the rest needs an optional package
+    prompt = "--prompt=The capital of France is"
+    written = fusedkv("generate", f"--model={model}", prompt, "--temperature=0", "--max_tokens=4")
+    assert "Paris" in written
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.tpu"])
