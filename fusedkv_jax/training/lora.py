@@ -52,7 +52,7 @@ class Lora:
         found: list[tuple[tuple[Any, ...], nnx.Variable]] = []
         for number, (path, parameter) in enumerate(nnx.to_flat_state(params)):
             found.append((path, parameter))
-            name = path[-1]
+            name = str(path[-1])
             if name not in _INPUTS or not (self.chosen is None or self.chosen(path, parameter)):
                 continue
             stack, inputs, outputs = _axes(name, parameter[...].shape)
