@@ -13,7 +13,7 @@ from fusedkv_jax.serving import QueueFull, RequestError
 if TYPE_CHECKING:
     from fusedkv_jax.server.metrics import Metrics, Stopwatch
     from fusedkv_jax.server.running import Running
-    from fusedkv_jax.serving import AsyncEngine, Delta, Stream
+    from fusedkv_jax.serving import AsyncEngine, OutputDelta, OutputStream
 
 
 class Grown(NamedTuple):
@@ -27,7 +27,7 @@ class Grown(NamedTuple):
 
     choice: int
     prompt: int
-    delta: Delta
+    delta: OutputDelta
 
 
 class Order(NamedTuple):
@@ -75,7 +75,7 @@ class Generation:
         self._engine, self._running, self._metrics = engine, running, metrics
         self._params, self._priority, self._tenant = order.params, order.priority, order.tenant
         self._names = [f"{name}-{number}" for number in range(len(prompts))]
-        self._streams: list[Stream] = []
+        self._streams: list[OutputStream] = []
         self._unfinished: dict[str, int] = {}  # choices of an engine's request
         self._watches: dict[int, Stopwatch] = {}
         self._cached = [0] * len(prompts)
@@ -130,9 +130,9 @@ class Generation:
             async for delta in self._streams[0]:
                 yield self._take(0, delta)
             return
-        queue: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, OutputDelta | None]] = asyncio.Queue()
 
-        async def pump(number: int, stream: Stream) -> None:
+        async def pump(number: int, stream: OutputStream) -> None:
             try:
                 async for delta in stream:
                     queue.put_nowait((number, delta))
@@ -164,7 +164,7 @@ class Generation:
         for choice in range(first, first + self._params.n):
             self._watches[choice] = self._metrics.start(len(prompt))
 
-    def _take(self, number: int, delta: Delta) -> Grown:
+    def _take(self, number: int, delta: OutputDelta) -> Grown:
         choice = number * self._params.n + delta.index
         watch = self._watches[choice]
         self._cached[number] = max(self._cached[number], delta.cached_tokens)

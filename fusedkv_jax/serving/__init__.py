@@ -13,7 +13,7 @@ __all__ = [
     "POLICIES",
     "AsyncEngine",
     "Copy",
-    "Delta",
+    "OutputDelta",
     "Direction",
     "Engine",
     "EngineStats",
@@ -28,7 +28,7 @@ __all__ = [
     "State",
     "StepPlan",
     "StepShapes",
-    "Stream",
+    "OutputStream",
     "ToolCall",
     "View",
 ]
@@ -36,10 +36,10 @@ __all__ = [
 if TYPE_CHECKING:
     from fusedkv_jax.serving.copies import Copy, Direction
     from fusedkv_jax.serving.engine import Engine
-    from fusedkv_jax.serving.front import AsyncEngine, QueueFull, Stream
+    from fusedkv_jax.serving.front import AsyncEngine, OutputStream, QueueFull
     from fusedkv_jax.serving.llm import LLM
     from fusedkv_jax.serving.memory import PagedMemory
-    from fusedkv_jax.serving.output import Delta, EngineStats
+    from fusedkv_jax.serving.output import EngineStats, OutputDelta
     from fusedkv_jax.serving.plan import StepPlan
     from fusedkv_jax.serving.policies import POLICIES
     from fusedkv_jax.serving.policy import Policy, View
@@ -55,10 +55,10 @@ else:
         {
             "copies": ["Copy", "Direction"],
             "engine": ["Engine"],
-            "front": ["AsyncEngine", "QueueFull", "Stream"],
+            "front": ["AsyncEngine", "QueueFull", "OutputStream"],
             "llm": ["LLM"],
             "memory": ["PagedMemory"],
-            "output": ["Delta", "EngineStats"],
+            "output": ["OutputDelta", "EngineStats"],
             "plan": ["StepPlan"],
             "policies": ["POLICIES"],
             "policy": ["Policy", "View"],

@@ -20,7 +20,7 @@ from fusedkv_jax.serving.compressed_slots import CompressedSlotRunner
 from fusedkv_jax.serving.grammars import Grammars
 from fusedkv_jax.serving.intake import AnyPrompt, Intake
 from fusedkv_jax.serving.job import Growing, Job
-from fusedkv_jax.serving.output import Delta, EngineStats
+from fusedkv_jax.serving.output import EngineStats, OutputDelta
 from fusedkv_jax.serving.page_runner import PageRunner
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.request import Request
@@ -31,7 +31,7 @@ from fusedkv_jax.serving.slot_runner import SlotRunner
 
 _log = logging.getLogger(__name__)
 
-Deltas = list[tuple[str, Delta]]  # with the name of the request that each belongs to
+Deltas = list[tuple[str, OutputDelta]]  # with the name of the request that each belongs to
 
 
 class Engine:
@@ -142,7 +142,7 @@ class Engine:
     def abort(self, request_id: str) -> Deltas:
         """End a request at once; its pages are free. Nothing happens if it has ended."""
         job = self._jobs.get(request_id)
-        return [] if job is None else self._end(job, Delta(0, finish_reason="abort"))
+        return [] if job is None else self._end(job, OutputDelta(0, finish_reason="abort"))
 
     @property
     def names(self) -> list[str]:
@@ -253,7 +253,7 @@ class Engine:
         output.request = request
         self._outputs[request] = job, output
 
-    def _end(self, job: Job, delta: Delta) -> Deltas:
+    def _end(self, job: Job, delta: OutputDelta) -> Deltas:
         """End all outputs of a job that have not ended, with the same last delta."""
         now, deltas = time.monotonic(), []
         for output in job.live:
@@ -276,7 +276,7 @@ class Engine:
         names = ", ".join(job.name for job in jobs)
         _log.error("a step failed; it ends the requests %s", names, exc_info=error)
         reason = f"was in a step that failed with {type(error).__name__}; the log has the cause"
-        last = Delta(0, finish_reason="error", error=reason)
+        last = OutputDelta(0, finish_reason="error", error=reason)
         deltas: Deltas = []
         for job in jobs:
             deltas += self._end(job, last)

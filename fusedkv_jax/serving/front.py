@@ -12,7 +12,7 @@ from typing import Any
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.serving.engine import Deltas, Engine
 from fusedkv_jax.serving.intake import AnyPrompt
-from fusedkv_jax.serving.output import Delta, EngineStats
+from fusedkv_jax.serving.output import EngineStats, OutputDelta
 from fusedkv_jax.serving.request import RequestError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
-class Stream(AsyncIterator[Delta]):
+class OutputStream(AsyncIterator[OutputDelta]):
     """The deltas of one request as they come; `aclose` (or leaving the loop by it) aborts it.
 
     It ends after the last delta of the last of its outputs.
@@ -36,12 +36,12 @@ class Stream(AsyncIterator[Delta]):
         self.request_id = request_id
         self._front = front
         self._left = self._open = outputs  # outputs to be read to their end, and to be delivered
-        self._ready: asyncio.Queue[Delta] = asyncio.Queue()
+        self._ready: asyncio.Queue[OutputDelta] = asyncio.Queue()
 
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> OutputStream:
         return self
 
-    async def __anext__(self) -> Delta:
+    async def __anext__(self) -> OutputDelta:
         if not self._left:
             raise StopAsyncIteration
         try:
@@ -56,7 +56,7 @@ class Stream(AsyncIterator[Delta]):
         """Abort the request, unless it has ended."""
         self._abort()
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> OutputStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -92,7 +92,7 @@ class AsyncEngine:
         self.engine, self.model_name = engine, model_name
         self.tokenizer, self.max_length = engine.tokenizer, engine.max_model_len
         self._limits = max_queued, max_queued_tokens
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._orders: deque[tuple[Any, ...]] = deque()  # (what to do, arguments)
         self._wanted = threading.Condition()
         self._waiting: dict[str, int] = {}  # request -> prompt tokens, until its first delta
@@ -143,7 +143,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         tenant: str = "",
-    ) -> Stream:
+    ) -> OutputStream:
         """Queue a request; arguments as for `Engine.add`.
 
         Raises:
@@ -157,7 +157,7 @@ class AsyncEngine:
             raise ValueError(f"request {request_id!r} runs already; choose another request_id")
         checked = self.engine.check(prompt, params, request_id)
         self._check_room(len(checked.prompt))
-        stream = self._streams[request_id] = Stream(self, request_id, params.n)
+        stream = self._streams[request_id] = OutputStream(self, request_id, params.n)
         self._waiting[request_id] = len(checked.prompt)
         self._order("add", checked, request_id, priority, tenant)
         return stream
@@ -194,7 +194,7 @@ class AsyncEngine:
                 self._hand_out(deltas)
         except BaseException as error:  # the engine is dead: nobody may wait for it for ever
             self.error = error
-            last = Delta(0, finish_reason="error", error=f"has lost its engine: {error}")
+            last = OutputDelta(0, finish_reason="error", error=f"has lost its engine: {error}")
             self._call(self._end_all, last)
             _log.exception("the engine died")
 
@@ -213,7 +213,7 @@ class AsyncEngine:
                 self.engine.put(*arguments)
             except ValueError as error:  # a race of equal names, or a policy that refuses
                 reason = error.reason if isinstance(error, RequestError) else str(error)
-                refused = Delta(0, finish_reason="error", error=reason)
+                refused = OutputDelta(0, finish_reason="error", error=reason)
                 self._call(self._end, arguments[1], refused)
         self._stats = self.engine.stats()
         return not stops
@@ -239,11 +239,11 @@ class AsyncEngine:
                 if not stream._open:
                     del self._streams[name]
 
-    def _end(self, name: str, delta: Delta) -> None:
+    def _end(self, name: str, delta: OutputDelta) -> None:
         stream = self._streams.get(name)
         if stream is not None:
             self._deliver([(name, delta)] * stream._open)
 
-    def _end_all(self, delta: Delta) -> None:
+    def _end_all(self, delta: OutputDelta) -> None:
         for name in list(self._streams):
             self._end(name, delta)

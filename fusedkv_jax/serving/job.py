@@ -14,7 +14,7 @@ from fusedkv_jax.generation.sampling import NO_TOKEN
 from fusedkv_jax.generation.tracker import Tracker
 from fusedkv_jax.serving.draws import NONE_ALLOWED, TokenDraw
 from fusedkv_jax.serving.grammars import Constraint
-from fusedkv_jax.serving.output import Delta
+from fusedkv_jax.serving.output import OutputDelta
 from fusedkv_jax.serving.request import Request
 from fusedkv_jax.serving.runner import Drawn
 
@@ -39,7 +39,7 @@ class Growing:
         """How its next token is drawn."""
         return TokenDraw(self.request, self.tracker.request, self.params, self.constraint)
 
-    def take(self, drawn: Drawn) -> Delta:
+    def take(self, drawn: Drawn) -> OutputDelta:
         """Its next token; `tracker.finished` tells whether it is the last."""
         prompt, tracker, constraint = self.tracker.request, self.tracker, self.constraint
         if drawn.token in (NO_TOKEN, NONE_ALLOWED):
@@ -53,7 +53,7 @@ class Growing:
         known = self.request.length + 1
         ended = complete or drawn.token in prompt.stops or known >= prompt.limit
         text, tokens, logprobs = tracker.push([drawn.token], drawn.logprobs, ended, complete)
-        return Delta(
+        return OutputDelta(
             tracker.index,
             tokens,
             text or "",
@@ -62,7 +62,7 @@ class Growing:
             tracker.stop_reason,
         )
 
-    def _fail(self, token: int, reason: str | None = None) -> Delta:
+    def _fail(self, token: int, reason: str | None = None) -> OutputDelta:
         self.tracker.push([NO_TOKEN], None, True)
         assert self.tracker.error is not None
         if token == NONE_ALLOWED:
@@ -71,7 +71,7 @@ class Growing:
                 " together exclude every token"
             )
         error = reason or self.tracker.error.reason
-        return Delta(self.tracker.index, finish_reason="error", error=error)
+        return OutputDelta(self.tracker.index, finish_reason="error", error=error)
 
 
 @dataclass(eq=False)
@@ -113,7 +113,7 @@ class Job:
         wanted = self.prompt.params.prompt_logprobs is not None
         return not wanted or len(self.scores) == len(self.prompt.prompt) - 1
 
-    def told(self, delta: Delta) -> Delta:
+    def told(self, delta: OutputDelta) -> OutputDelta:
         """A delta with what is the same for all of the job's, and the first with the scores."""
         size, scores = len(self.prompt.prompt), None
         if self.prompt.params.prompt_logprobs is not None and self.is_scored and not self._told:

@@ -14,7 +14,7 @@ from fusedkv_jax.generation.results import Completion, Output, PlaceLogprobs
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving.engine import Engine
 from fusedkv_jax.serving.intake import AnyPrompt
-from fusedkv_jax.serving.output import Delta
+from fusedkv_jax.serving.output import OutputDelta
 from fusedkv_jax.serving.settings import ServingSettings
 
 # Settings of `fkv.generate` that engines do not have, and why.
@@ -99,7 +99,7 @@ class LLM:
             self.engine.check(prompt, own, name)
             for prompt, own, name in zip(prompts, params, names, strict=True)
         ]
-        found: dict[str, dict[int, list[Delta]]] = {name: {} for name in names}
+        found: dict[str, dict[int, list[OutputDelta]]] = {name: {} for name in names}
         try:
             for prompt, name in zip(checked, names, strict=True):
                 self.engine.put(prompt, name)
@@ -141,7 +141,7 @@ class LLM:
         return self.generate(prompts, params)
 
 
-def _prompt_logprobs(found: Mapping[int, list[Delta]]) -> list[PlaceLogprobs | None] | None:
+def _prompt_logprobs(found: Mapping[int, list[OutputDelta]]) -> list[PlaceLogprobs | None] | None:
     """Those of the one delta that has them."""
     deltas = itertools.chain.from_iterable(found.values())
     scores = (delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None)
@@ -149,7 +149,7 @@ def _prompt_logprobs(found: Mapping[int, list[Delta]]) -> list[PlaceLogprobs | N
     return None if first is None else list(first)
 
 
-def _output(deltas: Sequence[Delta], with_text: bool) -> Output:
+def _output(deltas: Sequence[OutputDelta], with_text: bool) -> Output:
     """An output, of all its deltas."""
     last = deltas[-1]
     assert last.finish_reason is not None

@@ -8,7 +8,7 @@ from fusedkv_jax.generation.results import FinishReason, PlaceLogprobs
 
 
 @dataclass(frozen=True)
-class Delta:
+class OutputDelta:
     """What one output has grown by. All deltas of an output, joined, are the output.
 
     Attributes:

@@ -14,7 +14,7 @@ from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import Result, named
 from pallas_kernels.xla import blocks as blocks_schedule
 from pallas_kernels.xla import decode, rows, tiles
-from pallas_kernels.xla.chunk import Chunk
+from pallas_kernels.xla.chunk import RowChunk
 from pallas_kernels.xla.plan import BlockPlan
 from pallas_kernels.xla.streams import ArraySources, PagedSources, Weighted
 from pallas_kernels.xla.tiles import Scores
@@ -62,7 +62,7 @@ def _paged(how: Scores, q: Array, sources: Weighted, mask: Mask) -> Result:
     shape = (q.shape[0], streams.length, streams.heads, q.shape[3])
     blocks = BlockPlan.choose_paged(q.shape, shape).fit(streams.group, streams.quantized)
     places = tiles.places(mask, q.shape[1], streams.length)
-    chunk = Chunk(
+    chunk = RowChunk(
         how=how, mask=mask, plan=blocks, q=q, sources=sources, queries=places[0], keys=places[1]
     )
     out, lse = _FORWARD[blocks.schedule](chunk)
@@ -86,7 +86,7 @@ def _forward(
         q, streams, (queries, keys) = arrays
         weighted = (streams, *sources[1:])
         out, lse = run(
-            Chunk(
+            RowChunk(
                 how=how, mask=mask, plan=blocks, q=q, sources=weighted, queries=queries, keys=keys
             )
         )
@@ -113,7 +113,7 @@ def _backward(
         dout, lse, delta = linear.statistics(out, lse, (dout, dlse), -tiles.HIDDEN)
         weighted = (streams, key_weights, value_weights)
         grads = run(
-            Chunk(
+            RowChunk(
                 how=how, mask=mask, plan=blocks, q=q, sources=weighted, queries=queries, keys=keys
             ),
             tiles.Cotangents(lse, dout.astype(q.dtype), delta),

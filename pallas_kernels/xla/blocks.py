@@ -8,7 +8,7 @@ from jax import Array, lax
 from pallas_kernels import linear
 from pallas_kernels.masks import Integers, Mask
 from pallas_kernels.xla import tiles
-from pallas_kernels.xla.chunk import Chunk
+from pallas_kernels.xla.chunk import RowChunk
 from pallas_kernels.xla.tiles import Cotangents, Places
 
 FAR = 2**30  # beyond every position and segment id
@@ -82,7 +82,7 @@ class _KeyTiles:
     products, and leaves nothing of the sources' size in memory.
     """
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: RowChunk) -> None:
         self.streams, self.key_weights, self.value_weights = chunk.sources
         self.mask, self.dtype, self.groups = chunk.mask, chunk.q.dtype, chunk.groups
         self.block, self.places = chunk.plan.keys, chunk.keys
@@ -110,7 +110,7 @@ class _KeyTiles:
         return fresh[None, None, None] if seen is None else seen & fresh
 
 
-def forward(chunk: Chunk) -> tuple[Array, Array]:
+def forward(chunk: RowChunk) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
     how, q, streams = chunk.how, chunk.q, chunk.sources[0]
     block_q, heads = chunk.plan.queries, streams.heads
@@ -146,7 +146,7 @@ def forward(chunk: Chunk) -> tuple[Array, Array]:
     return _merge(out, block_q, length), _merge(lse, block_q, length)[..., 0]
 
 
-def backward(chunk: Chunk, rows: Cotangents) -> tuple[Array, Array, Array]:
+def backward(chunk: RowChunk, rows: Cotangents) -> tuple[Array, Array, Array]:
     """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32.
 
     Keys are the outer loop: a tile is mixed once, and its gradients never leave the loop.

@@ -11,7 +11,7 @@ from pallas_kernels.xla.tiles import Places, Scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
+class RowChunk:
     """Rows of a call that are computed at once, B of them.
 
     Attributes:

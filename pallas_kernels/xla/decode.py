@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import masks
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.xla import blocks, tiles
-from pallas_kernels.xla.chunk import Chunk
+from pallas_kernels.xla.chunk import RowChunk
 
 _Sums = tuple[Array, Array, tuple[Array, ...]]  # maximum, denominator, outputs of each source
 
@@ -93,7 +93,7 @@ def _read(
     return _product(weight.astype(dtype), value.reshape(*value.shape[:2], -1).astype(dtype), 1)
 
 
-def forward(chunk: Chunk) -> tuple[Array, Array]:
+def forward(chunk: RowChunk) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
     how, mask, q, block = chunk.how, chunk.mask, chunk.q, chunk.plan.keys
     queries, where = chunk.queries, chunk.keys

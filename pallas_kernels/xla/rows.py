@@ -6,7 +6,7 @@ from jax import Array
 from pallas_kernels import linear
 from pallas_kernels.masks import Mask
 from pallas_kernels.xla import tiles
-from pallas_kernels.xla.chunk import Chunk
+from pallas_kernels.xla.chunk import RowChunk
 from pallas_kernels.xla.tiles import Cotangents
 
 
@@ -32,12 +32,12 @@ def spans(
     return result
 
 
-def _spans(chunk: Chunk) -> list[tuple[int, int, int, int]]:
+def _spans(chunk: RowChunk) -> list[tuple[int, int, int, int]]:
     length, num_keys = chunk.q.shape[1], chunk.sources[0].length
     return spans(chunk.mask, length, num_keys, chunk.plan.queries)
 
 
-def _mixed(chunk: Chunk) -> tuple[Array, Array]:
+def _mixed(chunk: RowChunk) -> tuple[Array, Array]:
     """The mixed key [B, K, S, H] and value [B, K, S, H']."""
     streams, key_weights, value_weights = chunk.sources
     keys, values = streams.tile(0, streams.length)
@@ -47,7 +47,7 @@ def _mixed(chunk: Chunk) -> tuple[Array, Array]:
     return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
 
 
-def forward(chunk: Chunk) -> tuple[Array, Array]:
+def forward(chunk: RowChunk) -> tuple[Array, Array]:
     """Output [B, T, N, H'] and lse [B, T, N] in fp32."""
     q, groups = chunk.q, chunk.groups
     key, value = _mixed(chunk)
@@ -73,7 +73,7 @@ def forward(chunk: Chunk) -> tuple[Array, Array]:
     return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)[..., 0]
 
 
-def backward(chunk: Chunk, rows: Cotangents) -> tuple[Array, Array, Array]:
+def backward(chunk: RowChunk, rows: Cotangents) -> tuple[Array, Array, Array]:
     """Gradients dq [B, T, N, H], dkey [B, S, K, H], dvalue [B, S, K, H'] in fp32."""
     q, groups = chunk.q, chunk.groups
     key, value = _mixed(chunk)

@@ -9,7 +9,7 @@ from fusedkv_jax.data.tokenizers import ByteTokenizer
 from fusedkv_jax.generation import SamplingParams
 from fusedkv_jax.generation.results import Logprob
 from fusedkv_jax.generation.text import Detokenizer, StopTexts
-from fusedkv_jax.serving import Delta, EngineStats, QueueFull
+from fusedkv_jax.serving import EngineStats, OutputDelta, QueueFull
 
 TEXT = "Grüße, 世界! 👩‍🚀 says <|hi|> and 日本語も、한국어도. END "
 PAGE = 16
@@ -21,7 +21,7 @@ class _Choice:
         self.done = False
         self.text, self.stops = Detokenizer(tokenizer.decode), StopTexts(params.stop)
 
-    def step(self, index: int, params: SamplingParams, limit: int, **more: int) -> Delta:
+    def step(self, index: int, params: SamplingParams, limit: int, **more: int) -> OutputDelta:
         token = (TEXT.encode() * (limit // len(TEXT) + 1))[self.sent]
         self.sent += 1
         text = self.stops.push(self.text.push([token]))
@@ -33,7 +33,7 @@ class _Choice:
         if params.logprobs is not None:
             likely = {token + i: Logprob(-0.5 - i, i + 1) for i in range(params.logprobs or 1)}
             logprobs = (likely,)
-        return Delta(
+        return OutputDelta(
             token_ids=(token,),
             text=text,
             logprobs=logprobs,
@@ -47,11 +47,11 @@ class _Request:
     def __init__(self, prompt, params, tokenizer, limit: int, tenant: str):
         self.prompt, self.params, self.limit, self.tenant = tuple(prompt), params, limit, tenant
         self.choices = [_Choice(params, tokenizer) for _ in range(params.n)]
-        self.queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self.queue: asyncio.Queue[OutputDelta] = asyncio.Queue()
         self.cached = 0
         self.pages = 0
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
+    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
         left = self.params.n
         while left:
             delta = await self.queue.get()
@@ -108,7 +108,7 @@ class FakeEngine:
         request = self._requests.pop(request_id, None)
         for index, choice in enumerate(request.choices if request else ()):
             if not choice.done:
-                request.queue.put_nowait(Delta(finish_reason="abort", index=index))
+                request.queue.put_nowait(OutputDelta(finish_reason="abort", index=index))
 
     def stats(self) -> EngineStats:
         running = list(self._requests.values())[: self._most]
@@ -132,7 +132,7 @@ class FakeEngine:
         for name, request in list(self._requests.items())[: self._most]:
             if self.broken:
                 for index in range(request.params.n):
-                    delta = Delta(finish_reason="error", error="has NaN", index=index)
+                    delta = OutputDelta(finish_reason="error", error="has NaN", index=index)
                     request.queue.put_nowait(delta)
                 del self._requests[name]
                 continue

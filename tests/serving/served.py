@@ -6,7 +6,7 @@ import string
 import numpy as np
 
 import fusedkv_jax as fkv
-from fusedkv_jax.serving import Delta, Engine, ServingSettings, StepShapes
+from fusedkv_jax.serving import Engine, OutputDelta, ServingSettings, StepShapes
 from tests.model import small
 
 LONGEST, PAGE, PAGES = 40, 4, 60
@@ -62,7 +62,7 @@ def prompts(count, seed=0, longest=LONGEST - 12):
     return [rng.integers(0, 60, rng.integers(1, longest)).tolist() for _ in range(count)]
 
 
-def run(served, given, params) -> dict[str, list[Delta]]:
+def run(served, given, params) -> dict[str, list[OutputDelta]]:
     """All deltas of some prompts that are added together, by their numbers."""
     if isinstance(params, fkv.SamplingParams):
         params = [params] * len(given)
