@@ -10,7 +10,6 @@ import sys
 from unittest import mock
 
 from absl import flags
-from absl.testing import flagsaver
 
 from experiments.common import cli, failures, parsing
 
@@ -132,7 +131,6 @@ def run_here(program: str, *command_lines: list[str]) -> list[str]:
             return value.fget(flag)
 
         with (
-            flagsaver.flagsaver(),  # also forgets the flags that are defined meanwhile
             mock.patch.dict(parsing._RULES, clear=True),
             mock.patch.object(sys, "argv", [module.__name__, *line]),
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -140,7 +138,7 @@ def run_here(program: str, *command_lines: list[str]) -> list[str]:
         ):
             module.define_flags()
             try:
-                _, given = parsing.parse(cli._spell_out(sys.argv))
+                parsing.parse(cli._spell_out(sys.argv))
                 with mock.patch.object(flags.Flag, "value", property(get, value.fset)):
                     assert not module.main()
             except Exception as error:
@@ -148,8 +146,12 @@ def run_here(program: str, *command_lines: list[str]) -> list[str]:
                 if message is None:
                     raise
                 raise Refused(message) from error
-            unread = {name for name in given if given[name].present} - read
-            assert not unread, f"flags that nothing read: {unread}"
+            finally:
+                # Not by absl's flagsaver: libraries that are imported meanwhile keep theirs.
+                present = {name for name, flag in parsing.own_flags().items() if flag.present}
+                for name in parsing.own_flags():
+                    delattr(flags.FLAGS, name)
+            assert present <= read, f"flags that nothing read: {present - read}"
         found.append(out.getvalue())
     return found
 

@@ -59,26 +59,21 @@ def test_programs_take_a_folder(folder, tmp_path):
     assert len(json.loads(written[1])["outputs"][0]["token_ids"]) == 4
     for code, _, error in (missing, both, none):
         assert code == 2 and len(error.splitlines()) == 1
-    (evaluated, silent) = commands.run("evaluate", [model, text, "--max_batches=1"], [model])
-    assert evaluated[0] == 0, evaluated
-    assert json.loads(evaluated[1].splitlines()[-1])["loss"] > 0
-    assert silent[0] == 2 and "--source is missing" in silent[2]
+    (evaluated,) = commands.run_here("evaluate", [model, text, "--max_batches=1"])
+    assert json.loads(evaluated.splitlines()[-1])["loss"] > 0
+    with pytest.raises(commands.Refused, match="--source is missing"):
+        commands.run_here("evaluate", [model])
 
 
 def test_a_folder_becomes_a_run_and_a_folder_again(folder, tmp_path):
     run, again = str(tmp_path / "run"), str(tmp_path / "again")
-    (there,) = commands.run("convert", [f"--model={folder}", f"--output={run}", "--check"])
-    assert there[0] == 0, there
-    report = json.loads(there[1].splitlines()[-1])
+    (there,) = commands.run_here("convert", [f"--model={folder}", f"--output={run}", "--check"])
+    report = json.loads(there.splitlines()[-1])
     assert [row["same text"] for row in report["check"]][:2] == [True, True]
     assert report["check"][1]["largest logit difference"] == 0
-    (back, full) = commands.run(
-        "convert",
-        [f"--workdir={run}", f"--output={again}"],
-        [f"--model={folder}", f"--output={run}"],
-    )
-    assert back[0] == 0, back
-    assert full[0] == 2 and "is not empty; name a new folder" in full[2]
+    commands.run_here("convert", [f"--workdir={run}", f"--output={again}"])
+    with pytest.raises(commands.Refused, match="is not empty; name a new folder"):
+        commands.run_here("convert", [f"--model={folder}", f"--output={run}"])
     for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
@@ -107,14 +102,13 @@ def test_training_starts_from_a_folder(folder, tmp_path):
         "--config.train.eval_batches=0",
         "--config.train.steps=1",
         "--config.optimizer.learning_rate=1e-30",
+        "--config.mesh.devices=1",
     ]
-    (started, wrong) = commands.run(
-        "train",
-        [*arguments, f"--workdir={tmp_path / 'run'}", "--config.model.layout=cla"],
-        [*arguments, f"--workdir={tmp_path / 'other'}", "--config.model.num_heads=4"],
-    )
-    assert started[0] == 0, started
-    assert wrong[0] == 2 and "--config.model.num_heads=4 does not fit" in wrong[2]
+    where = f"--workdir={tmp_path / 'run'}"
+    commands.run_here("train", [*arguments, where, "--config.model.layout=cla"])
+    wrong = [*arguments, f"--workdir={tmp_path / 'other'}", "--config.model.num_heads=4"]
+    with pytest.raises(commands.Refused, match="--config.model.num_heads=4 does not fit"):
+        commands.run_here("train", wrong)
     model, config, _ = load_model(tmp_path / "run")
     expected = load_huggingface(folder, layout="cla")
     assert config.model == expected.config
@@ -135,19 +129,17 @@ def test_a_conversion_is_fitted_and_learns_from_its_original(folder, tmp_path):
         "--config.train.eval_batches=0",
         "--config.train.steps=2",
         "--config.optimizer.learning_rate=1e-30",
+        "--config.mesh.devices=1",
         "--config.model.layout=yoco",
         f"--workdir={run}",
     ]
     learns = "--config.distillation.logits=1"
-    trained, unused, missing = commands.run(
-        "train",
-        [*arguments, "--fit_tokens=256", learns, "--config.distillation.hidden=1"],
-        [*arguments, f"--teacher={folder}"],
-        ["--config=demo", f"--workdir={tmp_path / 'other'}", learns],
-    )
-    assert trained[0] == 0, trained
-    assert unused[0] == 2 and "--teacher goes with --config.distillation" in unused[2]
-    assert missing[0] == 2 and "--teacher is missing" in missing[2]
+    fitted = [*arguments, "--fit_tokens=256", learns, "--config.distillation.hidden=1"]
+    commands.run_here("train", fitted)
+    with pytest.raises(commands.Refused, match="--teacher goes with --config.distillation"):
+        commands.run_here("train", [*arguments, f"--teacher={folder}"])
+    with pytest.raises(commands.Refused, match="--teacher is missing"):
+        commands.run_here("train", ["--config=demo", f"--workdir={tmp_path / 'other'}", learns])
     model, config, _ = load_model(run)
     tokens = models.training_tokens(config.data, 256)
     assert tokens.shape == (8, 32)
@@ -167,20 +159,19 @@ def test_losses_of_conversions_are_tabulated(folder, tmp_path):
         "--config.data.holdout_fraction=0.5",
         "--config.train.eval_batches=1",
         "--config.train.eval_every=1",
+        "--config.mesh.devices=1",
         f"--workdir={tmp_path}",
         "--layouts=yoco",
         "--fit_tokens=64",
     ]
-    made, wrong, short = commands.run(
-        "uptrain",
-        [*arguments, "--objectives=stages", "--config.train.steps=2"],
-        [*arguments, "--objectives=other"],
-        [*arguments, "--config.train.steps=1"],
+    (made,) = commands.run_here(
+        "uptrain", [*arguments, "--objectives=stages", "--config.train.steps=2"]
     )
-    assert made[0] == 0, made
-    assert wrong[0] == 2 and "--objectives=other; choose text" in wrong[2]
-    assert short[0] == 2 and "steps=1 are fewer than the parts of --objectives=stages" in short[2]
-    results = json.loads(made[1].splitlines()[-1])
+    with pytest.raises(commands.Refused, match="--objectives=other; choose text"):
+        commands.run_here("uptrain", [*arguments, "--objectives=other"])
+    with pytest.raises(commands.Refused, match="steps=1 are fewer than the parts of --obj"):
+        commands.run_here("uptrain", [*arguments, "--config.train.steps=1"])
+    results = json.loads(made.splitlines()[-1])
     (row,) = results["rows"]
     curves, stages = row["curves"], row["stages"]
     assert [tokens for tokens, _ in curves["stages"]] == [0, 32, 64]
