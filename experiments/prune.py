@@ -1,10 +1,10 @@
 """Drop the fusion sources that matter least: python -m experiments.prune --workdir=DIR.
 
-Prunes a trained model step by step on some of its held-out text, and prints for every step the
-cache bytes that a token reads and how far the predictions have moved; then, for each budget, the
-loss on the held-out text and the time per output token, models in turns. Each pruned model is saved
-in a work directory of its own, for evaluate, generate and further training. The last line is one
-JSON document.
+Prunes a trained model step by step on some of its held-out text, or the model of a folder (--model)
+on the text of --source. Prints for every step the cache bytes that a token reads and how far the
+predictions have moved; then, for each budget, the loss on the held-out text and the time per output
+token, models in turns. Each pruned model is saved in a work directory of its own, for evaluate,
+generate and further training. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from absl import flags
 
 import fusedkv_jax as fkv
-from experiments.common import cli
+from experiments.common import cli, models
 from experiments.common.documents import Document
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.training import ExperimentConfig
@@ -32,7 +32,10 @@ NEW_TOKENS = 33
 
 def define_flags() -> None:
     """Define the flags."""
-    flags.DEFINE_string("workdir", None, "Directory of a training run whose layout fuses streams.")
+    models.define_flags("Directory of a training run whose layout fuses streams.")
+    flags.DEFINE_string(
+        "source", None, "Text to calibrate and evaluate on, all of it; --model needs it."
+    )
     flags.DEFINE_multi_float(
         "budget", [1.25, 1.0], "Cache reads to reach, of one stream a layer; may be repeated."
     )
@@ -47,12 +50,15 @@ def define_flags() -> None:
         None,
         "Folder for the pruned models, a work directory for each budget; default WORKDIR/pruned.",
     )
+    cli.only_with("source", model=True)
 
 
 def main() -> None:
-    workdir = cli.require("workdir")
-    model, config, step = training.load_model(workdir)
-    output = cli.check_output(FLAGS.output or f"{workdir}/pruned", folder=True)
+    if not models.named()[0]:  # what is made of a model of others has no place of its own
+        cli.require("output")
+    loaded = models.with_text(models.load(source=FLAGS.source))
+    model, config = loaded.model, loaded.config
+    output = cli.check_output(FLAGS.output or f"{loaded.where}/pruned", folder=True)
     if len(set(FLAGS.budget)) < len(FLAGS.budget):
         raise ValueError("--budget is given twice with one value; give it once")
     folders = {budget: output / f"budget_{budget:g}" for budget in sorted(FLAGS.budget)}
@@ -65,32 +71,38 @@ def main() -> None:
 
     texts = jnp.asarray(heldout_texts(config, config.data.seq_len, FLAGS.texts))
     options = {"group": FLAGS.group, "refit": FLAGS.refit}
-    models: dict[str, fkv.Decoder] = {"whole": fkv.fold_fusion(model)}
+    compared: dict[str, fkv.Decoder] = {"whole": fkv.fold_fusion(model)}
     reads: dict[str, float] = {}
     report: compression.PruningReport | None = None
     for budget, folder in folders.items():  # the smallest first: its report has all steps
         pruned, found = compression.prune_sources(model, budget, texts, progress=_say, **options)
-        save(pruned, config, folder)
+        save(pruned, loaded, folder)
         report = report or found
         name = f"budget {budget:g}"
-        models[name], reads[name] = pruned, found.steps[-1].reads
+        compared[name], reads[name] = pruned, found.steps[-1].reads
     assert report is not None
     reads["whole"] = report.steps[0].reads
     print(report)
-    rows = _rows(models, reads, config)
+    rows = _rows(compared, reads, config)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     steps = [dataclasses.asdict(s) for s in report.steps]
-    document = {"name": config.name, "step": step, "steps": steps, "models": rows}
+    document = {"name": config.name, "step": loaded.step, "steps": steps, "models": rows}
     document["workdirs"] = [str(folder) for folder in folders.values()]
     print(json.dumps(document))
 
 
-def save(model: fkv.Decoder, config: ExperimentConfig, workdir: pathlib.Path) -> None:
-    """Leave a model as the checkpoint of a run that begins with it, at step 0."""
+def save(model: fkv.Decoder, loaded: models.Loaded, workdir: pathlib.Path) -> None:
+    """Leave a model as the checkpoint of a run that begins with it, at step 0.
+
+    What was no run before is saved without an optimizer and a place in the data.
+    """
     from flax import nnx
 
-    config = dataclasses.replace(config, model=model.config)
+    config = dataclasses.replace(loaded.config, model=model.config)
+    if loaded.step is None:
+        training.save_model(model, config, workdir)
+        return
     optimizer = run_optimizer(config)
     state = training.create_state(config.model, optimizer, config.train.seed)
     params = nnx.state(model, nnx.Param)
@@ -110,7 +122,7 @@ def _say(step: compression.PruningStep) -> None:
 
 
 def _rows(
-    models: dict[str, fkv.Decoder], reads: dict[str, float], config: ExperimentConfig
+    compared: dict[str, fkv.Decoder], reads: dict[str, float], config: ExperimentConfig
 ) -> list[Document]:
     """Reads, loss and time of every model."""
     import numpy as np
@@ -119,9 +131,9 @@ def _rows(
     from experiments.benchmarks import latency
 
     prompt = np.arange(FLAGS.length, dtype=np.int32) % config.model.vocab_size
-    times = latency.measure(models, prompt, new_tokens=NEW_TOKENS, repeats=FLAGS.rounds)
+    times = latency.measure(compared, prompt, new_tokens=NEW_TOKENS, repeats=FLAGS.rounds)
     rows = []
-    for name, model in models.items():
+    for name, model in compared.items():
         graphdef, params = nnx.split(model, nnx.Param)
         batches = data.make_eval_batches(config.data, FLAGS.max_batches)
         result = training.evaluate(make_eval_step(graphdef), params, batches)

@@ -35,6 +35,23 @@ def test_reads_fall_to_the_budget_and_the_whole_model_comes_first(comparison_con
     graphdef, params = nnx.split(model, nnx.Param)
     loss = evaluate(make_eval_step(graphdef), params, batches).metrics["loss"]
     assert loss == pytest.approx(report["models"][1]["loss"], abs=1e-4)
+    # The same of a folder that somebody was given.
+    folder, text, made = (str(tmp_path / name) for name in ("folder", "text.txt", "made"))
+    (tmp_path / "text.txt").write_text("Layers read what others keep.\n" * 200)
+    given = [f"--model={folder}", "--tokenizer=byte", f"--source={text}", *line[1:-1]]
+    given.append("--budget=1.25")
+    exported, again, nowhere = commands.run_several(
+        [
+            ("convert", [f"--workdir={tmp_path}", f"--output={folder}"]),
+            ("prune", [*given, f"--output={made}", "--max_batches=1"]),
+            ("prune", given),
+        ]
+    )
+    assert exported[0] == 0 and again[0] == 0, (exported, again)
+    assert nowhere[0] == 2 and "--output is missing" in nowhere[2]
+    (step,) = json.loads(again[1].splitlines()[-1])["steps"][-1:]
+    assert step["reads"] == pytest.approx(1.25)
+    assert load_model(f"{made}/budget_1.25")[2] == 0
     # A second run loses nothing.
     ((code, _, error),) = commands.run("prune", line)
     assert code == 2 and "exists already" in error
