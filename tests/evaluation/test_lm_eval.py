@@ -1,6 +1,9 @@
 """lm-eval's tasks on a model of ours, against lm-eval's own class for PyTorch."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -79,6 +82,11 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder):
+    return both(folder)
+
+
+def both(folder):
+    """An exported model, as ours and as lm-eval's own class has it."""
     from lm_eval.models.huggingface import HFLM
 
     from fusedkv_jax.evaluation.lm_eval import FusedKV
@@ -89,6 +97,11 @@ def models(folder):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_every_document_is_answered_as_by_pytorch(chat, models, tasks):
+    check_every_document(models, tasks, chat, within=1e-4)
+
+
+def check_every_document(models, tasks, chat, within):
+    """Both models answer all tasks alike."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -104,16 +117,69 @@ def test_every_document_is_answered_as_by_pytorch(chat, models, tasks):
         samples = list(zip(ours["samples"][task], theirs["samples"][task], strict=True))
         assert len(samples) == len(DOCUMENTS)
         for mine, other in samples:
-            found, expected = mine["filtered_resps"], other["filtered_resps"]
-            if task == "choose":
-                assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-                found, expected = ([value for value, _ in each] for each in (found, expected))
-            if task != "write":
-                assert all(value < -1 for value in found)
-                expected = pytest.approx(expected, abs=1e-4, rel=1e-6)
-            assert found == expected
+            check_answers(task, mine["filtered_resps"], other["filtered_resps"], within)
             assert mine["arguments"] == other["arguments"]
     assert any(sample["filtered_resps"] != [""] for sample in ours["samples"]["write"])
+
+
+def check_answers(task, found, expected, within):
+    """Answers to a document: texts, log-likelihoods, or these and whether each is greedy."""
+    if task == "choose":
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        found, expected = ([value for value, _ in each] for each in (found, expected))
+    if task != "write":
+        assert all(value < 0 for value in found)
+        expected = pytest.approx(expected, abs=within, rel=1e-6)
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_the_documented_command_gives_what_lm_evals_own_does(folder, tasks, tmp_path):
+    """Both from the command line to the files of samples, document by document."""
+    options = ["--tasks", ",".join(TASKS), "--include_path", str(tasks), "--batch_size", "2"]
+    ours = run_command(
+        ["fusedkv_jax.evaluation.lm_eval", "--model", "fusedkv_jax"]
+        + ["--model_args", f"model={folder}", *options],
+        tmp_path / "ours",
+    )
+    theirs = run_command(
+        ["lm_eval", "--model", "hf", "--device", "cpu"]
+        + ["--model_args", f"pretrained={folder},dtype=float32", *options],
+        tmp_path / "theirs",
+    )
+    for task in TASKS:
+        assert ours[task].keys() == theirs[task].keys() == set(range(len(DOCUMENTS)))
+        for number, found in ours[task].items():
+            check_answers(task, found, theirs[task][number], within=1e-4)
+
+
+def run_command(arguments, output):
+    """Run a module of the command line; answers by task and document."""
+    given = ["-m", *arguments, "--log_samples", "--output_path", str(output)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *given], env=os.environ | offline, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for task in TASKS:
+        assert f"\n|{task}" in done.stdout  # a row of the table
+        (file,) = output.glob(f"*/samples_{task}_*.jsonl")
+        documents = map(json.loads, file.read_text().splitlines())
+        found[task] = {each["doc_id"]: values(each["filtered_resps"]) for each in documents}
+    return found
+
+
+def values(answers):
+    """What lm-eval wrote as text, as it was."""
+    if isinstance(answers, list):
+        return [values(answer) for answer in answers]
+    if answers in ("True", "False"):
+        return answers == "True"
+    try:
+        return float(answers)
+    except ValueError:
+        return answers
 
 
 def test_greedy_continuations_are_known_as_such(models):
