@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Pages, quantize
+from pallas_kernels import Pages, Stacked, quantize
 from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, poison
 from tests.pallas_kernels.implementation import Implementation
@@ -116,17 +116,35 @@ def _arguments(rng, shape):
     return arguments, (normal(batch, length, heads, value_size), normal(batch, length, heads))
 
 
+def _laid(lies, arguments):
+    """The arguments with their sources as they lie in a cache."""
+    if lies == "apart":
+        return arguments
+
+    def stacked(sources):
+        data = jnp.stack(sources)
+        size = data.shape[-1]
+        if lies != "stacked":
+            data = data.reshape(*data.shape[:3], -1)
+        return tuple(Stacked(data, slot, size) for slot in range(len(sources)))
+
+    q, keys, values, *weights = arguments
+    return q, stacked(keys), stacked(values), *weights
+
+
 def attention(rng, how: Implementation, limits: Limits):
     """One call with float sources: output, lse and gradients."""
     shape = _shape(rng, limits, "value_size" not in how.unsupported)
     options = _options(rng, shape, how.unsupported)
-    yield f"attention {shape} {options}"
+    lies = str(rng.choice(["apart", "apart", "stacked", "stacked, heads together"]))
+    lies = lies if how.implementation == "xla" else "apart"
+    yield f"attention {shape} {options}, sources {lies}"
     arguments, (dout, dlse) = _arguments(rng, shape)
     dlse = dlse * ("residuals" not in how.unsupported)
     want = oracle.attention(*arguments, options, dout, dlse)
 
     def both(arguments, cotangents):
-        result, pull = jax.vjp(lambda *x: how.attend(x, options), *arguments)
+        result, pull = jax.vjp(lambda *x: how.attend(_laid(lies, x), options), *arguments)
         return *result, pull(cotangents)
 
     got = jit(both)(poison(arguments, options), (dout, dlse))
