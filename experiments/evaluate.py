@@ -16,7 +16,6 @@ from experiments.common import cli, models
 from experiments.common.documents import Document
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.cache import STORAGE_TYPES
-from fusedkv_jax.training.evaluation import make_eval_step
 from fusedkv_jax.training.monitoring.progress import Progress
 
 FLAGS = flags.FLAGS
@@ -94,7 +93,7 @@ def perplexity() -> Document:
     config = models.with_text(loaded).config
     batches = data.make_eval_batches(config.data, FLAGS.max_batches)
     graphdef, params = nnx.split(loaded.model, nnx.Param)
-    eval_step = make_eval_step(graphdef, config.train.grad_accumulation)
+    eval_step = training.make_eval_step(graphdef, config.train.grad_accumulation)
     with Progress(len(batches), label="evaluating", unit="batch") as progress:
         result = training.evaluate(eval_step, params, _counted(batches, progress))
     report = {

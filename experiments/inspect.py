@@ -14,7 +14,6 @@ from absl import flags
 
 from experiments.common import cli
 from fusedkv_jax import costs, training
-from fusedkv_jax.training.checkpointing.directory import committed_steps
 
 FLAGS = flags.FLAGS
 
@@ -70,11 +69,15 @@ def main() -> int:
         directory = next(
             d
             for d in (training.checkpoint_directory(path), path)
-            if committed_steps(d) or d == path
+            if training.committed_steps(d) or d == path
         )
-        steps = committed_steps(directory)
+        steps = training.committed_steps(directory)
         if not steps:
-            runs = [str(d.parent) for d in sorted(path.glob("*/checkpoints")) if committed_steps(d)]
+            runs = [
+                str(d.parent)
+                for d in sorted(path.glob("*/checkpoints"))
+                if training.committed_steps(d)
+            ]
             hint = f"; there are runs in {', '.join(runs)}" if runs else ""
             raise training.CheckpointError(f"there is no checkpoint in {target}{hint}")
         if FLAGS.step is not None and FLAGS.step not in steps:

@@ -21,9 +21,6 @@ from experiments.common import cli, models
 from experiments.common.documents import Document
 from fusedkv_jax import compression, data, training
 from fusedkv_jax.training import ExperimentConfig
-from fusedkv_jax.training.checkpointing.directory import committed_steps
-from fusedkv_jax.training.evaluation import make_eval_step
-from fusedkv_jax.training.trainable import run_optimizer
 
 FLAGS = flags.FLAGS
 
@@ -103,13 +100,15 @@ def save(model: fkv.Decoder, loaded: models.Loaded, workdir: pathlib.Path) -> No
     if loaded.step is None:
         training.save_model(model, config, workdir)
         return
+    from fusedkv_jax.training.trainable import run_optimizer
+
     optimizer = run_optimizer(config)
     state = training.create_state(config.model, optimizer, config.train.seed)
     params = nnx.state(model, nnx.Param)
     state = dataclasses.replace(state, params=params)
     with training.Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(0, state, data.make_train_iterator(config.data), config)
-    if committed_steps(training.checkpoint_directory(workdir)) != [0]:
+    if training.committed_steps(training.checkpoint_directory(workdir)) != [0]:
         raise OSError(f"{workdir}: the pruned model could not be saved")
 
 
@@ -136,7 +135,7 @@ def _rows(
     for name, model in compared.items():
         graphdef, params = nnx.split(model, nnx.Param)
         batches = data.make_eval_batches(config.data, FLAGS.max_batches)
-        result = training.evaluate(make_eval_step(graphdef), params, batches)
+        result = training.evaluate(training.make_eval_step(graphdef), params, batches)
         rows.append(
             {
                 "model": name,

@@ -22,7 +22,6 @@ import fusedkv_jax as fkv
 from experiments.common import cli, models, pictures, runs
 from fusedkv_jax import costs, processes, training
 from fusedkv_jax.training import DistillationConfig, ExperimentConfig
-from fusedkv_jax.training.evaluation import make_eval_step
 
 FLAGS = flags.FLAGS
 
@@ -211,7 +210,7 @@ def _held_out_loss(model: fkv.Decoder, config: ExperimentConfig) -> float:
 
     graphdef, params = nnx.split(model, nnx.Param)
     batches = data.make_eval_batches(config.data, config.train.eval_batches)
-    found = training.evaluate(make_eval_step(graphdef), params, batches)
+    found = training.evaluate(training.make_eval_step(graphdef), params, batches)
     return found.metrics["loss"]
 
 

@@ -21,7 +21,6 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.data import DataConfig
 from fusedkv_jax.layouts import KINDS, KVLayout
 from fusedkv_jax.training import ExperimentConfig
-from fusedkv_jax.training.checkpointing.directory import committed_steps
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -262,7 +261,7 @@ def run_config(path: str) -> ExperimentConfig:
     from fusedkv_jax.training.checkpointing import manifest
 
     directory = training.checkpoint_directory(path)
-    steps = committed_steps(directory)
+    steps = training.committed_steps(directory)
     if not steps:
         raise ValueError(f"there is no checkpoint in {path}; train there first")
     return ExperimentConfig.from_dict(manifest.read(directory / str(steps[-1])).config)

@@ -22,10 +22,12 @@ __all__ = [
     "TrainState",
     "WorkdirLockedError",
     "checkpoint_directory",
+    "committed_steps",
     "create_state",
     "evaluate",
     "learning_rate_schedule",
     "load_model",
+    "make_eval_step",
     "make_optimizer",
     "make_train_step",
     "save_model",
@@ -39,13 +41,14 @@ if TYPE_CHECKING:
         load_model,
         save_model,
     )
+    from fusedkv_jax.training.checkpointing.directory import committed_steps
     from fusedkv_jax.training.checkpointing.lock import WorkdirLockedError
     from fusedkv_jax.training.checkpointing.manifest import CheckpointError, DamagedCheckpointError
     from fusedkv_jax.training.config import ExperimentConfig, TrainConfig
     from fusedkv_jax.training.distillation_config import DistillationConfig
     from fusedkv_jax.training.divergence import DivergedError
     from fusedkv_jax.training.early_exit_config import EarlyExitConfig
-    from fusedkv_jax.training.evaluation import EvalResult, evaluate
+    from fusedkv_jax.training.evaluation import EvalResult, evaluate, make_eval_step
     from fusedkv_jax.training.interrupts import INTERRUPTED_EXIT_CODE
     from fusedkv_jax.training.loop import TrainResult, train
     from fusedkv_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -64,13 +67,14 @@ else:
                 "load_model",
                 "save_model",
             ],
+            "checkpointing.directory": ["committed_steps"],
             "checkpointing.lock": ["WorkdirLockedError"],
             "checkpointing.manifest": ["CheckpointError", "DamagedCheckpointError"],
             "config": ["ExperimentConfig", "TrainConfig"],
             "distillation_config": ["DistillationConfig"],
             "divergence": ["DivergedError"],
             "early_exit_config": ["EarlyExitConfig"],
-            "evaluation": ["EvalResult", "evaluate"],
+            "evaluation": ["EvalResult", "evaluate", "make_eval_step"],
             "interrupts": ["INTERRUPTED_EXIT_CODE"],
             "loop": ["TrainResult", "train"],
             "optimizer": ["learning_rate_schedule", "make_optimizer"],
