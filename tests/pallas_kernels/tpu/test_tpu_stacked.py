@@ -120,7 +120,7 @@ def test_equals_the_sources_apart(monkeypatch, implementation, name):
 def test_arrays_that_do_not_fit_are_named():
     data, q = jnp.zeros((2, 1, 8, 32)), jnp.zeros((1, 1, 2, 16))
     ours = (Stacked(data, 0, 16),)
-    with pytest.raises(ValueError, match=r"values\[0\].data has shape .* K \* H\] with H = 24"):
+    with pytest.raises(ValueError, match=r"values\[0\].data has shape .* K, H\] with H = 24"):
         pallas_kernels.attention(q, ours, (Stacked(data, 0, 24),))
     with pytest.raises(ValueError, match=r"keys\[0\].scale has shape .*must be \[P, B, S, K\]"):
         pallas_kernels.attention(q, (Stacked(data, 0, 16, data),), ours)
