@@ -137,7 +137,7 @@ def attention(rng, how: Implementation, limits: Limits):
     shape = _shape(rng, limits, "value_size" not in how.unsupported)
     options = _options(rng, shape, how.unsupported)
     lies = str(rng.choice(["apart", "apart", "stacked", "stacked, heads together"]))
-    lies = lies if how.implementation == "xla" else "apart"
+    lies = lies if getattr(how, "implementation", None) == "xla" else "apart"
     yield f"attention {shape} {options}, sources {lies}"
     arguments, (dout, dlse) = _arguments(rng, shape)
     dlse = dlse * ("residuals" not in how.unsupported)
