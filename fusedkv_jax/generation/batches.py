@@ -15,6 +15,7 @@ from jaxtyping import Array
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation import loop
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
+from fusedkv_jax.generation.compile_time import compile_time
 from fusedkv_jax.generation.engine import OfflineEngine
 from fusedkv_jax.generation.logprobs import Logprobs
 from fusedkv_jax.generation.params import SamplingParams
@@ -104,13 +105,15 @@ class Batch:
         begun = self._state is not None
         if not begun:
             self._begin()
-        start = time.perf_counter()
+        clock, start = compile_time(), time.perf_counter()
         if begun or tokens is None:
             self._decode(tokens)
         found = self._read_new(tokens or self.length)
         rates = self.engine.rates
         rates.output_tokens += sum(len(new.tokens) for new in found)
-        rates.decode_seconds += time.perf_counter() - start
+        compiling = clock.since(start)
+        rates.decode_seconds += time.perf_counter() - start - compiling
+        rates.compile_seconds += compiling
         self._count_drafts()
         return found
 
@@ -123,7 +126,7 @@ class Batch:
 
     def _begin(self) -> None:
         """Prefill, and each row's first token."""
-        start = time.perf_counter()
+        clock, start = compile_time(), time.perf_counter()
         programs = self.engine.programs
         logits, cache = self._prefill()
         self._inputs, tokens, bounds = self._arrays()
@@ -134,7 +137,9 @@ class Batch:
         jax.block_until_ready(self._state.lengths)
         rates = self.engine.rates
         rates.prompt_tokens += sum(len(r.prompt) for r in self.requests)
-        rates.prefill_seconds += time.perf_counter() - start
+        compiling = clock.since(start)
+        rates.prefill_seconds += time.perf_counter() - start - compiling
+        rates.compile_seconds += compiling
         rates.first_tokens += len(self.rows)
 
     def _decode(self, tokens: int | None) -> None:

@@ -117,9 +117,10 @@ class Rates:
 
     Attributes:
         prompt_tokens: of prefilled prompts; a shared prefix counts for each prompt.
-        prefill_seconds: until the first tokens were there.
+        prefill_seconds: until the first tokens were there, without compiling.
         output_tokens: generated, the first of each output included.
-        decode_seconds: for all tokens after the first.
+        decode_seconds: for all tokens after the first, without compiling.
+        compile_seconds: spent on compiling in between, or on reading compiled programs.
         requests: prompts that have been completed.
         first_tokens: outputs that have begun; their first tokens belong to prefill.
         drafted, accepted: tokens that speculation drafted, and those of them that were right.
@@ -129,6 +130,7 @@ class Rates:
     prefill_seconds: float = 0.0
     output_tokens: int = 0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
     requests: int = 0
     first_tokens: int = 0
     drafted: int = 0
@@ -140,7 +142,10 @@ class Rates:
         drafts = ""
         if self.drafted:
             drafts = f"; {self.accepted} of {self.drafted} drafted tokens accepted"
+        compiling = ""
+        if self.compile_seconds >= 0.05:
+            compiling = f"; {self.compile_seconds:.1f} s compiling beside"
         return (
             f"prefill {self.prompt_tokens} tokens, {prefill:.0f} tokens/s; "
-            f"decode {self.output_tokens} tokens, {decode:.1f} tokens/s{drafts}"
+            f"decode {self.output_tokens} tokens, {decode:.1f} tokens/s{drafts}{compiling}"
         )
