@@ -70,7 +70,7 @@ def select(storage: Tree, slot: Slot) -> Tree:
     )
 
 
-def lying(storage: Storage, slot: Slot) -> Stacked:
+def source_in_place(storage: Storage, slot: Slot) -> Stacked:
     """One stream where it lies, for attention in XLA to cut tiles out.
 
     A loop over tiles takes a stream that was cut out before as a copy, and makes it again for every

@@ -15,9 +15,9 @@ from fusedkv_jax.cache.storage import (
     Slot,
     Storage,
     encode,
-    lying,
     ring_positions,
     select,
+    source_in_place,
     write,
     write_ring,
 )
@@ -152,7 +152,7 @@ class LinearStore(Store):
     def view(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"] | None, call: Call) -> View:
         storage = storage_of(self, kind)
         if call.length <= IN_PLACE_TOKENS and choice.device()[0] == "cpu":
-            return lying(storage, slot)
+            return source_in_place(storage, slot)
         return select(storage, slot)
 
     def pieces(
