@@ -20,6 +20,7 @@ from fusedkv_jax import serving
 from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
+from fusedkv_jax.generation import SelfSpeculation
 
 FLAGS = flags.FLAGS
 
@@ -70,6 +71,21 @@ def define_flags() -> None:
         1,
     )
     flags.DEFINE_bool("enable_prefix_caching", True, "Share pages of prompts that begin alike.")
+    flags.DEFINE_enum(
+        "speculation",
+        None,
+        ["ngram", "self"],
+        "Guess tokens and check several in a step: ngram looks them up, self drafts with the lower"
+        " layers.",
+    )
+    flags.DEFINE_integer("draft_tokens", 4, "Tokens of a guess.", 1)
+    flags.DEFINE_integer("exit_layer", None, "Layers that draft; default those that cache.", 1)
+    flags.DEFINE_bool("adaptive_draft", False, "End a draft early where it is likely wrong.")
+    flags.DEFINE_integer("prompt_lookup_min", 2, "Last tokens that must have occurred before.", 1)
+    flags.DEFINE_integer("prompt_lookup_max", 4, "As many of them as possible, up to these.", 1)
+    cli.only_with("draft_tokens", speculation=True)
+    cli.only_with("prompt_lookup_min prompt_lookup_max", speculation="ngram")
+    cli.only_with("exit_layer adaptive_draft", speculation="self")
     flags.DEFINE_enum("policy", "fcfs", sorted(serving.POLICIES), "Who comes first.")
     flags.DEFINE_integer("max_queued", 1024, "Requests that may wait; further ones get a 503.", 1)
     flags.DEFINE_integer("max_queued_tokens", None, "Tokens of their prompts; default any.", 1)
@@ -85,7 +101,7 @@ def main() -> None:
     chosen: dict[str, Any] = {name: FLAGS[name].value for name in _SETTINGS}
     if FLAGS.compression is not None:
         chosen["compression"] = parse(FLAGS.compression)
-    settings = serving.ServingSettings(**chosen)
+    settings = serving.ServingSettings(**chosen, speculation=_speculation())
     limits = ServerSettings(api_keys=_keys(), max_body_bytes=FLAGS.max_body_bytes)
     sock = listen(FLAGS.host, FLAGS.port)  # before the model is read
     loaded = models.load()
@@ -102,6 +118,23 @@ def main() -> None:
         max_queued_tokens=FLAGS.max_queued_tokens,
     )
     run(Server(front, template, limits), sock, FLAGS.shutdown_timeout)
+
+
+def _speculation() -> serving.NGramSpeculation | SelfSpeculation | None:
+    """How tokens are guessed, of the command line. Raises ValueError."""
+    if FLAGS.speculation == "ngram":
+        return serving.NGramSpeculation(
+            draft_tokens=FLAGS.draft_tokens,
+            prompt_lookup_min=FLAGS.prompt_lookup_min,
+            prompt_lookup_max=FLAGS.prompt_lookup_max,
+        )
+    if FLAGS.speculation == "self":
+        return SelfSpeculation(
+            draft_tokens=FLAGS.draft_tokens,
+            exit_layer=FLAGS.exit_layer,
+            adaptive=FLAGS.adaptive_draft,
+        )
+    return None
 
 
 def _log_to_stderr() -> None:

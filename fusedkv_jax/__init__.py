@@ -17,6 +17,7 @@ __all__ = [
     "KVCache",
     "MLAConfig",
     "ModelConfig",
+    "NGramSpeculation",
     "RopeConfig",
     "SamplingParams",
     "SelfSpeculation",
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
         warm_up,
     )
     from fusedkv_jax.model import Decoder, fold_fusion
-    from fusedkv_jax.serving import LLM
+    from fusedkv_jax.serving import LLM, NGramSpeculation
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -79,6 +80,6 @@ else:
                 "warm_up",
             ],
             "model": ["Decoder", "fold_fusion"],
-            "serving": ["LLM"],
+            "serving": ["LLM", "NGramSpeculation"],
         },
     )

@@ -78,14 +78,14 @@ class PagedCall(Call):
     def valid_positions(self) -> Int[Array, "1 N"]:
         return self._flat[None]
 
-    def take(self, index: Int[Array, "S"]) -> PagedCall:
-        """Some of the tokens, each as a row of its own; -1 for none."""
+    def take(self, index: Int[Array, "R T"]) -> PagedCall:
+        """Some of the tokens: rows of one request's each, padded with -1 at their end."""
         tables = jnp.concatenate([lane.table for lane in self.lanes])
         widths = [lane.positions.shape for lane in self.lanes]
         rows = np.repeat(np.arange(len(tables)), np.repeat(*np.array(widths).T[::-1]))
-        table = tables[jnp.asarray(rows)[index]]
+        table = tables[jnp.asarray(rows)[index[:, 0]]]
         positions = jnp.where(index < 0, -1, self._flat[index])
-        return PagedCall.of((Lane(table, positions[:, None]),))
+        return PagedCall.of((Lane(table, positions),))
 
     def places(self, page_size: int, num_pages: int) -> tuple[Array, Array]:
         """Page and place in it of each token, [N]; padding has a page that is not there."""

@@ -130,6 +130,9 @@ class _EngineStats:
             ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generated_tokens),
             ("num_preemptions", "Requests that lost their pages.", stats.preemptions),
+            ("spec_decode_num_drafts", "Drafts that were checked.", stats.drafts),
+            ("spec_decode_num_draft_tokens", "Their tokens.", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Those in outputs.", stats.accepted_tokens),
         )
         for name, text, value in gauges:
             metric = GaugeMetricFamily(f"vllm:{name}", text, labels=self._names)

@@ -17,6 +17,7 @@ __all__ = [
     "Direction",
     "Engine",
     "EngineStats",
+    "NGramSpeculation",
     "NeverFits",
     "PagedMemory",
     "Policy",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.serving.scheduler import NeverFits, Scheduler
     from fusedkv_jax.serving.settings import ServingSettings
     from fusedkv_jax.serving.shapes import StepShapes
+    from fusedkv_jax.serving.speculation import NGramSpeculation
 else:
     # The simulator needs no model: what runs one is imported at its first use.
     __getattr__, __dir__ = lazy_names(
@@ -66,5 +68,6 @@ else:
             "scheduler": ["NeverFits", "Scheduler"],
             "settings": ["ServingSettings"],
             "shapes": ["StepShapes"],
+            "speculation": ["NGramSpeculation"],
         },
     )

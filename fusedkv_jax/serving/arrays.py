@@ -18,7 +18,8 @@ class StepArrays(NamedTuple):
     Attributes:
         tokens: int32 new tokens, lane after lane, [N].
         lanes: pages and positions of their rows.
-        sampled: int32 numbers of the tokens whose logits are wanted, padded with -1, [S].
+        sampled: int32 numbers of the tokens whose logits are wanted, padded with -1: for each
+            request one and those that are drafted, [R, T].
         rows: places in the plan of the requests that they belong to.
     """
 
@@ -29,7 +30,11 @@ class StepArrays(NamedTuple):
 
 
 def step_arrays(
-    plan: StepPlan, shapes: StepShapes, width: int, scored: Container[int] = ()
+    plan: StepPlan,
+    shapes: StepShapes,
+    width: int,
+    scored: Container[int] = (),
+    columns: int = 1,
 ) -> StepArrays:
     """The arrays of a plan.
 
@@ -39,6 +44,7 @@ def step_arrays(
         width: entries of a table.
         scored: places of requests whose tokens have been computed by another program; of each the
             last one is computed again, if the next is to be drawn.
+        columns: tokens of a row of the first lane: T, one and as many as are drafted at most.
     """
     single, parts = [], []  # (place in the plan, start, count)
     sampled = plan.sampled()
@@ -46,43 +52,50 @@ def step_arrays(
         start, end = request.computed, request.computed + count
         if place in scored:
             single += [(place, end - 1, 1)] * sampled[place]
-        elif count == 1:
-            single.append((place, start, 1))
+        elif count == 1 or plan.drafts:
+            single.append((place, start, count))
         else:
             cuts = range(start, end, shapes.chunk)
             parts += [(place, cut, min(shapes.chunk, end - cut)) for cut in cuts]
     rows = [place for place, wanted in enumerate(sampled) if wanted]
     decodes, chunks = shapes.fit(max(len(single), len(rows)), len(parts))
     lanes, tokens, last = [], [], {}
-    for members, size, columns, before in (
-        (single, decodes, 1, 0),
-        (parts, chunks, shapes.chunk, decodes),
+    for members, size, wide, before in (
+        (single, decodes, columns, 0),
+        (parts, chunks, shapes.chunk, decodes * columns),
     ):
         if not size:
             continue
         table = np.zeros((size, width), np.int32)
-        positions = np.full((size, columns), -1, np.int32)
-        new = np.zeros((size, columns), np.int32)
+        positions = np.full((size, wide), -1, np.int32)
+        new = np.zeros((size, wide), np.int32)
         for row, (place, start, count) in enumerate(members):
             request = plan.requests[place]
             table[row, : len(request.pages)] = request.pages
             positions[row, :count] = np.arange(start, start + count)
-            new[row, :count] = request.tokens(start, count)
-            last[place] = before + row * columns + count - 1
+            own = request.tokens(start, count)
+            new[row, : len(own)] = own
+            if plan.drafts:
+                new[row, len(own) : count] = plan.drafts[place]
+            last[place] = before + row * wide + count - 1
         lanes.append(Lane(table, positions))
         tokens.append(new.ravel())
-    numbers = np.full(decodes, -1, np.int32)
-    numbers[: len(rows)] = [last[place] for place in rows]
+    numbers = np.full((decodes, columns), -1, np.int32)
+    for row, place in enumerate(rows):
+        count = 1 + len(plan.drafts[place]) if plan.drafts else 1
+        numbers[row, :count] = range(last[place] + 1 - count, last[place] + 1)
     return StepArrays(np.concatenate(tokens), tuple(lanes), numbers, rows)
 
 
-def empty_arrays(rows: int, chunk_rows: int, chunk: int, width: int) -> StepArrays:
+def empty_arrays(
+    rows: int, chunk_rows: int, chunk: int, width: int, columns: int = 1
+) -> StepArrays:
     """Arrays of these shapes without a token, to compile what takes them."""
-    sizes = [(rows, 1), (chunk_rows, chunk)]
+    sizes = [(rows, columns), (chunk_rows, chunk)]
     lanes = tuple(
-        Lane(np.zeros((size, width), np.int32), np.full((size, columns), -1, np.int32))
-        for size, columns in sizes
+        Lane(np.zeros((size, width), np.int32), np.full((size, wide), -1, np.int32))
+        for size, wide in sizes
         if size
     )
-    tokens = np.zeros(rows + chunk_rows * chunk, np.int32)
-    return StepArrays(tokens, lanes, np.full(rows, -1, np.int32), [])
+    tokens = np.zeros(rows * columns + chunk_rows * chunk, np.int32)
+    return StepArrays(tokens, lanes, np.full((rows, columns), -1, np.int32), [])

@@ -34,12 +34,19 @@ class TokenDraw(NamedTuple):
         prompt: its parameters and stops.
         params: the parameters, with the seed of this output.
         constraint: tells which tokens may come; None for all.
+        drafts: tokens that it takes for known, behind those that are.
     """
 
     request: Request
     prompt: Prompt
     params: SamplingParams
     constraint: Constraint | None = None
+    drafts: Sequence[int] = ()
+
+    @property
+    def length(self) -> int:
+        """Known tokens: its position."""
+        return self.request.length + len(self.drafts)
 
     @property
     def special(self) -> bool:
@@ -125,7 +132,7 @@ class DrawArrays:
         """`draws`, padded to `size`."""
         inputs, stops = self._inputs(draws, size)
         lengths, prompts = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        lengths[: len(draws)] = [d.request.length for d in draws]
+        lengths[: len(draws)] = [d.length for d in draws]
         prompts[: len(draws)] = [len(d.request.prompt) for d in draws]
         special = any(d.special for d in draws)
         scored = any(d.params.logprobs is not None for d in draws)
@@ -160,14 +167,14 @@ class DrawArrays:
         for row, draw in enumerate(draws):
             prompt = len(draw.request.prompt)
             tokens[row, :prompt] = draw.request.prompt
-            tokens[row, prompt : draw.request.length] = draw.request.outputs
+            tokens[row, prompt : draw.length] = [*draw.request.outputs, *draw.drafts]
         return tokens
 
     def _masks(self, draws: Sequence[TokenDraw], size: int) -> np.ndarray:
         masks = np.full((size, self._words), -1, np.int32)
         for row, draw in enumerate(draws):
             if draw.constraint is not None:
-                masks[row] = draw.constraint.mask()
+                masks[row] = draw.constraint.mask(draw.drafts)
         return masks
 
     def _all(self, value: int, rows: int, columns: int) -> jax.Array:

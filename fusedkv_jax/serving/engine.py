@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
+from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.generation.requests import Codec, TokenizerLike
 from fusedkv_jax.generation.requests import PreparedRequest as Prompt
@@ -17,6 +18,7 @@ from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving.cache_form import CacheForm
 from fusedkv_jax.serving.compressed_slots import CompressedSlotRunner
+from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.grammars import Grammars
 from fusedkv_jax.serving.intake import AnyPrompt, Intake
 from fusedkv_jax.serving.job import Growing, Job
@@ -28,6 +30,7 @@ from fusedkv_jax.serving.runner import Drawn, Runner, StepResult
 from fusedkv_jax.serving.scheduler import Scheduler
 from fusedkv_jax.serving.settings import ServingSettings
 from fusedkv_jax.serving.slot_runner import SlotRunner
+from fusedkv_jax.serving.speculation import Drafter, NGramDrafter, NGramSpeculation, Speculation
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ class Engine:
         grammars = Grammars(codec, model.config.vocab_size)
         form = CacheForm.choose(model.config, settings)
         _log.info("%s", form)
+        _check_speculation(form, settings.speculation, model.config)
         self.max_model_len = form.max_model_len
         self.scheduler = Scheduler(
             form.memory(settings),
@@ -72,8 +76,10 @@ class Engine:
             max_num_batched_tokens=form.step_tokens(settings),
             max_model_len=self.max_model_len,
             whole_prompts=form.whole_prompts,
+            draft_tokens=settings.draft_tokens,
         )
         self.runner = _runner(form, settings)(model, settings, form, grammars.words)
+        self._drafter = _drafter(settings.speculation, self.runner)
         self._intake = Intake(
             model.config,
             codec,
@@ -87,6 +93,7 @@ class Engine:
         self._outputs: dict[Request, tuple[Job, Growing]] = {}  # that the scheduler knows
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._counts |= {"prefix_hits": 0, "prefix_queries": 0}
+        self._counts |= {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
 
     def check(self, prompt: AnyPrompt, params: SamplingParams, name: str) -> Prompt:
         """The prompt as `add` takes it; touches nothing, so any thread may ask.
@@ -162,6 +169,7 @@ class Engine:
             return []
         draws = [self._outputs[request][1].draw() for request in plan.requests]
         try:
+            self._draft(plan, draws)
             result = self.runner.run(plan, draws)
         except Exception as error:  # whatever it is, others must go on
             return self._failed(plan, error)
@@ -189,14 +197,27 @@ class Engine:
             **self._counts,
         )
 
-    def _finish(self, plan: StepPlan, drawn: Sequence[Drawn | None], start: float) -> Deltas:
+    def _draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> None:
+        """Guess what comes next, for the step to check, where it has room."""
+        if not any(plan.room):
+            return
+        drafts = self._drafter(plan, draws)
+        for place, draw in enumerate(draws):
+            if draw.constraint is not None:
+                drafts[place] = drafts[place][: draw.constraint.allowed(drafts[place])]
+        if any(drafts):
+            plan.draft(drafts)
+            self._counts["drafts"] += sum(map(bool, drafts))
+            self._counts["draft_tokens"] += sum(map(len, drafts))
+
+    def _finish(self, plan: StepPlan, drawn: Sequence[list[Drawn]], start: float) -> Deltas:
         """Take in what a step has drawn."""
         deltas: Deltas = []
         tokens: list[int | None] = [None] * len(drawn)
         ended, forks = set(), []
         sampled = 0
         for place, (request, found) in enumerate(zip(plan.requests, drawn, strict=True)):
-            if found is None:
+            if not found:
                 continue
             job, output = self._outputs[request]
             members = [(output, found)]
@@ -205,24 +226,29 @@ class Engine:
             sampled += 1
             alive = []
             for member, own in members:
-                deltas.append((job.name, job.told(member.take(own))))
+                delta = member.take(own)
+                deltas.append((job.name, job.told(delta)))
+                own = [each.token for each in own[: max(1, len(delta.token_ids))]]
+                self._counts["generated_tokens"] += len(own)
                 if not member.tracker.finished:
                     alive.append((member, own))
-            self._counts["generated_tokens"] += len(members)
             if alive:
                 # The request that runs goes on as the first that has not ended.
-                (output, found), *others = alive
+                (output, own), *others = alive
                 self._become(request, job, output)
                 forks += [(request, job, *other) for other in others]
             else:
                 ended.add(request)
-            tokens[place] = found.token
+            *right, tokens[place] = own
+            if plan.drafts:
+                plan.accept(place, right)
+                self._counts["accepted_tokens"] += len(right)
         now = time.monotonic()
         for request in self.scheduler.finish(plan, tokens, now, now - start, frozenset(ended)):
             self._forget(request)
-        for request, job, output, found in forks:
+        for request, job, output, own in forks:
             self._outputs[output.request] = job, output
-            self.scheduler.fork(request, output.request, [found.token], now)
+            self.scheduler.fork(request, output.request, own, now)
         self._counts["steps"] += 1
         return deltas
 
@@ -236,8 +262,8 @@ class Engine:
             request.scored = not job.is_scored  # from now on its prefix may be found
 
     def _begin(
-        self, job: Job, first: Growing, found: Drawn, row: int
-    ) -> list[tuple[Growing, Drawn]]:
+        self, job: Job, first: Growing, found: list[Drawn], row: int
+    ) -> list[tuple[Growing, list[Drawn]]]:
         """The first tokens of all outputs of a job, drawn from the same logits."""
         request, others = first.request, job.outputs[1:]
         job.cached = request.cached or 0
@@ -246,7 +272,7 @@ class Engine:
         counts["prefix_queries"] += len(request.prompt)
         counts["prefix_hits"] += job.cached
         drawn = self.runner.fork(row, [output.draw() for output in others]) if others else []
-        return [(first, found), *zip(others, drawn, strict=True)]
+        return [(first, found), *zip(others, ([each] for each in drawn), strict=True)]
 
     def _become(self, request: Request, job: Job, output: Growing) -> None:
         """Let a running request stand for an output of its job."""
@@ -290,6 +316,25 @@ def _runner(form: CacheForm, settings: ServingSettings) -> type[Runner]:
     if form.kind == "pages":
         return PageRunner
     return SlotRunner if settings.compression is None else CompressedSlotRunner
+
+
+def _check_speculation(
+    form: CacheForm, speculation: Speculation | None, config: ModelConfig
+) -> None:
+    if speculation is None:
+        return
+    if form.kind == "slots":
+        raise ValueError(
+            f"speculation needs caches in pages, and they lie in slots: {form.reason}; leave"
+            " speculation out"
+        )
+    speculation.check(config)
+
+
+def _drafter(speculation: Speculation | None, runner: Runner) -> Drafter:
+    if isinstance(speculation, NGramSpeculation):
+        return NGramDrafter(speculation)
+    return runner.draft
 
 
 def _check_one_device(model: Decoder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +32,20 @@ class Constraint:
     def __init__(self, matcher: LLMatcher):
         self._matcher = matcher
 
-    def mask(self) -> np.ndarray:
-        """A bit for each token, 1 where it may come next: int32 [words], the lowest bit first."""
-        return np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+    def mask(self, drafts: Sequence[int] = ()) -> np.ndarray:
+        """A bit for each token, 1 where it may come next: int32 [words], the lowest bit first.
+
+        Args:
+            drafts: tokens that would come before it; `allowed` ones.
+        """
+        self._matcher.consume_tokens(list(drafts))
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        self._matcher.rollback(len(drafts))
+        return mask
+
+    def allowed(self, drafts: Sequence[int]) -> int:
+        """How many of these tokens may come one after the other."""
+        return self._matcher.validate_tokens(list(drafts))
 
     def accept(self, token: int) -> None:
         """The output goes on with a token."""

@@ -39,8 +39,17 @@ class Growing:
         """How its next token is drawn."""
         return TokenDraw(self.request, self.tracker.request, self.params, self.constraint)
 
-    def take(self, drawn: Drawn) -> OutputDelta:
-        """Its next token; `tracker.finished` tells whether it is the last."""
+    def take(self, drawn: Sequence[Drawn]) -> OutputDelta:
+        """Its next tokens, up to one that ends it, which `tracker.finished` tells, or that cannot
+        be: a later step will say so."""
+        delta = self._take(drawn[0], self.request.length)
+        for number, each in enumerate(drawn[1:], start=1):
+            if self.tracker.finished or each.token in (NO_TOKEN, NONE_ALLOWED):
+                break
+            delta = delta.followed_by(self._take(each, self.request.length + number))
+        return delta
+
+    def _take(self, drawn: Drawn, position: int) -> OutputDelta:
         prompt, tracker, constraint = self.tracker.request, self.tracker, self.constraint
         if drawn.token in (NO_TOKEN, NONE_ALLOWED):
             return self._fail(drawn.token)
@@ -50,8 +59,7 @@ class Growing:
             if constraint.error is not None:
                 return self._fail(NO_TOKEN, f"cannot be continued: {constraint.error}")
             complete = constraint.complete
-        known = self.request.length + 1
-        ended = complete or drawn.token in prompt.stops or known >= prompt.limit
+        ended = complete or drawn.token in prompt.stops or position + 1 >= prompt.limit
         text, tokens, logprobs = tracker.push([drawn.token], drawn.logprobs, ended, complete)
         return OutputDelta(
             tracker.index,

@@ -17,11 +17,6 @@ from fusedkv_jax.serving.intake import AnyPrompt
 from fusedkv_jax.serving.output import OutputDelta
 from fusedkv_jax.serving.settings import ServingSettings
 
-# Settings of `fkv.generate` that engines do not have, and why.
-_ELSEWHERE = {
-    "speculation": "a step of the engine draws one token of each request, a draft needs several",
-}
-
 
 class LLM:
     """A model behind a serving engine: continuous batching, over paged caches with prefix reuse.
@@ -38,7 +33,8 @@ class LLM:
         **settings: how to serve, see `ServingSettings`: max_num_seqs, max_num_batched_tokens,
             max_model_len, tensor_parallel_size, page_size, num_pages, kv_cache_memory_bytes,
             gpu_memory_utilization, host_pages, cache_dtype, memory, compression, max_output_len,
-            enable_prefix_caching, policy, max_logprobs, eos_id, add_special_tokens, shapes.
+            enable_prefix_caching, speculation, policy, max_logprobs, eos_id, add_special_tokens,
+            shapes.
 
     Attributes:
         engine: what runs.
@@ -57,8 +53,8 @@ class LLM:
     ):
         known = ServingSettings.__dataclass_fields__
         unknown = next((name for name in settings if name not in known), None)
-        if unknown in _ELSEWHERE:
-            raise ValueError(f"{unknown} is served by fkv.generate alone: {_ELSEWHERE[unknown]}")
+        if unknown == "speculative_config":
+            raise ValueError("speculative_config: use speculation=fkv.NGramSpeculation(...)")
         if unknown is not None:
             raise ValueError(f"LLM has no setting {unknown!r}; it has {', '.join(known)}")
         self.engine = Engine(model, tokenizer, ServingSettings(**settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from fusedkv_jax.generation.results import FinishReason, PlaceLogprobs
@@ -37,6 +38,16 @@ class OutputDelta:
     cached_tokens: int = 0
     error: str | None = None
 
+    def followed_by(self, later: OutputDelta) -> OutputDelta:
+        """Both as one: a step may give several tokens."""
+        logprobs = None if self.logprobs is None else (*self.logprobs, *(later.logprobs or ()))
+        return dataclasses.replace(
+            later,
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            logprobs=logprobs,
+        )
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -51,6 +62,8 @@ class EngineStats:
         preemptions: how often a request gave up its pages.
         lower_rows, upper_rows: tokens that passed through the layers that cache something, and
             through those above.
+        drafts, draft_tokens, accepted_tokens: drafts that were checked, their tokens, and those of
+            them that are in outputs.
     """
 
     running: int
@@ -65,3 +78,6 @@ class EngineStats:
     preemptions: int = 0
     lower_rows: int = 0
     upper_rows: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0

@@ -14,14 +14,16 @@ from jaxtyping import Array, Int
 
 from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore, copy_pages, put_pages, take_pages
 from fusedkv_jax.generation.logprobs import Logprobs
+from fusedkv_jax.generation.speculation import SelfSpeculation
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.paging import extend_pages
-from fusedkv_jax.serving.arrays import empty_arrays, step_arrays
+from fusedkv_jax.serving.arrays import StepArrays, empty_arrays, step_arrays
 from fusedkv_jax.serving.cache_form import CacheForm
 from fusedkv_jax.serving.copies import Copy, Direction
+from fusedkv_jax.serving.drafting import run_draft
 from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.runner import PromptScores, Runner, StepResult
+from fusedkv_jax.serving.runner import PromptScores, Runner, StepResult, draw
 from fusedkv_jax.serving.scoring import PromptChunk, no_tokens, run_scored, scored_chunks
 from fusedkv_jax.serving.settings import ServingSettings
 
@@ -42,7 +44,7 @@ def run_step(
     pool: PagedStore,
     tokens: Int[Array, "N"],
     lanes: tuple[Lane, ...],
-    sampled: Int[Array, "S"],
+    sampled: Int[Array, "R T"],
 ) -> tuple[Any, PagedStore]:
     """The step program: `extend_pages`. Tokens are drawn by another, which has fewer shapes."""
     return extend_pages(nnx.merge(graph, params), tokens, PagedCall.of(lanes), pool, sampled)
@@ -60,8 +62,10 @@ class PageRunner(Runner):
         super().__init__(model, settings, form, mask_words)
         self._width = -(-form.max_model_len // form.size)
         self._host = self._host_pages(settings.host_pages)
+        self._speculation = settings.speculation
+        self._columns = 1 + settings.draft_tokens  # of a row in steps that check drafts
 
-    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult:
+    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
         saved = self._carry_out(plan.copies)
         try:
             return self._compute(plan, draws)
@@ -69,14 +73,42 @@ class PageRunner(Runner):
             for pages in saved:
                 self._put_down(pages)
 
-    def _compute(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult:
+    def _compute(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
         scores = self._score(plan)
-        arrays = step_arrays(plan, self.shapes, self._width, scores)
+        columns = self._columns if plan.drafts else 1
+        arrays = step_arrays(plan, self.shapes, self._width, scores, columns)
         if len(scores) < len(plan.requests) or arrays.rows:
             self._logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
         self.lower_rows += plan.tokens
-        self.upper_rows += len(arrays.rows)
-        return StepResult(self._drawn(draws, arrays.rows), scores)
+        self.upper_rows += int(np.sum(arrays.sampled >= 0))
+        return StepResult(self._drawn(plan, draws, arrays.rows, columns), scores)
+
+    def draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> list[list[int]]:
+        if plan.copies:  # they come first, and a draft writes to pages that they may read
+            return [[] for _ in draws]
+        arrays = step_arrays(plan, self.shapes, self._width)
+        with self._placement.active():
+            tokens, counts = self._draft(arrays, plan.room, draws)
+        return [tokens[row, : counts[row]].tolist() for row in range(len(draws))]
+
+    def _draft(
+        self, arrays: StepArrays, room: Sequence[int], draws: Sequence[TokenDraw]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        (lane,), rows = arrays.lanes, len(arrays.tokens)
+        most = np.zeros(rows, np.int32)
+        most[: len(room)] = room
+        found, self.pool = run_draft(
+            *self._split,
+            self._donated(),
+            arrays.tokens,
+            lane,
+            most,
+            self._draws.make(draws, rows),
+            speculation=self._speculation,
+        )
+        tokens, counts = jax.device_get(found)
+        self.lower_rows += int(counts.sum())
+        return tokens, counts
 
     def _score(self, plan: StepPlan) -> dict[int, list[PromptScores]]:
         """Run the tokens of prompts that are scored through all layers."""
@@ -107,13 +139,24 @@ class PageRunner(Runner):
             logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
             if rows:
                 self._warm_up_draws(logits)
+        drafting = self._warm_up_drafts() if self._columns > 1 else 0
         nobody = no_tokens(self.shapes.chunk, self._width)
         _, self.pool = run_scored(*self._split, self._donated(), nobody, k=self._k)
         nowhere = np.full(COPIES, self.form.count, np.int32)
         self.pool = _copy(self.pool, nowhere * 0, nowhere * 0, np.int32(0))
         if self._host is not None:
             self.pool = _put(self.pool, nowhere, _take(self.pool, nowhere * 0))
-        return len(self.shapes.all())
+        return len(self.shapes.all()) + drafting
+
+    def _warm_up_drafts(self) -> int:
+        """Compile what drafts, and what checks it; the number of shapes."""
+        for rows in self.shapes.decode_rows:
+            arrays = empty_arrays(rows, 0, self.shapes.chunk, self._width, self._columns)
+            logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
+            draw(logits, self._draws.make([], logits.shape[0]), k=self._k)
+            if isinstance(self._speculation, SelfSpeculation):
+                self._draft(empty_arrays(rows, 0, self.shapes.chunk, self._width), [], [])
+        return len(self.shapes.decode_rows)
 
     def _host_pages(self, count: int) -> Any:
         """Arrays in host memory for so many pages of each stream; None for none."""

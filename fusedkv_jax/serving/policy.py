@@ -82,7 +82,8 @@ class Policy:
         """It was given pages."""
 
     def progressed(self, request: Request, computed: int, generated: int, seconds: float) -> None:
-        """A step of so many seconds computed tokens of it and generated 0 or 1."""
+        """A step of so many seconds computed tokens of it, and generated none, one, or those that
+        were drafted rightly and one more."""
 
     def finished(self, request: Request, view: View) -> None:
         """It ended, or was aborted."""

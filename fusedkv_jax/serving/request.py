@@ -54,7 +54,7 @@ class ToolCall(NamedTuple):
     answer: tuple[int, ...] = ()
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """One output of one prompt.
 

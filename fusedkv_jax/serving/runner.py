@@ -41,15 +41,16 @@ class StepResult(NamedTuple):
     """What a step has given.
 
     Attributes:
-        drawn: for each request of the plan what was drawn, None where nothing was.
+        drawn: for each request of the plan what was drawn: nothing, a token, or those that were
+            drafted rightly and one more.
         scores: those of prompts that are scored, by the request's place in the plan.
     """
 
-    drawn: list[Drawn | None]
+    drawn: list[list[Drawn]]
     scores: dict[int, list[PromptScores]]
 
 
-_draw = jax.jit(draw_tokens, static_argnames="k")
+draw = jax.jit(draw_tokens, static_argnames="k")
 
 
 def _draw_more(
@@ -89,7 +90,7 @@ class Runner(abc.ABC):
         self.lower_rows = self.upper_rows = 0
         self.reset()
 
-    def run(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult:
+    def run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
         """Compute a plan.
 
         Args:
@@ -99,13 +100,23 @@ class Runner(abc.ABC):
         with self._placement.active():
             return self._run(plan, draws)
 
+    def draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> list[list[int]]:
+        """What the model's own lower layers guess, as many tokens as the plan has room for; nothing
+        if it copies pages.
+
+        Args:
+            plan: what is computed next, in which all requests decode.
+            draws: as for `run`.
+        """
+        raise NotImplementedError
+
     def warm_up(self) -> int:
         """Compile the programs of all shapes; the number of shapes."""
         with self._placement.active():
             return self._warm_up()
 
     @abc.abstractmethod
-    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult: ...
+    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult: ...
 
     @abc.abstractmethod
     def _warm_up(self) -> int: ...
@@ -141,21 +152,31 @@ class Runner(abc.ABC):
             results += [_row(found, i) for i in range(len(part))]
         return results
 
-    def _drawn(self, draws: Sequence[TokenDraw | None], rows: Sequence[int]) -> list[Drawn | None]:
-        """A token for each of the requests whose places are the rows of the logits."""
-        results: list[Drawn | None] = [None] * len(draws)
+    def _drawn(
+        self, plan: StepPlan, draws: Sequence[TokenDraw], rows: Sequence[int], columns: int = 1
+    ) -> list[list[Drawn]]:
+        """Tokens of the requests whose places are the rows of the logits, so many columns each."""
+        results: list[list[Drawn]] = [[] for _ in draws]
         if rows:
             wanted = [draws[place] for place in rows]
-            assert all(draw is not None for draw in wanted)
-            made = self._draws.make(wanted, self._logits.shape[0])  # type: ignore[arg-type]
-            found = jax.device_get(_draw(self._logits, made, k=self._k))
+            if plan.drafts:  # behind the last of its drafts, a request draws for nobody
+                drafts = [plan.drafts[place] for place in rows]
+                wanted = [
+                    draw._replace(drafts=own[:column])
+                    for draw, own in zip(wanted, drafts, strict=True)
+                    for column in range(columns)
+                ]
+            made = self._draws.make(wanted, self._logits.shape[0])
+            found = jax.device_get(draw(self._logits, made, k=self._k))
             for row, place in enumerate(rows):
-                results[place] = _row(found, row)
+                first = row * columns
+                right = _agreement(plan.drafts[place], found[0][first:]) if plan.drafts else 0
+                results[place] = [_row(found, first + column) for column in range(right + 1)]
         return results
 
     def _warm_up_draws(self, logits: Float[Array, "S V"]) -> None:
         """Compile what draws from so many rows."""
-        _draw(logits, self._draws.make([], logits.shape[0]), k=self._k)
+        draw(logits, self._draws.make([], logits.shape[0]), k=self._k)
         _draw_again(logits, np.int32(0), self._draws.make([], FORKS), k=self._k)
 
     def _donated(self) -> Any:
@@ -163,6 +184,12 @@ class Runner(abc.ABC):
         pool = self.pool
         del self.pool
         return pool
+
+
+def _agreement(drafts: Sequence[int], tokens: np.ndarray) -> int:
+    """How many tokens were drafted as they were drawn."""
+    pairs = enumerate(zip(drafts, tokens, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), len(drafts))
 
 
 def _row(found: tuple[np.ndarray, Logprobs], row: int) -> Drawn:

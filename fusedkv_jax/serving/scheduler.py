@@ -37,6 +37,7 @@ class Scheduler:
         look_ahead: waiting requests whose pages are loaded from host memory in advance; with 0
             they come when it starts, and the step waits for them.
         seconds_per_page: what copying a page between host and device takes, for policies.
+        draft_tokens: tokens that may be drafted for each request, in steps in which all decode.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Scheduler:
         whole_prompts: bool = False,
         look_ahead: int = 16,
         seconds_per_page: float = 1e-4,
+        draft_tokens: int = 0,
     ):
         for name, value, kind in (("memory", memory, PagedMemory), ("policy", policy, Policy)):
             if not isinstance(value, kind):
                 raise ValueError(f"{name}={value!r}; use a {kind.__name__}")
         counts = {"max_num_seqs": (max_num_seqs, 1), "look_ahead": (look_ahead, 0)}
+        counts["draft_tokens"] = draft_tokens, 0
         if max_model_len is not None:
             counts["max_model_len"] = (max_model_len, 1)
         for name, (value, least) in counts.items():
@@ -70,7 +73,7 @@ class Scheduler:
         self.memory, self.policy = memory, policy
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.look_ahead = max_model_len, look_ahead
-        self.whole_prompts = whole_prompts
+        self.whole_prompts, self.draft_tokens = whole_prompts, draft_tokens
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.calling: list[tuple[float, str, Request]] = []  # a heap: until when a tool runs
@@ -180,6 +183,8 @@ class Scheduler:
         if self._admitted:
             self.waiting[:] = [r for r in self.waiting if r not in self._admitted]
             self._admitted.clear()
+        if self.draft_tokens and requests:
+            self._make_room(plan)
         if self.memory.host is not None:
             self._copy_beside()
         plan.copies = self.memory.take_copies()
@@ -196,7 +201,7 @@ class Scheduler:
         """Take in what a step has generated.
 
         Args:
-            plan: what was run.
+            plan: what was run; of what was drafted, `StepPlan.accept` has told what is right.
             tokens: the next token of each of its requests; None where none was drawn.
             now: seconds, after the step.
             seconds: what the step took.
@@ -220,7 +225,7 @@ class Scheduler:
         rest = zip(plan.requests[calm:], plan.counts[calm:], tokens[calm:], strict=True)
         for request, count, token in rest:
             computed = request.computed = request.computed + count
-            if count > 1 or request.first_token is None:
+            if request.first_token is None or count > 1 and not plan.drafts:
                 commit(request)  # pages of its output follow when it leaves
             if token is not None:
                 request.outputs.append(token)
@@ -232,7 +237,8 @@ class Scheduler:
                 request.calm = min(request.capacity, request.due - 2)
         if self._accounts:
             for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
-                self.policy.progressed(request, count, int(token is not None), seconds)
+                generated = count if plan.drafts else int(token is not None)
+                self.policy.progressed(request, count, generated, seconds)
         for request in due:
             if request.generated >= request.max_tokens or request in ended:
                 request.last_token = now
@@ -244,7 +250,7 @@ class Scheduler:
             for request in done:
                 self._end(request)
         computed = plan.tokens
-        if computed > 2 * len(plan.requests):
+        if computed > 2 * len(plan.requests) and not plan.drafts:
             rate = seconds / computed
             self.view.seconds_per_token += 0.1 * (rate - self.view.seconds_per_token)
         return done
@@ -311,6 +317,20 @@ class Scheduler:
             limit = self.policy.budget(request, self.view)
             count = min(count, left, left if limit is None else limit)
         return count
+
+    def _make_room(self, plan: StepPlan) -> None:
+        """Pages for tokens to be drafted, where all decode; nobody gives up any for that."""
+        requests = plan.requests
+        most = min(self.draft_tokens, self.max_num_batched_tokens // len(requests) - 1)
+        for request in requests:
+            if request.first_token is None or request.computed + 1 != request.length:
+                return
+        for request in requests:
+            room = max(0, min(most, request.due - request.length - 1))
+            length = request.length + room
+            if length > request.capacity and not self.memory.grow(request, length):
+                room = request.capacity - request.length
+            plan.room.append(room)
 
     def _must_await(self, request: Request) -> bool:
         """Its pages are loaded beside the steps of others, before it starts."""

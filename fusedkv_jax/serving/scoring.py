@@ -58,7 +58,7 @@ def run_scored(
     k: int,
 ) -> tuple[Logprobs, PagedStore]:
     """Add tokens to the pool, and score what follows each: `extend_pages` for all layers."""
-    everyone, call = jnp.arange(scored.tokens.shape[0]), PagedCall.of((scored.lane,))
+    everyone, call = jnp.arange(scored.tokens.shape[0])[None], PagedCall.of((scored.lane,))
     model, tokens = nnx.merge(graph, params), jnp.asarray(scored.tokens)
     logits, pool = extend_pages(model, tokens, call, pool, everyone)
     assert logits is not None

@@ -17,6 +17,7 @@ from fusedkv_jax.generation.settings import check_whole
 from fusedkv_jax.serving.policies import POLICIES
 from fusedkv_jax.serving.policy import Policy
 from fusedkv_jax.serving.shapes import StepShapes
+from fusedkv_jax.serving.speculation import Speculation
 from fusedkv_jax.sharding import MeshConfig, make_mesh
 
 _WITHOUT_DEVICE_MEMORY = 2**30  # bytes of the pool where the device does not tell its memory
@@ -48,6 +49,9 @@ class ServingSettings:
             room beside what it keeps; by default a quarter of `max_model_len`.
         enable_prefix_caching: keep the pages of prompts that have ended, and share them; slots
             share nothing.
+        speculation: guess tokens and check several of a request in one step, which changes no
+            output: `NGramSpeculation` looks them up, `SelfSpeculation` lets the lower layers draft.
+            In steps with a part of a prompt nothing is drafted.
         policy: who comes first: a name of `POLICIES`, or a policy.
         max_logprobs: likeliest tokens that a request may ask for.
         eos_id: end-of-text token where there is no tokenizer, or instead of its own.
@@ -72,6 +76,7 @@ class ServingSettings:
     compression: Compressor | None = None
     max_output_len: int | None = None
     enable_prefix_caching: bool = True
+    speculation: Speculation | None = None
     policy: str | Policy = "fcfs"
     max_logprobs: int = 20
     eos_id: int | None = None
@@ -94,8 +99,18 @@ class ServingSettings:
             raise ValueError("max_output_len is for compressors; leave it out, or set compression")
         if self.memory not in ("auto", "pages", "slots"):
             raise ValueError(f"memory={self.memory!r}; use auto, pages or slots")
+        if self.speculation is not None and not isinstance(self.speculation, Speculation):
+            raise ValueError(
+                f"speculation={self.speculation!r}; use fkv.NGramSpeculation(...) or"
+                " fkv.SelfSpeculation(...)"
+            )
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r}; use one of {', '.join(sorted(POLICIES))}")
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens that are drafted for a request at most."""
+        return 0 if self.speculation is None else self.speculation.draft_tokens
 
     def make_policy(self) -> Policy:
         """The policy."""

@@ -139,7 +139,7 @@ class SlotRunner(Runner):
         most = min(form.step_tokens(settings), form.max_model_len)
         self._columns = powers(min(SHORTEST_CHUNK, most), most, 2)
 
-    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw | None]) -> StepResult:
+    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
         for copy in plan.copies:  # for outputs of one prompt that part
             pair = np.int32(copy.source), np.int32(copy.target)
             self.pool = _copy(self._donated(), *pair)
@@ -161,7 +161,7 @@ class SlotRunner(Runner):
             self._logits = _take(self.pool.logits, index)
         self.lower_rows += plan.tokens
         self.upper_rows += sum(place not in scores for place in rows)
-        return StepResult(self._drawn(draws, rows), scores)
+        return StepResult(self._drawn(plan, draws, rows), scores)
 
     def _extend(self, request: Request, count: int, is_sampled: bool) -> None:
         chunk = self._chunk(request, count)

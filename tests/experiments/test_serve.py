@@ -15,6 +15,11 @@ def test_mistakes_end_with_one_line(tmp_path):
             ([f"--api_key_file={tmp_path / 'keys'}", "--workdir=x"], "there is no key in it"),
             (["--gpu_memory_utilization=2", "--workdir=x"], "gpu_memory_utilization=2.0"),
             (["--policy=none", "--workdir=x"], "policy"),
+            (["--draft_tokens=2", "--workdir=x"], "--speculation"),
+            (
+                ["--speculation=ngram", "--prompt_lookup_max=1", "--workdir=x"],
+                "prompt_lookup_max=1; use at least 2",
+            ),
         ]
         found = run("serve", *(line for line, _ in cases))
     for (line, message), (code, _, error) in zip(cases, found, strict=True):

@@ -54,14 +54,14 @@ def test_chunks_and_decodes_in_scattered_pages_equal_a_contiguous_cache(geometry
     given = np.zeros(25, np.int32)  # one row of the decode lane is empty
     given[1:21] = tokens[0, :20]
     lanes = (_lane([[-1]], table), _lane(chunk.reshape(3, 8), table))
-    found, pool = _step(graph, params, pool, jnp.asarray(given), lanes, jnp.array([20, -1]))
+    found, pool = _step(graph, params, pool, jnp.asarray(given), lanes, jnp.array([[20], [-1]]))
     cache = fkv.KVCache.create(model.config, batch_size=1, max_length=32, dtype=dtype)
     expected, cache = fkv.prefill(model, tokens[:, :20], jnp.array([20]), cache)
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     for place in range(20, 23):
         lanes = (_lane([[place]], table),)
         one = tokens[0, place : place + 1]
-        found, pool = _step(graph, params, pool, one, lanes, jnp.array([0]))
+        found, pool = _step(graph, params, pool, one, lanes, jnp.array([[0]]))
         expected, cache = fkv.decode_step(model, one, cache)
         np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_the_compiled_step_has_no_copy_of_the_pool(spec, fresh_compilation):
     pool = jax.eval_shape(lambda: PagedStore.create(model.config, num_pages=4096, page_size=16))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
     lanes = (_lane([[5], [9]], np.arange(16)), _lane([np.arange(16)], np.arange(16)))
-    arguments = np.zeros(18, np.int32), lanes, np.array([0, 17], np.int32)
+    arguments = np.zeros(18, np.int32), lanes, np.array([[0], [17]], np.int32)
     memory = _step.lower(*nnx.split(model), pool, *arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 8

@@ -33,10 +33,12 @@ class Contents:
         )
         self._copy(copy for copy in plan.copies if copy.direction not in beside)
         wanted = []
-        for request, count in zip(plan.requests, plan.counts, strict=True):
-            assert 0 < count <= request.length - request.computed
+        drafts = plan.drafts or [[]] * len(plan.requests)
+        for request, count, guessed in zip(plan.requests, plan.counts, drafts, strict=True):
+            assert 0 < count <= request.length + len(guessed) - request.computed
             assert request.computed + count <= len(request.pages) * self.size
-            cells = list(itertools.accumulate(tokens_of(request), _chained, initial=0))[1:]
+            tokens = [*tokens_of(request), *guessed]
+            cells = list(itertools.accumulate(tokens, _chained, initial=0))[1:]
             wanted.append(cells[: request.computed + count])
             for position in range(request.computed, request.computed + count):
                 page = self.device.setdefault(

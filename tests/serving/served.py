@@ -62,6 +62,19 @@ def prompts(count, seed=0, longest=LONGEST - 12):
     return [rng.integers(0, 60, rng.integers(1, longest)).tolist() for _ in range(count)]
 
 
+def odd_params():
+    """Requests that use whatever the sampler has."""
+    common = dict(temperature=1.0, max_tokens=10)
+    return [
+        fkv.SamplingParams(seed=1, **common),
+        fkv.SamplingParams(seed=2, top_k=5, top_p=0.9, logprobs=3, **common),
+        fkv.SamplingParams(seed=3, repetition_penalty=1.5, presence_penalty=0.5, **common),
+        fkv.SamplingParams(seed=4, logit_bias={7: 6.0, 8: -100.0}, min_p=0.1, **common),
+        fkv.SamplingParams(seed=5, stop_token_ids=[*range(15)], min_tokens=4, **common),
+        fkv.SamplingParams(seed=6, bad_words=["ab", "c"], frequency_penalty=1.0, **common),
+    ]
+
+
 def run(served, given, params) -> dict[str, list[OutputDelta]]:
     """All deltas of some prompts that are added together, by their numbers."""
     if isinstance(params, fkv.SamplingParams):

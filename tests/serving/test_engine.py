@@ -25,6 +25,7 @@ from tests.serving.served import (
     all_tokens,
     engine,
     model,
+    odd_params,
     prompts,
     run,
     tokens,
@@ -119,21 +120,8 @@ def test_a_pool_of_little_more_than_one_request_serves_all(how, expected):
         assert served.stats().lower_rows < sum(map(len, prompts(24))) + sum(map(len, expected))
 
 
-def _odd_params():
-    """Requests that use whatever the sampler has."""
-    common = dict(temperature=1.0, max_tokens=10)
-    return [
-        fkv.SamplingParams(seed=1, **common),
-        fkv.SamplingParams(seed=2, top_k=5, top_p=0.9, logprobs=3, **common),
-        fkv.SamplingParams(seed=3, repetition_penalty=1.5, presence_penalty=0.5, **common),
-        fkv.SamplingParams(seed=4, logit_bias={7: 6.0, 8: -100.0}, min_p=0.1, **common),
-        fkv.SamplingParams(seed=5, stop_token_ids=[*range(15)], min_tokens=4, **common),
-        fkv.SamplingParams(seed=6, bad_words=["ab", "c"], frequency_penalty=1.0, **common),
-    ]
-
-
 def test_draws_are_those_of_generate_at_any_row_and_load():
-    letters, given, params = Letters(), prompts(24), _odd_params() * 4
+    letters, given, params = Letters(), prompts(24), odd_params() * 4
     alone = fkv.generate(model(), given, params, tokenizer=letters)
     found = run(engine(tokenizer=letters), given, params)
     for completion, deltas in zip(alone, found.values(), strict=True):
@@ -270,7 +258,7 @@ def test_nothing_compiles_after_warm_up():
     assert served.warm_up() == 6
     form = fkv.StructuredOutputsParams(regex="[a-z]{2,5}")
     held = fkv.SamplingParams(n=2, seed=1, structured_outputs=form, prompt_logprobs=1)
-    params = [*_odd_params()[:4], GREEDY, fkv.SamplingParams(n=3, seed=1), held]
+    params = [*odd_params()[:4], GREEDY, fkv.SamplingParams(n=3, seed=1), held]
     with counted_compilations() as seconds:
         for number, prompt in enumerate(prompts(40)):
             served.add(prompt, params[number % 7], request_id=str(number))
@@ -357,8 +345,6 @@ def test_llm_generates_and_chats_as_generate_does(expected):
         llm.chat([{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="has no setting 'num_blocks'"):
         fkv.LLM(model(), num_blocks=3)
-    with pytest.raises(ValueError, match="speculation is served by fkv.generate alone"):
-        fkv.LLM(model(), speculation=fkv.SelfSpeculation())
 
 
 def _llm_settings():

@@ -15,6 +15,7 @@ from fusedkv_jax.serving import (
     Request,
     Scheduler,
     State,
+    StepPlan,
     ToolCall,
 )
 from tests.serving.contents import Contents, check_accounts, tokens_of
@@ -39,8 +40,33 @@ def _request(rng: random.Random, number: int, tools: bool = True) -> Request:
 
 
 def _drawn(request: Request) -> int:
+    return _follows(tokens_of(request))
+
+
+def _follows(tokens: list[int]) -> int:
     """A token that follows from those before it, as a greedy model's does."""
-    return 100 + hash(tuple(tokens_of(request))) % 50
+    return 100 + hash(tuple(tokens)) % 50
+
+
+def _draft(plan: StepPlan, rng: random.Random) -> None:
+    """Guess some tokens where there is room: right ones, at times with wrong ones behind."""
+    drafts = []
+    for request, room in zip(plan.requests, plan.room, strict=True):
+        tokens, guessed = tokens_of(request), []
+        for _ in range(rng.randint(0, room)):
+            guessed.append(_follows([*tokens, *guessed]) if rng.random() < 0.8 else 99)
+        drafts.append(guessed)
+    plan.draft(drafts)
+
+
+def _accept(plan: StepPlan) -> None:
+    for place, (request, guessed) in enumerate(zip(plan.requests, plan.drafts, strict=True)):
+        right: list[int] = []
+        for token in guessed:
+            if token != _follows([*tokens_of(request), *right]):
+                break
+            right.append(token)
+        plan.accept(place, right)
 
 
 def _serve(scheduler: Scheduler, requests: list[Request], rng: random.Random, checked=True):
@@ -56,10 +82,14 @@ def _serve(scheduler: Scheduler, requests: list[Request], rng: random.Random, ch
                 scheduler.abort(aborted, now)
                 aborted.max_tokens = aborted.generated
         plan = scheduler.schedule(now)
+        if any(plan.room):
+            _draft(plan, rng)
         assert len(set(plan.requests)) == len(plan.requests) <= scheduler.max_num_seqs
         assert plan.tokens <= scheduler.max_num_batched_tokens
         contents.run(plan)
         now += 1.0
+        if plan.drafts:
+            _accept(plan)
         tokens = [
             _drawn(request) if sampled else None
             for request, sampled in zip(plan.requests, plan.sampled(), strict=True)
@@ -93,6 +123,7 @@ def test_every_policy_serves_everything_from_right_pages(name, seed):
         max_num_seqs=rng.choice((1, 3, 8)),
         max_num_batched_tokens=rng.choice((8, 11, 64)),
         look_ahead=rng.choice((0, 4)),
+        draft_tokens=rng.choice((0, 3, 6)),
     )
     _serve(scheduler, [_request(rng, number) for number in range(16)], rng)
 
