@@ -66,7 +66,9 @@ def define_flags() -> None:
     flags.DEFINE_multi_float(
         "load", [0.9], "Rate of arrivals, as a fraction of what the device serves; may be repeated."
     )
-    flags.DEFINE_string("cache_dtype", "bfloat16", "Storage type of the cache.")
+    flags.DEFINE_string(
+        "cache_dtype", None, "Storage type of the cache; default bfloat16, or the calibration's."
+    )
     flags.DEFINE_integer("num_requests", None, "Use the first so many requests.", 1)
     flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1, 65536)
     flags.DEFINE_integer(
@@ -103,9 +105,11 @@ def main() -> None:
     trace = cli.check_readable(cli.require("trace"))
     place, arrivals = _device(FLAGS.device), read_trace(trace)
     arrivals = arrivals[: FLAGS.num_requests]
+    usual = place.cache_dtype if isinstance(place, CalibratedDevice) else "bfloat16"
+    cache_dtype = FLAGS.cache_dtype or usual
     models = {
         layout: costs.StepCosts.of(
-            presets.get(FLAGS.preset, layout=layout), cache_dtype=FLAGS.cache_dtype
+            presets.get(FLAGS.preset, layout=layout), cache_dtype=cache_dtype
         )
         for layout in FLAGS.layout
     }
@@ -138,10 +142,10 @@ def main() -> None:
         "pages": {name: _pages(place, step_costs) for name, step_costs in models.items()},
         "capacity": capacity,
         "objectives": {"ttft": FLAGS.slo_ttft, "tpot": FLAGS.slo_tpot},
-        "settings": {
+        "settings": {"cache_dtype": cache_dtype}
+        | {
             name: FLAGS[name].value
             for name in (
-                "cache_dtype",
                 "page_size",
                 "host_tier",
                 "max_num_seqs",

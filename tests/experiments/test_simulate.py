@@ -74,11 +74,16 @@ def test_mistakes(trace, tmp_path):
 def test_a_calibration_on_steps_of_the_real_engine(trace, tmp_path):
     common = ["--preset=demo", "--layout=fusedkv", "--max_num_seqs=2"]
     common += ["--max_num_batched_tokens=16"]
-    options = [*common, "--max_model_len=64", "--steps=30", f"--output_dir={tmp_path}"]
+    options = [*common, "--max_model_len=64", "--steps=30", "--requests=6"]
+    options += [f"--output_dir={tmp_path}"]
     ((code, out, err),) = run("calibrate", options)
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
     assert found["steps"] == 20 and 0 < found["median_error"] < 1
+    assert [row["workload"] for row in found["served"]] == ["chat", "summaries", "stories"]
+    assert all(
+        row[f"ttft_p50_{of}"] > 0 for row in found["served"] for of in ("simulated", "measured")
+    )
     calibrated = [f"--trace={trace}", *common, f"--device={tmp_path / 'calibration.json'}"]
     calibrated += ["--num_requests=8", "--load=0.5", f"--output_dir={tmp_path}"]
     ((code, out, err),) = run("simulate", calibrated)

@@ -23,7 +23,7 @@ TRUE = dict.fromkeys(TERMS, 0.0) | {
 
 
 def device(coefficients, shapes=SHAPES):
-    return CalibratedDevice("toy", coefficients, shapes, 2.0**20, 0.05)
+    return CalibratedDevice("toy", coefficients, shapes, "float32", 2.0**20, 0.05)
 
 
 def served(step_seconds, watch=None, max_num_seqs=8):

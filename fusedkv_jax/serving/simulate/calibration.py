@@ -98,6 +98,7 @@ class CalibratedDevice:
         name: of the device.
         coefficients: seconds of a unit of each of `TERMS`.
         shapes: of the engine's steps.
+        cache_dtype: storage type of its cache.
         memory: bytes of caches.
         median_error: relative, of steps that were not fitted to.
     """
@@ -105,6 +106,7 @@ class CalibratedDevice:
     name: str
     coefficients: dict[str, float]
     shapes: StepShapes
+    cache_dtype: str
     memory: float
     median_error: float
 
