@@ -9,12 +9,14 @@ __all__ = [
     "PagedStream",
     "Pages",
     "Quantized",
+    "RaggedRows",
     "Stacked",
     "attention",
     "combine",
     "implementations",
     "paged_attention",
     "quantize",
+    "ragged_attention",
 ]
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from pallas_kernels.paged_stream import PagedStream
     from pallas_kernels.pages import Pages
     from pallas_kernels.quantized import Quantized, quantize
+    from pallas_kernels.ragged import ragged_attention
+    from pallas_kernels.ragged_rows import RaggedRows
     from pallas_kernels.stacked import Stacked
 else:
     # At the first use: whoever only reads a configuration does not wait for JAX.
@@ -31,12 +35,14 @@ else:
         "PagedStream": "paged_stream",
         "Pages": "pages",
         "Quantized": "quantized",
+        "RaggedRows": "ragged_rows",
         "Stacked": "stacked",
         "attention": "api",
         "combine": "combining",
         "implementations": "api",
         "paged_attention": "paged",
         "quantize": "quantized",
+        "ragged_attention": "ragged",
     }
 
     def __getattr__(name: str) -> object:

@@ -91,9 +91,49 @@ class PagedAttentionCall:
         return Mask(causal=True, window=self.window, kv_lengths=self.kv_lengths)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RaggedAttentionCall:
+    """`pallas_kernels.ragged_attention` likewise.
+
+    Attributes:
+      q: queries [T, N, H] of all rows.
+      sources: `MixedSources` of `PagedStream`s with tables of R rows.
+      rows: `RaggedRows`.
+      window: positions that a query sees; None for all.
+      scale, softcap: as of `AttentionCall`.
+      residuals: the lse is wanted; without it one may be left out, as None.
+    """
+
+    q: Any
+    sources: Any
+    rows: Any
+    window: int | None
+    scale: float
+    softcap: float | None
+    residuals: bool
+
+    @property
+    def phase(self) -> str:
+        """One of `phases`."""
+        return phases.PAGED
+
+    @property
+    def mixed(self) -> int:
+        """The larger number of sources, of keys or of values."""
+        return max(len(self.sources.keys), len(self.sources.values))
+
+    @property
+    def size(self) -> int:
+        """The larger head size, of keys or of values."""
+        return max(self.sources.keys[0].shape[3], self.sources.values[0].shape[3])
+
+
 jax.tree_util.register_dataclass(AttentionCall, ["q", "sources", "mask"], ["scale", "softcap"])
 jax.tree_util.register_dataclass(
     PagedAttentionCall,
     ["q", "pages", "page_table", "kv_lengths", "key_weights", "value_weights"],
     ["window", "scale", "softcap"],
+)
+jax.tree_util.register_dataclass(
+    RaggedAttentionCall, ["q", "sources", "rows"], ["window", "scale", "softcap", "residuals"]
 )

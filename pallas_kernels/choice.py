@@ -14,14 +14,14 @@ from typing import Any
 import jax
 
 from pallas_kernels import devices, stacked
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
 from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.phases import DECODE, PAGED, SEQUENCE
 
-# Every module has `attention` and may have `paged_attention`, which get an `AttentionCall` or a
-# `PagedAttentionCall`, return (out, lse), and raise NotImplementedError for what they do not serve.
-# Imported when first asked for: a machine without CUDA lacks what "triton" imports, and loses
-# nothing.
+# Every module has `attention` and may have `paged_attention` and `ragged_attention`, which get the
+# record of such a call, return (out, lse), and raise NotImplementedError for what they do not
+# serve. Imported when first asked for: a machine without CUDA lacks what "triton" imports, and
+# loses nothing.
 MODULES: dict[str, str] = {
     "tpu": "pallas_kernels.tpu",
     "triton": "pallas_kernels.gpu",
@@ -30,6 +30,8 @@ MODULES: dict[str, str] = {
     "xla": "pallas_kernels.xla",
     "reference": "pallas_kernels.reference",
 }
+
+Call = AttentionCall | PagedAttentionCall | RaggedAttentionCall
 
 # Sources that an implementation reads where they lie; instead of others it gets what `read` makes.
 IN_PLACE = {"tpu": stacked.Stacked, "xla": (stacked.Stacked, PagedStream)}
@@ -151,7 +153,7 @@ def candidates(call: CallTraits) -> tuple[str, ...]:
 
 
 def load(name: str, form: str) -> Callable:
-    """The function `form` ("attention" or "paged_attention") of an implementation.
+    """The function `form`, such as "attention" or "paged_attention", of an implementation.
 
     Raises:
       NotImplementedError: a package that it needs is missing, or it has no such form.
@@ -179,7 +181,7 @@ def check_name(implementation: Any) -> None:
         )
 
 
-def run(implementation: str, call: AttentionCall | PagedAttentionCall) -> Any:
+def run(implementation: str, call: Call) -> Any:
     """Has the named implementation serve a call, or for "auto" the first of the table that does.
 
     Raises:
@@ -198,9 +200,11 @@ def run(implementation: str, call: AttentionCall | PagedAttentionCall) -> Any:
     raise NotImplementedError("no implementation serves this call; " + "; ".join(refusals))
 
 
-def _serve(name: str, call: AttentionCall | PagedAttentionCall) -> Any:
+def _serve(name: str, call: Call) -> Any:
     if isinstance(call, PagedAttentionCall):
         return load(name, "paged_attention")(call)
+    if isinstance(call, RaggedAttentionCall):
+        return load(name, "ragged_attention")(call)
     kept = IN_PLACE.get(name, ())
     keys, values = (stacked.read(side, kept) for side in call.sources[:2])
     sources = call.sources._replace(keys=keys, values=values)

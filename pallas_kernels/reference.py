@@ -1,5 +1,6 @@
 """The plain definition of the operation: fp32, one full score matrix, ordinary autodiff."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import masks
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
+from pallas_kernels.masks import Mask
 from pallas_kernels.pages import Pages
 from pallas_kernels.sources import MixedSources, Result, as_array
 
@@ -98,3 +100,23 @@ def paged_attention(call: PagedAttentionCall) -> Result:
             q=call.q, sources=sources, mask=call.mask, scale=call.scale, softcap=call.softcap
         )
     )
+
+
+def ragged_attention(call: RaggedAttentionCall) -> Result:
+    """Ragged attention by its definition: every query is a row of its own."""
+    row, index = call.rows.owners(call.q.shape[0])
+    position = (call.rows.lengths - call.rows.counts)[row] + index
+    lengths = jnp.where(row < 0, 0, jnp.maximum(position + 1, 0))
+    keys, values = (
+        tuple(dataclasses.replace(x, table=x.table[row]) for x in side) for side in call.sources[:2]
+    )
+    out, lse = attention(
+        AttentionCall(
+            q=call.q[:, None],
+            sources=call.sources._replace(keys=keys, values=values),
+            mask=Mask(causal=True, window=call.window, kv_lengths=lengths),
+            scale=call.scale,
+            softcap=call.softcap,
+        )
+    )
+    return out[:, 0], lse[:, 0]

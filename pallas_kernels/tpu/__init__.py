@@ -16,7 +16,7 @@ import jax
 from jax import Array
 
 from pallas_kernels import checks
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.phases import DECODE
 from pallas_kernels.quantized import is_quantized
@@ -30,13 +30,21 @@ from pallas_kernels.tpu import (
     decode_paged,
     decode_stacked,
     folded,
+    ragged,
 )
 from pallas_kernels.tpu.attend import Residuals
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.tpu.how import How, Interpret
 from pallas_kernels.tpu.topology import compile_for, compiling_for
 
-__all__ = ["Blocks", "attention", "compile_for", "compiling_for", "paged_attention"]
+__all__ = [
+    "Blocks",
+    "attention",
+    "compile_for",
+    "compiling_for",
+    "paged_attention",
+    "ragged_attention",
+]
 
 
 def attention(
@@ -113,3 +121,10 @@ def paged_attention(
     """Attention of each row's last tokens over pages; see `pallas_kernels.paged_attention`."""
     how = How(call.scale, call.softcap, chips.current(chip), interpret)
     return decode_paged.paged(how, call)
+
+
+def ragged_attention(
+    call: RaggedAttentionCall, *, chip: str | None = None, interpret: Interpret = False
+) -> tuple[Array, Array | None]:
+    """Attention of chunks and single tokens over pages; see `pallas_kernels.ragged_attention`."""
+    return ragged.ragged(How(call.scale, call.softcap, chips.current(chip), interpret), call)

@@ -7,13 +7,13 @@ import jax
 from jax import Array
 
 from pallas_kernels import linear, stacked
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.paged_stream import is_paged
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import Result, named
 from pallas_kernels.xla import blocks as blocks_schedule
-from pallas_kernels.xla import decode, rows, tiles
+from pallas_kernels.xla import decode, ragged, rows, tiles
 from pallas_kernels.xla.chunk import RowChunk
 from pallas_kernels.xla.plan import BlockPlan
 from pallas_kernels.xla.streams import ArraySources, PagedSources, Weighted
@@ -54,6 +54,11 @@ def paged_attention(call: PagedAttentionCall) -> Result:
     streams = PagedSources(call.pages, call.page_table)
     how = Scores(scale=call.scale, softcap=call.softcap)
     return _paged(how, call.q, (streams, call.key_weights, call.value_weights), call.mask)
+
+
+def ragged_attention(call: RaggedAttentionCall) -> Result:
+    """Attention of the queries of many rows over pages, as calls with equal rows."""
+    return ragged.attention(call, attention)
 
 
 def _paged(how: Scores, q: Array, sources: Weighted, mask: Mask) -> Result:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
 from pallas_kernels.masks import Mask
 from pallas_kernels.sources import MixedSources
 from tests.oracles import attention as oracle
@@ -193,3 +193,10 @@ def paged_call_of(
         value_weights=value_weights,
         **options,
     )
+
+
+def ragged_call_of(q, keys, values, rows, key_weights, value_weights, **options):
+    """Likewise of `pallas_kernels.ragged_attention`."""
+    options = {"window": None, "softcap": None, "scale": q.shape[-1] ** -0.5, **options}
+    sources = MixedSources(keys, values, key_weights, value_weights)
+    return RaggedAttentionCall(q=q, sources=sources, rows=rows, residuals=True, **options)

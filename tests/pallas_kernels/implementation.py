@@ -22,7 +22,7 @@ class Implementation:
       override `attend(arguments, options)`, which gets (q, keys, values, key_weights,
       value_weights) and the keyword arguments of `attention`, and returns (out, lse): give
       `cases.call_of` of both to the kernel, with `interpret=True`. For pages override
-      `attend_pages`.
+      `attend_pages` and `attend_ragged`.
     - `unsupported`: words of `cases.needs`, and "gradients", "residuals" (an lse),
       "wide_sources" (float32 sources beside 16-bit queries), "chunk" (pages, several queries),
       "int8", "int4", "float8_e4m3fn", ...: such tests are left out. Only for what raises
@@ -74,6 +74,13 @@ class Implementation:
         """(out, lse)."""
         return pallas_kernels.paged_attention(
             q, pages, page_table, kv_lengths, key_weights, value_weights,
+            return_residuals=True, implementation=self.implementation, **options,
+        )  # fmt: skip
+
+    def attend_ragged(self, q, keys, values, rows, key_weights, value_weights, options):
+        """(out, lse)."""
+        return pallas_kernels.ragged_attention(
+            q, keys, values, rows, key_weights, value_weights,
             return_residuals=True, implementation=self.implementation, **options,
         )  # fmt: skip
 

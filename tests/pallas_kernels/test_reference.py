@@ -3,6 +3,7 @@
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.cases import CORE
 from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.ragged_cases import RaggedCases
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 
@@ -23,3 +24,7 @@ class TestReferenceQuantized(Reference, QuantizedCases):
 
 class TestReferencePaged(Reference, PagedCases):
     pass
+
+
+class TestReferenceRagged(Reference, RaggedCases):
+    ragged = ("int8",)

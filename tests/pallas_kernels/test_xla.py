@@ -13,6 +13,7 @@ from pallas_kernels.xla import decode
 from pallas_kernels.xla.plan import BlockPlan
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.ragged_cases import RaggedKernelCases
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 
@@ -30,6 +31,11 @@ class TestXlaQuantized(Xla, QuantizedCases):
 
 class TestXlaPaged(Xla, PagedCases):
     pass
+
+
+class TestXlaRagged(Xla, RaggedKernelCases):
+    ragged = ("lanes", "int8")
+    chunks = 512
 
 
 def temporary_bytes(length):

@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Pages, Quantized, tpu
+from pallas_kernels import PagedStream, Pages, Quantized, RaggedRows, tpu
 from pallas_kernels.masks import Mask
-from tests.pallas_kernels.cases import call_of, paged_call_of
+from tests.pallas_kernels.cases import call_of, paged_call_of, ragged_call_of
 
 SIZES = {"batch": 4, "length": 4096, "kv_heads": 8, "heads": 32}
 
@@ -78,3 +78,33 @@ def paging(chip, dtype="bfloat16", size=128, page_size=128, length=1):
 
     q = spec(batch, length, SIZES["heads"], size)
     return call, (q, pages, integers(batch, width), integers(batch), weights, weights)
+
+
+def stepping(chip, dtype="bfloat16", heads=(32, 8), size=128, page_size=16, sources=2):
+    """A step of 64 rows and 1,024 tokens over a pool of two streams; (function, specs)."""
+    rows, width, count = 64, SIZES["length"] // page_size, 65536 // page_size
+    data = spec(2, count, page_size, heads[1] * size, dtype=dtype)
+    scale = floats(*data.shape[:3], heads[1]) if data.dtype.itemsize == 1 else None
+    table = integers(rows, width)
+    streams = tuple(PagedStream(data, integers(), table, size, scale) for _ in range(sources))
+    weights = floats(sources, heads[1], size) if sources > 1 else None
+
+    def call(pool, q, keys, values, rows, a, b):
+        keys, values = (
+            tuple(dataclasses.replace(x, data=pool[0], scale=pool[1]) for x in side)
+            for side in (keys, values)
+        )
+        made = ragged_call_of(q, keys, values, rows, a, b, window=1000)
+        return tpu.ragged_attention(dataclasses.replace(made, residuals=False), chip=chip)[0]
+
+    rows = RaggedRows(integers(rows), integers(rows), integers(rows))
+    streams = tuple(dataclasses.replace(x, data=None, scale=None) for x in streams)
+    return call, (
+        (data, scale),
+        spec(1024, heads[0], size),
+        streams,
+        streams,
+        rows,
+        weights,
+        weights,
+    )

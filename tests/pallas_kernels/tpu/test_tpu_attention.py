@@ -7,8 +7,9 @@ from pallas_kernels.tpu import attend, chips, decode_inputs
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.tpu.how import How
 from tests.pallas_kernels.attention_cases import AttentionCases
-from tests.pallas_kernels.cases import I32, call_of, paged_call_of
+from tests.pallas_kernels.cases import I32, call_of, paged_call_of, ragged_call_of
 from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.ragged_cases import RaggedKernelCases
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 
@@ -29,6 +30,11 @@ class Tpu(Implementation):
         *arguments, options = arguments
         call = paged_call_of(*arguments, **options)
         return tpu.paged_attention(call, chip=self.chip, interpret=True)
+
+    def attend_ragged(self, *arguments):
+        *arguments, options = arguments
+        call = ragged_call_of(*arguments, **options)
+        return tpu.ragged_attention(call, chip=self.chip, interpret=True)
 
 
 class Tile(Tpu):
@@ -82,3 +88,7 @@ class TestTpuPaged(Tpu, PagedCases):
 @pytest.mark.slow
 class TestTile(Tile, AttentionCases):
     pass
+
+
+class TestTpuRagged(Tpu, RaggedKernelCases):
+    ragged = ("lanes", "int8")

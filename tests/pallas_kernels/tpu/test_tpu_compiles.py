@@ -27,6 +27,7 @@ needs_libtpu = pytest.mark.skipif(
         lambda: calls.decoding("v5e"),
         lambda: calls.decoding("v6e", ring=True, sources=1),
         lambda: calls.paging("tpu7x", "float8_e4m3fn"),
+        lambda: calls.stepping("v5e"),
     ],
 )
 def test_lowers_for_tpu(made):
@@ -66,6 +67,20 @@ def test_decoding_compiles_and_reads_the_cache_in_place_for(chip):
     made = [calls.decoding(chip), calls.decoding(chip, ring=True), calls.paging(chip, stored)]
     for call in made:
         assert compiled(chip, call).temp_size_in_bytes < source
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_a_mixed_step_compiles_and_reads_pages_in_place_for(chip):
+    """Heads of 128, 64 and 80 channels, and 8-bit pages; no temporary of the size of a stream."""
+    stored = chips.CHIPS[chip].storage[0]
+    for options in ({}, {"dtype": stored}, {"size": 64}, {"size": 80, "heads": (16, 16)}):
+        call, specs = calls.stepping(chip, **options)
+        pool = specs[0][0]
+        assert (
+            compiled(chip, (call, specs)).temp_size_in_bytes < pool.size * pool.dtype.itemsize / 2
+        )
 
 
 @pytest.mark.parametrize(

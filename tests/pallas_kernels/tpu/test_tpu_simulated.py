@@ -4,6 +4,8 @@ The simulator copies when a copy is awaited, fills fresh memory with NaN and ref
 of bounds; values are compared as well, since it misses a buffer that is read before its own wait.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Pages, tpu
-from pallas_kernels.tpu import decode_inputs
+from pallas_kernels.tpu import decode_inputs, ragged, ragged_inputs
 from tests.oracles import attention as oracle
-from tests.pallas_kernels.cases import I32, call_of, close, draw, paged_call_of
+from tests.pallas_kernels.cases import I32, call_of, close, draw, paged_call_of, ragged_call_of
+from tests.pallas_kernels.ragged_cases import Step, expected, make
 
 
 def simulated(function, *arguments):
@@ -107,3 +110,20 @@ def test_the_detector_detects():
     with pytest.raises(AssertionError):
         x = jnp.arange(2 * 8 * 128, dtype=jnp.float32).reshape(2, 8, 128)
         close(simulated(call, x), x[0])
+
+
+def test_chunks_and_single_tokens_over_pages(monkeypatch):
+    """Several blocks of queries, of keys, and pieces of work behind each other."""
+    step = Step((1, 9, 1), (150, 9, 30), sources=(1, 2), dtype="int8", page_size=64)
+    monkeypatch.setattr(ragged, "_KEY_TOKENS", 128)
+    monkeypatch.setattr(ragged_inputs, "_BLOCK_ROWS", 16)
+    made = make(step)
+
+    # One program: the simulator's callbacks may wait for operations that follow one by one.
+    @functools.partial(jax.jit, static_argnames="interpret")
+    def attend(q, keys, values, rows, weights, interpret):
+        call = ragged_call_of(q, keys, values, rows, *weights)
+        return tpu.ragged_attention(call, chip="v5e", interpret=interpret)
+
+    arguments = jax.tree.map(jnp.asarray, (made.q, made.keys, made.values, made.rows, made.weights))
+    jax.tree.map(close, tuple(simulated(attend, *arguments)), expected(step, made))

@@ -1,0 +1,222 @@
+"""What the ragged kernel is given: queries in units of whole tiles, and a list of work.
+
+    unit      rows of queries that fill tiles: `tokens` tokens times the query heads of a part
+    part      KV heads whose channels together fill whole lanes; a query is zero off its own head
+    work      (row, unit, queries, position, low, high) of each block of at most `units` units
+
+Units are a leading axis, so that a copy may begin at any of them.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels import linear
+from pallas_kernels.call import RaggedAttentionCall
+from pallas_kernels.paged_stream import PagedStream
+from pallas_kernels.ragged_rows import RaggedRows
+from pallas_kernels.tpu.blocks import LANES, round_up
+from pallas_kernels.tpu.how import How
+
+_TILE = 16  # rows of a tile of 16-bit numbers
+_BLOCK_ROWS = 512  # rows of a block of queries: reading a key then costs less than using it
+_BLOCK_BYTES = 24 * 2**20  # of VMEM for a block of queries, its sums and its output
+_FIELDS = 6  # numbers of a piece of work
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Static sizes of a call.
+
+    Attributes:
+      parts: products for each tile of keys.
+      together: KV heads of a part.
+      heads: query heads of a part.
+      rows: rows of a token in a part, `heads` and padding.
+      tokens: of a unit.
+      units: of a block of queries.
+      key_width, value_width: channels of a part.
+      num_keys, num_values: sources.
+    """
+
+    parts: int
+    together: int
+    heads: int
+    rows: int
+    tokens: int
+    units: int
+    key_width: int
+    value_width: int
+    num_keys: int
+    num_values: int
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a unit."""
+        return self.rows * self.tokens
+
+    @classmethod
+    def of(cls, call: RaggedAttentionCall, how: How) -> "Form":
+        """The sizes for a call.
+
+        Raises:
+          NotImplementedError: the heads of a token do not fill whole lanes.
+        """
+        keys, values = call.sources[:2]
+        total, num, _ = call.q.shape
+        heads, size = keys[0].shape[2:]
+        value_size = values[0].shape[3]
+        fits = (n for n in range(1, heads + 1) if heads % n == 0)
+        fits = (n for n in fits if n * size % LANES == 0 and n * value_size % LANES == 0)
+        together = next(fits, heads if how.interpret else None)
+        if together is None:
+            raise NotImplementedError(
+                f"pages are read in place where the {heads} heads of a token fill a multiple of "
+                f"{LANES} channels; these have {heads * size} and {heads * value_size}"
+            )
+        parts, each = heads // together, together * num // heads
+        rows = 1 << (each - 1).bit_length() if each < _TILE else round_up(each, _TILE)
+        tokens = max(1, _TILE // rows)
+        widths = together * size, together * value_size
+        row_bytes = 4 * (len(keys) * widths[0] + len(values) * widths[1]) + 2 * widths[1] + 1024
+        most = min(_BLOCK_ROWS, _BLOCK_BYTES // (parts * row_bytes)) // (rows * tokens)
+        units = max(1, min(most, -(-total // tokens)))
+        return cls(parts, together, each, rows, tokens, units, *widths, len(keys), len(values))
+
+
+class Work(NamedTuple):
+    """The list of work, for a kernel with a step for each.
+
+    Attributes:
+      numbers: int32 [I * 6], see `field`.
+      count: how many are to be done.
+      units: int32 [R], the first unit of each row.
+    """
+
+    numbers: Array
+    count: Array
+    units: Array
+
+
+FIELDS = ("row", "unit", "queries", "position", "low", "high")
+
+
+def work_list(call: RaggedAttentionCall, form: Form) -> Work:
+    """Blocks of queries, row after row; their keys are those from `low` to before `high`."""
+    rows, keys = call.rows, call.sources.keys[0]
+    blocks = rows.blocks(call.q.shape[0], form.units * form.tokens)
+    each = -(-rows.counts // form.tokens)
+    units = jnp.cumsum(each, dtype=jnp.int32) - each
+    index = jnp.arange(blocks.rows.shape[0], dtype=jnp.int32)
+    unit = units[blocks.rows] + (index - blocks.firsts[blocks.rows]) * form.units
+    high = jnp.clip(blocks.positions + blocks.counts, 0, keys.shape[1])
+    low = jnp.zeros_like(high)
+    if call.window is not None:
+        low = jnp.clip(blocks.positions - call.window + 1, 0, high)
+    fields = (blocks.rows, unit, blocks.counts, blocks.positions, low, high)
+    numbers = jnp.stack(fields, axis=1).astype(jnp.int32)
+    return Work(numbers.reshape(-1), blocks.firsts[-1], units)
+
+
+def places(rows: RaggedRows, units: Array, total: int, form: Form) -> tuple[Array, Array]:
+    """Place in units of each query, [T], -1 for none; and the query of each place in units."""
+    row, index = rows.owners(total)
+    place = jnp.where(row < 0, -1, units[row] * form.tokens + index)
+    # Units of all rows, and those that a block at the end reads beyond them.
+    count = total // form.tokens + rows.counts.shape[0] + form.units
+    query = jnp.full(count * form.tokens, total, jnp.int32)
+    query = query.at[jnp.where(place < 0, query.shape[0], place)].set(
+        jnp.arange(total, dtype=jnp.int32), mode="drop"
+    )
+    return place, query
+
+
+def in_units(call: RaggedAttentionCall, form: Form, factor: float, query: Array) -> Array:
+    """Queries [units, parts, J, unit rows, key width], times `factor` and the weights."""
+    folded = linear.fold_queries(call.q[None], call.sources.key_weights, factor)[0]  # [J, T, N, H]
+    folded = folded.astype(call.q.dtype)
+    num, size = form.num_keys, folded.shape[3]
+    gathered = folded.at[:, query].get(mode="fill", fill_value=0)
+    grouped = gathered.reshape(
+        num, -1, form.tokens, form.parts, form.together, form.heads // form.together, 1, size
+    )
+    if form.together > 1:
+        own = np.eye(form.together, dtype=bool)[:, None, :, None]
+        grouped = jnp.where(own, grouped, jnp.zeros_like(grouped))
+    wide = grouped.reshape(num, -1, form.tokens, form.parts, form.heads, form.key_width)
+    wide = jnp.pad(wide, ((0, 0),) * 4 + ((0, form.rows - form.heads), (0, 0)))
+    wide = wide.transpose(1, 3, 0, 2, 4, 5)
+    return wide.reshape(-1, form.parts, num, form.unit_rows, form.key_width)
+
+
+def from_units(found: Array, place: Array, form: Form) -> Array:
+    """[units, parts, unit rows, width] of a result as [T, N, width / together]; 0 for no query."""
+    width = found.shape[3]
+    found = found.reshape(-1, form.parts, form.tokens, form.rows, width)[:, :, :, : form.heads]
+    found = found.transpose(0, 2, 1, 3, 4).reshape(-1, form.parts, form.heads, width)
+    found = jnp.where((place >= 0)[:, None, None, None], found[jnp.maximum(place, 0)], 0)
+    together = form.together
+    found = found.reshape(
+        -1, form.parts, together, form.heads // together, together, width // together
+    )
+    own = [found[:, :, head, :, head] for head in range(together)]
+    return jnp.stack(own, axis=2).reshape(place.shape[0], -1, width // together)
+
+
+def lse_from_units(found: Array, place: Array, form: Form) -> Array:
+    """[units, parts, unit rows] as [T, N]; -inf for no query."""
+    found = found.reshape(-1, form.parts, form.tokens, form.rows)[..., : form.heads]
+    found = found.transpose(0, 2, 1, 3).reshape(-1, form.parts * form.heads)
+    return jnp.where((place >= 0)[:, None], found[jnp.maximum(place, 0)], -jnp.inf)
+
+
+def output_weights(weights: Array | None, form: Form) -> Array:
+    """Weights of the values as [J', parts, 1, value width]; ones where there are none."""
+    if weights is None:
+        return jnp.ones((1, form.parts, 1, form.value_width), jnp.float32)
+    wide = weights.astype(jnp.float32)
+    return wide.reshape(form.num_values, form.parts, 1, form.value_width)
+
+
+def tokens_of_rows(form: Form) -> np.ndarray:
+    """Which token of a block each row of it belongs to, int32 [rows, lanes]."""
+    token = np.arange(form.units * form.unit_rows) // form.rows
+    return np.broadcast_to(token[:, None], (token.size, LANES)).astype(np.int32)
+
+
+def scale_rows(stream: PagedStream, tokens: int) -> Array:
+    """Scales as [rows, 1, lanes]: of `tokens` tokens each, those of one head after another.
+
+    The pool keeps the heads of a token together, a few numbers of 128 lanes; this turns one slot of
+    it, some hundredths of its codes.
+    """
+    scale = jax.lax.dynamic_index_in_dim(stream.scale, stream.slot, keepdims=False)
+    heads = scale.shape[2]
+    rows = scale.astype(jnp.float32).reshape(-1, tokens, heads).swapaxes(1, 2)
+    rows = rows.reshape(-1, 1, heads * tokens)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % LANES)))
+
+
+def scale_places(
+    call: RaggedAttentionCall, form: Form, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of 8-bit pages, else a few zeros: what puts scales and heads where they are used.
+
+    Returns:
+      float32 [K, lanes of `scale_rows`, LANES], 1 from head k's scale of a token to the lanes of
+      such tokens; and [rows of a block, heads of a part], 1 where a row belongs to a head.
+    """
+    stream = call.sources.keys[0]
+    if stream.scale is None:
+        return np.zeros((1, 8, LANES), np.float32), np.zeros((8, LANES), np.float32)
+    heads = stream.shape[2]
+    lane = np.arange(round_up(heads * tokens, LANES))
+    token = np.arange(LANES) % tokens
+    places = lane[:, None] == np.arange(heads)[:, None, None] * tokens + token
+    row = np.arange(form.units * form.unit_rows) % form.rows
+    owners = row[:, None] // (form.heads // form.together) == np.arange(form.together)
+    return places.astype(np.float32), owners.astype(np.float32)
