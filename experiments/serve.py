@@ -2,16 +2,16 @@
 
 The newest checkpoint of a training run, or --model=FOLDER|file.gguf. The routes
 are /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /detokenize, /health, /ready,
-/metrics, /version, and / with a page to chat in; names of flags are vLLM's. After SIGTERM it takes
-no new requests and waits for those that run. Needs the extra `serve`. Exit code 2 with one line for
-a mistake in the command.
+/metrics, /version, /kv_event_sources, and / with a page to chat in; names of flags are vLLM's.
+After SIGTERM it takes no new requests and waits for those that run. Needs the extra `serve`. Exit
+code 2 with one line for a mistake in the command.
 """
 
 import importlib.util
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -21,6 +21,9 @@ from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
 from fusedkv_jax.generation import SelfSpeculation
+
+if TYPE_CHECKING:
+    from fusedkv_jax.server.kv_events import KvEventPublisher
 
 FLAGS = flags.FLAGS
 
@@ -90,6 +93,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_queued", 1024, "Requests that may wait; further ones get a 503.", 1)
     flags.DEFINE_integer("max_queued_tokens", None, "Tokens of their prompts; default any.", 1)
     flags.DEFINE_integer("max_body_bytes", 8 << 20, "Bytes of a request.", 1)
+    flags.DEFINE_string(
+        "kv_events_config",
+        None,
+        'Tell routers what is cached: vLLM\'s JSON, such as {"endpoint": "tcp://*:5557"}.',
+    )
     flags.DEFINE_float("shutdown_timeout", 30.0, "Seconds to finish requests in at the end.", 0.0)
 
 
@@ -103,6 +111,7 @@ def main() -> None:
         chosen["compression"] = parse(FLAGS.compression)
     settings = serving.ServingSettings(**chosen, speculation=_speculation())
     limits = ServerSettings(api_keys=_keys(), max_body_bytes=FLAGS.max_body_bytes)
+    kv_events = _kv_events()
     sock = listen(FLAGS.host, FLAGS.port)  # before the model is read
     loaded = models.load()
     tokenizer = tokenizers.load(loaded.config.data.tokenizer)
@@ -116,8 +125,9 @@ def main() -> None:
         model_name=FLAGS.served_model_name or loaded.config.name,
         max_queued=FLAGS.max_queued,
         max_queued_tokens=FLAGS.max_queued_tokens,
+        on_changes=None if kv_events is None else kv_events.publish,
     )
-    run(Server(front, template, limits), sock, FLAGS.shutdown_timeout)
+    run(Server(front, template, limits, kv_events), sock, FLAGS.shutdown_timeout)
 
 
 def _speculation() -> serving.NGramSpeculation | SelfSpeculation | None:
@@ -159,6 +169,18 @@ def _keys() -> list[str]:
     if key := os.environ.get("FUSEDKV_API_KEY"):
         keys.append(key)
     return keys
+
+
+def _kv_events() -> "KvEventPublisher | None":
+    """Who tells what is cached, if anybody wants it. Raises ValueError."""
+    if FLAGS.kv_events_config is None:
+        return None
+    from fusedkv_jax.server.kv_events import KvEventPublisher, KvEventsConfig
+
+    config = KvEventsConfig.decode(FLAGS.kv_events_config)
+    if importlib.util.find_spec("zmq") is None:
+        raise ValueError("pyzmq is missing; install fusedkv_jax with its extra 'kv-events'")
+    return KvEventPublisher(config)
 
 
 def _template(tokenizer: tokenizers.Tokenizer) -> ChatTemplate | None:

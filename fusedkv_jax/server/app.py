@@ -35,6 +35,7 @@ from fusedkv_jax.server.statistics import log_statistics
 from fusedkv_jax.server.tool_answers import ToolAnswer
 
 if TYPE_CHECKING:
+    from fusedkv_jax.server.kv_events import KvEventPublisher
     from fusedkv_jax.serving import AsyncEngine
 
 _PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -81,6 +82,7 @@ class Server:
         engine: started and stopped with the application.
         template: of conversations; None for a model without one.
         settings: limits and keys.
+        kv_events: the publisher that the engine reports to, closed with the application.
 
     Attributes:
         app: the ASGI application.
@@ -92,8 +94,10 @@ class Server:
         engine: AsyncEngine,
         template: ChatTemplate | None,
         settings: ServerSettings | None = None,
+        kv_events: KvEventPublisher | None = None,
     ):
         self.engine, self.settings = engine, settings or ServerSettings()
+        self.kv_events = kv_events
         self.prompts = Prompts(engine.tokenizer, template)
         self.metrics, self.running = Metrics(engine), Running(engine)
         self.health = Health(engine, self.settings.health_timeout)
@@ -119,6 +123,7 @@ class Server:
             Route("/ready", self._show_ready),
             Route("/metrics", self._show_metrics),
             Route("/version", self._show_version),
+            Route("/kv_event_sources", self._show_kv_event_sources),
             Route("/v1/models", self._show_models),
             Route("/v1/models/{name:path}", self._show_model),
             Route("/v1/completions", self._complete, methods=post),
@@ -139,6 +144,8 @@ class Server:
             self._started = self.running.open = False
             log.cancel()
             await self.engine.stop()
+            if self.kv_events is not None:
+                await asyncio.to_thread(self.kv_events.close)
             self.prompts.close()
 
     # What a model answers.
@@ -246,6 +253,12 @@ class Server:
     async def _show_version(self, request: Request) -> Response:
         del request
         return JSONResponse({"version": importlib.metadata.version("fusedkv_jax")})
+
+    async def _show_kv_event_sources(self, request: Request) -> Response:
+        """Of each data-parallel rank; an engine is one."""
+        del request
+        sources = {} if self.kv_events is None else {"0": self.kv_events.source()}
+        return JSONResponse(sources)
 
     async def _show_models(self, request: Request) -> Response:
         del request

@@ -13,6 +13,7 @@ from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.serving.engine import Deltas, Engine
 from fusedkv_jax.serving.intake import AnyPrompt
 from fusedkv_jax.serving.output import EngineStats, OutputDelta
+from fusedkv_jax.serving.prefix import PrefixChange
 from fusedkv_jax.serving.request import RequestError
 
 _log = logging.getLogger(__name__)
@@ -76,9 +77,13 @@ class AsyncEngine:
         model_name: what the model is called.
         max_queued: requests that may wait.
         max_queued_tokens: tokens that their prompts may come to; None for any number.
+        on_changes: called in the thread of the steps with what has become of cached prefixes.
 
     Attributes:
         model_name, tokenizer, max_length: of the engine.
+
+    Raises:
+        ValueError: `on_changes` for an engine that keeps no prefixes.
     """
 
     def __init__(
@@ -88,10 +93,14 @@ class AsyncEngine:
         model_name: str = "fusedkv_jax",
         max_queued: int = 1024,
         max_queued_tokens: int | None = None,
+        on_changes: Callable[[list[PrefixChange]], None] | None = None,
     ):
         self.engine, self.model_name = engine, model_name
         self.tokenizer, self.max_length = engine.tokenizer, engine.max_model_len
         self._limits = max_queued, max_queued_tokens
+        self._on_changes = on_changes
+        if on_changes is not None:
+            engine.scheduler.memory.record_changes()
         self._streams: dict[str, OutputStream] = {}
         self._orders: deque[tuple[Any, ...]] = deque()  # (what to do, arguments)
         self._wanted = threading.Condition()
@@ -190,7 +199,7 @@ class AsyncEngine:
         try:
             while self._carry_out():
                 deltas = self.engine.step()
-                self._stats = self.engine.stats()
+                self._take_note()
                 self._hand_out(deltas)
         except BaseException as error:  # the engine is dead: nobody may wait for it for ever
             self.error = error
@@ -215,8 +224,16 @@ class AsyncEngine:
                 reason = error.reason if isinstance(error, RequestError) else str(error)
                 refused = OutputDelta(0, finish_reason="error", error=reason)
                 self._call(self._end, arguments[1], refused)
-        self._stats = self.engine.stats()
+        self._take_note()
         return not stops
+
+    def _take_note(self) -> None:
+        """Keep the figures of now, and pass on what has become of cached prefixes."""
+        self._stats = self.engine.stats()
+        if self._on_changes is not None:
+            changes = self.engine.scheduler.memory.take_changes()
+            if changes:
+                self._on_changes(changes)
 
     def _hand_out(self, deltas: Deltas) -> None:
         if deltas:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from fusedkv_jax.serving.copies import Copy, Direction
 from fusedkv_jax.serving.pages import PagePool
-from fusedkv_jax.serving.prefix import Node, PrefixTree
+from fusedkv_jax.serving.prefix import Node, PrefixChange, PrefixTree
 from fusedkv_jax.serving.request import Request, State
 from fusedkv_jax.serving.tiers import HostTier
 
@@ -32,6 +32,9 @@ class PagedMemory:
         host_pages: pages of the host tier; 0 for none.
         prefix_caching: keep pages that nobody reads.
         reserve: fraction of the pages that admission leaves free, for running requests to grow.
+
+    Attributes:
+        caching: `prefix_caching`.
     """
 
     def __init__(
@@ -49,7 +52,8 @@ class PagedMemory:
         self.tree = PrefixTree(page_size)
         self.host = HostTier(host_pages, page_size, self._lost_copy) if host_pages else None
         self._copies: list[Copy] = []
-        self._caching = prefix_caching
+        self._changes: list[PrefixChange] | None = None
+        self.caching = prefix_caching
         self._reserved = int(reserve * num_pages)
         self._unread: OrderedDict[Node, None] = OrderedDict()  # on the device, without users
 
@@ -84,6 +88,26 @@ class PagedMemory:
         copies, self._copies = self._copies, []
         return copies
 
+    def record_changes(self) -> None:
+        """From now on keep what becomes of prefixes, for `take_changes`.
+
+        Raises:
+            ValueError: no prefixes are kept.
+        """
+        if not self.caching:
+            raise ValueError(
+                "there are no KV events without cached prefixes; leave enable_prefix_caching on,"
+                " and memory to what the model allows"
+            )
+        self._changes = []
+
+    def take_changes(self) -> list[PrefixChange]:
+        """What became of prefixes since the last call, in order."""
+        if not self._changes:
+            return []
+        changes, self._changes = self._changes, []
+        return changes
+
     def admit(self, request: Request) -> bool:
         """Give a request pages for all its known tokens, and what the prefix cache has of them.
 
@@ -105,7 +129,7 @@ class PagedMemory:
         fresh = self._allocate(total - resident, after=before)
         assert fresh is not None
         for node, page in zip(missing, fresh, strict=False):
-            node.page = page
+            self._move(node, page)
             self._copy(Direction.INTO, node.host_page, page)
         for node in reversed(missing):
             self._host.unpin(node)
@@ -157,7 +181,7 @@ class PagedMemory:
         """Make nodes of the pages that have become full."""
         nodes, size = request.nodes, self.pool.page_size
         full = request.computed // size
-        if not self._caching or len(nodes) >= full:
+        if not self.caching or len(nodes) >= full:
             return
         parent = nodes[-1] if nodes else self.tree.root(request.salt)
         for number, key in enumerate(request.page_keys(len(nodes), full, size), start=len(nodes)):
@@ -168,7 +192,7 @@ class PagedMemory:
             if node is None:
                 node = self.tree.add(parent, key)
             if node.page < 0:
-                node.page = page
+                self._move(node, page)
                 node.users = 1
             else:  # somebody computed the same meanwhile
                 self._use(node)
@@ -195,7 +219,7 @@ class PagedMemory:
         Pages that have a copy already, from the last time or of somebody else, are not written
         again.
         """
-        if self.host is None or not self._caching:
+        if self.host is None or not self.caching:
             return False
         self.commit(request)
         full = request.computed // self.page_size
@@ -246,7 +270,7 @@ class PagedMemory:
             missing = [node for node in nodes if node.page < 0]
             count = self._droppable(min(limit, len(missing)))
             for node, page in zip(missing, self._allocate(count, None) or (), strict=False):
-                node.page = page
+                self._move(node, page)
                 self._copy(Direction.AHEAD, node.host_page, page)
             limit -= count
         for nodes in reversed(wanted):  # what the first one needs is dropped last
@@ -279,7 +303,7 @@ class PagedMemory:
         while self._unread:
             node, _ = self._unread.popitem(last=False)
             self.pool.release(node.page)
-            node.page = -1
+            self._move(node, -1)
             if node.host_page < 0:
                 self._remove(node)
 
@@ -287,7 +311,7 @@ class PagedMemory:
         """Nodes of what need not be computed for one that does not run."""
         if request.state is State.SWAPPED:
             return request.nodes
-        return self.tree.match(request) if self._caching else []
+        return self.tree.match(request) if self.caching else []
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -311,7 +335,8 @@ class PagedMemory:
 
     def _evict(self) -> None:
         node, _ = self._unread.popitem(last=False)
-        page, node.page = node.page, -1
+        page = node.page
+        self._move(node, -1)
         if self.host is not None and node.host_page >= 0:
             self.host.touch(node)  # or an old beginning would take its newer ends along
         elif self.host is not None:
@@ -322,6 +347,12 @@ class PagedMemory:
         self.pool.release(page)
         if node.host_page < 0:
             self._remove(node)
+
+    def _move(self, node: Node, page: int) -> None:
+        """A node comes to lie in a page of the device, or in none (-1)."""
+        node.page = page
+        if self._changes is not None:
+            self._changes.append(PrefixChange(node, page >= 0))
 
     def _lost_copy(self, node: Node) -> None:
         if node.page < 0:

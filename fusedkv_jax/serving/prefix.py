@@ -8,6 +8,7 @@ a page each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from fusedkv_jax.serving.request import Request
 
@@ -17,7 +18,7 @@ class Node:
 
     Attributes:
         parent: None for a root.
-        key: its tokens.
+        key: its tokens; of a root its salt.
         page: where its keys and values are, or -1.
         host_page: where a copy is in host memory, or -1.
         users: running requests that read the page.
@@ -32,6 +33,16 @@ class Node:
         self.page = self.host_page = -1
         self.users = self.pins = 0
         self.children: dict[bytes, Node] = {}
+
+
+class PrefixChange(NamedTuple):
+    """A node has come to lie in a page of the device, or lies in none any more.
+
+    A node's parent and key never change, so any thread may read them later.
+    """
+
+    node: Node
+    stored: bool
 
 
 class PrefixTree:
@@ -49,7 +60,7 @@ class PrefixTree:
     def root(self, salt: str) -> Node:
         """The empty prefix of one salt."""
         if salt not in self._roots:
-            self._roots[salt] = Node(None, b"")
+            self._roots[salt] = Node(None, salt.encode())
         return self._roots[salt]
 
     def match(self, request: Request) -> list[Node]:

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "mpirun": "needs Open MPI",
     "scontrol": "needs a Slurm cluster",
     "srun": "needs a Slurm cluster",
+    "vllm-router": "tests/server/test_router.py runs it where it is installed",
     "[": "the exit code of a command above it",
     "cd": "the folder of a clone on another machine",
 }

@@ -13,6 +13,7 @@ import uvicorn
 
 from fusedkv_jax.data.chat import ChatTemplate
 from fusedkv_jax.server import Server, ServerSettings
+from fusedkv_jax.server.kv_events import KvEventPublisher
 from tests.server.fake import FakeEngine
 
 TEMPLATE = ChatTemplate(
@@ -49,9 +50,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine, template: ChatTemplate | None = TEMPLATE, **settings):
+def serving(
+    engine: FakeEngine,
+    template: ChatTemplate | None = TEMPLATE,
+    kv_events: KvEventPublisher | None = None,
+    **settings,
+):
     """A `Running` over this engine."""
-    server = Server(engine, template, ServerSettings(log_interval=0, **settings))
+    server = Server(engine, template, ServerSettings(log_interval=0, **settings), kv_events)
     config = uvicorn.Config(server.app, log_config=None, lifespan="on")
     runner = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as sock:

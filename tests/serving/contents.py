@@ -21,6 +21,25 @@ class Contents:
         self.size = scheduler.memory.page_size
         self.device: dict[int, list] = {}
         self.host: dict[int, list] = {}
+        self.told: set | None = None  # nodes that lie on the device, from what changes tell
+        if scheduler.memory.caching:
+            scheduler.memory.record_changes()
+            self.told = set()
+
+    def check_changes(self) -> None:
+        """What is told of prefixes is what lies in pages; parents come first and leave last."""
+        if self.told is None:
+            return
+        memory = self.scheduler.memory
+        for node, stored in memory.take_changes():
+            assert stored != (node in self.told)
+            if stored:
+                assert node.parent.parent is None or node.parent in self.told
+                self.told.add(node)
+            else:
+                assert self.told.isdisjoint(node.children.values())
+                self.told.remove(node)
+        assert self.told == {node for node in memory.tree.nodes() if node.page >= 0}
 
     def run(self, plan: StepPlan) -> None:
         """Carry out a plan's copies and computations, and check what every request reads.

@@ -97,6 +97,7 @@ def _serve(scheduler: Scheduler, requests: list[Request], rng: random.Random, ch
         scheduler.finish(plan, tokens, now, 1.0)
         if checked:
             check_accounts(scheduler)
+            contents.check_changes()
         if not coming and not scheduler.unfinished:
             break
     assert not scheduler.unfinished and not coming, "some never ended"
