@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import linear, masks
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
 from pallas_kernels.gpu import calls, operands
 from pallas_kernels.gpu.device import GpuTarget, current
 from pallas_kernels.gpu.inputs import Inputs, Paging
+from pallas_kernels.masks import Mask
 from pallas_kernels.phases import DECODE, phase
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import MixedSources, Result, named
 
 _Residuals = tuple[AttentionCall, Array, Array]  # and out and lse
 
+_MOST_GROUPS = 64  # query heads of a KV head, all of which a block of queries has
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -64,6 +66,48 @@ def paged_attention(call: PagedAttentionCall, *, device: GpuTarget | None = None
     return _run(device, inputs)
 
 
+def ragged_attention(
+    call: RaggedAttentionCall, *, device: GpuTarget | None = None
+) -> tuple[Array, Array]:
+    """Attention of chunks and single tokens as `pallas_kernels.ragged_attention` says.
+
+    Args:
+      device: the GPU to compile for; by default this machine's.
+
+    Raises:
+      NotImplementedError: no GPU, a missing package, or a call that the kernel does not serve.
+    """
+    device = current() if device is None else device
+    _check(call.q)
+    keys, values, key_weights, value_weights = call.sources
+    num_pages, size = keys[0].data.shape[1:3]
+    pools = {x.data.shape[1:3] for x in (*keys, *values)}
+    if len(pools) > 1:
+        raise NotImplementedError(f"pools of {pools} pages and tokens; the kernel reads one form")
+    paging = Paging(
+        table=jnp.clip(keys[0].table, 0, num_pages - 1).astype(jnp.int32),
+        size=size,
+        slots=jnp.stack([jnp.asarray(x.slot, jnp.int32) for x in (*keys, *values)]),
+        pool=num_pages * size,
+    )
+    inputs = Inputs(
+        q=call.q[None],
+        keys=operands.pooled(keys, key_weights),
+        values=operands.pooled(values, value_weights),
+        mask=Mask(causal=True, window=call.window),
+        scale=call.scale,
+        softcap=call.softcap,
+        paging=paging,
+    )
+    if inputs.lengths.groups > _MOST_GROUPS:
+        raise NotImplementedError(
+            f"{inputs.lengths.groups} query heads for a KV head; the kernel takes {_MOST_GROUPS}"
+        )
+    _check_stored(device, inputs)
+    out, lse = calls.ragged(device, inputs, call.rows)
+    return out[0], lse[0]
+
+
 def _check(q: Array) -> None:
     if str(q.dtype) not in _DTYPES:
         raise NotImplementedError(f"{q.dtype} queries; served are {', '.join(_DTYPES)}")
@@ -82,8 +126,8 @@ def _inputs(call: AttentionCall) -> Inputs:
     )
 
 
-def _run(device: GpuTarget, inputs: Inputs) -> Result:
-    """(out, lse) by the kernel for this many queries."""
+def _check_stored(device: GpuTarget, inputs: Inputs) -> None:
+    """Refuses types that the chip does not have."""
     stored = {str(x.dtype) for x in (*inputs.keys.arrays, *inputs.values.arrays)}
     needed = 89 if "float8_e4m3fn" in stored else 80
     if device.compute_capability < needed:
@@ -91,6 +135,11 @@ def _run(device: GpuTarget, inputs: Inputs) -> Result:
             f"{', '.join(sorted(stored))} sources need compute capability {needed / 10}; "
             f"{device.kind} has {device.compute_capability / 10}"
         )
+
+
+def _run(device: GpuTarget, inputs: Inputs) -> Result:
+    """(out, lse) by the kernel for this many queries."""
+    _check_stored(device, inputs)
     shape = inputs.lengths
     decodes = phase(shape.rows, shape.queries, shape.keys) == DECODE
     # The split kernel has no segments, which only whole sequences have.

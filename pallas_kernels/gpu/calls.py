@@ -10,16 +10,20 @@ from pallas_kernels.gpu.device import Constants, GpuTarget
 from pallas_kernels.gpu.inputs import Inputs, Lengths, Paging
 from pallas_kernels.gpu.operands import Sources, pointers
 from pallas_kernels.masks import Mask
+from pallas_kernels.ragged_rows import RaggedRows
 from pallas_kernels.sources import Result
 
 # Positions of queries and keys, then their segments.
 _Places = tuple[Array, Array, Array, Array]
 
 _LOG2E = 1.4426950408889634
+_RAGGED_ROWS = 64  # rows of a block of queries in a step with chunks
 
 
-def chosen(kernel: str, device: GpuTarget, inputs: Inputs) -> blocks.BlockSizes:
-    """Block sizes for a call; see `blocks.choose`."""
+def chosen(
+    kernel: str, device: GpuTarget, inputs: Inputs, rows: int | None = None
+) -> blocks.BlockSizes:
+    """Block sizes for a call, or for so many rows of one; see `blocks.choose`."""
     q, keys, values, mask = inputs.q, inputs.keys, inputs.values, inputs.mask
     mixed = keys.weights is not None or values.weights is not None
     traits = blocks.Traits(
@@ -27,7 +31,7 @@ def chosen(kernel: str, device: GpuTarget, inputs: Inputs) -> blocks.BlockSizes:
         stored=max(keys.stored, values.stored),
         size=max(keys.padded, values.padded),
         sources=max(len(keys.arrays), len(values.arrays)) if mixed else 0,
-        rows=inputs.lengths.rows,
+        rows=rows or inputs.lengths.rows,
         simple=mask.window is None and mask.q_segment_ids is None,
     )
     return blocks.choose(kernel, device, traits)
@@ -61,13 +65,14 @@ def decode(
         "decode.decode",
         (
             q, *pointers(keys, values, heads, q.dtype, q, True), span, q_at, k_at,
-            _table(inputs.paging, span), shape.queries, shape.keys,
+            _table(inputs.paging, span), span, span, shape.queries, shape.keys, 0,
         ),
         (partial, sums, sums),
         (batch * heads, parts),
         dict(
             _constants(inputs, q_at), **_stored(inputs), POSITIONS=mask.kv_positions is not None,
-            K_ROWS=int(k_at.shape[0] > 1), SPLITS=parts, BM=sizes.rows, BN=sizes.keys,
+            K_ROWS=int(k_at.shape[0] > 1), SPLITS=parts, RAGGED=False, BM=sizes.rows,
+            BN=sizes.keys,
         ),
         sizes.warps,
         sizes.stages,
@@ -75,17 +80,75 @@ def decode(
     )  # fmt: skip
     return device.launch(
         "decode.combine",
-        (part, top, total, shape.queries),
+        (part, top, total, span, shape.queries),
         _outputs(q, shape, values),
         (batch * heads, rows),
-        {
-            "K": heads, "G": shape.groups, "HV": values.size, "BHV": values.padded,
-            "SPLITS": parts, "ALL": 1 << (parts - 1).bit_length(), "CHUNK": 16,
-        },
+        _combine_constants(shape, values, parts, False),
         4,
         1,
         device,
+    )
+
+
+def ragged(device: GpuTarget, inputs: Inputs, rows: RaggedRows) -> Result:
+    """Output [1, T, N, H'] and lse [1, T, N] by the split kernel, for the queries of many rows.
+
+    A program has a block of one row's queries, as many as a chunk has use for; of a row that
+    decodes it computes one, and waits for memory like a program of decoding.
+    """
+    q, keys, values, shape = inputs.q, inputs.keys, inputs.values, inputs.lengths
+    paging, num_rows = inputs.paging, rows.counts.shape[0]
+    assert paging is not None and paging.slots is not None
+    most = shape.groups if shape.queries <= num_rows else max(_RAGGED_ROWS, shape.groups)
+    sizes = chosen("decode", device, inputs, most)
+    length = sizes.rows // shape.groups
+    blocks_ = rows.blocks(shape.queries, length)
+    pieces, heads = blocks_.rows.shape[0], shape.kv_heads
+    work = jnp.stack([blocks_.rows, blocks_.starts, blocks_.counts, blocks_.positions], axis=1)
+    high = jnp.clip(blocks_.positions + blocks_.counts, 0, shape.keys)
+    low = jnp.zeros_like(high)
+    if inputs.mask.window is not None:
+        low = jnp.clip(blocks_.positions - inputs.mask.window + 1, 0, high)
+    span = jnp.where(blocks_.counts[:, None] > 0, jnp.stack([low, high], axis=1), 0)
+    parts = splits(device, pieces * heads, shape.keys, sizes.keys)
+    lead = (pieces, heads, parts, length * shape.groups)
+    partial = jax.ShapeDtypeStruct((*lead, values.size), jnp.float32)
+    sums = jax.ShapeDtypeStruct(lead, jnp.float32)
+    part, top, total = device.launch(
+        "decode.decode",
+        (
+            q, *pointers(keys, values, heads, q.dtype, q, True), span, span, span, paging.table,
+            work, paging.slots, length, shape.keys, paging.pool,
+        ),
+        (partial, sums, sums),
+        (pieces * heads, parts),
+        dict(
+            _constants(inputs, span), **_stored(inputs), POSITIONS=False, K_ROWS=0, SPLITS=parts,
+            RAGGED=True, BM=sizes.rows, BN=sizes.keys,
+        ),
+        sizes.warps,
+        sizes.stages,
+        device,
     )  # fmt: skip
+    out, lse = device.launch(
+        "decode.combine",
+        (part, top, total, work, length),
+        _outputs(q, shape, values),
+        (pieces * heads, lead[3]),
+        _combine_constants(shape, values, parts, True),
+        4,
+        1,
+        device,
+    )
+    owned = (rows.owners(shape.queries)[0] >= 0)[None, :, None]
+    return jnp.where(owned[..., None], out, 0), jnp.where(owned, lse, -jnp.inf)
+
+
+def _combine_constants(shape: Lengths, values: Sources, parts: int, ragged: bool) -> Constants:
+    return {
+        "K": shape.kv_heads, "G": shape.groups, "HV": values.size, "BHV": values.padded,
+        "SPLITS": parts, "ALL": 1 << (parts - 1).bit_length(), "CHUNK": 16, "RAGGED": ragged,
+    }  # fmt: skip
 
 
 def forward(device: GpuTarget, inputs: Inputs, *, sizes: blocks.BlockSizes | None = None) -> Result:

@@ -15,10 +15,14 @@ class Paging:
     Attributes:
       table: int32 [B, max_pages].
       size: tokens of a page.
+      slots: int32 [J + J'], slot of each stream in its pool; None for pages of records.
+      pool: tokens of a slot.
     """
 
     table: Array
     size: int
+    slots: Array | None = None
+    pool: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,5 +74,7 @@ class Inputs:
         if self.paging is None:
             num_keys, kv_heads = stored[1:3]
         else:
-            num_keys, kv_heads = self.paging.table.shape[1] * self.paging.size, stored[1]
+            num_keys = self.paging.table.shape[1] * self.paging.size
+            pooled = self.paging.slots is not None
+            kv_heads = stored[3] // self.keys.size if pooled else stored[1]
         return Lengths(batch=batch, queries=length, keys=num_keys, heads=heads, kv_heads=kv_heads)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.pages import Pages
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.sources import Source, as_array
@@ -106,6 +107,28 @@ def paged(
         result.append(_checked(side))
         start += num * size
     return result[0], result[1]
+
+
+def pooled(streams: Sequence[PagedStream], weights: Array | None) -> Sources:
+    """A side of `ragged_attention`: pools, of which the kernel finds the slots.
+
+    Raises:
+      NotImplementedError: some streams are in 8 bits, and others are not.
+    """
+    scales = tuple(x.scale.astype(jnp.float32) for x in streams if x.scale is not None)
+    if scales and len(scales) < len(streams):
+        raise NotImplementedError("the kernels read sources that are all quantized, or none")
+    size = streams[0].head_size
+    return _checked(
+        Sources(
+            arrays=tuple(x.data for x in streams),
+            scales=scales,
+            weights=_wide(weights),
+            size=size,
+            stride=size,
+            scale_stride=1,
+        )
+    )
 
 
 def pointers(

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import gpu, quantize
-from pallas_kernels.call import AttentionCall, PagedAttentionCall
+from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
 from pallas_kernels.devices import GPUS
 from pallas_kernels.gpu.device import Constants, GpuTarget, kernel, launch, missing
 from pallas_kernels.masks import Mask
+from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.pages import Pages
+from pallas_kernels.ragged_rows import RaggedRows
 from pallas_kernels.sources import MixedSources
 
 CHIPS = ("a100", "l40s", "h100", "b200")  # one of each compute capability
@@ -60,6 +62,7 @@ class Workload:
       storage: dtype of the sources.
       dtype: dtype of the queries.
       paged: the sources are pages.
+      ragged: a step of 64 rows and `length` tokens over pages of a pool.
       grad: also the backward pass.
       packed: with segments and a window, the mask that takes most registers.
     """
@@ -72,6 +75,7 @@ class Workload:
     storage: str = "bfloat16"
     dtype: str = "bfloat16"
     paged: bool = False
+    ragged: bool = False
     grad: bool = False
     packed: bool = False
 
@@ -86,6 +90,9 @@ _KINDS: dict[str, dict[str, Any]] = {
     "decode, fused, int8": {"length": 1, "storage": "int8"},
     "decode, fused, int8 pages": {"length": 1, "storage": "int8", "paged": True},
     "decode, 64 rows, int8": {"length": 16, "storage": "int8"},
+    "step, plain": {"length": 1024, "sources": 0, "ragged": True},
+    "step, fused": {"length": 1024, "ragged": True},
+    "step, fused, int8": {"length": 1024, "storage": "int8", "ragged": True},
 }
 _RARE: dict[str, dict[str, Any]] = {
     "training, 4 sources": {"length": 4096, "grad": True, "sources": 4},
@@ -183,6 +190,8 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
             scale=call.size**-0.5, softcap=None,
         )  # fmt: skip
         return gpu.paged_attention(paged, device=device)
+    if call.ragged:
+        return gpu.ragged_attention(_step(call, q[0], weights), device=device)
     source = jnp.zeros((2, call.keys, 8, call.size), call.dtype)
     if call.storage != call.dtype:
         source = quantize(source, call.storage)
@@ -202,6 +211,20 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
 
     out, pull = jax.vjp(run, q, sources)
     return pull(out)
+
+
+def _step(call: Workload, q: Array, weights: Array | None) -> RaggedAttentionCall:
+    """A step whose streams are those of one pool."""
+    rows, count, page = 64, max(1, call.sources), 16
+    data = jnp.zeros((2, 1024, page, 8 * call.size), call.storage)
+    scale = jnp.zeros((*data.shape[:3], 8)) if data.dtype.itemsize == 1 else None
+    table, numbers = jnp.zeros((rows, call.keys // page), jnp.int32), jnp.zeros(rows, jnp.int32)
+    side = (PagedStream(data, 0, table, call.size, scale),) * count
+    return RaggedAttentionCall(
+        q=q, sources=MixedSources(side, side, weights, weights),
+        rows=RaggedRows(numbers, numbers, numbers), window=None, scale=call.size**-0.5,
+        softcap=None, residuals=False,
+    )  # fmt: skip
 
 
 def entry_calls(entry: dict[str, Any]) -> tuple[Workload, ...]:

@@ -12,6 +12,9 @@ the matrix unit as it was stored:
 
 Splits fill the GPU where rows are few; they end with different maxima, so `combine`, a second
 kernel, rescales and adds them. It has one program for a row, and a few numbers for a split.
+
+In a RAGGED step b is a piece of a list of work: a block of the queries of some row, a chunk's or
+the single one of a row that decodes, whose streams lie in slots of pools of pages.
 """
 
 from typing import no_type_check
@@ -71,22 +74,50 @@ def read(p, source, scale, base, offset, keep, total, dtype: tl.constexpr, STRID
 
 @triton.jit
 @no_type_check
+def slot(pool, slots, j: tl.constexpr, size, NUM: tl.constexpr):
+    """The part of a pool that holds stream j; unused when there is no such stream."""
+    if j < NUM:
+        return pool + tl.load(slots + j).to(tl.int64) * size
+    else:
+        return pool
+
+
+@triton.jit
+@no_type_check
 def decode(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, vs0, vs1, vs2, vs3,
-           span, q_at_ptr, k_at_ptr, table, T, S, part_ptr, top_ptr, total_ptr,
+           span, q_at_ptr, k_at_ptr, table, work, slots, T, S, POOL, part_ptr, top_ptr, total_ptr,
            K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, BH: tl.constexpr,
            BHV: tl.constexpr, NUM_K: tl.constexpr, NUM_V: tl.constexpr, WEIGHTED_K: tl.constexpr,
            WEIGHTED_V: tl.constexpr, QUANTIZED_K: tl.constexpr, QUANTIZED_V: tl.constexpr,
            STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, SCALE_STRIDE: tl.constexpr,
            PAGE: tl.constexpr, PAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
            POSITIONS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
-           SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr):  # fmt: skip
+           SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, RAGGED: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Sums of one split: part [B, K, SPLITS, T * G, H'], top and total [B, K, SPLITS, T * G].
 
     Grid (B * K, SPLITS). The tokens of a row, span[b], are cut evenly, so that rows of all
-    lengths keep all splits busy.
+    lengths keep all splits busy. RAGGED: work [B, 4] has the row of a piece, the place of its first
+    query, how many of T there are, and the position of the first; POOL tokens are in a slot.
     """
-    if PAGE > 0:  # one record: the keys of a token, then its values
+    if RAGGED:
+        tokens = tl.zeros((), tl.int64) + POOL * K
+        k0, k1 = slot(k0, slots, 0, tokens * H, NUM_K), slot(k1, slots, 1, tokens * H, NUM_K)
+        k2, k3 = slot(k2, slots, 2, tokens * H, NUM_K), slot(k3, slots, 3, tokens * H, NUM_K)
+        ks0, ks1 = slot(ks0, slots, 0, tokens, NUM_K), slot(ks1, slots, 1, tokens, NUM_K)
+        ks2, ks3 = slot(ks2, slots, 2, tokens, NUM_K), slot(ks3, slots, 3, tokens, NUM_K)
+        other = slots + NUM_K
+        v0, v1 = (
+            slot(v0, other, 0, tokens * HV, NUM_V),
+            slot(v1, other, 1, tokens * HV, NUM_V),
+        )
+        v2, v3 = (
+            slot(v2, other, 2, tokens * HV, NUM_V),
+            slot(v3, other, 3, tokens * HV, NUM_V),
+        )
+        vs0, vs1 = slot(vs0, other, 0, tokens, NUM_V), slot(vs1, other, 1, tokens, NUM_V)
+        vs2, vs3 = slot(vs2, other, 2, tokens, NUM_V), slot(vs3, other, 3, tokens, NUM_V)
+    elif PAGE > 0:  # one record: the keys of a token, then its values
         k1, k2, k3 = k1 + H, k2 + 2 * H, k3 + 3 * H
         v0, v1 = v0 + NUM_K * H, v1 + (NUM_K * H + HV)
         v2, v3 = v2 + (NUM_K * H + 2 * HV), v3 + (NUM_K * H + 3 * HV)
@@ -97,10 +128,17 @@ def decode(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, vs
     r = tl.arange(0, BM)
     live = r < T * G
     d, dv = tl.arange(0, BH), tl.arange(0, BHV)
-    row = (b.to(tl.int64) * T + r // G) * (K * G) + k * G + r % G
-    q = tl.load(q_ptr + row[:, None] * H + d[None, :], mask=live[:, None] & (d < H)[None, :],
+    if RAGGED:
+        owner = tl.load(work + 4 * b)
+        there = r < tl.load(work + 4 * b + 2) * G
+        first_place = tl.load(work + 4 * b + 1).to(tl.int64)
+        q_at = tl.where(there, tl.load(work + 4 * b + 3) + r // G, -1)
+    else:
+        owner, there, first_place = b, live, b.to(tl.int64) * T
+        q_at = tl.load(q_at_ptr + b * (Q_ROWS * T) + r // G, mask=live, other=-1)
+    row = (first_place + r // G) * (K * G) + k * G + r % G
+    q = tl.load(q_ptr + row[:, None] * H + d[None, :], mask=there[:, None] & (d < H)[None, :],
                 other=0)  # fmt: skip
-    q_at = tl.load(q_at_ptr + b * (Q_ROWS * T) + r // G, mask=live, other=-1)
     q0 = fold(q, kw, 0, k, K, H, BH, NUM_K, WEIGHTED_K)
     q1 = fold(q, kw, 1, k, K, H, BH, NUM_K, WEIGHTED_K)
     q2 = fold(q, kw, 2, k, K, H, BH, NUM_K, WEIGHTED_K)
@@ -119,15 +157,16 @@ def decode(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, vs
     out3 = tl.zeros((BM, BHV), tl.float32)
     n = tl.arange(0, BN)
     # Pages of the next tile are read a tile ahead: a copy need not wait for its address.
-    base, offset = locate(b, k, low, low + n < high, S, table, K, BN, PAGE, PAGES, True)
+    base, offset = locate(owner, k, low, low + n < high, S, table, K, BN, PAGE, PAGES, True,
+                          RAGGED)  # fmt: skip
     for start in range(low, high, BN):
         keep = start + n < high
         if PAGE == 0:
             base = (b.to(tl.int64) * S + start) * K + k
         else:
             ahead = start + BN
-            base, following = locate(b, k, ahead, ahead + n < high, S, table, K, BN, PAGE, PAGES,
-                                     True)  # fmt: skip
+            base, following = locate(owner, k, ahead, ahead + n < high, S, table, K, BN, PAGE,
+                                     PAGES, True, RAGGED)  # fmt: skip
         if POSITIONS:
             k_at = tl.load(k_at_ptr + b * (K_ROWS * S) + start + n, mask=keep, other=-1)
             keep = k_at >= 0
@@ -183,12 +222,20 @@ def decode(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, vs
 
 @triton.jit
 @no_type_check
-def combine(part_ptr, top_ptr, total_ptr, T, out_ptr, lse_ptr, K: tl.constexpr, G: tl.constexpr,
-            HV: tl.constexpr, BHV: tl.constexpr, SPLITS: tl.constexpr, ALL: tl.constexpr,
-            CHUNK: tl.constexpr):  # fmt: skip
-    """Output [B, T, N, H'] and lse [B, T, N] from the sums of the splits. Grid (B * K, T * G)."""
+def combine(part_ptr, top_ptr, total_ptr, work, T, out_ptr, lse_ptr, K: tl.constexpr,
+            G: tl.constexpr, HV: tl.constexpr, BHV: tl.constexpr, SPLITS: tl.constexpr,
+            ALL: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """Output [B, T, N, H'] and lse [B, T, N] from the sums of the splits. Grid (B * K, T * G).
+
+    RAGGED: those of all pieces, [T, N, H'] and [T, N]; what is of no piece is not written.
+    """
     bk, r = tl.program_id(0), tl.program_id(1)
     b, k = bk // K, bk % K
+    first_place = b.to(tl.int64) * T
+    if RAGGED:
+        first_place = tl.load(work + 4 * b + 1).to(tl.int64)
+        if r >= tl.load(work + 4 * b + 2) * G:
+            return
     every = tl.arange(0, ALL)
     at = bk.to(tl.int64) * SPLITS * T * G + r
     tops = tl.load(top_ptr + at + every * (T * G), mask=every < SPLITS, other=HIDDEN)
@@ -206,6 +253,6 @@ def combine(part_ptr, top_ptr, total_ptr, T, out_ptr, lse_ptr, K: tl.constexpr, 
         out += tl.sum(part * share[:, None], 0)
     some = total > 0
     total = tl.where(some, total, 1.0)
-    row = (b.to(tl.int64) * T + r // G) * (K * G) + k * G + r % G
+    row = (first_place + r // G) * (K * G) + k * G + r % G
     tl.store(out_ptr + row * HV + dv, (out / total).to(out_ptr.dtype.element_ty), mask=dv < HV)
     tl.store(lse_ptr + row, tl.where(some, (top + tl.log2(total)) * LN2, float("-inf")))

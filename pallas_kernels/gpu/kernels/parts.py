@@ -60,8 +60,11 @@ def visible(q_at, k_at, q_segment, k_segment, CAUSAL: tl.constexpr, WINDOW: tl.c
 @triton.jit
 @no_type_check
 def locate(b, k, start, keep, S, table, K: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-           PAGES: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """(base, offset): where tokens start .. start + BN of row b, head k are, in memory rows."""
+           PAGES: tl.constexpr, MASKED: tl.constexpr, TOGETHER: tl.constexpr = False):  # fmt: skip
+    """(base, offset): where tokens start .. start + BN of row b, head k are, in memory rows.
+
+    Heads of a token lie together in a pool of streams, tokens of a head in pages of records.
+    """
     n = tl.arange(0, BN)
     if PAGE > 0:
         token = start + n
@@ -71,7 +74,10 @@ def locate(b, k, start, keep, S, table, K: tl.constexpr, BN: tl.constexpr, PAGE:
         else:
             page = tl.load(at)
         base = tl.zeros((), tl.int64)
-        offset = (page.to(tl.int64) * K + k) * PAGE + token % PAGE
+        if TOGETHER:
+            offset = (page.to(tl.int64) * PAGE + token % PAGE) * K + k
+        else:
+            offset = (page.to(tl.int64) * K + k) * PAGE + token % PAGE
     else:
         base = (b.to(tl.int64) * S + start) * K + k
         offset = n * K

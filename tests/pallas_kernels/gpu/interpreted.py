@@ -13,9 +13,18 @@ from pallas_kernels.gpu import blocks
 from tests.oracles import attention as oracle
 from tests.pallas_kernels import fuzz
 from tests.pallas_kernels.attention_cases import AttentionCases
-from tests.pallas_kernels.cases import CASES, call_of, close, draw, paged_call_of, poison
+from tests.pallas_kernels.cases import (
+    CASES,
+    call_of,
+    close,
+    draw,
+    paged_call_of,
+    poison,
+    ragged_call_of,
+)
 from tests.pallas_kernels.gpu.interpreter import INTERPRETER
 from tests.pallas_kernels.implementation import Implementation
+from tests.pallas_kernels.ragged_cases import RaggedKernelCases
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 SMALL = blocks.BlockSizes(rows=16, keys=16, warps=4, stages=1)
@@ -44,6 +53,10 @@ class Triton(Implementation):
     def attend_pages(self, *arguments):
         *arguments, options = arguments
         return gpu.paged_attention(paged_call_of(*arguments, **options), device=INTERPRETER)
+
+    def attend_ragged(self, *arguments):
+        *arguments, options = arguments
+        return gpu.ragged_attention(ragged_call_of(*arguments, **options), device=INTERPRETER)
 
 
 class TestTriton(Triton, AttentionCases):
@@ -84,6 +97,11 @@ class TestTritonQuantized(Triton, QuantizedCases):
 
 class TestTritonPaged(Triton, PagedCases):
     pass
+
+
+class TestTritonRagged(Triton, RaggedKernelCases):
+    ragged = ("lanes", "int8")
+    examples = 3
 
 
 SMALL_CALLS = fuzz.Limits(rows=48, numbers=2**13, sizes=(16, 32, 64), keys=96)

@@ -21,6 +21,7 @@ CALLS = {
     "decode": (SMALL(name="", length=1), 2),
     "pages": (SMALL(name="", length=1, paged=True), 2),
     "pages_int8": (SMALL(name="", length=1, paged=True, storage="int8"), 2),
+    "step_int8": (SMALL(name="", length=8, ragged=True, storage="int8"), 2),
     "int8_prefill": (SMALL(name="", length=256, storage="int8"), 1),
 }
 
