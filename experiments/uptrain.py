@@ -63,7 +63,7 @@ def define_flags() -> None:
         ["stages", "text"],
         "What is learned from after the fit: text; distillation, the original's next-token "
         "distributions; stages, its hidden states after every layer in the first quarter of the "
-        "steps, then distillation. Empty for no training.",
+        "steps, then distillation; or none, for no training.",
     )
     flags.DEFINE_integer(
         "fit_tokens", 16384, "Tokens of the training text that models are fitted on.", lower_bound=1
@@ -83,8 +83,11 @@ def main() -> int:
     config = start.settle(cli.load_config(start.change))
     _check(config)
     original = start.original()
+    objectives = [name for name in FLAGS.objectives if name != "none"]
     try:
-        rows = [_row(config, layout, start, original, workdir) for layout in FLAGS.layouts]
+        rows = [
+            _row(config, layout, start, original, workdir, objectives) for layout in FLAGS.layouts
+        ]
     except runs.Interrupted as stop:
         print(stop, file=sys.stderr)
         return training.INTERRUPTED_EXIT_CODE
@@ -98,7 +101,7 @@ def main() -> int:
             "loss": _held_out_loss(original, config),
         },
         "fit_tokens": FLAGS.fit_tokens,
-        "train_tokens": config.train.steps * _batch_tokens(config),
+        "train_tokens": config.train.steps * _batch_tokens(config) if objectives else 0,
         "rows": rows,
         "environment": processes.environment(),
         "command": shlex.join(["python", "-m", "experiments.uptrain", *sys.argv[1:]]),
@@ -106,7 +109,7 @@ def main() -> int:
     text = markdown(results)
     table_file.write_text(text, encoding="utf-8")
     results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if FLAGS.objectives:
+    if objectives:
         pictures.draw_losses_by_tokens(_curves(results), results["original"]["loss"], picture)
     print(text)
     print(json.dumps(results))
@@ -114,9 +117,11 @@ def main() -> int:
 
 
 def _check(config: ExperimentConfig) -> None:
+    if FLAGS.objectives == ["none"]:
+        return
     for name in FLAGS.objectives:
         if name not in OBJECTIVES:
-            raise ValueError(f"--objectives={name}; choose {', '.join(OBJECTIVES)}")
+            raise ValueError(f"--objectives={name}; choose {', '.join(OBJECTIVES)}, or none alone")
         if config.train.steps < len(OBJECTIVES[name]):
             raise ValueError(
                 f"--config.train.steps={config.train.steps} are fewer than the parts of "
@@ -130,25 +135,18 @@ def _row(
     start: models.Start,
     original: fkv.Decoder,
     workdir: pathlib.Path,
+    objectives: list[str],
 ) -> dict[str, Any]:
     """One layout: losses before training, and the curve of each objective."""
     config = dataclasses.replace(config, model=config.model.replace(layout=layout))
     folder = workdir / layout.replace(":", "_").replace("=", "")
-    fitted = folder / "fitted"
-    if models.is_run(str(fitted)):
-        model = models.load_run(str(fitted)).model
-    else:
-        print(f"{layout}: fitting to {FLAGS.fit_tokens:,} tokens", flush=True)
-        model = start.load(config.model, models.training_tokens(config.data, FLAGS.fit_tokens))
-        training.save_model(model, config, fitted)
+    model = _fitted(config, start, folder / "fitted")
     losses = {
         "dropped": _held_out_loss(start.load(config.model), config),
         "fitted": _held_out_loss(model, config),
     }
     print(f"{layout}: {losses}", flush=True)
-    trained = {
-        name: _train(config, name, model, original, folder / name) for name in FLAGS.objectives
-    }
+    trained = {name: _train(config, name, model, original, folder / name) for name in objectives}
     return {
         "layout": layout,
         "cache_bytes_per_token": costs.cache_bytes_per_token(config.model, config.model.dtype),
@@ -162,6 +160,24 @@ def _row(
             for name, stages in trained.items()
         },
     }
+
+
+def _fitted(config: ExperimentConfig, start: models.Start, folder: pathlib.Path) -> fkv.Decoder:
+    """The model fitted by least squares, or as an earlier call fitted it."""
+    # What it depends on; how it is trained afterwards may change.
+    fit = ExperimentConfig(
+        name=f"{start.path}, fitted to {FLAGS.fit_tokens} tokens",
+        model=config.model,
+        data=config.data,
+    )
+    if models.is_run(str(folder)):
+        found = models.load_run(str(folder))
+        runs.check_same(found.config.to_dict(), fit, folder)
+        return found.model
+    print(f"{config.model.kv_layout.spec}: fitting to {FLAGS.fit_tokens:,} tokens", flush=True)
+    model = start.load(config.model, models.training_tokens(config.data, FLAGS.fit_tokens))
+    training.save_model(model, fit, folder)
+    return model
 
 
 def _train(

@@ -77,7 +77,7 @@ def complete(config: ExperimentConfig, workdir: pathlib.Path | str, **options: A
     workdir = pathlib.Path(workdir).expanduser().resolve()
     record = _read(workdir)
     if record is not None:
-        _check_same(record["config"], config, workdir)
+        check_same(record["config"], config, workdir)
         if record["result"] is not None:
             return FinishedRun(config, workdir, **record["result"], was_finished=True)
     seconds = 0.0 if record is None else record["seconds"]
@@ -138,7 +138,8 @@ def _write(
     os.replace(temporary, workdir / RUN_FILE)
 
 
-def _check_same(saved: Document, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+def check_same(saved: Document, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Raise ValueError unless a directory's configuration gives what this one would."""
     now = json.loads(json.dumps(config.to_dict()))
     try:  # settings that are newer than the run had their defaults then
         saved = json.loads(json.dumps(ExperimentConfig.from_dict(saved).to_dict()))

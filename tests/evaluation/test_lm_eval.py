@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from fusedkv_jax.interop import save_huggingface
+from fusedkv_jax.interop import load_gguf, save_gguf_tokenizer, save_huggingface
 from tests.data.test_tokenizers import train_bpe
+from tests.interop import smollm2
 from tests.oracles.decoder import random_decoder, small_config
 
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval and what it needs
@@ -98,6 +99,16 @@ def both(folder):
 @pytest.mark.parametrize("chat", [False, True])
 def test_every_document_is_answered_as_by_pytorch(chat, models, tasks):
     check_every_document(models, tasks, chat, within=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_answers_as_by_pytorch(tasks, tmp_path):
+    path = smollm2.path()
+    save_gguf_tokenizer(path, tmp_path / "tokenizer")
+    exported = tmp_path / "exported"
+    save_huggingface(load_gguf(path), exported, tokenizer=tmp_path / "tokenizer")
+    # Its logits reach 30, and what is asked for is the sum over a text.
+    check_every_document(both(exported), tasks, chat=True, within=5e-3)
 
 
 def check_every_document(models, tasks, chat, within):

@@ -171,8 +171,15 @@ def test_losses_of_conversions_are_tabulated(folder, tmp_path):
         commands.run_here("uptrain", [*arguments, "--objectives=other"])
     with pytest.raises(commands.Refused, match="steps=1 are fewer than the parts of --obj"):
         commands.run_here("uptrain", [*arguments, "--config.train.steps=1"])
-    results = json.loads(made.splitlines()[-1])
+    with pytest.raises(commands.Refused, match="another setting, name: .* to 64 tokens' -> "):
+        commands.run_here("uptrain", [*arguments[:-1], "--fit_tokens=32"])
+    (again,) = commands.run_here(
+        "uptrain", [*arguments, "--objectives=none", f"--output={tmp_path / 'fit'}"]
+    )
+    results, fit = (json.loads(lines.splitlines()[-1]) for lines in (made, again))
     (row,) = results["rows"]
+    assert fit["train_tokens"] == 0 and fit["rows"] == [row | {"curves": {}, "stages": {}}]
+    assert not (tmp_path / "fit.png").exists()
     curves, stages = row["curves"], row["stages"]
     assert [tokens for tokens, _ in curves["stages"]] == [0, 32, 64]
     assert list(stages["stages"]) == ["hidden states", "logits"]

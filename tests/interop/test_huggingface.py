@@ -114,6 +114,24 @@ CASES |= {
     ),
 }
 
+# One of each, for what takes longer.
+FAMILIES = (
+    "llama",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "olmo2",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt-neox",
+    "deepseek2-yarn",
+    "deepseek3",
+)
+
 # They differ from others in what decoding has from the forward pass: weights, scales, a base.
 FORWARD_ONLY = {
     "llama-tied",
@@ -180,6 +198,29 @@ def test_logits_of_transformers(name, tmp_path):
     if name not in FORWARD_ONLY:
         steps = stepwise_logits(model, TOKENS, prompt=7)
         np.testing.assert_allclose(steps, expected[:, 6:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@needs_oracle
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_greedy_text_of_transformers(name, tmp_path):
+    """Many windows long, each side by its own cache; for the penalty, few tokens come twice."""
+    original = oracle(name)
+    original.save_pretrained(tmp_path)
+    original.generation_config.eos_token_id = None
+    prompt = TOKENS[0, :7].tolist()
+    options = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=30,
+        repetition_penalty=10.0,
+        pad_token_id=0,
+    )
+    with torch.no_grad():
+        expected = original.generate(torch.tensor([prompt]), generation_config=options)
+    params = fkv.SamplingParams(temperature=0, max_tokens=30, repetition_penalty=10.0)
+    (completion,) = fkv.generate(load_huggingface(tmp_path), [prompt], params)
+    found = list(completion.outputs[0].token_ids)
+    assert found == expected[0, 7:].tolist() and len(set(found)) > 20
 
 
 @needs_oracle

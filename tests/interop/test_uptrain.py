@@ -91,9 +91,11 @@ def test_sums_tell_the_error():
     np.testing.assert_allclose(found, ((x @ matrix - y) ** 2).sum())
 
 
-@pytest.mark.parametrize("layout", ["fusedkv", "cla", "fusedkv_lite"])
-def test_a_fit_is_nearer_than_dropping_projections(layout):
-    model = random_decoder(small_config("mha", num_layers=4, qk_norm=layout == "cla"))
+@pytest.mark.parametrize(
+    "layout, layers", [("fusedkv", 4), ("cla", 4), ("fusedkv_lite", 4), ("lckv:w=1", 3)]
+)
+def test_a_fit_is_nearer_than_dropping_projections(layout, layers):
+    model = random_decoder(small_config("mha", num_layers=layers, qk_norm=layout == "cla"))
     fitted = uptrain.fit(model, layout, TOKENS)
     assert fitted.config.kv_layout.spec == layout
     before, after = (gap(model, one, TOKENS) for one in (uptrain.drop(model, layout), fitted))
@@ -143,7 +145,6 @@ def test_nothing_is_lost_where_nothing_is_dropped():
 def test_what_cannot_be_fitted_is_refused():
     model = random_decoder(small_config("mha", num_layers=4))
     for layout, message in (
-        ("lckv", "cyclic"),
         ("svformer", "layer 1: only layers that cache both"),
         ("dense_fusion", "layer 2: weights are fitted per channel"),
     ):

@@ -16,6 +16,7 @@ from fusedkv_jax.interop.huggingface import load_huggingface
 from fusedkv_jax.interop.huggingface_config import with_layout
 from fusedkv_jax.interop.huggingface_names import places, to_theirs
 from fusedkv_jax.interop.uptrain import layers as pieces
+from fusedkv_jax.interop.uptrain.from_above import look_ahead, read_from_above
 from fusedkv_jax.interop.uptrain.layers import Heads
 from fusedkv_jax.interop.uptrain.least_squares import Moments, moments, nearest
 from fusedkv_jax.interop.uptrain.reading import KeySums, ValueSums, read_others, stream_sums
@@ -29,6 +30,7 @@ from fusedkv_jax.model.rotary import Rotation
 from fusedkv_jax.model.transform import Layer, layers_of, rebuild
 
 _TOKENS = 2048  # that are computed at a time
+_CYCLIC_ROUNDS = 2  # a third one changes losses by a thousandth
 _HELD_OUT = 8  # one part in so many chooses how firmly a matrix stays where it was
 
 
@@ -46,8 +48,8 @@ def fit(
     Args:
         model: a decoder whose layers all have their own keys and values, with norms before its
             branches.
-        layout: any without cycles whose layers either cache both streams or neither, with
-            weights per channel or none.
+        layout: any whose layers either cache both streams or neither, with weights per channel or
+            none.
         tokens: int32 text to fit on, whole sequences; the more the better, 16,000 tokens are some.
         ridge: how firmly matrices stay what they were, relative to their inputs' mean square; by
             default the last eighth of 16,000 tokens or more chooses for each matrix, and with
@@ -62,9 +64,12 @@ def fit(
     parts = _parts(tokens)
     sources = new_projections(model, config.kv_layout, parts)
     x = [model.embed(part) for part in parts]
-    fitting = _Fitting(model, config, layers_of(start), sources, ridge, x, x)
-    for i in range(config.num_layers):
-        fitting.fit_layer(i)
+    above = look_ahead(model, config.kv_layout, sources, x)
+    for _ in range(_CYCLIC_ROUNDS if config.kv_layout.is_cyclic else 1):
+        fitting = _Fitting(model, config, layers_of(start), sources, ridge, x, x, above)
+        for i in range(config.num_layers):
+            fitting.fit_layer(i)
+        above = fitting.above
     return _assembled(start, fitting.layers, fitting.weights)
 
 
@@ -75,8 +80,6 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
     streams = [layer.stream(kind) for layer in old.kv_layout.layers for kind in KINDS]
     if any(not stream.own or stream.sources for stream in streams):
         raise ValueError("layers of the model share keys or values already; fit an original")
-    if new.kv_layout.is_cyclic:
-        raise ValueError("the layout is cyclic; choose one whose layers read layers below them")
     for i, layer in enumerate(new.kv_layout.layers):
         for part in (layer.key, layer.value):
             if layer.key.own != layer.value.own or part.own and part.sources or layer.kv_norm:
@@ -130,7 +133,9 @@ class _Fitting:
         ridge: as for `fit`.
         x: hidden states of the original that enter the next layer, a part of the rows each.
         y: those of the new model; the same list as long as nothing differs.
-        streams: of the new model, those that are read further up, of each part.
+        above: streams of layers above their readers, of each part: those of the round before, and
+            after the walk those of this one.
+        streams: of the new model, those that are read further on, of each part.
         weights: found for its streams.
     """
 
@@ -141,11 +146,12 @@ class _Fitting:
     ridge: float | None
     x: list[Array]
     y: list[Array]
+    above: list[dict[pieces.StreamName, Array]]
     streams: list[dict[pieces.StreamName, Array]] = field(default_factory=list)
     weights: dict[pieces.StreamName, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.streams = [{} for _ in self.x]
+        self.streams, self.above = [dict(part) for part in self.above], [{} for _ in self.x]
         self.originals = layers_of(self.model)
         self.expected = np.eye(self.config.d_model)  # map to the original's inputs, of this layer
 
@@ -156,6 +162,7 @@ class _Fitting:
         anew: dict[Kind, np.ndarray] = {
             kind: self.sources[kind, i] for kind in KINDS if (kind, i) in self.sources
         }
+        strict = any(j > i for j in kv.key.sources + kv.value.sources)
         if self.y is self.x and kv.caches and not anew:
             self.x = self.y = self._through(i, kv, rotation)
             return
@@ -166,7 +173,7 @@ class _Fitting:
             self._project_anew(i, anew)
         after, x = self._original(i, kv, rotation, reads=not kv.caches or bool(anew))
         contexts = [
-            pieces.context(self.layers[i], self._heads(i, kv, part, y, rotation), kv.window)
+            pieces.context(self.layers[i], self._heads(i, kv, part, y, rotation), kv.window, strict)
             for part, y in enumerate(self.y)
         ]
         middle = self._fit_output(i, contexts, after, x)
@@ -241,13 +248,11 @@ class _Fitting:
         self.layers[i], self.expected = nnx.split(block), matrix
 
     def _project_anew(self, i: int, anew: dict[Kind, np.ndarray]) -> None:
-        block = nnx.merge(*self.layers[i])
-        for kind, matrix in anew.items():
-            parameter = getattr(block.attention, f"{kind[0]}_proj")
-            parameter.set_value(jnp.asarray(matrix, parameter[...].dtype))
+        self.layers[i] = pieces.with_projections(self.layers[i], anew)
         if self.y is not self.x:
+            block = nnx.merge(*self.layers[i])
             _precede(block.attention, [f"{kind[0]}_proj" for kind in anew], self.expected)
-        self.layers[i] = nnx.split(block)
+            self.layers[i] = nnx.split(block)
 
     def _fit_output(
         self, i: int, contexts: list[Array], after: list[Array], x_next: list[Array]
@@ -325,6 +330,8 @@ class _Fitting:
         for kind, array in own.items():
             if always or any(i in layer.stream(kind).sources for layer in readers):
                 self.streams[part][kind, i] = array
+            if (kind, i) in read_from_above(self.config.kv_layout):
+                self.above[part][kind, i] = array
 
     def _forget(self, i: int) -> None:
         """Drop what no layer above reads."""

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from fusedkv_jax.cache.calls import Piece
+from fusedkv_jax.cache.calls import Piece, Rows
 from fusedkv_jax.layouts import KINDS, Kind, LayerKV
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.rotary import Rotation
@@ -27,9 +28,13 @@ class Heads(NamedTuple):
     keys: Array
     values: Array
 
-    def pieces(self, window: int | None) -> tuple[Piece, ...]:
-        """Keys and values as a block of the model reads them."""
-        return (Piece((self.keys,), (self.values,), {"causal": True, "window": window}),)
+    def pieces(self, window: int | None, strict: bool = False) -> tuple[Piece, ...]:
+        """Keys and values as a block of the model reads them; see `Rows` for the arguments."""
+        positions = jnp.broadcast_to(jnp.arange(self.q.shape[1]), self.q.shape[:2])
+        mask = Rows(positions, window, strict).mask()
+        if not strict:
+            del mask["q_positions"]  # the default, which is known while tracing
+        return (Piece((self.keys,), (self.values,), mask),)
 
 
 def rotation_of(model: Decoder, layer: int, shape: tuple[int, ...]) -> Rotation:
@@ -65,15 +70,26 @@ def _project(
     return nnx.merge(graph, params).project(x, rotation)
 
 
-def context(layer: Layer, heads: Heads, window: int | None) -> Array:
+def with_projections(layer: Layer, matrices: dict[Kind, np.ndarray]) -> Layer:
+    """The layer with other projections [D, K, H] of keys or values."""
+    block = nnx.merge(*layer)
+    for kind, matrix in matrices.items():
+        parameter = getattr(block.attention, f"{kind[0]}_proj")
+        parameter.set_value(jnp.asarray(matrix, parameter[...].dtype))
+    return nnx.split(block)
+
+
+def context(layer: Layer, heads: Heads, window: int | None, strict: bool) -> Array:
     """What enters attention's output projection, [B, T, N, H]."""
-    return _context(*layer, heads, window)
+    return _context(*layer, heads, window, strict)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _context(graph: nnx.GraphDef, params: nnx.State, heads: Heads, window: int | None) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _context(
+    graph: nnx.GraphDef, params: nnx.State, heads: Heads, window: int | None, strict: bool
+) -> Array:
     block, weights = nnx.merge(graph, params), {"key": None, "value": None}
-    return block.attention.context(heads.q, heads.pieces(window), weights)[0]
+    return block.attention.context(heads.q, heads.pieces(window, strict), weights)[0]
 
 
 def finish(layer: Layer, x: Array, heads: Heads, window: int | None) -> tuple[Array, Array]:

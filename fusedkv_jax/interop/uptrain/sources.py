@@ -78,7 +78,7 @@ class _Inputs:
     """Sums over tokens of products of what the matrices of two layers read.
 
     Attributes:
-        pairs: the layers, the lower one first; each with itself too.
+        pairs: a layer that is read, and one that reads it; each with itself too.
         cross: [D, D] of each pair.
         scales: how much an error of each layer's output matters: the mean over tokens of the
             reciprocal square of the hidden states there, which norms divide by.
@@ -93,14 +93,14 @@ class _Inputs:
 
     def add(self, model: Decoder, tokens: Array) -> None:
         x, seen = model.embed(tokens), {}
-        last = max(i for _, i in self.pairs)
+        last = max(max(pair) for pair in self.pairs)
         for i, layer in enumerate(layers_of(model)[: last + 1]):
             if (i, i) in self.pairs:
                 seen[i] = attention_input(layer, x)
-            for j in seen:
-                if (j, i) in self.pairs:
-                    product = moments(seen[j], seen[i]).cross
-                    self.cross[j, i] = self.cross.get((j, i), 0) + product
+            for pair in self.pairs:
+                if max(pair) == i:
+                    product = moments(*(seen[j] for j in pair)).cross
+                    self.cross[pair] = self.cross.get(pair, 0) + product
             q, own = project(layer, x, rotation_of(model, i, tokens.shape))
             window = model.config.kv_layout.layers[i].window
             x = finish(layer, x, Heads(q, own["key"], own["value"]), window)[1]
