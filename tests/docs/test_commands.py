@@ -43,7 +43,7 @@ ELSEWHERE = {
 }
 # Devices of the run that a page speaks of, for commands whose mesh is over several machines.
 DEVICES = {
-    "README.md": {"*--config.mesh.fsdp=4*": 8},
+    "docs/guides/commands.md": {"*--config.mesh.fsdp=4*": 8},
     "docs/guides/clusters.md": {
         "*--num_processes=2*": 2,  # two machines with a device each
         "*--config.mesh.fsdp=8*": 4 * 8,  # Slurm: four nodes of eight GPUs

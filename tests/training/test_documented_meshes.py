@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("file", "before", "devices"),
     [
-        ("README.md", "run it again to resume", 8),
+        ("docs/guides/commands.md", "run it again to resume", 8),
         ("docs/guides/clusters.md", "# on node0", 2),
         ("docs/guides/clusters.md", "# on node1", 2),
         ("docs/guides/clusters.md", "#SBATCH", 4 * 8),
