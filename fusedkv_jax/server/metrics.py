@@ -134,6 +134,11 @@ class _EngineStats:
             ("spec_decode_num_draft_tokens", "Their tokens.", stats.draft_tokens),
             ("spec_decode_num_accepted_tokens", "Those in outputs.", stats.accepted_tokens),
         )
+        sizes = {"block_size": stats.page_size, "num_gpu_blocks": stats.pages_total}
+        names = [*self._names, *sizes]
+        metric = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the cache.", labels=names)
+        metric.add_metric([*self._values, *map(str, sizes.values())], 1)
+        yield metric
         for name, text, value in gauges:
             metric = GaugeMetricFamily(f"vllm:{name}", text, labels=self._names)
             metric.add_metric(self._values, value)

@@ -191,6 +191,7 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             pages_used=memory.pool.num_pages - memory.available,
             pages_total=memory.pool.num_pages,
+            page_size=memory.page_size,
             preemptions=self.scheduler.preemptions,
             lower_rows=self.runner.lower_rows,
             upper_rows=self.runner.upper_rows,

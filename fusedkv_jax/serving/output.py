@@ -56,6 +56,7 @@ class EngineStats:
     Attributes:
         running, waiting: requests that hold pages, and that wait.
         pages_used, pages_total: pages that running requests hold, and all.
+        page_size: tokens of a page.
         prefix_hits, prefix_queries: prompt tokens found in the prefix cache, and looked for.
         steps: steps that have run.
         prompt_tokens, generated_tokens: of requests that have begun their output.
@@ -70,6 +71,7 @@ class EngineStats:
     waiting: int
     pages_used: int
     pages_total: int
+    page_size: int
     prefix_hits: int = 0
     prefix_queries: int = 0
     steps: int = 0

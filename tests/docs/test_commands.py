@@ -34,8 +34,10 @@ from tests.experiments.commands import run_several
 ELSEWHERE = {
     "docker": "needs a daemon and images",
     "gcloud": "needs an account and TPUs",
+    "kubectl": "needs a cluster",
     "mpirun": "needs Open MPI",
     "scontrol": "needs a Slurm cluster",
+    "serve": "tests/deploy/test_ray_serve.py runs it where Ray is installed",
     "srun": "needs a Slurm cluster",
     "vllm-router": "tests/server/test_router.py runs it where it is installed",
     "[": "the exit code of a command above it",

@@ -117,6 +117,7 @@ class FakeEngine:
             waiting=len(self._requests) - len(running),
             pages_used=sum(request.pages for request in running),
             pages_total=1000,
+            page_size=PAGE,
             **self._counts,
         )
 
