@@ -146,7 +146,7 @@ class BlockNames:
         """64 bits of its own and all earlier tokens and of the salt."""
         before, digest = node.parent, hashlib.blake2b(digest_size=8)
         assert before is not None
-        # A salt has no fixed length, so it is separated from the tokens by a person of its own.
+        # A salt has no fixed length, which is told first: no token can pass for a part of it.
         own = before.key if before.parent is None else self._names[before].to_bytes(8, "big")
         digest.update(len(own).to_bytes(8, "big") + own + node.key)
         return int.from_bytes(digest.digest(), "big")
