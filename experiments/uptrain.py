@@ -2,9 +2,9 @@
 
 For each of --layouts: the loss on held-out text of the model whose projections were dropped, of
 the one that was fitted by least squares, and of that one against tokens of training, by
-distillation from the original or on the text alone. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png.
-Finished runs are skipped and a run that was cut off goes on, so the same command continues after an
-interruption. The last line on standard output is the JSON document.
+distillation from the original or on the text alone. OUTPUT.md, OUTPUT.json and OUTPUT.png are
+written after every layout. Finished runs are skipped and a run that was cut off goes on, so the
+same command continues after an interruption. The last line on standard output is the JSON document.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from absl import flags
 
 import fusedkv_jax as fkv
 from experiments.common import cli, models, pictures, runs
+from experiments.common.documents import Document
 from fusedkv_jax import costs, processes, training
 from fusedkv_jax.training import DistillationConfig, ExperimentConfig
 
@@ -81,17 +82,10 @@ def main() -> int:
     table_file, picture = (cli.check_output(f"{output}.{end}") for end in ("md", "png"))
     start = models.Start(cli.require("init_from"), workdir / "init_from")
     config = start.settle(cli.load_config(start.change))
-    _check(config)
+    _check(config, start)
     original = start.original()
     objectives = [name for name in FLAGS.objectives if name != "none"]
-    try:
-        rows = [
-            _row(config, layout, start, original, workdir, objectives) for layout in FLAGS.layouts
-        ]
-    except runs.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return training.INTERRUPTED_EXIT_CODE
-    results = {
+    results: Document = {
         "experiment": "uptrain",
         "original": {
             "parameters": costs.parameter_count(original.config),
@@ -102,21 +96,36 @@ def main() -> int:
         },
         "fit_tokens": FLAGS.fit_tokens,
         "train_tokens": config.train.steps * _batch_tokens(config) if objectives else 0,
-        "rows": rows,
+        "rows": [],
         "environment": processes.environment(),
         "command": shlex.join(["python", "-m", "experiments.uptrain", *sys.argv[1:]]),
     }
-    text = markdown(results)
-    table_file.write_text(text, encoding="utf-8")
-    results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if objectives:
-        pictures.draw_losses_by_tokens(_curves(results), results["original"]["loss"], picture)
-    print(text)
+    try:
+        for layout in FLAGS.layouts:
+            row = _row(config, layout, start, original, workdir, objectives)
+            results["rows"].append(row)
+            table_file.write_text(markdown(results), encoding="utf-8")
+            results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            if objectives:
+                pictures.draw_losses_by_tokens(
+                    _curves(results), results["original"]["loss"], picture
+                )
+    except runs.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return training.INTERRUPTED_EXIT_CODE
+    print(markdown(results))
     print(json.dumps(results))
     return 0
 
 
-def _check(config: ExperimentConfig) -> None:
+def _check(config: ExperimentConfig, start: models.Start) -> None:
+    from fusedkv_jax.interop import uptrain  # imports JAX, for which --help does not wait
+
+    for layout in FLAGS.layouts:
+        try:
+            uptrain.fitted_config(start.config, layout)
+        except ValueError as error:
+            raise ValueError(f"--layouts={layout}: {error}") from None
     if FLAGS.objectives == ["none"]:
         return
     for name in FLAGS.objectives:

@@ -171,6 +171,8 @@ def test_losses_of_conversions_are_tabulated(folder, tmp_path):
         commands.run_here("uptrain", [*arguments, "--objectives=other"])
     with pytest.raises(commands.Refused, match="steps=1 are fewer than the parts of --obj"):
         commands.run_here("uptrain", [*arguments, "--config.train.steps=1"])
+    with pytest.raises(commands.Refused, match="--layouts=svformer: layer 1: only layers that"):
+        commands.run_here("uptrain", [*arguments[:-2], "--layouts=yoco,svformer"])
     with pytest.raises(commands.Refused, match="another setting, name: .* to 64 tokens' -> "):
         commands.run_here("uptrain", [*arguments[:-1], "--fit_tokens=32"])
     (again,) = commands.run_here(

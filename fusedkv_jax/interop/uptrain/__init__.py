@@ -14,6 +14,6 @@ stays as it is:
 No gradient is needed: some thousand tokens, and two passes through the original.
 """
 
-from fusedkv_jax.interop.uptrain.fitting import drop, fit
+from fusedkv_jax.interop.uptrain.fitting import drop, fit, fitted_config
 
-__all__ = ["drop", "fit"]
+__all__ = ["drop", "fit", "fitted_config"]

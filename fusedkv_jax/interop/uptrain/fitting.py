@@ -58,8 +58,7 @@ def fit(
     Raises:
         ValueError: a model or a layout that is not of this kind.
     """
-    config = with_layout(model.config, layout)
-    _check(model.config, config)
+    config = fitted_config(model.config, layout)
     start = drop(model, config.kv_layout)
     parts = _parts(tokens)
     sources = new_projections(model, config.kv_layout, parts)
@@ -73,8 +72,9 @@ def fit(
     return _assembled(start, fitting.layers, fitting.weights)
 
 
-def _check(old: ModelConfig, new: ModelConfig) -> None:
-    block = old.block
+def fitted_config(old: ModelConfig, layout: KVLayout | str) -> ModelConfig:
+    """The configuration of what `fit` makes of a model; raises as it does."""
+    new, block = with_layout(old, layout), old.block
     if old.mla is not None or block.norm_placement != "pre" or block.parallel:
         raise ValueError("only models with separate keys and values and norms before are fitted")
     streams = [layer.stream(kind) for layer in old.kv_layout.layers for kind in KINDS]
@@ -86,6 +86,7 @@ def _check(old: ModelConfig, new: ModelConfig) -> None:
                 raise ValueError(f"layer {i}: only layers that cache both streams or none")
             if part.weights not in (None, "channel") or part.mixing.parameterization != "direct":
                 raise ValueError(f"layer {i}: weights are fitted per channel, and stored directly")
+    return new
 
 
 def _parts(tokens: Array) -> list[Array]:
