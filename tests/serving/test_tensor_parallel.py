@@ -13,9 +13,10 @@ from tests.serving.served import engine as one
 SPLIT = dict(tensor_parallel_size=4)
 
 
-def model_(spec="fusedkv", **changes):
-    sizes = dict(num_layers=4, d_model=16, d_ff=16, num_kv_heads=4, head_dim=8)
-    return small.decoder(small.config(spec, "mha", **{**sizes, **changes}))
+def model_(spec="fusedkv", geometry="mha", **changes):
+    sizes = dict(num_layers=4, d_model=16, d_ff=16)
+    heads = dict(num_kv_heads=4, head_dim=8) if geometry == "mha" else {}
+    return small.decoder(small.config(spec, geometry, **{**sizes, **heads, **changes}))
 
 
 @pytest.mark.slow
@@ -39,9 +40,12 @@ def test_four_devices_answer_as_one_does():
         ("fusedkv", {"num_kv_heads": 2}, {}),  # two devices have one KV head
         ("cla:k=2", {}, {"cache_dtype": "int8"}),
         ("lckv", {}, {"num_pages": None}),  # in slots
+        ("fusedkv", {"geometry": "mla"}, {}),  # every device has the latents
+        ("fusedkv", {}, {"speculation": fkv.SelfSpeculation(draft_tokens=3)}),
+        ("fusedkv", {}, {"speculation": fkv.NGramSpeculation(draft_tokens=3)}),
     ],
 )
-def test_heads_that_are_shared_codes_and_slots(spec, changes, settings):
+def test_heads_that_are_shared_codes_slots_latents_and_drafts(spec, changes, settings):
     model, given = model_(spec, **changes), prompts(8)
     split = one(model, **{"num_pages": PAGES, **settings}, **SPLIT)
     whole = one(model, **{"num_pages": PAGES, **settings})
