@@ -31,11 +31,11 @@ from pallas_kernels import PagedStream, Quantized
 )
 @dataclass(frozen=True)
 class Lane:
-    """Rows of one width: an attention call of its own among tokens that are projected together.
+    """Rows of one width, among tokens that are projected together.
 
     Attributes:
         table: int32 pages of each row, [R, W]; entries that no position reaches may be anything.
-        positions: int32 [R, T], ascending in each row; -1 for padding, at its end.
+        positions: int32 [R, T], going up by one in each row; -1 for padding, at its end.
     """
 
     table: Leaf | np.ndarray

@@ -6,6 +6,7 @@ given, its own or those of other layers, through the one attention operation.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from fusedkv_jax.cache.calls import Piece, StreamWeights
+from fusedkv_jax.cache.calls import Piece, Source, StreamWeights
 from fusedkv_jax.layouts import Kind, LayerKV
 from fusedkv_jax.model.layers import Norm, add_bias, make_norm
 from fusedkv_jax.model.parameters import Initializer
 from fusedkv_jax.model.projection import project
 from fusedkv_jax.model.rotary import Rotation, rotate
-from fusedkv_jax.model.sharded_attention import attention
+from fusedkv_jax.model.sharded_attention import attention, ragged_attention
+from pallas_kernels import PagedStream, RaggedRows
 from pallas_kernels.combining import combine
 
 Lse = Float[Array, "B T N"] | None  # of the scores; None where nobody asks for it
@@ -115,13 +117,51 @@ class Attention(nnx.Module):
         options: dict[str, Any] = {"implementation": self.implementation}
         options["softcap"] = self.softcap
         options["return_residuals"] = needs_residuals(pieces, with_lse)
+        if pieces[0].cut is not None:
+            return _over_pages(q, pieces, weights, options)
         found = []
         for piece in pieces:
             queries = q if piece.extra_rotation is None else rotate(q, piece.extra_rotation)
-            queries = queries if piece.cut is None else piece.cut.take(queries)
             sources = piece.keys, piece.values, weights["key"], weights["value"]
             found.append(attention(queries, *sources, **piece.mask, **options))
-        return (joined if pieces[0].cut else merged)(found, with_lse)
+        return merged(found, with_lse)
+
+
+def _over_pages(
+    q: Float[Array, "1 N H h"],
+    pieces: tuple[Piece, ...],
+    weights: dict[Kind, StreamWeights],
+    options: dict[str, Any],
+) -> tuple[Array, Lse]:
+    """Attention of the rows of all lanes, single tokens and chunks, in one call."""
+    counts, lengths = (jnp.concatenate(x) for x in zip(*map(_queries_of, pieces), strict=True))
+    lanes = tuple((piece.cut.rows, piece.cut.columns) for piece in pieces if piece.cut)
+    rows = RaggedRows.in_lanes(lanes, counts, lengths)
+    keys, values = (_with_one_table(side) for side in zip(*(x[:2] for x in pieces), strict=True))
+    found = ragged_attention(
+        q[0], keys, values, rows, weights["key"], weights["value"],
+        window=pieces[0].mask.get("window"), **options,
+    )  # fmt: skip
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    return out[None], None if lse is None else lse[None]
+
+
+def _queries_of(piece: Piece) -> tuple[Array, Array]:
+    """How many queries each row of a lane has, and the position after the last of them."""
+    positions, lengths = piece.mask.get("q_positions"), piece.mask.get("kv_lengths")
+    assert positions is not None and lengths is not None
+    # They go up by one from token to token, and those of padding are below them.
+    there = positions >= positions[:, :1]
+    counts = jnp.where(lengths > 0, there.sum(1, dtype=jnp.int32), 0)
+    return counts, jnp.where(lengths > 0, positions[:, 0] + counts, 0)
+
+
+def _with_one_table(lanes: tuple[tuple[Source, ...], ...]) -> tuple[PagedStream, ...]:
+    """The streams of one side, with the pages of the rows of all lanes."""
+    first = [x for x in lanes[0] if isinstance(x, PagedStream)]
+    tables = [x[0].table for x in lanes if isinstance(x[0], PagedStream)]
+    table = tables[0] if len(tables) == 1 else jnp.concatenate(tables)
+    return tuple(dataclasses.replace(x, table=table) for x in first)
 
 
 def needs_residuals(pieces: tuple[Piece, ...], with_lse: bool) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 import pallas_kernels
 from fusedkv_jax.cache.calls import Source, StreamWeights
 from fusedkv_jax.sharding import RULES, spec
-from pallas_kernels import PagedStream, Stacked, stacked
+from pallas_kernels import PagedStream, RaggedRows, Stacked, stacked
 
 Sources = tuple[Source, ...]
 Weights = tuple[StreamWeights, StreamWeights]
@@ -56,19 +57,8 @@ def attention(
     if heads is not None and kv_heads is None:
         keys, values = stacked.read(keys), stacked.read(values)  # each device cuts out its head
 
-    def part(x: Array, *axes: str | None) -> P:
-        return spec([axis if set(RULES[axis]) <= free else None for axis in axes], x.shape, mesh)
-
-    def source(x: Array | Stacked | PagedStream) -> PyTree:
-        if isinstance(x, PagedStream):
-            pool = part(x.data, None, None, None, kv_heads)
-            scale = None if x.scale is None else pool
-            return dataclasses.replace(x, data=pool, slot=P(), table=P(), scale=scale)
-        if isinstance(x, Stacked):
-            axes = (None, "batch", None, kv_heads, None)
-            return jax.tree.map(lambda array: part(array, *axes[: array.ndim]), x)
-        return part(x, "batch", tokens, kv_heads, None)
-
+    part = functools.partial(_part, mesh, free)
+    source = functools.partial(_source, part, tokens, kv_heads)
     q_spec = part(q, "batch", queries, heads, None)
     sources, weights = (keys, values), (key_weights, value_weights)
     sequences = {"queries": queries, "tokens": tokens}
@@ -94,6 +84,72 @@ def attention(
         check_vma=False,
     )
     return run(q, sources, weights, arrays)
+
+
+def ragged_attention(
+    q: Float[Array, "T N H"],
+    keys: tuple[PagedStream, ...],
+    values: tuple[PagedStream, ...],
+    rows: RaggedRows,
+    key_weights: StreamWeights = None,
+    value_weights: StreamWeights = None,
+    *,
+    return_residuals: bool = False,
+    **options: Any,
+) -> Array | tuple[Array, Array]:
+    """`pallas_kernels.ragged_attention`, its heads split over the mesh that is set, if one is."""
+    mesh, free = _free_axes()
+    call = functools.partial(
+        pallas_kernels.ragged_attention, return_residuals=return_residuals, **options
+    )
+    if mesh is None:
+        return call(q, keys, values, rows, key_weights, value_weights)
+    heads, kv_heads = _head_axes(q.shape[1], keys[0].shape[2], mesh.shape["tensor"])
+    heads = heads if kv_heads else None  # a device has whole groups, or all
+    part = functools.partial(_part, mesh, free)
+    q_spec = part(q, None, heads, None)
+    sources = (keys, values)
+    in_specs = (
+        q_spec,
+        *jax.tree.map(
+            functools.partial(_source, part, None, kv_heads),
+            sources,
+            is_leaf=lambda x: isinstance(x, PagedStream),
+        ),
+        P(),
+        *jax.tree.map(lambda x: part(x, None, kv_heads, None), (key_weights, value_weights)),
+    )
+    run = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(q_spec, P(*q_spec[:2])) if return_residuals else q_spec,
+        axis_names=free,
+        check_vma=False,
+    )
+    return run(q, keys, values, rows, key_weights, value_weights)
+
+
+def _part(mesh: AbstractMesh, free: set[str], x: Array, *axes: str | None) -> P:
+    """How an array with these logical axes is split."""
+    return spec([axis if set(RULES[axis]) <= free else None for axis in axes], x.shape, mesh)
+
+
+def _source(
+    part: Callable[..., P],
+    tokens: str | None,
+    kv_heads: str | None,
+    x: Array | Stacked | PagedStream,
+) -> PyTree:
+    """How a source is split."""
+    if isinstance(x, PagedStream):
+        pool = part(x.data, None, None, None, kv_heads)
+        scale = None if x.scale is None else pool
+        return dataclasses.replace(x, data=pool, slot=P(), table=P(), scale=scale)
+    if isinstance(x, Stacked):
+        axes = (None, "batch", None, kv_heads, None)
+        return jax.tree.map(lambda array: part(array, *axes[: array.ndim]), x)
+    return part(x, "batch", tokens, kv_heads, None)
 
 
 def _free_axes() -> tuple[AbstractMesh | None, set[str]]:

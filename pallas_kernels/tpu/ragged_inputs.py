@@ -189,34 +189,37 @@ def tokens_of_rows(form: Form) -> np.ndarray:
 
 
 def scale_rows(stream: PagedStream, tokens: int) -> Array:
-    """Scales as [rows, 1, lanes]: of `tokens` tokens each, those of one head after another.
+    """Scales as [rows, 1, lanes]: of `tokens` tokens each, those of all heads of one after another.
 
-    The pool keeps the heads of a token together, a few numbers of 128 lanes; this turns one slot of
+    The pool keeps the heads of a token together, a few numbers of 128 lanes; this packs one slot of
     it, some hundredths of its codes.
     """
-    scale = jax.lax.dynamic_index_in_dim(stream.scale, stream.slot, keepdims=False)
-    heads = scale.shape[2]
-    rows = scale.astype(jnp.float32).reshape(-1, tokens, heads).swapaxes(1, 2)
-    rows = rows.reshape(-1, 1, heads * tokens)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % LANES)))
+    count, heads = stream.data.shape[0], stream.shape[2]
+    packed = stream.scale.reshape(count, -1, tokens * heads)  # before a slot is cut out, and padded
+    rows = jax.lax.dynamic_index_in_dim(packed, stream.slot, keepdims=False)
+    rows = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, -rows.shape[1] % LANES)))
+    return rows[:, None]
 
 
 def scale_places(
     call: RaggedAttentionCall, form: Form, tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of 8-bit pages, else a few zeros: what puts scales and heads where they are used.
 
     Returns:
       float32 [K, lanes of `scale_rows`, LANES], 1 from head k's scale of a token to the lanes of
-      such tokens; and [rows of a block, heads of a part], 1 where a row belongs to a head.
+      such tokens; int32 [1, lanes of `scale_rows`], the token of each; and [rows of a block, heads
+      of a part], 1 where a row belongs to a head.
     """
     stream = call.sources.keys[0]
     if stream.scale is None:
-        return np.zeros((1, 8, LANES), np.float32), np.zeros((8, LANES), np.float32)
+        none = np.zeros((1, LANES), np.float32)
+        return none[None], none.astype(np.int32), none
     heads = stream.shape[2]
     lane = np.arange(round_up(heads * tokens, LANES))
     token = np.arange(LANES) % tokens
-    places = lane[:, None] == np.arange(heads)[:, None, None] * tokens + token
+    places = lane[:, None] == token * heads + np.arange(heads)[:, None, None]
     row = np.arange(form.units * form.unit_rows) % form.rows
     owners = row[:, None] // (form.heads // form.together) == np.arange(form.together)
-    return places.astype(np.float32), owners.astype(np.float32)
+    token = (lane // heads)[None].astype(np.int32)
+    return places.astype(np.float32), token, owners.astype(np.float32)

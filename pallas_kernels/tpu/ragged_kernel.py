@@ -80,7 +80,7 @@ class _Memory(NamedTuple):
     Attributes:
       numbers, table, slots: the list of work, pages of all rows, slot of each stream.
       tokens, weights: token of each row of queries; weights of the values.
-      places, owners: of 8-bit pages, see `inputs.scale_places`; which head of a part a row reads.
+      places, scale_tokens, owners: of 8-bit pages, see `inputs.scale_places`.
       queries, stored, scales, out, lse: in HBM; no scales, and no lse, where there are none.
       block, block_lse: results of a piece in VMEM.
       q, buffers, scale_buffers: in VMEM, each twice, one to be filled.
@@ -95,6 +95,7 @@ class _Memory(NamedTuple):
     tokens: Any
     weights: Any
     places: Any
+    scale_tokens: Any
     owners: Any
     queries: Any
     stored: Any
@@ -264,8 +265,7 @@ def _clear(static: Static, memory: _Memory, piece: _Piece, block: Any, slot: Any
             for buffer in memory.scale_buffers:
                 old = buffer[slot, pl.ds(index * rows, rows)]  # [rows, 1, heads * tokens]
                 row = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
-                lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 2)
-                token = start + row * LANES + (lane & (static.scale_tokens - 1))
+                token = start + row * LANES + memory.scale_tokens[...]
                 there = (token >= piece.low) & (token < piece.high)
                 buffer[slot, pl.ds(index * rows, rows)] = jnp.where(there, old, 0.0)
 

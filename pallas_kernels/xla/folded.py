@@ -10,9 +10,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import linear, xla
-from pallas_kernels.call import AttentionCall
+from pallas_kernels.call import AttentionCall, RaggedAttentionCall
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import MixedSources, Result, as_array
+from pallas_kernels.xla import ragged
 
 
 def attention(call: AttentionCall) -> Result:
@@ -36,3 +37,8 @@ def attention(call: AttentionCall) -> Result:
         return out, lse
     parts = jnp.stack(jnp.split(out.astype(jnp.float32), len(values), axis=-1), axis=1)
     return linear.fold_outputs(parts, value_weights).astype(call.q.dtype), lse
+
+
+def ragged_attention(call: RaggedAttentionCall) -> Result:
+    """Attention of the queries of many rows over pages, as calls with equal rows."""
+    return ragged.attention(call, attention)

@@ -1,6 +1,7 @@
 """Steps over pages: what they compute, and that the pool stays where it is."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 import fusedkv_jax as fkv
 from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore, copy_pages
 from fusedkv_jax.model.paging import extend_pages
+from pallas_kernels import tpu
 from tests.model import small
 
 PAGE = 4
@@ -76,6 +78,27 @@ def test_the_compiled_step_has_no_copy_of_the_pool(spec, fresh_compilation):
     memory = _step.lower(*nnx.split(model), pool, *arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU")
+def test_a_step_for_a_tpu_has_one_kernel_for_all_lanes_and_no_copy_of_a_stream():
+    config = small.config("fusedkv", num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
+    config = config.replace(dtype="bfloat16", param_dtype="bfloat16")
+    graph, params = nnx.split(nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0))))
+    pool = jax.eval_shape(lambda: PagedStore.create(config, num_pages=8192, page_size=16))
+    lanes = (_lane([[5], [9]], np.arange(16)), _lane([np.arange(16)], np.arange(16)))
+    arguments = jnp.zeros(18, jnp.int32), jax.tree.map(jnp.asarray, lanes), jnp.array([[0], [17]])
+
+    def step(params, pool, tokens, lanes, sampled):
+        call = PagedCall.of(lanes)
+        return extend_pages(nnx.merge(graph, params), tokens, call, pool, sampled)
+
+    compiled = tpu.compile_for("v5e", step, params, pool, *arguments, donate=(1,))
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert 0 < kernels <= config.num_layers  # scanned layers share one
+    size = pool.keys.size // pool.keys.shape[0] * pool.keys.dtype.itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < size
 
 
 def test_pages_are_copied_one_after_the_other():
