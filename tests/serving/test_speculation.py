@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 
 import fusedkv_jax as fkv
@@ -131,6 +132,31 @@ def test_nothing_compiles_after_warm_up(speculation):
         while served.unfinished:
             served.step()
     assert len(seconds) == 0 and served.stats().accepted_tokens > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speculation", [NGRAM, SELF])
+def test_hundreds_of_mixed_requests_compile_nothing(speculation):
+    """Of two tenants, with prefixes in common; some leave, others are swapped out."""
+    policy = POLICIES["fcfs"](on_eviction="swap")
+    shapes = StepShapes((2, 8), (0, 8), (4, 12), 8)
+    served = engine(speculation, tokenizer=Json(), policy=policy, host_pages=200, shapes=shapes)
+    served.warm_up()
+    rng, chosen, added = np.random.default_rng(1), params(), 0
+    with counted_compilations() as seconds:
+        while added < 300 or served.unfinished:
+            while added < 300 and served.unfinished < 24:
+                prompt = rng.integers(0, 60, rng.integers(1, 28)).tolist()
+                prompt = [*range(8), *prompt[:18]] if added % 3 else prompt
+                own, tenant = chosen[rng.integers(len(chosen))], "ab"[added % 2]
+                served.add(prompt, own, request_id=str(added), tenant=tenant)
+                added += 1
+                if added % 50 == 0:
+                    served.abort(served.names[0])
+            served.step()
+    stats = served.stats()
+    assert len(seconds) == stats.pages_used == 0
+    assert stats.preemptions > 0 and stats.prefix_hits > 0 and stats.accepted_tokens > 0
 
 
 @pytest.mark.slow
