@@ -33,7 +33,7 @@ _HELD_OUT = 3  # one step of so many is not fitted to
 _LOAD = 0.7  # of the rate at which all requests are served when they are there at once
 
 
-class Workload(NamedTuple):
+class LengthMix(NamedTuple):
     """Requests whose lengths are fractions of the longest one; any between two is as likely.
 
     Attributes:
@@ -45,9 +45,9 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "chat": Workload((1 / 64, 1 / 4), (1 / 32, 1 / 8)),
-    "summaries": Workload((3 / 8, 3 / 4), (1 / 64, 1 / 16)),
-    "stories": Workload((1 / 64, 1 / 32), (1 / 8, 3 / 8)),
+    "chat": LengthMix((1 / 64, 1 / 4), (1 / 32, 1 / 8)),
+    "summaries": LengthMix((3 / 8, 3 / 4), (1 / 64, 1 / 16)),
+    "stories": LengthMix((1 / 64, 1 / 32), (1 / 8, 3 / 8)),
 }
 
 
@@ -153,7 +153,7 @@ def serve(
     engine: serving.Engine,
     device: CalibratedDevice,
     step_costs: costs.StepCosts,
-    workload: Workload,
+    workload: LengthMix,
 ) -> dict[str, float]:
     """The same requests by the simulator and by the engine: percentiles of both, in seconds."""
     predicted = simulated(engine, device, step_costs, workload, math.inf)
@@ -172,7 +172,7 @@ def simulated(
     engine: serving.Engine,
     device: CalibratedDevice,
     step_costs: costs.StepCosts,
-    workload: Workload,
+    workload: LengthMix,
     rate: float,
 ) -> Summary:
     """What the simulator says of a workload on an engine like this one."""
@@ -192,7 +192,7 @@ def simulated(
     )
 
 
-def requests(engine: serving.Engine, workload: Workload, rate: float) -> list[serving.Request]:
+def requests(engine: serving.Engine, workload: LengthMix, rate: float) -> list[serving.Request]:
     """Requests of a workload; they come by a Poisson process, or all at once."""
     rng, longest = np.random.default_rng(1), engine.max_model_len
     times = np.cumsum(rng.exponential(size=FLAGS.requests)) / rate

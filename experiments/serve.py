@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+import fusedkv_jax as fkv
 from experiments.common import chat, cli, models
 from fusedkv_jax import serving
 from fusedkv_jax.compression import names, parse
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, read_text
-from fusedkv_jax.generation import SelfSpeculation
 
 if TYPE_CHECKING:
     from fusedkv_jax.server.kv_events import KvEventPublisher
@@ -130,16 +130,16 @@ def main() -> None:
     run(Server(front, template, limits, kv_events), sock, FLAGS.shutdown_timeout)
 
 
-def _speculation() -> serving.NGramSpeculation | SelfSpeculation | None:
+def _speculation() -> "fkv.NGramSpeculation | fkv.SelfSpeculation | None":
     """How tokens are guessed, of the command line. Raises ValueError."""
     if FLAGS.speculation == "ngram":
-        return serving.NGramSpeculation(
+        return fkv.NGramSpeculation(
             draft_tokens=FLAGS.draft_tokens,
             prompt_lookup_min=FLAGS.prompt_lookup_min,
             prompt_lookup_max=FLAGS.prompt_lookup_max,
         )
     if FLAGS.speculation == "self":
-        return SelfSpeculation(
+        return fkv.SelfSpeculation(
             draft_tokens=FLAGS.draft_tokens,
             exit_layer=FLAGS.exit_layer,
             adaptive=FLAGS.adaptive_draft,

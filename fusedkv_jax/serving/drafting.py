@@ -19,7 +19,7 @@ from fusedkv_jax.model.transform import split_at
 from fusedkv_jax.serving.draws import Draws, draw_tokens
 
 
-class _Drafting(NamedTuple):
+class _PagedDrafting(NamedTuple):
     """Drafts while they grow.
 
     Attributes:
@@ -75,10 +75,10 @@ def run_draft(
     # Masks need the host, and nobody wants to know how likely a draft is.
     draws = dataclasses.replace(draws, held=jnp.bool_(False), scored=jnp.bool_(False))
 
-    def running(now: _Drafting) -> Bool[Array, "R"]:
+    def running(now: _PagedDrafting) -> Bool[Array, "R"]:
         return (now.count < room) & (now.chance >= worth)
 
-    def step(now: _Drafting) -> _Drafting:
+    def step(now: _PagedDrafting) -> _PagedDrafting:
         runs = running(now)
         positions = jnp.where(runs[:, None], start + now.count[:, None], -1)
         call = PagedCall.of((Lane(lane.table, positions),))
@@ -88,7 +88,7 @@ def run_draft(
         sure = jax.nn.softmax(logits).max(-1) if speculation.adaptive else 1.0
         place = jnp.where(runs, now.count, speculation.draft_tokens)
         length = jnp.where(runs, now.draws.lengths, now.draws.tokens.shape[1])
-        return _Drafting(
+        return _PagedDrafting(
             pool=pool,
             token=jnp.where(runs, token, now.token),
             draws=dataclasses.replace(
@@ -101,7 +101,7 @@ def run_draft(
             chance=now.chance * sure,
         )
 
-    begin = _Drafting(
+    begin = _PagedDrafting(
         pool=pool,
         token=tokens,
         draws=draws,

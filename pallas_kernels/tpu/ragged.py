@@ -14,7 +14,7 @@ from pallas_kernels.tpu import chips, ragged_kernel
 from pallas_kernels.tpu import ragged_inputs as inputs
 from pallas_kernels.tpu.blocks import LANES
 from pallas_kernels.tpu.how import How
-from pallas_kernels.tpu.ragged_inputs import Form
+from pallas_kernels.tpu.ragged_inputs import RaggedForm
 from pallas_kernels.tpu.ragged_kernel import Static
 
 _KEY_BYTES = 4 * 2**20  # of a block of keys and values, of which two are in VMEM
@@ -30,7 +30,7 @@ def ragged(how: How, call: RaggedAttentionCall) -> tuple[Array, Array | None]:
       NotImplementedError: a storage or a shape that would have to be turned.
     """
     streams = (*call.sources.keys, *call.sources.values)
-    form = Form.of(call, how)
+    form = RaggedForm.of(call, how)
     _check(how, call)
     total, (num_rows, width) = call.q.shape[0], streams[0].table.shape
     num_pages, page_size = streams[0].data.shape[1:3]

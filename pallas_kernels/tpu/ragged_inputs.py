@@ -29,7 +29,7 @@ _FIELDS = 6  # numbers of a piece of work
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class RaggedForm:
     """Static sizes of a call.
 
     Attributes:
@@ -60,7 +60,7 @@ class Form:
         return self.rows * self.tokens
 
     @classmethod
-    def of(cls, call: RaggedAttentionCall, how: How) -> "Form":
+    def of(cls, call: RaggedAttentionCall, how: How) -> "RaggedForm":
         """The sizes for a call.
 
         Raises:
@@ -88,7 +88,7 @@ class Form:
         return cls(parts, together, each, rows, tokens, units, *widths, len(keys), len(values))
 
 
-class Work(NamedTuple):
+class RaggedWork(NamedTuple):
     """The list of work, for a kernel with a step for each.
 
     Attributes:
@@ -105,7 +105,7 @@ class Work(NamedTuple):
 FIELDS = ("row", "unit", "queries", "position", "low", "high")
 
 
-def work_list(call: RaggedAttentionCall, form: Form) -> Work:
+def work_list(call: RaggedAttentionCall, form: RaggedForm) -> RaggedWork:
     """Blocks of queries, row after row; their keys are those from `low` to before `high`."""
     rows, keys = call.rows, call.sources.keys[0]
     blocks = rows.blocks(call.q.shape[0], form.units * form.tokens)
@@ -119,10 +119,10 @@ def work_list(call: RaggedAttentionCall, form: Form) -> Work:
         low = jnp.clip(blocks.positions - call.window + 1, 0, high)
     fields = (blocks.rows, unit, blocks.counts, blocks.positions, low, high)
     numbers = jnp.stack(fields, axis=1).astype(jnp.int32)
-    return Work(numbers.reshape(-1), blocks.firsts[-1], units)
+    return RaggedWork(numbers.reshape(-1), blocks.firsts[-1], units)
 
 
-def places(rows: RaggedRows, units: Array, total: int, form: Form) -> tuple[Array, Array]:
+def places(rows: RaggedRows, units: Array, total: int, form: RaggedForm) -> tuple[Array, Array]:
     """Place in units of each query, [T], -1 for none; and the query of each place in units."""
     row, index = rows.owners(total)
     place = jnp.where(row < 0, -1, units[row] * form.tokens + index)
@@ -135,7 +135,7 @@ def places(rows: RaggedRows, units: Array, total: int, form: Form) -> tuple[Arra
     return place, query
 
 
-def in_units(call: RaggedAttentionCall, form: Form, factor: float, query: Array) -> Array:
+def in_units(call: RaggedAttentionCall, form: RaggedForm, factor: float, query: Array) -> Array:
     """Queries [units, parts, J, unit rows, key width], times `factor` and the weights."""
     folded = linear.fold_queries(call.q[None], call.sources.key_weights, factor)[0]  # [J, T, N, H]
     folded = folded.astype(call.q.dtype)
@@ -153,7 +153,7 @@ def in_units(call: RaggedAttentionCall, form: Form, factor: float, query: Array)
     return wide.reshape(-1, form.parts, num, form.unit_rows, form.key_width)
 
 
-def from_units(found: Array, place: Array, form: Form) -> Array:
+def from_units(found: Array, place: Array, form: RaggedForm) -> Array:
     """[units, parts, unit rows, width] of a result as [T, N, width / together]; 0 for no query."""
     width = found.shape[3]
     found = found.reshape(-1, form.parts, form.tokens, form.rows, width)[:, :, :, : form.heads]
@@ -167,14 +167,14 @@ def from_units(found: Array, place: Array, form: Form) -> Array:
     return jnp.stack(own, axis=2).reshape(place.shape[0], -1, width // together)
 
 
-def lse_from_units(found: Array, place: Array, form: Form) -> Array:
+def lse_from_units(found: Array, place: Array, form: RaggedForm) -> Array:
     """[units, parts, unit rows] as [T, N]; -inf for no query."""
     found = found.reshape(-1, form.parts, form.tokens, form.rows)[..., : form.heads]
     found = found.transpose(0, 2, 1, 3).reshape(-1, form.parts * form.heads)
     return jnp.where((place >= 0)[:, None], found[jnp.maximum(place, 0)], -jnp.inf)
 
 
-def output_weights(weights: Array | None, form: Form) -> Array:
+def output_weights(weights: Array | None, form: RaggedForm) -> Array:
     """Weights of the values as [J', parts, 1, value width]; ones where there are none."""
     if weights is None:
         return jnp.ones((1, form.parts, 1, form.value_width), jnp.float32)
@@ -182,7 +182,7 @@ def output_weights(weights: Array | None, form: Form) -> Array:
     return wide.reshape(form.num_values, form.parts, 1, form.value_width)
 
 
-def tokens_of_rows(form: Form) -> np.ndarray:
+def tokens_of_rows(form: RaggedForm) -> np.ndarray:
     """Which token of a block each row of it belongs to, int32 [rows, lanes]."""
     token = np.arange(form.units * form.unit_rows) // form.rows
     return np.broadcast_to(token[:, None], (token.size, LANES)).astype(np.int32)
@@ -202,7 +202,7 @@ def scale_rows(stream: PagedStream, tokens: int) -> Array:
 
 
 def scale_places(
-    call: RaggedAttentionCall, form: Form, tokens: int
+    call: RaggedAttentionCall, form: RaggedForm, tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of 8-bit pages, else a few zeros: what puts scales and heads where they are used.
 

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.blocks import LANES
 from pallas_kernels.tpu.how import LOG2E, How
-from pallas_kernels.tpu.ragged_inputs import FIELDS, Form
+from pallas_kernels.tpu.ragged_inputs import FIELDS, RaggedForm
 from pallas_kernels.tpu.tile import HIDDEN, NN, NT, dot, spread
 
 
@@ -37,7 +37,7 @@ class Static(NamedTuple):
     """Static settings: sizes, pages of a block of keys, tokens of a page, entries of a table."""
 
     how: How
-    form: Form
+    form: RaggedForm
     window: int | None
     pages: int
     page_size: int

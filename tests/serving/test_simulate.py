@@ -113,6 +113,23 @@ def test_the_same_seed_gives_the_same_figures():
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "lpm", "dfs_weight", "batch_llm"])
+def test_ten_shared_prefixes_are_found_by_nearly_all_who_share_them(policy):
+    rng = np.random.default_rng(0)
+    prefixes = rng.integers(0, 999, (10, 512), np.int32)
+    times = np.cumsum(rng.exponential(1.0, 300))
+    asked = [
+        Request(
+            str(i), np.append(prefixes[rng.integers(10)], rng.integers(0, 999, 40, np.int32)), 8, t
+        )
+        for i, t in enumerate(times.tolist())
+    ]
+    # Prefixes take 320 pages, each request 3 of its own: what nobody shares must go first.
+    records, _ = _serve(asked, policy, pages=400, max_num_seqs=16)
+    cached = sum(record.cached for record in records)
+    assert cached >= 0.95 * 512 * (300 - 10)
+
+
 def test_half_the_cache_holds_twice_the_pages():
     pages, seconds = {}, {}
     for layout in ("mha", "fusedkv"):

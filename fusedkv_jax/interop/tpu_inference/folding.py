@@ -24,7 +24,7 @@ _OTHER_SHARING = (
 
 
 @dataclass(frozen=True)
-class Record:
+class StoredRecord:
     """What a token leaves in the pages of a layer: streams of `width` heads of H side by side.
 
     Attributes:
@@ -51,7 +51,7 @@ class Fold:
         reads: for each layer the one whose pages it reads.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[StoredRecord, ...]
     reads: tuple[int, ...]
 
 
@@ -73,7 +73,7 @@ def fold(config: ModelConfig) -> Fold:
     for place in range(last + 1):
         wanted = [each for each, read in zip(needed, reads, strict=True) if read == place]
         keys, values = (tuple(sorted({j for each in wanted for j in each[kind]})) for kind in KINDS)
-        records.append(Record(keys, values))
+        records.append(StoredRecord(keys, values))
     if any(record.width > 1 for record in records[:last]):
         raise ConfigError(_OTHER_SHARING)
     if last < layout.num_layers - 1 and records[last].width * config.channels == 64:
@@ -97,7 +97,7 @@ def _check(config: ModelConfig, layout: KVLayout) -> None:
 
 
 def stored(
-    record: Record, kind: Kind, streams: dict[tuple[Kind, int], Array]
+    record: StoredRecord, kind: Kind, streams: dict[tuple[Kind, int], Array]
 ) -> Float[Array, "T K W"]:
     """The streams of new tokens, [1, T, K, H] each, as they lie in the record."""
     parts = [streams[kind, j][0] for j in record.sources(kind)]
@@ -106,7 +106,7 @@ def stored(
 
 
 def widened(
-    q: Float[Array, "T N H"], record: Record, sources: tuple[int, ...], weights: Array | None
+    q: Float[Array, "T N H"], record: StoredRecord, sources: tuple[int, ...], weights: Array | None
 ) -> Float[Array, "T N W"]:
     """Queries that see of each source its weighted part: what the sum of sources would give."""
     parts = [jnp.zeros_like(q)] * record.width
@@ -116,7 +116,10 @@ def widened(
 
 
 def narrowed(
-    out: Float[Array, "T N W"], record: Record, sources: tuple[int, ...], weights: Array | None
+    out: Float[Array, "T N W"],
+    record: StoredRecord,
+    sources: tuple[int, ...],
+    weights: Array | None,
 ) -> Float[Array, "T N H"]:
     """What attention over the weighted sum of the values would have given."""
     size = out.shape[-1] // record.width
