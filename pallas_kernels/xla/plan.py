@@ -50,9 +50,10 @@ class BlockPlan:
         """Blocks for keys in pages, of which a tile is gathered at a time.
 
         Tables are as wide as the longest request that may come, and only tiles that somebody
-        reaches are gathered. Tiles of 128 instead of 512 tokens took 0.45 to 0.7 of a whole
-        decoding step's time for 1 to 8 rows of 32 tokens, 0.6 to 0.9 of that of chunks, and no more
-        for full tables of 512 and 4,096 tokens (demo preset, two busy CPU cores).
+        reaches are gathered. Tiles of 128 instead of 512 tokens took 0.4 to 0.7 of a whole
+        step's time for 1 to 8 decoding rows of 32 to 100 tokens, 0.5 to 0.8 for chunks of 32 tokens
+        at up to 250, and 0.96 to 1.07 for full tables of 512 and 4,096 tokens (medians, demo
+        preset, two busy CPU cores).
         """
         few = _decodes(q_shape, key_shape)
         return cls(
