@@ -29,6 +29,7 @@ PARTS = ("numerics", "kernels", "models", "study")
 _ROOT = pathlib.Path(__file__).parents[1]
 _TESTS = "tests/pallas_kernels/gpu"
 _SLICES = 6  # of the tests, so that a short loan finishes some
+_LIMIT = 900  # seconds of what has never run on a GPU
 _LEFT = 75  # as in training: run the same command again
 
 
@@ -57,11 +58,12 @@ def main() -> int:
     quick, rounds = FLAGS.quick, FLAGS.rounds
     parts = _parts(FLAGS.parts)
     output = FLAGS.output or ("runs/gpu_quick" if quick else "experiments/results/gpu")
-    device = _device(quick)
+    device, hopper = _device(quick)
     name = re.sub(r"\W+", "_", device.lower())
     folder = cli.check_output(pathlib.Path(output) / name, folder=True).resolve()
     logs = cli.check_output(folder / "logs", folder=True)
-    plan = make_plan(parts, quick=quick, rounds=rounds, study=_study(folder / "study"))
+    study = _study(folder / "study")
+    plan = make_plan(parts, quick=quick, rounds=rounds, study=study, hopper=hopper)
     end = None if FLAGS.minutes is None else time.monotonic() + 60 * FLAGS.minutes
     failed, left = [], []
     for step in plan:
@@ -90,7 +92,7 @@ def main() -> int:
 
 
 def make_plan(
-    parts: list[str], *, quick: bool, rounds: int, study: list[str] | None
+    parts: list[str], *, quick: bool, rounds: int, study: list[str] | None, hopper: bool
 ) -> "list[Step]":
     """The steps of the parts, in order.
 
@@ -99,28 +101,37 @@ def make_plan(
       quick: what a processor does in seconds.
       rounds: turns of each contestant.
       study: arguments of `experiments.reproduce`; None leaves the study out.
+      hopper: the GPU can run Hopper's own kernel.
     """
     from experiments.benchmarks import accelerator, kernels
     from experiments.benchmarks.steps import Step
 
     python = sys.executable
     timed = list(kernels.timed("gpu", quick=quick, rounds=rounds, torch_compile=False))
-    timed.sort(key=lambda name: not name.startswith("decode"))  # what serving is made of
+    # What serving is made of comes first, and last what no GPU has run and might hang.
+    timed.sort(key=lambda name: (name.startswith("hopper"), not name.startswith("decode")))
+    timed = [name for name in timed if hopper or not name.startswith("hopper")]
     models = list(accelerator.models(quick=quick, rounds=rounds))
     if quick:
         timed = [name for name in timed if name.startswith("decode")]
     plan = []
-    tests = (f"{_TESTS}/interpreted.py", "-kdefinition and one_token")
+    tests = ("interpreted", "test_mosaic_gpu")
+    tests = (*(f"{_TESTS}/{x}.py" for x in tests), "-kdefinition and (one_token or long_ragged)")
+    pytest = (python, "-m", "pytest", "-q", "--tb=short", "--junitxml", "{junit}")
     for i in range(1 if quick else _SLICES):
         chosen = (
             tests if quick else (f"{_TESTS}/test_on_gpu.py", f"--every={_SLICES}", f"--first={i}")
         )
-        command = (python, "-m", "pytest", "-q", "--tb=short", "--junitxml", "{junit}", *chosen)
-        plan.append(Step("numerics", f"numerics_{i + 1}", command))
+        plan.append(Step("numerics", f"numerics_{i + 1}", (*pytest, *chosen)))
+    if hopper:
+        command = (*pytest, f"{_TESTS}/test_mosaic_gpu_on_gpu.py")
+        plan.append(Step("numerics", "numerics_hopper", command, _LIMIT))
     suite = (python, "-m", "experiments.benchmark", "--suite=accelerator", f"--rounds={rounds}")
     suite += ("--quick",) if quick else ()
     for part, names in (("kernels", timed), ("models", models)):
-        plan += [Step(part, name, (*suite, f"--only={name}")) for name in names]
+        for name in names:
+            limit = _LIMIT if name.startswith("hopper") else None
+            plan.append(Step(part, name, (*suite, f"--only={name}"), limit))
     if study is not None:
         command = (python, "-m", "experiments.reproduce", "--study=scaling", *study)
         plan.append(Step("study", "study", command))
@@ -157,18 +168,21 @@ def _environment(quick: bool) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def _device(quick: bool) -> str:
-    """JAX's name of the GPU, asked in a process of its own, which gives the GPU back."""
-    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep=chr(10))"
+def _device(quick: bool) -> tuple[str, bool]:
+    """JAX's name of the GPU and whether it is a Hopper; a process of its own gives the GPU back."""
+    code = (
+        "import jax; d = jax.devices()[0]; "
+        "print(d.platform, d.device_kind, getattr(d, 'compute_capability', ''), sep=chr(10))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=_environment(quick), capture_output=True, text=True
     )
-    platform, *kind = done.stdout.splitlines()[-2:] or [""]
+    platform, *found = done.stdout.splitlines()[-3:] or [""]
     if done.returncode or (platform != "gpu" and not quick):
         raise ValueError(
             "no NVIDIA GPU was found; install the extra `gpu`, or try the program with --quick"
         )
-    return kind[0]
+    return found[0], found[1] == "9.0"
 
 
 def _write(folder: pathlib.Path, device: str, plan: "list[Step]") -> None:

@@ -25,6 +25,7 @@ from pallas_kernels.phases import DECODE, PAGED, SEQUENCE
 MODULES: dict[str, str] = {
     "tpu": "pallas_kernels.tpu",
     "triton": "pallas_kernels.gpu",
+    "mosaic_gpu": "pallas_kernels.mosaic_gpu",
     "cudnn": "pallas_kernels.cudnn",
     "folded": "pallas_kernels.xla.folded",
     "xla": "pallas_kernels.xla",
@@ -105,7 +106,8 @@ TABLE = (
         implementation="triton",
         evidence="Data-sheet arithmetic, not timed: decoding waits for memory, and a kernel reads "
         "each source once; many queries: segments and lengths without a bias, and no K^ and V^ in "
-        "memory. Name 'cudnn' for plain causal sequences: its published rates are 1.6 of Triton's.",
+        "memory. Name 'cudnn' for plain causal sequences: its published rates are 1.6 of Triton's; "
+        "or on Hopper 'mosaic_gpu', which no GPU has run yet, so no row names it.",
     ),
     Preference(
         platform="any",

@@ -18,6 +18,7 @@ class Chip:
       name: as in the names of slices.
       kinds: JAX's names of it (`device_kind`), of several of its versions.
       per_chip: devices of a chip.
+      cores: TensorCores of a device, which share its memory.
       matrix: columns of the matrix unit.
       vmem: bytes of vector memory of a core.
       storage: 8-bit types in which it reads a cache without emulation.
@@ -30,6 +31,7 @@ class Chip:
     name: str
     kinds: tuple[str, ...]
     per_chip: int = 1
+    cores: int = 1
     matrix: int
     vmem: int
     storage: tuple[str, ...]
@@ -69,6 +71,7 @@ CHIPS = {
         Chip(
             name="v5p",
             kinds=("TPU v5", "TPU v5p"),
+            cores=2,
             matrix=128,
             vmem=64 * _MIB,
             storage=("int8",),

@@ -19,14 +19,17 @@ class PagedStream:
     present token reaches, and their entries in the table, may hold anything.
 
     All heads of a token lie together: TPUs put the last axis in their lanes, and would turn a pool
-    round whose last axis is a head of 64 channels.
+    round whose last axis is a head of 64 channels. So do scales, few as they are: those of a page
+    fill one axis, a token's heads after another's, and then what fills up lanes.
 
     Attributes:
       data: [P, pages, page_size, K * H], float or 8-bit codes.
       slot: which of the P streams; an int or an int32 scalar, which may be traced.
       table: int32 [B, W] pages of each row; S = W * page_size.
       head_size: H.
-      scale: of 8-bit codes, float [P, pages, page_size, K]; else None.
+      scale: of 8-bit codes, float [P, pages, G, W], W at least page_size * K / G; else None. G
+        groups of heads, which lie on as many devices of a mesh; 1 on one. What fills up lanes is
+        finite, whatever it is.
     """
 
     # Any, as jax also fills trees with tracers, shapes and placeholders.
@@ -63,14 +66,18 @@ class PagedStream:
         step = self.page_size
         pages = lax.dynamic_slice_in_dim(self.table, start // step, size // step, axis=1)
 
-        def gather(
-            pool: Array,
-        ) -> Array:  # the slot is an index like the pages: no stream is cut out of the pool
-            found = pool.at[self.slot, pages].get(mode="clip")
-            return found.reshape(pages.shape[0], size, self.shape[2], -1)
+        def gather(pool: Array) -> Array:
+            # The slot is an index like the pages: no stream is cut out of the pool.
+            return pool.at[self.slot, pages].get(mode="clip")
 
-        data = gather(self.data)
-        return data if self.scale is None else Quantized(data, gather(self.scale))
+        rows, heads = pages.shape[0], self.shape[2]
+        data = gather(self.data).reshape(rows, size, heads, self.head_size)
+        if self.scale is None:
+            return data
+        groups = self.scale.shape[2]
+        scale = gather(self.scale)[..., : step * heads // groups]
+        scale = scale.reshape(rows, -1, groups, step, heads // groups).swapaxes(2, 3)
+        return Quantized(data, scale.reshape(rows, size, heads, 1))
 
     def read(self) -> Float[Array, "B S K H"] | Quantized:
         """The tokens of all rows, as one array."""
@@ -84,11 +91,21 @@ class PagedStream:
                 f"{name}.data has shape {self.data.shape} and {name}.table {self.table.shape}; "
                 f"they must be [P, pages, page_size, K * H] with H = {self.head_size}, and [B, W]"
             )
-        expected = (*self.data.shape[:3], self.shape[2])
-        if self.scale is not None and self.scale.shape != expected:
-            raise ValueError(f"{name}.scale has shape {self.scale.shape}; it must be {expected}")
+        if self.scale is not None and not self._fits(self.scale.shape):
+            lead = ", ".join(map(str, self.data.shape[:2]))
+            raise ValueError(
+                f"{name}.scale has shape {self.scale.shape}; it must be ({lead}, G, W), of G "
+                f"groups of the {self.shape[2]} heads, each with room for {self.page_size} tokens"
+            )
         if self.scale is None and not jnp.issubdtype(self.data.dtype, jnp.floating):
             raise ValueError(f"{name}.scale is None; codes of {self.data.dtype} need one")
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether scales may have this shape."""
+        if len(shape) != 4 or shape[:2] != self.data.shape[:2] or not shape[2]:
+            return False
+        heads = self.shape[2]
+        return heads % shape[2] == 0 and shape[3] >= self.page_size * heads // shape[2]
 
 
 jax.tree_util.register_dataclass(PagedStream, ["data", "slot", "table", "scale"], ["head_size"])

@@ -50,11 +50,15 @@ def timed(
                 batch=1, queries=length, keys=length, size=size, **heads
             )
             for phase, gradient in (("prefill", False), ("training", True)):
-                found[f"{phase}_{length}_{size}"] = lambda shape=shape, gradient=gradient: (
-                    kernels_timed.measure_sequence(
-                        shape, names, gradient=gradient, quick=quick, rounds=rounds
+                measure = functools.partial(
+                    kernels_timed.measure_sequence,
+                    shape, gradient=gradient, quick=quick, rounds=rounds,
+                )  # fmt: skip
+                found[f"{phase}_{length}_{size}"] = functools.partial(measure, names=names)
+                if platform != "tpu":
+                    found[f"hopper_{phase}_{length}_{size}"] = functools.partial(
+                        measure, names=kernels_timed.HOPPER
                     )
-                )
             found[f"torch_{length}_{size}"] = lambda shape=shape: kernels_torch.measure(
                 shape, compiled=torch_compile, rounds=rounds
             )

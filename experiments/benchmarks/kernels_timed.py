@@ -21,6 +21,7 @@ CONTESTANTS = {
     "tpu": ("auto", "tpu", "folded", "xla"),
     "cpu": ("auto", "xla"),
 }
+HOPPER = ("mosaic_gpu", "triton", "cudnn")  # apart: no GPU has run the first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def _targets(found: dict[str, float], gradient: bool) -> list[Target]:
         if own and others:
             ratio = own / min(others.values())
             targets.append(Target(f"{kind}: auto, of the best's time", ratio, "<=", 1.05))
-    for name in ("triton",):
+    for name in ("triton", "mosaic_gpu"):
         times = [found.get(f"{kind}, {name}") for kind in ("plain", "rebuilt")]
         if times[0] and times[1] and not gradient:
             ratio = times[0] / times[1]

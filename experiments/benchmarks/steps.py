@@ -26,11 +26,13 @@ class Step:
       name: of its result file, without the ending.
       command: the words of it. Its last line on standard output is a JSON document, but
         `{junit}` among the words stands for a file that pytest writes, and is the result instead.
+      limit: seconds after which it has failed; None for no limit.
     """
 
     part: str
     name: str
     command: tuple[str, ...]
+    limit: float | None = None
 
 
 def read(step: Step, folder: pathlib.Path) -> Document | None:
@@ -80,9 +82,13 @@ def run(
         )
         with _ended(process):
             try:
-                printed, _ = process.communicate(timeout=seconds)
+                limits = [x for x in (seconds, step.limit) if x is not None]
+                printed, _ = process.communicate(timeout=min(limits, default=None))
             except subprocess.TimeoutExpired:
-                return None
+                if step.limit is None or seconds is not None and seconds < step.limit:
+                    return None
+                print(f"ended: not done after {step.limit:g} seconds", file=errors)
+                printed = ""
     with open(log, "a", encoding="utf-8") as file:
         file.write(printed)
     result = _junit(junit) if "{junit}" in step.command else _last_line(printed)

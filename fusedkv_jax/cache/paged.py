@@ -17,13 +17,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from fusedkv_jax.cache.calls import Call, Cut, Piece, Rows, View
-from fusedkv_jax.cache.shardings import constrain_cache, local_rows
+from fusedkv_jax.cache.shardings import constrain_cache, head_groups, local_groups, local_rows
+from fusedkv_jax.cache.stacked import LANES
 from fusedkv_jax.cache.storage import Slot, Storage, Tree, empty, encode, storage_type
 from fusedkv_jax.cache.stores import Store, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.trees import Leaf
-from pallas_kernels import PagedStream, Quantized
+from pallas_kernels import PagedStream, Quantized, choice
 
 
 @functools.partial(
@@ -111,7 +112,8 @@ class PagedStore(Store):
     Windowed streams are kept whole.
 
     Attributes:
-        keys: storage [P, pages, page_size, K * H]; 8-bit codes have scales [..., K].
+        keys: storage [P, pages, page_size, K * H]; 8-bit codes have scales [P, pages, G, W], which
+            are those of `pallas_kernels.PagedStream`.
         values: storage [P, pages, page_size, K * H'], likewise.
         heads: K; 1 for latents and their rotary keys.
     """
@@ -147,7 +149,7 @@ class PagedStore(Store):
             (len(layers), num_pages, page_size, *config.stream_shapes[kind])
             for kind, layers in zip(KINDS, (layout.cached_keys, layout.cached_values), strict=True)
         )
-        keys, values = (_together(empty(shape, chosen), 3) for shape in shapes)
+        keys, values = (_empty_pool(shape, chosen) for shape in shapes)
         return cls(keys, values, config.stream_shapes["key"][0])
 
     @property
@@ -165,10 +167,14 @@ class PagedStore(Store):
         storage = storage_of(self, kind)
         where = call.places(self.page_size, self.num_pages)
 
-        def put(pool: Array, tokens: Array) -> Array:
-            return local_rows(_put, self.heads)(pool, slot, tokens, *where)
-
-        return self._with(kind, jax.tree.map(put, storage, _together(encode(new, storage), 2)))
+        put, put_scales = local_rows(_put, self.heads), local_groups(_put_scales)
+        encoded = _together(encode(new, storage), 2)
+        if not isinstance(storage, Quantized):
+            return self._with(kind, put(storage, slot, encoded, *where))
+        assert isinstance(encoded, Quantized)
+        data = put(storage.data, slot, encoded.data, *where)
+        scale = put_scales(storage.scale, slot, encoded.scale, *where)
+        return self._with(kind, Quantized(data, scale))
 
     def view(self, kind: Kind, slot: Slot, new: Array | None, call: Call) -> Int[Array, ""]:
         # Not the pool: held from before a layer writes, it would have to be copied.
@@ -222,6 +228,13 @@ def check_paged(config: ModelConfig, dtype: str) -> None:
         raise ValueError("dtype='int4' keeps recent tokens apart, which pages do not; use int8")
 
 
+def page_bytes(config: ModelConfig, page_size: int, dtype: DTypeLike | None = None) -> int:
+    """Bytes of a page of `PagedStore.create`, what fills up lanes included."""
+    one = functools.partial(PagedStore.create, config, num_pages=1, page_size=page_size)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: one(dtype=dtype)))
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
 def copy_pages(
     store: PagedStore, sources: Int[Array, "n"], targets: Int[Array, "n"], count: Int[Array, ""]
 ) -> PagedStore:
@@ -258,6 +271,40 @@ def _put(
     places: Int[Array, "N"],
 ) -> Shaped[Array, "P pages S W"]:
     return pool.at[slot, pages, places].set(new[0], mode="drop")
+
+
+def _put_scales(
+    pool: Shaped[Array, "P pages G W"],
+    slot: Slot,
+    new: Shaped[Array, "1 N K"],
+    pages: Int[Array, "N"],
+    places: Int[Array, "N"],
+) -> Shaped[Array, "P pages G W"]:
+    """Scales of new tokens.
+
+    By numbers of a flat pool: TPUs would write a few lanes of a longer axis in a loop over tokens.
+    """
+    _, num_pages, groups, width = pool.shape
+    heads = new.shape[2] // groups
+    row = (jnp.asarray(slot) * num_pages + pages)[:, None] * groups + jnp.arange(groups)
+    place = row[..., None] * width + places[:, None, None] * heads + jnp.arange(heads)  # [N, G, k]
+    place = jnp.where((pages < num_pages)[:, None, None], place, pool.size)
+    flat = pool.reshape(-1).at[place.reshape(-1)].set(new.reshape(-1), mode="drop")
+    return flat.reshape(pool.shape)
+
+
+def _empty_pool(shape: tuple[int, ...], dtype: str) -> Storage:
+    """Pages of streams of this shape [P, pages, page_size, K, H]."""
+    storage = _together(empty(shape, dtype), 3)
+    if not isinstance(storage, Quantized):
+        return storage
+    page_size, heads = shape[2:4]
+    groups = head_groups(heads)
+    width = page_size * heads // groups
+    if choice.device()[0] == "tpu":  # turns round what does not fill lanes, and pads it there
+        width += -width % LANES
+    scale = jnp.zeros((*shape[:2], groups, width), storage.scale.dtype)
+    return Quantized(storage.data, scale)
 
 
 def _together(storage: Tree, axis: int) -> Tree:

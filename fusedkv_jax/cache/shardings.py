@@ -17,12 +17,14 @@ from jaxtyping import Array, PyTree
 
 from fusedkv_jax.sharding import active_mesh, spec
 from fusedkv_jax.trees import Leaf
+from pallas_kernels import Quantized
 
 Tree = TypeVar("Tree")
 Write = Callable[..., Array]  # storage, slot, new tokens, their start and count
 
 _STREAMS = (None, "batch", None, "kv_heads", None)  # of [P, B, S, K, H], codes and scales included
 _TOGETHER = (None, "batch", None, "kv_heads")  # of [P, B, S, K * H]
+_GROUPS = (None, "batch", "kv_heads", None)  # of [P, pages, G, W], scales of pages
 
 
 def cache_shardings(cache: PyTree, mesh: Mesh) -> PyTree:
@@ -50,12 +52,26 @@ def constrain_cache(cache: Tree) -> Tree:
     return _map(lambda leaf, heads: fix(leaf, _spec(leaf, mesh, heads)), cache)
 
 
+def head_groups(heads: int) -> int:
+    """Groups of KV heads that lie apart on the mesh that is set; 1 without one."""
+    mesh = active_mesh()
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    return parts if heads % parts == 0 else 1
+
+
 def _map(place: Callable[[Leaf, int | None], object], cache: PyTree) -> PyTree:
-    """`place(array, heads)` for all arrays; heads where they share an array's last axis."""
+    """`place(array, heads)` for all arrays: heads where they share an array's last axis, and 0 for
+    scales of pages, which have an axis for groups of heads."""
 
     def of_store(node: PyTree) -> PyTree:
         heads = getattr(node, "heads", None)
-        return jax.tree.map(lambda leaf: place(leaf, heads), node)
+
+        def of_storage(storage: PyTree) -> PyTree:
+            if heads is None or not isinstance(storage, Quantized):
+                return jax.tree.map(lambda leaf: place(leaf, heads), storage)
+            return Quantized(place(storage.data, heads), place(storage.scale, 0))
+
+        return jax.tree.map(of_storage, node, is_leaf=lambda x: isinstance(x, Quantized))
 
     return jax.tree.map(of_store, cache, is_leaf=lambda node: hasattr(node, "heads"))
 
@@ -84,8 +100,25 @@ def local_rows(write: Write, heads: int | None = None) -> Write:
     return run
 
 
+def local_groups(write: Write) -> Write:
+    """`local_rows` for the scales of pages, [P, pages, G, W], and new ones [1, N, K]."""
+
+    def run(array: Array, slot: ArrayLike, new: Array, pages: Array, places: Array) -> Array:
+        mesh = active_mesh()
+        if mesh is None:
+            return write(array, slot, new, pages, places)
+        storage = _spec(array, mesh, 0)
+        specs = (storage, P(), P(None, None, storage[2]), P(), P())
+        local = jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=storage, check_vma=False)
+        return local(array, jnp.asarray(slot), new, pages, places)
+
+    return run
+
+
 def _spec(leaf: Leaf, mesh: Mesh | AbstractMesh, heads: int | None = None) -> P:
     rank = len(leaf.shape)
+    if heads == 0:
+        return spec(_GROUPS, leaf.shape, mesh)
     if heads is not None:
         return spec(_TOGETHER, (*leaf.shape[:3], heads), mesh)
     if rank == len(_STREAMS):

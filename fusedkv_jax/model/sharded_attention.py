@@ -144,7 +144,14 @@ def _source(
     """How a source is split."""
     if isinstance(x, PagedStream):
         pool = part(x.data, None, None, None, kv_heads)
-        scale = None if x.scale is None else pool
+        if x.scale is None:
+            return dataclasses.replace(x, data=pool, slot=P(), table=P())
+        scale = part(x.scale, None, None, kv_heads, None)
+        if pool[3] != scale[2]:
+            raise ValueError(
+                f"scales of pages lie in {x.scale.shape[2]} groups of heads; where heads are split "
+                f"over a mesh, each device needs one: create the pool on the mesh"
+            )
         return dataclasses.replace(x, data=pool, slot=P(), table=P(), scale=scale)
     if isinstance(x, Stacked):
         axes = (None, "batch", None, kv_heads, None)

@@ -12,7 +12,7 @@ from jax import Array
 
 from pallas_kernels import linear, masks
 from pallas_kernels.call import AttentionCall, PagedAttentionCall, RaggedAttentionCall
-from pallas_kernels.gpu import calls, operands
+from pallas_kernels.gpu import calls, operands, split_calls
 from pallas_kernels.gpu.device import GpuTarget, current
 from pallas_kernels.gpu.inputs import Inputs, Paging
 from pallas_kernels.masks import Mask
@@ -20,7 +20,7 @@ from pallas_kernels.phases import DECODE, phase
 from pallas_kernels.quantized import is_quantized
 from pallas_kernels.sources import MixedSources, Result, named
 
-_Residuals = tuple[AttentionCall, Array, Array]  # and out and lse
+Residuals = tuple[AttentionCall, Array, Array]  # and out and lse
 
 _MOST_GROUPS = 64  # query heads of a KV head, all of which a block of queries has
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -36,7 +36,7 @@ def attention(call: AttentionCall, *, device: GpuTarget | None = None) -> Result
       NotImplementedError: no GPU, a missing package, or a call that the kernels do not serve.
     """
     device = current() if device is None else device
-    inputs = _inputs(call)  # before tracing, so that "auto" hears of a refusal
+    inputs = inputs_of(call)  # before tracing, so that "auto" hears of a refusal
     if is_quantized((*call.sources.keys, *call.sources.values)):
         return _run(device, inputs)
     return _attend(device, call)
@@ -104,7 +104,7 @@ def ragged_attention(
             f"{inputs.lengths.groups} query heads for a KV head; the kernel takes {_MOST_GROUPS}"
         )
     _check_stored(device, inputs)
-    out, lse = calls.ragged(device, inputs, call.rows)
+    out, lse = split_calls.ragged(device, inputs, call.rows)
     return out[0], lse[0]
 
 
@@ -113,7 +113,12 @@ def _check(q: Array) -> None:
         raise NotImplementedError(f"{q.dtype} queries; served are {', '.join(_DTYPES)}")
 
 
-def _inputs(call: AttentionCall) -> Inputs:
+def inputs_of(call: AttentionCall) -> Inputs:
+    """What the kernels read.
+
+    Raises:
+      NotImplementedError: types, sizes or sources that they do not serve.
+    """
     _check(call.q)
     keys, values, key_weights, value_weights = call.sources
     return Inputs(
@@ -144,7 +149,7 @@ def _run(device: GpuTarget, inputs: Inputs) -> Result:
     decodes = phase(shape.rows, shape.queries, shape.keys) == DECODE
     # The split kernel has no segments, which only whole sequences have.
     if decodes and inputs.mask.q_segment_ids is None:
-        return calls.decode(device, inputs)
+        return split_calls.decode(device, inputs)
     return calls.forward(device, inputs)
 
 
@@ -153,15 +158,16 @@ def _attend(device: GpuTarget, call: AttentionCall) -> Result:
     return _forward(device, call)[0]
 
 
-def _forward(device: GpuTarget, call: AttentionCall) -> tuple[Result, _Residuals]:
-    out, lse = named(*_run(device, _inputs(call)))
+def _forward(device: GpuTarget, call: AttentionCall) -> tuple[Result, Residuals]:
+    out, lse = named(*_run(device, inputs_of(call)))
     return (out, lse), (call, out, lse)
 
 
-def _backward(device: GpuTarget, residuals: _Residuals, cotangents: Result) -> tuple[AttentionCall]:
+def gradients(device: GpuTarget, residuals: Residuals, cotangents: Result) -> tuple[AttentionCall]:
+    """The gradients of a call by the Triton kernels, whichever kernel has made out and lse."""
     call, out, lse = residuals
     dout, lse, delta = linear.statistics(out, lse, cotangents, jnp.inf)  # exp(x - inf) = 0
-    dq, dkey, dvalue = calls.backward(device, _inputs(call), lse, dout, delta)
+    dq, dkey, dvalue = calls.backward(device, inputs_of(call), lse, dout, delta)
     present = None
     if call.mask.ragged:
         present = masks.key_positions(call.mask, dkey.shape[1]) >= 0
@@ -169,8 +175,8 @@ def _backward(device: GpuTarget, residuals: _Residuals, cotangents: Result) -> t
     keys, values, key_weights, value_weights = call.sources
     dkeys, dkey_weights = linear.unmix(dkey, keys, key_weights, present)
     dvalues, dvalue_weights = linear.unmix(dvalue, values, value_weights, present)
-    gradients = MixedSources(dkeys, dvalues, dkey_weights, dvalue_weights)
-    return (dataclasses.replace(call, q=dq, sources=gradients, mask=None),)
+    sources = MixedSources(dkeys, dvalues, dkey_weights, dvalue_weights)
+    return (dataclasses.replace(call, q=dq, sources=sources, mask=None),)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, gradients)

@@ -113,8 +113,12 @@ def pooled(streams: Sequence[PagedStream], weights: Array | None) -> Sources:
     """A side of `ragged_attention`: pools, of which the kernel finds the slots.
 
     Raises:
-      NotImplementedError: some streams are in 8 bits, and others are not.
+      NotImplementedError: some streams are in 8 bits, and others are not; or scales are padded.
     """
+    if any(
+        x.scale.shape[2:] != (1, x.page_size * x.shape[2]) for x in streams if x.scale is not None
+    ):
+        raise NotImplementedError("the kernels read scales of all heads in one group, not padded")
     scales = tuple(x.scale.astype(jnp.float32) for x in streams if x.scale is not None)
     if scales and len(scales) < len(streams):
         raise NotImplementedError("the kernels read sources that are all quantized, or none")

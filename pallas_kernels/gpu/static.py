@@ -178,7 +178,6 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
     count = max(1, call.sources)
     q = jnp.zeros((2, call.length, 32, call.size), call.dtype)
     weights = jnp.ones((count, 8, call.size)) if call.sources else None
-    lengths = jnp.full((2,), call.keys)
     if call.paged:
         pages = Pages.create(
             num_pages=64, page_size=64, num_kv_heads=8, num_keys=count, num_values=count,
@@ -186,38 +185,47 @@ def trace(call: Workload, device: GpuTarget) -> tuple:
         )  # fmt: skip
         paged = PagedAttentionCall(
             q=q, pages=pages, page_table=jnp.zeros((2, call.keys // 64), jnp.int32),
-            kv_lengths=lengths, key_weights=weights, value_weights=weights, window=None,
+            kv_lengths=jnp.full((2,), call.keys), key_weights=weights, value_weights=weights,
+            window=None,
             scale=call.size**-0.5, softcap=None,
         )  # fmt: skip
         return gpu.paged_attention(paged, device=device)
     if call.ragged:
         return gpu.ragged_attention(_step(call, q[0], weights), device=device)
-    source = jnp.zeros((2, call.keys, 8, call.size), call.dtype)
-    if call.storage != call.dtype:
-        source = quantize(source, call.storage)
-    mask = Mask(causal=True, kv_lengths=lengths)
-    if call.packed:
-        segments = [jnp.zeros((2, x), jnp.int32) for x in (call.length, call.keys)]
-        mask = dataclasses.replace(
-            mask, window=1024, q_segment_ids=segments[0], kv_segment_ids=segments[1]
-        )
-    sources = MixedSources((source,) * count, (source,) * count, weights, weights)
-    made = AttentionCall(q=q, sources=sources, mask=mask, scale=call.size**-0.5, softcap=None)
+    made = sequence(call)
     if not call.grad:
         return gpu.attention(made, device=device)
 
     def run(q: Array, sources: MixedSources) -> tuple[Array, Array]:
         return gpu.attention(dataclasses.replace(made, q=q, sources=sources), device=device)
 
-    out, pull = jax.vjp(run, q, sources)
+    out, pull = jax.vjp(run, q, made.sources)
     return pull(out)
+
+
+def sequence(call: Workload) -> AttentionCall:
+    """The call of a workload without pages."""
+    count = max(1, call.sources)
+    q = jnp.zeros((2, call.length, 32, call.size), call.dtype)
+    weights = jnp.ones((count, 8, call.size)) if call.sources else None
+    source = jnp.zeros((2, call.keys, 8, call.size), call.dtype)
+    if call.storage != call.dtype:
+        source = quantize(source, call.storage)
+    mask = Mask(causal=True, kv_lengths=jnp.full((2,), call.keys))
+    if call.packed:
+        segments = [jnp.zeros((2, x), jnp.int32) for x in (call.length, call.keys)]
+        mask = dataclasses.replace(
+            mask, window=1024, q_segment_ids=segments[0], kv_segment_ids=segments[1]
+        )
+    sources = MixedSources((source,) * count, (source,) * count, weights, weights)
+    return AttentionCall(q=q, sources=sources, mask=mask, scale=call.size**-0.5, softcap=None)
 
 
 def _step(call: Workload, q: Array, weights: Array | None) -> RaggedAttentionCall:
     """A step whose streams are those of one pool."""
     rows, count, page = 64, max(1, call.sources), 16
     data = jnp.zeros((2, 1024, page, 8 * call.size), call.storage)
-    scale = jnp.zeros((*data.shape[:3], 8)) if data.dtype.itemsize == 1 else None
+    scale = jnp.zeros((*data.shape[:2], 1, data.shape[2] * 8)) if data.dtype.itemsize == 1 else None
     table, numbers = jnp.zeros((rows, call.keys // page), jnp.int32), jnp.zeros(rows, jnp.int32)
     side = (PagedStream(data, 0, table, call.size, scale),) * count
     return RaggedAttentionCall(

@@ -5,8 +5,8 @@
     else                                     tile: mixed in VMEM
 
 Folded and tile are one kernel, which on one source without weights is plain flash attention; the
-backward pass of all three is its fused backward kernel. Compiled for v5e and v6e, it needs 0.98
-and 0.93 of the bundles of jax's splash attention at H = 128 (`static`), and unlike that takes
+backward pass of all three is its fused backward kernel. Compiled for v5e and v6e, it needs 1.00
+and 0.97 of the bundles of jax's splash attention at H = 128 (`static`), and unlike that takes
 positions known only at run time, rows that see nothing, and gradients through the lse.
 """
 

@@ -63,7 +63,7 @@ def tiled(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:
 def _forward(how: How, q: Array, sources: MixedSources, mask: Mask) -> tuple[Result, Residuals]:
     length, keys = q.shape[1], sources.keys[0]
     heads = keys.shape[2]
-    blocks = how.tile(q.shape[2] // heads, length, keys.shape[1])
+    blocks = how.tile(q, sources)
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
     rule = Mask(causal=mask.causal, window=mask.window)
     out, lse = tile.forward(
@@ -90,7 +90,7 @@ def gradients(how: How, residuals: Residuals, cotangents: Result) -> tuple[Array
     q, sources, mask, out, lse = residuals
     length, keys = q.shape[1], sources.keys[0]
     heads = keys.shape[2]
-    blocks = how.tile(q.shape[2] // heads, length, keys.shape[1])
+    blocks = how.tile(q, sources)
     dout, lse, delta = linear.statistics(out, lse, cotangents, tile_backward.BLIND)
     where = steps_lib.places(mask, length, keys.shape[1], blocks.queries, blocks.keys)
     rule = Mask(causal=mask.causal, window=mask.window)

@@ -18,7 +18,8 @@ from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.blocks import LANES, round_up
-from pallas_kernels.tpu.decode import Cache, CacheReader, Memory, Method, Term
+from pallas_kernels.tpu.decode import Cache
+from pallas_kernels.tpu.decode_kernel import CacheReader, Memory, Method, Term
 from pallas_kernels.tpu.how import How
 
 Spans = Sequence[tuple[int, int]]  # start and stop of each stream in a record

@@ -26,7 +26,8 @@ from pallas_kernels.tpu import chips, decode
 from pallas_kernels.tpu import decode_inputs as inputs
 from pallas_kernels.tpu import steps as steps_lib
 from pallas_kernels.tpu.blocks import LANES
-from pallas_kernels.tpu.decode import Cache, CacheReader, Memory, Method, Term
+from pallas_kernels.tpu.decode import Cache
+from pallas_kernels.tpu.decode_kernel import CacheReader, Memory, Method, Term
 from pallas_kernels.tpu.how import How
 
 

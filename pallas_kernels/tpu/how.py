@@ -8,6 +8,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Chip
+from pallas_kernels.sources import MixedSources
 from pallas_kernels.tpu.blocks import Blocks
 
 LOG2E = math.log2(math.e)
@@ -43,9 +44,11 @@ class How:
         """What the queries are multiplied with: base 2, unless a soft cap comes in between."""
         return self.scale * (LOG2E if self.softcap is None else 1.0)
 
-    def tile(self, groups: int, num_queries: int, num_keys: int) -> Blocks:
-        """The tile of a call of these lengths with G heads for each KV head."""
-        return self.blocks or Blocks.choose(groups, num_queries, num_keys)
+    def tile(self, q: Array, sources: MixedSources) -> Blocks:
+        """The tile of a call."""
+        size, heads = sources.keys[0].shape[1:3]
+        blocks = self.blocks or Blocks.choose(q.shape[2] // heads, q.shape[1], size)
+        return blocks.on(self.chip, sources)
 
     def specialized(
         self, visited: Array | np.ndarray, full: Array | np.ndarray, holes: bool = False

@@ -1,6 +1,5 @@
 """The ragged kernel's call: what it serves, its sizes, operands and memory; see `ragged_kernel`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from pallas_kernels.tpu import chips, ragged_kernel
 from pallas_kernels.tpu import ragged_inputs as inputs
 from pallas_kernels.tpu.blocks import LANES
 from pallas_kernels.tpu.how import How
+from pallas_kernels.tpu.ragged_copies import Static
 from pallas_kernels.tpu.ragged_inputs import RaggedForm
-from pallas_kernels.tpu.ragged_kernel import Static
 
 _KEY_BYTES = 4 * 2**20  # of a block of keys and values, of which two are in VMEM
 _KEY_TOKENS = 512  # of a block of keys at most: bounds the score tile
@@ -60,12 +59,15 @@ def _check(how: How, call: RaggedAttentionCall) -> None:
     """Refuses what the chip, or its copies, cannot read in place."""
     if call.q.dtype not in ("bfloat16", "float32"):
         raise NotImplementedError(f"q is {call.q.dtype}; TPUs take bfloat16 and float32")
-    for stream in (*call.sources.keys, *call.sources.values):
+    both = (*call.sources.keys, *call.sources.values)
+    for stream in both:
         chips.check_storage(how.chip, stream.dtype)
-    scaled = [x.scale is not None for x in (*call.sources.keys, *call.sources.values)]
+    scaled = [x.scale is not None for x in both]
     size = call.sources.keys[0].page_size
     if any(scaled) and not all(scaled):
         raise NotImplementedError("the kernel reads streams that are all quantized, or none")
+    if any(x.scale is not None and x.scale.shape[2] > 1 for x in both):
+        raise NotImplementedError("scales in groups are for a mesh, on which each device has one")
     if any(scaled) and LANES % size and size % LANES:
         raise NotImplementedError(
             f"8-bit pages of {size} tokens; the kernel reads those of a power of two"
@@ -87,7 +89,7 @@ def _run(
         *inputs.scale_places(call, form, static.scale_tokens),
     )
     stored = [x.data for x in streams]
-    scales = [inputs.scale_rows(x, static.scale_tokens) for x in streams if x.scale is not None]
+    scales = [inputs.scales(x) for x in streams if x.scale is not None]
     results = [(form.value_width, call.q.dtype), (LANES, jnp.float32)][: 1 + call.residuals]
     lead = (form.parts, form.unit_rows)
 
@@ -109,7 +111,7 @@ def _run(
             out_specs=[anywhere] * len(results),
             scratch_shapes=[
                 [pltpu.VMEM((form.units, *lead, width), dtype) for width, dtype in results],
-                *_scratch(static, call, scales),
+                *_scratch(static, call, len(scales), small[3].shape[1]),
             ],
         ),
         out_shape=[
@@ -127,7 +129,7 @@ def _run(
     return found[0], found[1] if call.residuals else None
 
 
-def _scratch(static: Static, call: RaggedAttentionCall, scales: Sequence[Array]) -> list[Any]:
+def _scratch(static: Static, call: RaggedAttentionCall, scaled: int, lanes: int) -> list[Any]:
     """Queries, keys and values, scales; semaphores; sums; and which half is at work."""
     form, streams = static.form, (*call.sources.keys, *call.sources.values)
     rows, page = form.units * form.unit_rows, (2, static.pages, static.page_size)
@@ -135,7 +137,7 @@ def _scratch(static: Static, call: RaggedAttentionCall, scales: Sequence[Array])
     return [
         pltpu.VMEM(query, call.q.dtype),
         [pltpu.VMEM((*page, x.data.shape[3]), x.dtype) for x in streams],
-        [pltpu.VMEM((2, page[1] * static.scale_rows, *x.shape[1:]), x.dtype) for x in scales],
+        [pltpu.VMEM((2, page[1] * static.scale_rows, 1, lanes), jnp.float32)] * scaled,
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA,

@@ -10,7 +10,6 @@ Units are a leading axis, so that a copy may begin at any of them.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -21,6 +20,7 @@ from pallas_kernels.paged_stream import PagedStream
 from pallas_kernels.ragged_rows import RaggedRows
 from pallas_kernels.tpu.blocks import LANES, round_up
 from pallas_kernels.tpu.how import How
+from pallas_kernels.tpu.steps import FAR
 
 _TILE = 16  # rows of a tile of 16-bit numbers
 _BLOCK_ROWS = 512  # rows of a block of queries: reading a key then costs less than using it
@@ -188,17 +188,10 @@ def tokens_of_rows(form: RaggedForm) -> np.ndarray:
     return np.broadcast_to(token[:, None], (token.size, LANES)).astype(np.int32)
 
 
-def scale_rows(stream: PagedStream, tokens: int) -> Array:
-    """Scales as [rows, 1, lanes]: of `tokens` tokens each, those of all heads of one after another.
-
-    The pool keeps the heads of a token together, a few numbers of 128 lanes; this packs one slot of
-    it, some hundredths of its codes.
-    """
-    count, heads = stream.data.shape[0], stream.shape[2]
-    packed = stream.scale.reshape(count, -1, tokens * heads)  # before a slot is cut out, and padded
-    rows = jax.lax.dynamic_index_in_dim(packed, stream.slot, keepdims=False)
-    rows = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, -rows.shape[1] % LANES)))
-    return rows[:, None]
+def scales(stream: PagedStream) -> Array:
+    """Scales of a pool, [P, pages, 1, lanes]: as they lie there, if that is whole lanes."""
+    found = stream.scale.astype(jnp.float32)
+    return jnp.pad(found, ((0, 0),) * 3 + ((0, -found.shape[3] % LANES),))
 
 
 def scale_places(
@@ -207,8 +200,8 @@ def scale_places(
     """Of 8-bit pages, else a few zeros: what puts scales and heads where they are used.
 
     Returns:
-      float32 [K, lanes of `scale_rows`, LANES], 1 from head k's scale of a token to the lanes of
-      such tokens; int32 [1, lanes of `scale_rows`], the token of each; and [rows of a block, heads
+      float32 [K, lanes, LANES], 1 from head k's scale of a token, of so many tokens, to the lanes
+      of such tokens; int32 [1, lanes], the token of each scale, or FAR; and [rows of a block, heads
       of a part], 1 where a row belongs to a head.
     """
     stream = call.sources.keys[0]
@@ -221,5 +214,6 @@ def scale_places(
     places = lane[:, None] == token * heads + np.arange(heads)[:, None, None]
     row = np.arange(form.units * form.unit_rows) % form.rows
     owners = row[:, None] // (form.heads // form.together) == np.arange(form.together)
-    token = (lane // heads)[None].astype(np.int32)
+    # What fills up lanes belongs to no token: memory there is as unwritten as that of absent pages.
+    token = np.where(lane < heads * tokens, lane // heads, FAR)[None].astype(np.int32)
     return places.astype(np.float32), token, owners.astype(np.float32)

@@ -18,261 +18,84 @@ reads its own sources and no others.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, Ref
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu import ragged_copies as copies
 from pallas_kernels.tpu.blocks import LANES
-from pallas_kernels.tpu.how import LOG2E, How
-from pallas_kernels.tpu.ragged_inputs import FIELDS, RaggedForm
+from pallas_kernels.tpu.how import LOG2E
+from pallas_kernels.tpu.ragged_copies import Memory, Piece, Static, by_size, ceil
 from pallas_kernels.tpu.tile import HIDDEN, NN, NT, dot, spread
 
 
-class Static(NamedTuple):
-    """Static settings: sizes, pages of a block of keys, tokens of a page, entries of a table."""
-
-    how: How
-    form: RaggedForm
-    window: int | None
-    pages: int
-    page_size: int
-    width: int
-
-    @property
-    def scale_rows(self) -> int:
-        """Rows of scales of a page, each of at most a lane of tokens for every head."""
-        return max(1, self.page_size // LANES)
-
-    @property
-    def scale_tokens(self) -> int:
-        """Tokens of such a row."""
-        return self.page_size // self.scale_rows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a block of keys."""
-        return self.pages * self.page_size
-
-
-class _Piece(NamedTuple):
-    """Scalars of a piece of work; see `inputs.work_list`."""
-
-    row: Any
-    unit: Any
-    queries: Any
-    position: Any
-    low: Any
-    high: Any
-
-    @classmethod
-    def of(cls, numbers: Ref, index: Any) -> "_Piece":
-        return cls(*(numbers[index * len(FIELDS) + n] for n in range(len(FIELDS))))
-
-
-class _Memory(NamedTuple):
-    """References of the kernel.
-
-    Attributes:
-      numbers, table, slots: the list of work, pages of all rows, slot of each stream.
-      tokens, weights: token of each row of queries; weights of the values.
-      places, scale_tokens, owners: of 8-bit pages, see `inputs.scale_places`.
-      queries, stored, scales, out, lse: in HBM; no scales, and no lse, where there are none.
-      block, block_lse: results of a piece in VMEM.
-      q, buffers, scale_buffers: in VMEM, each twice, one to be filled.
-      q_sems, sems, out_sem: of copies.
-      top, total, acc: sums.
-      turn: which of the buffers holds the block of keys at work.
-    """
-
-    numbers: Any
-    table: Any
-    slots: Any
-    tokens: Any
-    weights: Any
-    places: Any
-    scale_tokens: Any
-    owners: Any
-    queries: Any
-    stored: Any
-    scales: Any
-    out: Any
-    lse: Any
-    block: Any
-    block_lse: Any
-    q: Any
-    buffers: Any
-    scale_buffers: Any
-    q_sems: Any
-    sems: Any
-    out_sem: Any
-    top: Any
-    total: Any
-    acc: Any
-    turn: Any
-
-
-_Method = Literal["start", "wait"]
-
-
 def kernel(static: Static, *refs: Any) -> None:
-    memory = _Memory(*refs)
+    memory = Memory(*refs)
     index, count = pl.program_id(0), pl.num_programs(0)
-    piece = _Piece.of(memory.numbers, index)
-    following = _Piece.of(memory.numbers, jnp.minimum(index + 1, count - 1))
+    piece = Piece.of(memory.numbers, index)
+    following = Piece.of(memory.numbers, jnp.minimum(index + 1, count - 1))
     small = piece.queries <= static.form.tokens
     sizes = sorted({1, static.form.units})
 
     @pl.when(index == 0)
     def _() -> None:
         memory.turn[0] = 0
-        _queries(static, memory, piece, 0, "start")
-        _keys(static, memory, piece, _block(static, piece), 0, "start")
+        copies.queries(static, memory, piece, 0, "start")
+        copies.keys(static, memory, piece, _block(static, piece), 0, "start")
 
     @pl.when(index + 1 < count)
     def _() -> None:
-        _queries(static, memory, following, (index + 1) % 2, "start")
+        copies.queries(static, memory, following, (index + 1) % 2, "start")
 
-    _queries(static, memory, piece, index % 2, "wait")
-    _by_size(small, sizes, functools.partial(_begin, static, memory))
+    copies.queries(static, memory, piece, index % 2, "wait")
+    by_size(small, sizes, functools.partial(_begin, static, memory))
     # Without a key there is a block too, which is empty: the pipeline has no exceptions.
     first = _block(static, piece)
-    last = jnp.maximum(_ceil(piece.high, static.tokens), first + 1)
+    last = jnp.maximum(ceil(piece.high, static.tokens), first + 1)
 
     def visit(block: Array, _: None) -> None:
         slot = memory.turn[0]
 
         @pl.when(block + 1 < last)
         def _() -> None:
-            _keys(static, memory, piece, block + 1, 1 - slot, "start")
+            copies.keys(static, memory, piece, block + 1, 1 - slot, "start")
 
         @pl.when((block + 1 == last) & (index + 1 < count))
         def _() -> None:
-            _keys(static, memory, following, _block(static, following), 1 - slot, "start")
+            copies.keys(static, memory, following, _block(static, following), 1 - slot, "start")
 
-        _keys(static, memory, piece, block, slot, "wait")
+        copies.keys(static, memory, piece, block, slot, "wait")
         start = block * static.tokens
         # Memory of absent keys may hold NaN, and 0 * NaN is NaN.
         absent = (start < piece.low) | (start + static.tokens > piece.high)
-        pl.when(absent)(functools.partial(_clear, static, memory, piece, block, slot))
+        pl.when(absent)(functools.partial(copies.clear, static, memory, piece, block, slot))
 
         def attend(units: int) -> None:
             _attend(static, memory, piece, (index % 2, slot, start), units)
 
-        _by_size(small, sizes, attend)
+        by_size(small, sizes, attend)
         memory.turn[0] = 1 - slot
 
     jax.lax.fori_loop(first, last, visit, None)
 
     @pl.when(index > 0)
     def _() -> None:
-        _results(static, memory, _Piece.of(memory.numbers, jnp.maximum(index - 1, 0)), "wait")
+        copies.results(static, memory, Piece.of(memory.numbers, jnp.maximum(index - 1, 0)), "wait")
 
-    _by_size(small, sizes, functools.partial(_finish, static, memory))
-    _results(static, memory, piece, "start")
-    pl.when(index + 1 == count)(lambda: _results(static, memory, piece, "wait"))
+    by_size(small, sizes, functools.partial(_finish, static, memory))
+    copies.results(static, memory, piece, "start")
+    pl.when(index + 1 == count)(lambda: copies.results(static, memory, piece, "wait"))
 
 
-def _block(static: Static, piece: _Piece) -> Array:
+def _block(static: Static, piece: Piece) -> Array:
     """The first block of keys of a piece."""
     return jax.lax.div(piece.low, static.tokens)
 
 
-def _ceil(number: Array, divisor: int) -> Array:
-    """Of numbers that are not negative, rounded up; `//` would ask for their sign."""
-    return jax.lax.div(number + divisor - 1, divisor)
-
-
-def _by_size(small: Any, sizes: Sequence[int], run: Any) -> None:
-    """`run` for one unit of queries, or for a whole block of them."""
-    if len(sizes) == 1:
-        run(sizes[0])
-        return
-    pl.when(small)(functools.partial(run, sizes[0]))
-    pl.when(~small)(functools.partial(run, sizes[1]))
-
-
-def _queries(static: Static, memory: _Memory, piece: _Piece, slot: Any, method: _Method) -> None:
-    """The copy of a piece's queries: a block of them, though it may go on in another row's."""
-
-    def copy(units: int) -> None:
-        source = memory.queries.at[pl.ds(piece.unit, units)]
-        target = memory.q.at[slot, pl.ds(0, units)]
-        getattr(pltpu.make_async_copy(source, target, memory.q_sems.at[slot]), method)()
-
-    _by_size(piece.queries <= static.form.tokens, sorted({1, static.form.units}), copy)
-
-
-def _results(static: Static, memory: _Memory, piece: _Piece, method: _Method) -> None:
-    """The copies of a piece's results, unit by unit."""
-
-    def unit(number: Array, _: None) -> None:
-        for source, target in ((memory.block, memory.out), (memory.block_lse, memory.lse)):
-            if target is not None:
-                copy = pltpu.make_async_copy(
-                    source.at[number], target.at[piece.unit + number], memory.out_sem
-                )
-                getattr(copy, method)()
-
-    jax.lax.fori_loop(0, _ceil(piece.queries, static.form.tokens), unit, None)
-
-
-def _keys(
-    static: Static, memory: _Memory, piece: _Piece, block: Any, slot: Any, method: _Method
-) -> None:
-    """The copies of the pages of a block that hold keys of a piece, of all streams."""
-    size = static.page_size
-
-    def page(index: Array, _: None) -> None:
-        number = block * static.pages + index
-
-        @pl.when((number * size < piece.high) & ((number + 1) * size > piece.low))
-        def _() -> None:
-            at = memory.table[piece.row * static.width + number]
-            for stream, (stored, buffer) in enumerate(
-                zip(memory.stored, memory.buffers, strict=True)
-            ):
-                source = stored.at[memory.slots[stream], at]
-                target = buffer.at[slot, index]
-                getattr(pltpu.make_async_copy(source, target, memory.sems.at[slot]), method)()
-            rows = static.scale_rows
-            for scales, buffer in zip(memory.scales, memory.scale_buffers, strict=True):
-                source = scales.at[pl.ds(at * rows, rows)]
-                target = buffer.at[slot, pl.ds(index * rows, rows)]
-                getattr(pltpu.make_async_copy(source, target, memory.sems.at[slot]), method)()
-
-    jax.lax.fori_loop(0, static.pages, page, None)
-
-
-def _clear(static: Static, memory: _Memory, piece: _Piece, block: Any, slot: Any) -> None:
-    """Zeroes absent values, and scales; scores of absent keys are masked anyway."""
-    size, rows = static.page_size, static.scale_rows
-
-    def page(index: Array, _: None) -> None:
-        start = (block * static.pages + index) * size
-
-        @pl.when((start < piece.low) | (start + size > piece.high))
-        def _() -> None:
-            for buffer in memory.buffers[static.form.num_keys :]:
-                old = buffer[slot, index]
-                token = start + jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
-                there = (token >= piece.low) & (token < piece.high)
-                buffer[slot, index] = jnp.where(there, old, jnp.zeros_like(old))
-            for buffer in memory.scale_buffers:
-                old = buffer[slot, pl.ds(index * rows, rows)]  # [rows, 1, heads * tokens]
-                row = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
-                token = start + row * LANES + memory.scale_tokens[...]
-                there = (token >= piece.low) & (token < piece.high)
-                buffer[slot, pl.ds(index * rows, rows)] = jnp.where(there, old, 0.0)
-
-    jax.lax.fori_loop(0, static.pages, page, None)
-
-
-def _begin(static: Static, memory: _Memory, units: int) -> None:
+def _begin(static: Static, memory: Memory, units: int) -> None:
     rows = pl.ds(0, units * static.form.unit_rows)
     for sums, start in ((memory.top, HIDDEN / 2), (memory.total, 0.0), (memory.acc, 0.0)):
         part = sums.at[..., rows, :]
@@ -280,7 +103,7 @@ def _begin(static: Static, memory: _Memory, units: int) -> None:
 
 
 def _attend(
-    static: Static, memory: _Memory, piece: _Piece, where: tuple[Any, Any, Any], units: int
+    static: Static, memory: Memory, piece: Piece, where: tuple[Any, Any, Any], units: int
 ) -> None:
     """A block of keys, whose first position is the last of `where`, for so many units."""
     form, (turn, slot, start) = static.form, where
@@ -311,7 +134,7 @@ def _attend(
 
 def _part(
     static: Static,
-    memory: _Memory,
+    memory: Memory,
     number: int | Array,
     where: tuple[Any, Any],
     units: int,
@@ -351,7 +174,7 @@ def _part(
         memory.acc[number, source, rows] = spread(decay, grown) * acc + grown
 
 
-def _scales(static: Static, memory: _Memory, where: tuple[Any, int, Any], rows: Any) -> Array:
+def _scales(static: Static, memory: Memory, where: tuple[Any, int, Any], rows: Any) -> Array:
     """Scales of a stream's tokens for one part, [1, tokens], or [M, tokens] for several heads.
 
     A row of the buffer has those of a few tokens for every head. A product with a matrix of zeros
@@ -378,7 +201,7 @@ def _scales(static: Static, memory: _Memory, where: tuple[Any, int, Any], rows: 
     return dot(memory.owners[rows, :], jnp.concatenate(found, axis=0), NN)
 
 
-def _finish(static: Static, memory: _Memory, units: int) -> None:
+def _finish(static: Static, memory: Memory, units: int) -> None:
     """A piece's results, in the block that is copied out."""
     form = static.form
     shape = (units, form.unit_rows)

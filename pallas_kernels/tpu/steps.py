@@ -136,8 +136,17 @@ def tables(mask: Mask, where: BlockedPlaces, block_q: int, block_k: int) -> tupl
     return visited, full & visited
 
 
-def listed(visited: Table, full: Table) -> tuple[Array, int, int | Array]:
+def shared(visited: Array, parts: int) -> Array:
+    """bool [parts, outer, inner]: the tiles of a table cut into parts of as many, in order."""
+    number = jnp.cumsum(visited.ravel())
+    part = (number - 1) * parts // jnp.maximum(number[-1], 1)
+    return visited & (part.reshape(visited.shape) == jnp.arange(parts)[:, None, None])
+
+
+def listed(visited: Table, full: Table, idle: bool = True) -> tuple[Array, int, int | Array]:
     """(steps [R * length] int32, length, count) of the tables [R, outer, inner], in order.
+
+    Without `idle`, outer blocks that nothing is visited of have no step, and write nothing.
 
     `count` steps are to be run: the length itself if the tables are known while tracing, else
     a traced number. Steps of a row beyond its own end repeat its last one without work.
@@ -146,7 +155,7 @@ def listed(visited: Table, full: Table) -> tuple[Array, int, int | Array]:
     rows, outer, inner = visited.shape
     if max(outer, inner) > LIMIT:
         raise NotImplementedError(f"{max(outer, inner)} blocks; at most {LIMIT} are served")
-    empty = ~xp.any(visited, axis=2)
+    empty = idle & ~xp.any(visited, axis=2)
     shown = visited | (empty[:, :, None] & (xp.arange(inner) == 0))
     before = xp.cumsum(shown, axis=2)
     flags = FIRST * (shown & (before == 1)) + LAST * (shown & (before == before[:, :, -1:]))
@@ -161,7 +170,7 @@ def listed(visited: Table, full: Table) -> tuple[Array, int, int | Array]:
         count = shown.sum(1).max().astype(jnp.int32)
         order = jnp.argsort(~shown, axis=1, stable=True)
     ends = shown.sum(1, keepdims=True)
-    at = xp.minimum(xp.arange(length), ends - 1)
+    at = xp.clip(xp.arange(length), 0, xp.maximum(ends - 1, 0))
     steps = xp.take_along_axis(code, xp.take_along_axis(order, at, axis=1), axis=1)
     steps = xp.where(xp.arange(length) < ends, steps, steps & ~15)
     return jnp.asarray(steps.reshape(-1).astype(np.int32)), length, count

@@ -4,7 +4,7 @@ The grid is (batch, KV head, step). A step is a tile of keys that a block of que
 of; `steps.listed` has written them down, block by block, so no program runs to find nothing to do.
 
     first step of a query block:   top, total, acc = HIDDEN / 2, 0, 0
-    every step, for parts of the tile (`compute` keys; bounds the score tile):
+    every step, for parts of the tile (`compute` or `full` keys; they bound the score tile):
         key, value = sum_j a_j K_j, sum_j b_j V_j     float32, rounded once; absent values are 0
         s = q.key^T                                   the queries carry scale log2(e)
         above = max(top, max s); p = 2^(s - above); decay = 2^(top - above)
@@ -107,22 +107,23 @@ def _forward_kernel(
         start = steps_lib.inner_block(step) * blocks.keys
         query = refs["q"][...]
         rows, dtype = query.shape[0], query.dtype
-        for offset in range(0, blocks.keys, blocks.compute):
-            part = pl.ds(offset, blocks.compute)
+        size = blocks.compute if masked else blocks.full
+        for offset in range(0, blocks.keys, size):
+            part = pl.ds(offset, size)
             present = None
             if masked:
                 edge = None if tail is None else (tail, start)
-                present = present_rows(refs["k_column"], offset, blocks.compute, edge)
+                present = present_rows(refs["k_column"], offset, size, edge)
             key = mix(refs["keys"], refs["key_weights"], part, dtype, None)
             value = mix(refs["values"], refs["value_weights"], part, dtype, present)
-            score = dot(query, key, NT)  # [rows, compute]
+            score = dot(query, key, NT)  # [rows, size]
             if how.softcap is not None:
                 score = how.softcap * LOG2E * jnp.tanh(score / how.softcap)
             if masked:
                 score = jnp.where(_seen(refs, mask, part, rows), score, HIDDEN)
             before = top[...]
             above = jnp.maximum(before, score.max(1, keepdims=True))
-            weight = jnp.exp2(score - jnp.tile(above, (1, blocks.compute // LANES)))
+            weight = jnp.exp2(score - jnp.tile(above, (1, size // LANES)))
             decay = jnp.exp2(before - above)
             top[...] = above
             total[...] = decay * total[...] + weight.sum(1, keepdims=True)

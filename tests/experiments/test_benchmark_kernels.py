@@ -67,7 +67,7 @@ def test_auto_is_held_against_the_best_and_a_kernel_against_itself_on_plain_stre
 
 def test_schedules_are_held_against_splash_attention(monkeypatch):
     bundles = {"splash": 1000, "plain": 950, "tile": 1300, "folded": 1040}
-    cost = lambda chip, kernel: {"bundles": bundles[kernel], "MXU": 500, "VPU": 9}  # noqa: E731
+    cost = lambda chip, kernel, *_: {"bundles": bundles[kernel], "MXU": 500, "VPU": 9}  # noqa: E731
     monkeypatch.setattr(static, "step_cost", cost)
     monkeypatch.setattr("pallas_kernels.tpu.topology.devices", lambda chip: ())
     found = kernels_static.tpu_schedules(quick=False)

@@ -24,7 +24,9 @@ def run(step: Step, folder: pathlib.Path, seconds: float | None = None):
 
 
 def test_the_most_valuable_part_comes_first_and_measurements_exist():
-    plan = gpu.make_plan(list(gpu.PARTS), quick=False, rounds=3, study=["--sizes=3.5m"])
+    plan = gpu.make_plan(
+        list(gpu.PARTS), quick=False, rounds=3, study=["--sizes=3.5m"], hopper=True
+    )
     assert list(dict.fromkeys(step.part for step in plan)) == list(gpu.PARTS)
     assert len({step.name for step in plan}) == len(plan)
     known = accelerator.measurements(quick=False, rounds=3, torch_compile=False)
@@ -32,10 +34,17 @@ def test_the_most_valuable_part_comes_first_and_measurements_exist():
         if step.part in ("kernels", "models"):
             assert step.command[-1] == f"--only={step.name}" and step.name in known
     assert {"latency_332m_2048", "latency_1_5b_8192", "decode_32x4096_128"} <= set(known)
-    slices = [step.command[-2:] for step in plan if step.part == "numerics"]
+    slices = [step.command[-2:] for step in plan if step.name[:-1] == "numerics_"]
     assert slices == [(f"--every={len(slices)}", f"--first={i}") for i in range(len(slices))]
-    without = gpu.make_plan(["models", "study"], quick=False, rounds=3, study=None)
+    limited = [step.name for step in plan if step.limit]  # what might hang comes last of a part
+    assert limited[0] == "numerics_hopper" and {"hopper_prefill_4096_128"} <= set(limited)
+    for part in ("numerics", "kernels"):
+        limits = [step.limit is not None for step in plan if step.part == part]
+        assert any(limits) and limits == sorted(limits)
+    without = gpu.make_plan(["models", "study"], quick=False, rounds=3, study=None, hopper=False)
     assert {step.part for step in without} == {"models"}
+    without = gpu.make_plan(list(gpu.PARTS), quick=False, rounds=3, study=None, hopper=False)
+    assert not [step.name for step in without if "hopper" in step.name]
 
 
 def test_a_step_leaves_its_last_line_or_says_how_it_failed(tmp_path):
@@ -48,6 +57,8 @@ def test_a_step_leaves_its_last_line_or_says_how_it_failed(tmp_path):
     assert (found["state"], found["result"]) == ("done", {"targets": 1})
     assert run(bad, tmp_path)["last_lines"] == ["out of memory"]
     assert run(silent, tmp_path)["state"] == "failed"
+    stuck = run(Step("kernels", "stuck", (PYTHON, "-c", "while True: pass"), 2), tmp_path)
+    assert stuck["state"] == "failed" and "not done after 2 s" in stuck["last_lines"][-1]
     never = Step("study", "never", ())
     table = steps.markdown("A device", [good, bad, never], tmp_path)
     assert "| kernels | bad | failed |" in table and "out of memory" in table
@@ -98,7 +109,7 @@ def main(monkeypatch, **values) -> int:
 
 
 def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "_device", lambda quick: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "_device", lambda quick: ("NVIDIA H100 80GB HBM3", True))
     broken = tmp_path / "broken"
     words = f"import os; print({{}} if not os.path.exists({str(broken)!r}) else '')"
     plan = [Step("kernels", name, (PYTHON, "-c", words)) for name in ("one", "two")]
@@ -134,9 +145,9 @@ def test_a_quick_run_on_a_processor(tmp_path, monkeypatch):
 def test_mistakes(monkeypatch):
     with pytest.raises(ValueError, match="--parts=kernel is unknown"):
         gpu._parts(["kernel"])
-    for code, printed in ((1, ""), (0, "a warning\ncpu\ncpu\n")):
+    for code, printed in ((1, ""), (0, "a warning\ncpu\ncpu\n\n")):
         done = subprocess.CompletedProcess([], code, stdout=printed, stderr="")
         monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
         with pytest.raises(ValueError, match="no NVIDIA GPU was found"):
             gpu._device(quick=False)
-    assert gpu._device(quick=True) == "cpu"
+    assert gpu._device(quick=True) == ("cpu", False)

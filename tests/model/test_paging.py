@@ -82,11 +82,14 @@ def test_the_compiled_step_has_no_copy_of_the_pool(spec, fresh_compilation):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU")
-def test_a_step_for_a_tpu_has_one_kernel_for_all_lanes_and_no_copy_of_a_stream():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_step_for_a_tpu_has_one_kernel_for_all_lanes_and_no_copy_of_a_stream(dtype):
     config = small.config("fusedkv", num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64)
     config = config.replace(dtype="bfloat16", param_dtype="bfloat16")
     graph, params = nnx.split(nnx.eval_shape(lambda: fkv.Decoder(config, rngs=nnx.Rngs(0))))
-    pool = jax.eval_shape(lambda: PagedStore.create(config, num_pages=8192, page_size=16))
+    create = functools.partial(PagedStore.create, config, num_pages=8192, page_size=16)
+    with tpu.compiling_for("v5e"):
+        pool = jax.eval_shape(lambda: create(dtype=dtype))
     lanes = (_lane([[5], [9]], np.arange(16)), _lane([np.arange(16)], np.arange(16)))
     arguments = jnp.zeros(18, jnp.int32), jax.tree.map(jnp.asarray, lanes), jnp.array([[0], [17]])
 
@@ -97,7 +100,8 @@ def test_a_step_for_a_tpu_has_one_kernel_for_all_lanes_and_no_copy_of_a_stream()
     compiled = tpu.compile_for("v5e", step, params, pool, *arguments, donate=(1,))
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert 0 < kernels <= config.num_layers  # scanned layers share one
-    size = pool.keys.size // pool.keys.shape[0] * pool.keys.dtype.itemsize
+    codes = pool.keys.data if dtype == "int8" else pool.keys
+    size = codes.size // codes.shape[0] * codes.dtype.itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < size
 
 

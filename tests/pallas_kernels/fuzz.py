@@ -19,9 +19,10 @@ from tests.oracles import attention as oracle
 from tests.pallas_kernels.cases import I32, close, poison
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.stored_cases import EIGHT_AND_EIGHT, KIVI, spoil
+from tests.plain_code import FAST
 
 # As users compile it: the tests may ask XLA for plain code (`tests.plain_code`).
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
+jit = functools.partial(jax.jit, compiler_options=FAST)
 
 SIZES = (8, 16, 24, 32, 64, 80, 96, 128)
 

@@ -29,6 +29,18 @@ def test_rows_in_any_order_own_their_queries_and_are_cut_into_blocks():
     assert (blocks.counts[used:] == 0).all()
 
 
+def test_scales_of_heads_in_groups_and_padded_are_those_of_their_heads():
+    rng = np.random.default_rng(0)
+    codes = jnp.asarray(rng.integers(-9, 9, (2, 7, 4, 6 * 8)), jnp.int8)
+    scale = rng.uniform(1, 2, (2, 7, 4, 6)).astype(np.float32)
+    grouped = scale.reshape(2, 7, 4, 3, 2).swapaxes(2, 3).reshape(2, 7, 3, 8)
+    grouped = jnp.asarray(np.pad(grouped, ((0, 0),) * 3 + ((0, 5),), constant_values=np.nan))
+    table = np.asarray(TABLE)
+    found = PagedStream(codes, 1, TABLE, 8, grouped).read()
+    np.testing.assert_array_equal(found.scale, scale[1, table].reshape(2, 12, 6, 1))
+    np.testing.assert_array_equal(found.data, codes[1, table].reshape(2, 12, 6, 8))
+
+
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -42,6 +54,10 @@ def test_rows_in_any_order_own_their_queries_and_are_cut_into_blocks():
         ({"rows": ROWS.counts}, "it must be a RaggedRows"),
         ({"keys": (jnp.zeros((2, 12, 2, 8)),)}, "keys are not all PagedStream"),
         ({"values": (dataclasses.replace(STREAM, table=TABLE + 1),)}, "different tables"),
+        (
+            {"values": (dataclasses.replace(STREAM, scale=jnp.ones((2, 7, 4, 2))),)},
+            r"values\[0\].scale has shape \(2, 7, 4, 2\); it must be \(2, 7, G, W\), of G groups",
+        ),
         ({"q": Q[None]}, r"it must be \[T, N, H\]"),
         ({"keys": (STREAM, STREAM)}, "key_weights is None with 2 keys"),
         ({"implementation": "cudnn"}, "has no ragged_attention"),

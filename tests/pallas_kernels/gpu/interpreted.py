@@ -22,6 +22,7 @@ from tests.pallas_kernels.cases import (
     poison,
     ragged_call_of,
 )
+from tests.pallas_kernels.fuzz_ragged import ragged
 from tests.pallas_kernels.gpu.interpreter import INTERPRETER
 from tests.pallas_kernels.implementation import Implementation
 from tests.pallas_kernels.ragged_cases import RaggedKernelCases
@@ -108,7 +109,7 @@ SMALL_CALLS = fuzz.Limits(rows=48, numbers=2**13, sizes=(16, 32, 64), keys=96)
 
 
 @pytest.mark.usefixtures("fresh_compilation")
-@pytest.mark.parametrize("form", [fuzz.attention, fuzz.quantized, fuzz.paged])
+@pytest.mark.parametrize("form", [fuzz.attention, fuzz.quantized, fuzz.paged, ragged])
 def test_random_calls_match_the_definition(form):
     """The interpreter's share of the weekly sample; see `fuzz`."""
     fuzz.run(form, Triton(), SMALL_CALLS, fuzz.share(2))

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from pallas_kernels import devices
-from pallas_kernels.gpu import blocks, calls, static
+from pallas_kernels.gpu import blocks, split_calls, static
 
 CALL = blocks.Traits(itemsize=2, stored=2, size=128, sources=2, rows=4, simple=True)
 H100 = static.target("h100")
@@ -64,7 +64,7 @@ def test_tiles_of_a_cache_fit_the_shared_memory(chip):
 
 def test_splits_fill_the_device_without_tiny_ones():
     for programs, keys in ((8, 32768), (64, 4096), (256, 4096), (1024, 512)):
-        count = calls.splits(H100, programs, keys, 64)
+        count = split_calls.splits(H100, programs, keys, 64)
         assert programs * count >= 264
         assert count == 1 or programs * (count - 1) < 264  # not more than it takes
-    assert calls.splits(H100, 8, 100, 64) == 1
+    assert split_calls.splits(H100, 8, 100, 64) == 1

@@ -1,5 +1,6 @@
 """Calls lower for CUDA on a machine without a GPU, with the kernels that they should launch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import gpu
+from pallas_kernels import gpu, mosaic_gpu
 from pallas_kernels.gpu import static
 from tests.pallas_kernels.cases import call_of
 from tests.pallas_kernels.gpu.toolchain import H100, needs_toolchain
@@ -26,15 +27,33 @@ CALLS = {
 }
 
 
+def lowered(function, *arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def kernels(function, *arguments):
-    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("@triton_kernel_call")
+    return lowered(function, *arguments).count("@triton_kernel_call")
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_lowers_to_its_kernels(name):
     call, count = CALLS[name]
     assert kernels(functools.partial(static.trace, call, H100)) == count
+
+
+def test_training_on_hopper_lowers_to_its_kernel_and_to_tritons_gradients():
+    made = static.sequence(SMALL(name="", length=256, size=64))
+
+    def step(q, sources):
+        def attend(q, sources):
+            call = dataclasses.replace(made, q=q, sources=sources)
+            return mosaic_gpu.attention(call, device=H100)
+
+        out, pull = jax.vjp(attend, q, sources)
+        return pull(out)
+
+    text = lowered(step, made.q, made.sources)
+    assert text.count("@mosaic_gpu_v2") == 1 and text.count("@triton_kernel_call") == 2
 
 
 def test_kernels_lower_inside_shard_map():

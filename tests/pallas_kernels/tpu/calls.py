@@ -84,7 +84,8 @@ def stepping(chip, dtype="bfloat16", heads=(32, 8), size=128, page_size=16, sour
     """A step of 64 rows and 1,024 tokens over a pool of two streams; (function, specs)."""
     rows, width, count = 64, SIZES["length"] // page_size, 65536 // page_size
     data = spec(2, count, page_size, heads[1] * size, dtype=dtype)
-    scale = floats(*data.shape[:3], heads[1]) if data.dtype.itemsize == 1 else None
+    lanes = -(-page_size * heads[1] // 128) * 128
+    scale = floats(2, count, 1, lanes) if data.dtype.itemsize == 1 else None
     table = integers(rows, width)
     streams = tuple(PagedStream(data, integers(), table, size, scale) for _ in range(sources))
     weights = floats(sources, heads[1], size) if sources > 1 else None

@@ -19,7 +19,7 @@ class Tpu(Implementation):
     chip = "v5e"
     examples = 2
     cases = ("fused", "one_token", "window_block", "segments", "left_padded", "nothing")
-    rounded = ("fused_64", "cancelling")
+    rounded = ("fused_64", "cancelling", "few_queries")
     # Formats in which this chip can read a cache.
     unsupported = frozenset({"int4", "float8_e4m3fn"})
 
@@ -47,7 +47,7 @@ class Tile(Tpu):
     def attend(self, arguments, options):
         call = call_of(arguments, options)
         long = call.sources.keys[0].shape[1] > 128
-        blocks = Blocks(16, 256, 128) if long else Blocks(16, 128, 128)
+        blocks = Blocks(16, 256, 128, 128) if long else Blocks(16, 128, 128)
         how = How(call.scale, call.softcap, chips.CHIPS["v5e"], True, blocks)
         return attend.tiled(how, call.q, call.sources, call.mask)
 
@@ -76,6 +76,13 @@ class TestTpuQuantized(Tpu, QuantizedCases):
             options = options | {"q_segment_ids": I32([[0]])}
         self.both("int8", shape, options, self.quantized_tolerance)
 
+    @pytest.mark.parametrize("lengths", [(130, 0, 301), (0, 0, 0)])
+    def test_two_cores_share_the_blocks_of_all_rows(self, monkeypatch, lengths):
+        monkeypatch.setattr(self, "chip", "v5p")
+        monkeypatch.setattr(decode_inputs, "BLOCK_BYTES", 1)
+        shape = (3, 1, 301, 4, 2, 16, 16, 2, 1)  # blocks of 128: the last row is cut
+        self.both("int8", shape, {"kv_lengths": I32(lengths)}, self.quantized_tolerance)
+
 
 class TestTpuPaged(Tpu, PagedCases):
     paged = ("one_token", "window", "uneven", "heads_of_128")
@@ -83,6 +90,11 @@ class TestTpuPaged(Tpu, PagedCases):
     def test_more_queries_than_one_product_takes(self, monkeypatch):
         monkeypatch.setattr(decode_inputs, "MAX_ROWS", 6)  # three of the seven tokens
         self.check_pages("chunk", "int8", self.paged_tolerance)
+
+    def test_two_cores_share_the_blocks_of_all_rows(self, monkeypatch):
+        monkeypatch.setattr(self, "chip", "v5p")
+        monkeypatch.setattr(decode_inputs, "BLOCK_BYTES", 1)
+        self.check_pages("uneven", "int8", self.paged_tolerance)
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from pallas_kernels.tpu import static
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(
-    # Found 1.06 and 0.99; another compiler may schedule otherwise.
+    # Found 1.03 and 1.06; another compiler may schedule otherwise.
     ("chip", "kernel", "most"),
-    [("v5e", "tile", 1.3), ("v6e", "folded", 1.2)],
+    [("v5e", "tile", 1.2), ("v6e", "folded", 1.2)],
 )
 def test_two_sources_cost_little_more_than_one(chip, kernel, most):
     found = static.compare(chip, kernel)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,6 +35,19 @@ def blocked(name):
         np.broadcast_to(x, seen.shape[:3]) for x in steps.tables(mask, where, BLOCK_Q, BLOCK_K)
     ]
     return (*tables, seen)
+
+
+def test_parts_of_a_list_are_as_long_and_in_order():
+    visited = np.random.default_rng(0).random((5, 7)) < 0.5
+    parts = np.asarray(steps.shared(jnp.asarray(visited), 2))
+    assert (parts.sum(0) == visited).all()
+    count = visited.sum()
+    assert parts.sum((1, 2)).tolist() == [-(-count // 2), count // 2]
+    assert np.flatnonzero(parts[0]).max() < np.flatnonzero(parts[1]).min()
+    listed, length, steps_of_each = steps.listed(parts, parts, idle=False)
+    assert steps_of_each == -(-count // 2)
+    work = np.asarray(listed).reshape(2, length) & steps.WORK != 0
+    assert work.sum(1).tolist() == parts.sum((1, 2)).tolist()
 
 
 @pytest.mark.parametrize("name", [*LISTED, "full", "full_ragged", "chunk", "left_padded"])
