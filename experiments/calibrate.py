@@ -5,17 +5,20 @@
         --device=runs/calibrate/calibration.json
 
 An engine of each layout, with random weights, serves mixed load. Of three steps two are fitted to,
-a coefficient for each kind of work and all layouts together; the error is told of the third. Then
-engine and simulator serve the same requests, which come by a Poisson process: chats, summaries and
-stories. Writes calibration.json into --output_dir, and prints how far the simulator is off; the
-last line is a JSON document.
+a coefficient for each kind of work and all layouts together; the error is told of the third.
+In between it serves requests that come by a Poisson process: chats, summaries and stories; the
+simulator then serves the same. Writes calibration.json into --output_dir, and prints how far the
+simulator is off; the last line is a JSON document.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+import sys
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_num_batched_tokens", 256, "Tokens in a step.", 1)
     flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
     flags.DEFINE_integer("max_model_len", None, "Tokens of a request; default the model's.", 16)
-    flags.DEFINE_integer("steps", 600, "Steps of each layout.", 30)
+    flags.DEFINE_integer("steps", 1200, "Steps of each layout.", 30)
     flags.DEFINE_integer("requests", 100, "Requests of each workload that is served; 0: none.", 0)
     flags.DEFINE_string("output_dir", "runs/calibrate", "Where the results are written.")
 
@@ -74,48 +77,60 @@ def main() -> None:
     settings = serving.ServingSettings(memory="pages", **chosen)
     models = {layout: presets.get(FLAGS.preset, layout=layout) for layout in FLAGS.layout}
     cache_dtype = FLAGS.cache_dtype or models[FLAGS.layout[0]].dtype
-    models_costs = {
-        layout: costs.StepCosts.of(config, cache_dtype=cache_dtype)
+    measured = {
+        layout: Measured(
+            make_engine(config, settings), costs.StepCosts.of(config, cache_dtype=cache_dtype)
+        )
         for layout, config in models.items()
     }
-    engines = {layout: make_engine(config, settings) for layout, config in models.items()}
-    logs = {layout: log_steps(engines[layout], models_costs[layout]) for layout in models}
-    fitted = [s for log in logs.values() for i, s in enumerate(log) if i % _HELD_OUT]
-    held_out = {layout: log[::_HELD_OUT] for layout, log in logs.items()}
-    coefficients = fit(fitted)
-    found = {
-        layout: float(np.median(errors(coefficients, log))) for layout, log in held_out.items()
-    }
-    everything = [step for log in held_out.values() for step in log]
-    device = CalibratedDevice(
-        name=jax.devices()[0].device_kind,
-        coefficients=coefficients,
-        shapes=settings.make_shapes(),
-        cache_dtype=cache_dtype,
-        memory=float(settings.cache_bytes(models[FLAGS.layout[0]])),
-        median_error=float(np.median(errors(coefficients, everything))),
-    )
-    device.write(folder / "calibration.json")
-    print(f"| layout | steps | median ms | median error %, of {len(everything)} held-out steps |")
-    print("| --- | ---: | ---: | ---: |")
-    for layout, error in found.items():
-        middle = 1e3 * np.median([step.seconds for step in logs[layout]])
-        print(f"| {layout} | {len(logs[layout])} | {middle:.2f} | {100 * error:.1f} |")
-    served = []
-    if FLAGS.requests:
-        print(_SERVED_HEAD, flush=True)
-        for layout, engine in engines.items():
-            for name, workload in WORKLOADS.items():
-                row = serve(engine, device, models_costs[layout], workload)
-                served.append({"layout": layout, "workload": name, **row})
-                print(_served_line(served[-1]), flush=True)
-    document = {
-        "median_error": device.median_error,
-        "layouts": found,
-        "steps": len(fitted),
-        "served": served,
-    }
+
+    def device() -> CalibratedDevice:
+        logs = [own.log for own in measured.values()]
+        coefficients = fit([step for log in logs for i, step in enumerate(log) if i % _HELD_OUT])
+        held_out = [step for log in logs for step in log[::_HELD_OUT]]
+        return CalibratedDevice(
+            name=jax.devices()[0].device_kind,
+            coefficients=coefficients,
+            shapes=settings.make_shapes(),
+            cache_dtype=cache_dtype,
+            memory=float(settings.cache_bytes(models[FLAGS.layout[0]])),
+            median_error=float(np.median(errors(coefficients, held_out))),
+        )
+
+    # Logged before, between and after what is served: a machine has fast and slow minutes.
+    turns = [None, *(WORKLOADS if FLAGS.requests else ())]
+    for turn, workload in enumerate(turns):
+        for layout, own in measured.items():
+            if workload:
+                own.serve(
+                    workload, _LOAD * own.simulated(device(), workload, math.inf).request_rate
+                )
+                print(f"{layout}: {workload} served", file=sys.stderr)
+            own.log += own.log_steps(FLAGS.steps // len(turns), seed=turn)
+    found = device()
+    found.write(folder / "calibration.json")
+    document = {"median_error": found.median_error} | report(measured, found)
     print(json.dumps(document))
+
+
+def report(measured: dict[str, Measured], device: CalibratedDevice) -> dict[str, Any]:
+    """Print how far the simulator is off; the same as a document."""
+    print("| layout | steps | median ms | median error %, of held-out steps |")
+    print("| --- | ---: | ---: | ---: |")
+    found = {}
+    for layout, own in measured.items():
+        found[layout] = float(np.median(errors(device.coefficients, own.log[::_HELD_OUT])))
+        middle = 1e3 * np.median([step.seconds for step in own.log])
+        print(f"| {layout} | {len(own.log)} | {middle:.2f} | {100 * found[layout]:.1f} |")
+    served = [
+        {"layout": layout, "workload": workload} | own.compare(device, workload)
+        for layout, own in measured.items()
+        for workload in own.served
+    ]
+    if served:
+        print(_SERVED_HEAD, *map(_served_line, served), sep="\n")
+    steps = sum(len(own.log) for own in measured.values())
+    return {"layouts": found, "steps": steps, "served": served}
 
 
 def make_engine(config: fkv.ModelConfig, settings: serving.ServingSettings) -> serving.Engine:
@@ -127,78 +142,90 @@ def make_engine(config: fkv.ModelConfig, settings: serving.ServingSettings) -> s
     return engine
 
 
-def log_steps(engine: serving.Engine, step_costs: costs.StepCosts) -> list[LoggedStep]:
-    """Steps of an engine that few requests, some, and as many as may be keep busy."""
-    settings, log = engine.settings, []
+@dataclasses.dataclass
+class Measured:
+    """An engine, and what was measured of it.
 
-    def watch(plan: serving.StepPlan, seconds: float) -> None:
-        work = step_work(step_costs, plan, engine.runner.shapes, settings.page_size)
-        log.append(LoggedStep(work, seconds))
+    Attributes:
+        engine: with all its programs compiled.
+        costs: of its model's steps.
+        log: of steps.
+        served: by workload, requests a second and what the engine made of them.
+    """
 
-    engine.watch = watch
-    rng, numbers = np.random.default_rng(0), itertools.count()
-    most = settings.max_num_seqs
-    for clients, share in ((1, 1 / 4), (-(-most // 4), 1 / 2), (most, 1)):
-        while len(log) < share * FLAGS.steps:
-            while engine.unfinished < clients:
-                _add(engine, rng, str(next(numbers)))
-            engine.step()
-        for name in engine.names:
-            engine.abort(name)
-    engine.watch = None
-    return log
+    engine: serving.Engine
+    costs: costs.StepCosts
+    log: list[LoggedStep] = dataclasses.field(default_factory=list)
+    served: dict[str, tuple[float, Summary]] = dataclasses.field(default_factory=dict)
 
+    def log_steps(self, count: int, seed: int) -> list[LoggedStep]:
+        """So many steps, a share with each number of clients for which there is a program."""
+        engine, log = self.engine, []
+        works: list[tuple[float, ...]] = []
 
-def serve(
-    engine: serving.Engine,
-    device: CalibratedDevice,
-    step_costs: costs.StepCosts,
-    workload: LengthMix,
-) -> dict[str, float]:
-    """The same requests by the simulator and by the engine: percentiles of both, in seconds."""
-    predicted = simulated(engine, device, step_costs, workload, math.inf)
-    rate = _LOAD * predicted.request_rate
-    predicted = simulated(engine, device, step_costs, workload, rate)
-    measured = summarize(replay(engine, requests(engine, workload, rate)))
-    row = {"rate": rate}
-    for figure in ("ttft", "tpot"):
-        for of, summary in (("simulated", predicted), ("measured", measured)):
-            p50, _, p99 = getattr(summary, figure)
-            row |= {f"{figure}_p50_{of}": p50, f"{figure}_p99_{of}": p99}
-    return row
+        def watch(plan: serving.StepPlan, seconds: float) -> None:
+            del seconds  # those of the model alone: scheduling and handing out count as well
+            shapes, page_size = engine.runner.shapes, engine.settings.page_size
+            works.append(step_work(self.costs, plan, shapes, page_size))
 
+        engine.watch = watch
+        rng, numbers = np.random.default_rng(seed), itertools.count()
+        clients = engine.runner.shapes.decode_rows
+        for turn, most in enumerate(clients, 1):
+            while len(log) < count * turn / len(clients):
+                while engine.unfinished < most:
+                    _add(engine, rng, str(next(numbers)))
+                start = time.monotonic()
+                engine.step()
+                seconds = time.monotonic() - start
+                log += [LoggedStep(work, seconds) for work in works]
+                works.clear()
+            for name in engine.names:
+                engine.abort(name)
+        engine.watch = None
+        return log
 
-def simulated(
-    engine: serving.Engine,
-    device: CalibratedDevice,
-    step_costs: costs.StepCosts,
-    workload: LengthMix,
-    rate: float,
-) -> Summary:
-    """What the simulator says of a workload on an engine like this one."""
-    settings = engine.settings
-    scheduler = serving.Scheduler(
-        engine.runner.form.memory(settings),
-        settings.make_policy(),
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-    )
-    return summarize(
-        simulate(
-            requests(engine, workload, rate),
-            scheduler,
-            lambda plan: device.step_seconds(step_costs, plan, settings.page_size),
+    def serve(self, workload: str, rate: float) -> None:
+        """Serve its requests, so many a second."""
+        records = replay(self.engine, requests(self.engine, WORKLOADS[workload], rate))
+        self.served[workload] = rate, summarize(records)
+
+    def simulated(self, device: CalibratedDevice, workload: str, rate: float) -> Summary:
+        """What the simulator says of a workload on an engine like this one."""
+        settings = self.engine.settings
+        scheduler = serving.Scheduler(
+            self.engine.runner.form.memory(settings),
+            settings.make_policy(),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
         )
-    )
+        return summarize(
+            simulate(
+                requests(self.engine, WORKLOADS[workload], rate),
+                scheduler,
+                lambda plan: device.step_seconds(self.costs, plan, settings.page_size),
+            )
+        )
+
+    def compare(self, device: CalibratedDevice, workload: str) -> dict[str, float]:
+        """What simulator and engine made of the same requests: percentiles, in seconds."""
+        rate, measured = self.served[workload]
+        predicted = self.simulated(device, workload, rate)
+        row = {"rate": rate}
+        for figure in ("ttft", "tpot"):
+            for of, summary in (("simulated", predicted), ("measured", measured)):
+                p50, _, p99 = getattr(summary, figure)
+                row |= {f"{figure}_p50_{of}": p50, f"{figure}_p99_{of}": p99}
+        return row
 
 
-def requests(engine: serving.Engine, workload: LengthMix, rate: float) -> list[serving.Request]:
-    """Requests of a workload; they come by a Poisson process, or all at once."""
+def requests(engine: serving.Engine, mix: LengthMix, rate: float) -> list[serving.Request]:
+    """Requests of a mix; they come by a Poisson process, or all at once."""
     rng, longest = np.random.default_rng(1), engine.max_model_len
     times = np.cumsum(rng.exponential(size=FLAGS.requests)) / rate
     made = []
     for number, seconds in enumerate(times.tolist()):
-        prompt, output = (max(2, int(longest * rng.uniform(low, high))) for low, high in workload)
+        prompt, output = (max(2, int(longest * rng.uniform(low, high))) for low, high in mix)
         tokens = rng.integers(0, engine.config.vocab_size, prompt).astype(np.int32)
         made.append(serving.Request(f"served-{number}", tokens, output, seconds))
     return made

@@ -5,7 +5,8 @@ import contextlib
 import importlib.util
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from experiments.benchmarks import torch_llama
@@ -39,6 +40,47 @@ async def engine(model: Decoder, settings: ServingSettings) -> AsyncIterator[Ser
         yield serve
     finally:
         await front.stop()
+
+
+@contextlib.asynccontextmanager
+async def over_http(model: Decoder, settings: ServingSettings) -> AsyncIterator[Serve]:
+    """Our server over an engine in this process, asked as any other is.
+
+    Raises ValueError if the packages of the extra `serve` or openai are missing.
+    """
+    missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"a server needs {', '.join(missing)}: pip install 'fusedkv_jax[serve]'")
+    import uvicorn
+
+    from fusedkv_jax.server import Server, ServerSettings
+
+    inner = Engine(model, _Characters(), settings)
+    inner.warm_up()
+    app = Server(AsyncEngine(inner), None, ServerSettings(log_interval=0)).app
+    runner = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        running = asyncio.create_task(asyncio.to_thread(runner.run, [sock]))
+        try:
+            while not (runner.started or running.done()):
+                await asyncio.sleep(0.01)
+            async with server(f"http://127.0.0.1:{sock.getsockname()[1]}") as serve:
+                yield serve
+        finally:
+            runner.should_exit = True
+            await running
+
+
+class _Characters:
+    """A tokenizer of any vocabulary: every token is a character."""
+
+    eos_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, ids))
 
 
 @contextlib.asynccontextmanager

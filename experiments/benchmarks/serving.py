@@ -166,7 +166,7 @@ def measure_static_batches(chosen: LoadSizes, rounds: int) -> Measurement:
 
 
 def measure_first_token(chosen: LoadSizes, rounds: int) -> Measurement:
-    """The time to the first token of a long prompt, with half of the prefill and with all."""
+    """The time to the first token of a long prompt through our server, by half the prefill."""
     config = chosen.config.replace(num_kv_heads=chosen.config.num_heads)
     asks = load.mixed(rounds + 1, range(chosen.long, chosen.long + 1), range(2, 3))
 
@@ -178,14 +178,14 @@ def measure_first_token(chosen: LoadSizes, rounds: int) -> Measurement:
         return {name: answers[1:] for name, answers in found.items()}
 
     layouts = {
-        layout: served.engine(_model(config.replace(layout=layout)), chosen.settings)
+        layout: served.over_http(_model(config.replace(layout=layout)), chosen.settings)
         for layout in ("mha", "fusedkv")
     }
     answers = asyncio.run(_with(layouts, run))
     rows = [{"layout": name} | load.figures(own) for name, own in answers.items()]
     whole, half = (row["TTFT p50 ms"] for row in rows)
     return Measurement(
-        f"First token of prompts of {chosen.long} tokens",
+        f"First token of prompts of {chosen.long} tokens, over HTTP",
         _setting(chosen, ""),
         [{name: row[name] for name in ("layout", "TTFT p50 ms", "TTFT p99 ms")} for row in rows],
         [Target("TTFT of fusedkv, of mha's", half / whole, "<=", 0.6)],

@@ -9,7 +9,7 @@ import logging
 import pathlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,7 @@ from fusedkv_jax.generation.params import SamplingParams
 from fusedkv_jax.server import answers, errors, protocol
 from fusedkv_jax.server.access import Access, read_json
 from fusedkv_jax.server.connection import Disconnected, EventStream, while_connected
-from fusedkv_jax.server.errors import ApiError
+from fusedkv_jax.server.errors import ApiError, overloaded
 from fusedkv_jax.server.generation import Generation, Order
 from fusedkv_jax.server.health import Health
 from fusedkv_jax.server.metrics import CONTENT_TYPE, Metrics
@@ -33,6 +33,7 @@ from fusedkv_jax.server.prompts import Prompts
 from fusedkv_jax.server.running import Running
 from fusedkv_jax.server.statistics import log_statistics
 from fusedkv_jax.server.tool_answers import ToolAnswer
+from fusedkv_jax.serving import QueueFull
 
 if TYPE_CHECKING:
     from fusedkv_jax.server.kv_events import KvEventPublisher
@@ -151,7 +152,7 @@ class Server:
     # What a model answers.
 
     async def _complete(self, request: Request) -> Response:
-        asked = await self._read(request, protocol.CompletionRequest)
+        asked = await self._read(request, protocol.CompletionRequest, self._check_room)
         params = asked.sampling()
         prompts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
         self._check(prompts, params)
@@ -167,7 +168,7 @@ class Server:
         return await self._answer(request, asked, params, prompts, answer)
 
     async def _chat(self, request: Request) -> Response:
-        asked = await self._read(request, protocol.ChatRequest)
+        asked = await self._read(request, protocol.ChatRequest, self._check_room)
         params = asked.sampling()
         prompt = await self.prompts.chat(
             asked.messages,
@@ -211,8 +212,19 @@ class Server:
             await while_connected(request.receive, _gather(generation, answer))
             return JSONResponse(answer.whole(generation))
 
-    async def _read(self, request: Request, form: type[_Form]) -> _Form:
-        asked = protocol.decode(await read_json(request, self.settings.max_body_bytes), form)
+    def _check_room(self) -> None:
+        """Refuse while the queue is full, before a prompt is decoded and tokenized in vain."""
+        try:
+            self.engine.check_room()
+        except QueueFull as error:
+            raise overloaded(f"{error}", error.retry_after) from None
+
+    async def _read(
+        self, request: Request, form: type[_Form], check: Callable[[], None] = lambda: None
+    ) -> _Form:
+        body = await read_json(request, self.settings.max_body_bytes)
+        check()
+        asked = protocol.decode(body, form)
         if asked.model is not None and asked.model != self.engine.model_name:
             raise _no_model(asked.model, self.engine.model_name)
         return asked

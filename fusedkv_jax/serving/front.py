@@ -165,7 +165,7 @@ class AsyncEngine:
         if request_id in self._streams:
             raise ValueError(f"request {request_id!r} runs already; choose another request_id")
         checked = self.engine.check(prompt, params, request_id)
-        self._check_room(len(checked.prompt))
+        self.check_room(len(checked.prompt))
         stream = self._streams[request_id] = OutputStream(self, request_id, params.n)
         self._waiting[request_id] = len(checked.prompt)
         self._order("add", checked, request_id, priority, tenant)
@@ -180,7 +180,12 @@ class AsyncEngine:
         """Figures after the last step."""
         return self._stats
 
-    def _check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int = 0) -> None:
+        """Whether a prompt of so many tokens may wait; to ask before it is read.
+
+        Raises:
+            QueueFull: too much waits already.
+        """
         most, most_tokens = self._limits
         queued = sum(self._waiting.values())
         if len(self._waiting) >= most:

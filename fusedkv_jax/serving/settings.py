@@ -8,11 +8,10 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from fusedkv_jax.cache.paged import check_paged
+from fusedkv_jax.cache.paged import check_paged, page_bytes
 from fusedkv_jax.cache.storage import storage_type
 from fusedkv_jax.compression.compressor import Compressor
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.costs import cache_bytes_per_token
 from fusedkv_jax.generation.settings import check_whole
 from fusedkv_jax.serving.policies import POLICIES
 from fusedkv_jax.serving.policy import Policy
@@ -34,7 +33,8 @@ class ServingSettings:
         max_num_batched_tokens: tokens in a step at most; longer prompts come in chunks.
         max_model_len: tokens that a request can come to; by default the model's `max_length`, or
             what the pool holds if that is less.
-        page_size: tokens of a page.
+        page_size: tokens of a page. On TPU 16 at most for 8-bit caches: to write into larger pages
+            XLA turns the pool round, and back.
         num_pages: pages of the pool; by default as many as fit in the memory below.
         kv_cache_memory_bytes: bytes of the caches; by default what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: part of the device's memory that may be used, model included. A
@@ -130,7 +130,7 @@ class ServingSettings:
         check_paged(config, dtype)
         if self.num_pages is not None:
             return self.num_pages
-        page = self.page_size * cache_bytes_per_token(config, dtype)
+        page = page_bytes(config, self.page_size, dtype)
         available = self.cache_bytes(config)
         if available < page:
             raise ValueError(

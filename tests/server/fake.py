@@ -97,12 +97,15 @@ class FakeEngine:
             raise ValueError(f"a token outside the vocabulary of {self.tokenizer.vocab_size}")
         if len(prompt) + limit > self.max_length:
             raise ValueError(f"{len(prompt)} + {limit} tokens; the model takes {self.max_length}")
-        if len(self._requests) >= self._most + self._bound:
-            raise QueueFull("the queue is full", 2.0)
+        self.check_room()
         request = _Request(prompt, params, self.tokenizer, limit, tenant)
         self._requests[request_id] = request
         self.served.append(params)
         return request
+
+    def check_room(self, tokens: int = 0) -> None:
+        if len(self._requests) >= self._most + self._bound:
+            raise QueueFull("the queue is full", 2.0)
 
     def abort(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)

@@ -9,6 +9,7 @@ from fusedkv_jax import costs
 from fusedkv_jax.serving import POLICIES, PagedMemory, Request, Scheduler, StepShapes
 from fusedkv_jax.serving.simulate import CalibratedDevice, simulate, summarize
 from fusedkv_jax.serving.simulate.calibration import TERMS, LoggedStep, errors, fit, step_work
+from pallas_kernels.xla.plan import PAGED_TILE
 from tests.model import small
 
 SHAPES = StepShapes((1, 2, 4, 8), (0, 8), (1, 2, 4, 8, 16), 8)
@@ -76,7 +77,7 @@ def test_padding_counts_as_the_engine_pads():
     assert work["lower_flops"] == (8 + 4 * 8) * COSTS.token_flops
     assert work["upper_flops"] == 8 * COSTS.row_flops
     lower = sum(layers.lower_flops for layers in COSTS.attention.values())
-    assert work["chunk_sweep_flops"] == 4 * 8 * 15 * lower
+    assert work["chunk_sweep_flops"] == 4 * 8 * PAGED_TILE * lower  # 15 tokens take a whole tile
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.costs import StepCosts
 
 # What takes time, each with a coefficient of 0 or more. Rows are those of the arrays, padding
-# included; a lane's attention may pass over every row as far as its longest one reaches.
+# included; a lane's attention may pass over every row as far as its longest one reaches, in tiles.
 TERMS = (
     "step",  # whatever its work
     "lower_flops",  # of all tokens in the layers that cache something
@@ -29,6 +29,7 @@ TERMS = (
     "cache_bytes",  # that are read and written
     "copied_bytes",  # of pages
 )
+_TILE = 128  # tokens that kernels read at once: a shorter row takes as long
 _ROUNDS = 30  # of reweighting, after which the fit has settled
 _SMALLEST = 1e-3  # relative error below which all count alike
 
@@ -76,14 +77,16 @@ def step_work(
         for part in ("lower", "upper")
     )
     plain = plan.tokens * costs.token_flops + int(sampled.sum()) * costs.row_flops
-    reach = ends[single | sampled].max(initial=0)
+    reach, chunk_reach = (
+        -(-int(ends[lane].max(initial=0)) // _TILE) * _TILE for lane in (single | sampled, ~single)
+    )
     return (
         1.0,
         (rows + chunk_rows * shapes.chunk) * costs.token_flops,
         rows * costs.row_flops,
         work.flops - plain,
         float(rows * reach * (lower + upper)),
-        float(chunk_rows * shapes.chunk * ends[~single].max(initial=0) * lower),
+        float(chunk_rows * shapes.chunk * chunk_reach * lower),
         work.weight_bytes,
         work.cache_bytes,
         float(len(plan.copies) * page_size * costs.cache_bytes_per_token),
