@@ -5,7 +5,7 @@ Paper:     none; the tasks are those of RULER (arXiv 2404.06654) and MQAR (arXiv
 Data:      the source "recall": tasks over 258 token ids, written as they are read. Half of it is
            drill, without which nothing but a single needle is learned in this time.
 Hardware:  one CPU core (AMD EPYC), about ten minutes for each layout.
-Number:    accuracies in experiments/results/longcontext.md.
+Number:    accuracies in experiments/results/longcontext.md. mha hardly learns it: docs/study.md.
 Command:   python -m experiments.train --config=recall --workdir=runs/recall_fusedkv
            python -m experiments.train --config=recall --workdir=runs/recall_mha \\
              --config.model.layout=mha

@@ -26,18 +26,24 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 
-STUDIES = ("scaling",)
+GRIDS = ("scaling",)  # of language models, on text
+STUDIES = (*GRIDS, "recall")
 
 
 def define_flags() -> None:
     """Define the flags that only a study has, and say which ones it has no use for."""
-    cli.only_with("data sizes check report", study=True)
+    cli.only_with("data sizes questions check report", study=True)
     cli.only_with("config override seeds", study=False)
     flags.DEFINE_string("study", None, f"The study to work on: {', '.join(STUDIES)}.")
     flags.DEFINE_string(
-        "data", None, "With --study: the folder of its text, train.*, valid.* and NAME.valid.*."
+        "data",
+        None,
+        "With --study=scaling: the folder of its text, train.*, valid.* and NAME.valid.*.",
     )
-    flags.DEFINE_list("sizes", [], "With --study: the sizes to train, by default all.")
+    flags.DEFINE_list("sizes", [], "With --study=scaling: the sizes to train, by default all.")
+    flags.DEFINE_list(
+        "questions", [], "With --study=recall: the questions to answer, by default all."
+    )
     flags.DEFINE_string(
         "check", None, "With --study: run this recorded cell again and compare the loss."
     )
@@ -48,6 +54,12 @@ def define_flags() -> None:
 
 def main() -> int:
     """Do what the flags say; returns the exit code."""
+    _known("study", [FLAGS.study], STUDIES)
+    _refuse(*(("data", "sizes") if FLAGS.study == "recall" else ("questions",)))
+    if FLAGS.study == "recall":
+        from experiments.study.recall import command as recall
+
+        return recall.main()
     from experiments.study import corpus
     from experiments.study.worker import Worker
 
@@ -76,12 +88,12 @@ def main() -> int:
 
 
 def load(name: str) -> Study:
-    """The study of a name.
+    """The grid of a name.
 
     Raises:
       ValueError: there is none.
     """
-    _known("study", [name], STUDIES)
+    _known("study", [name], GRIDS)
     return importlib.import_module(f"experiments.study.{name}").get_study()
 
 
@@ -114,6 +126,12 @@ def _report(study: Study, output: pathlib.Path) -> int:
 
 def _plain(estimate: "Estimate") -> dict[str, float | int | None]:
     return {"mean": estimate.mean, "runs": estimate.count, "half_width": estimate.half_width}
+
+
+def _refuse(*names: str) -> None:
+    for name in names:
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} has no effect with --study={FLAGS.study}; leave it out")
 
 
 def _known(flag: str, names: list[str], known: Iterable[str]) -> list[str] | None:

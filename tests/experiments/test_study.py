@@ -327,7 +327,7 @@ def test_mistakes(tmp_path):
     commands.check_mistakes(
         "reproduce",
         [
-            (["--study=scalin"], "--study=scalin is unknown; did you mean scaling?"),
+            (["--study=scalin"], "--study=scalin is unknown; did you mean scaling"),
             ([study], "--data is missing"),
             ([study, f"--data={folder}"], "must hold one file train.*; there is none"),
             ([study, "--seeds=1"], "--seeds has no effect with --study"),
