@@ -40,6 +40,9 @@ def checked_path(folder: Path, name: str) -> Path:
     if path.exists() and not path.is_file():
         raise FolderError(f"{path} is not a regular file; is {folder} a complete model folder?")
     if not path.is_file():
+        if not folder.is_dir():
+            problem = "is a file" if folder.exists() else "does not exist"
+            raise FolderError(f"{folder} {problem}; name a model folder or a .gguf file")
         raise FolderError(f"{path} does not exist; is {folder} a complete model folder?")
     return path
 

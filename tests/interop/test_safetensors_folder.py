@@ -97,7 +97,9 @@ def test_truncated_shards_are_named(folder):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    assert_refused(tmp_path / "nowhere", "config.json does not exist")
+    assert_refused(tmp_path / "nowhere", "nowhere does not exist; name a model folder")
+    (tmp_path / "notes.md").write_text("no model")
+    assert_refused(tmp_path / "notes.md", "notes.md is a file; name a model folder")
     (tmp_path / "config.json").write_text(json.dumps(config_to_huggingface(CONFIG)))
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     assert_refused(tmp_path, "only safetensors are read")
