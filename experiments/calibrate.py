@@ -162,11 +162,15 @@ class Measured:
         """So many steps, a share with each number of clients for which there is a program."""
         engine, log = self.engine, []
         works: list[tuple[float, ...]] = []
+        watching = 0.0
 
         def watch(plan: serving.StepPlan, seconds: float) -> None:
+            nonlocal watching
             del seconds  # those of the model alone: scheduling and handing out count as well
+            start = time.monotonic()
             shapes, page_size = engine.runner.shapes, engine.settings.page_size
             works.append(step_work(self.costs, plan, shapes, page_size))
+            watching = time.monotonic() - start
 
         engine.watch = watch
         rng, numbers = np.random.default_rng(seed), itertools.count()
@@ -177,7 +181,7 @@ class Measured:
                     _add(engine, rng, str(next(numbers)))
                 start = time.monotonic()
                 engine.step()
-                seconds = time.monotonic() - start
+                seconds = time.monotonic() - start - watching
                 log += [LoggedStep(work, seconds) for work in works]
                 works.clear()
             for name in engine.names:

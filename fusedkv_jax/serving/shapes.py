@@ -48,7 +48,7 @@ class StepShapes:
         chunks = min(max_num_seqs, max(1, max_num_batched_tokens // 2))
         most = max_num_batched_tokens // chunk + chunks
         return cls(
-            powers(1 if cpu else 8, max_num_seqs, 2 if cpu else 4),
+            _with_halves(powers(1, max_num_seqs, 2)) if cpu else powers(8, max_num_seqs, 4),
             (0, *powers(8, max_num_seqs, 8)),
             powers(1, most, 2 if cpu else 4),
             chunk,
@@ -77,3 +77,8 @@ def powers(least: int, most: int, factor: int) -> tuple[int, ...]:
         sizes.append(size)
         size *= factor
     return (*sizes, most)
+
+
+def _with_halves(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes, and those halfway between two neighbours."""
+    return tuple(sorted({*sizes, *((a + b) // 2 for a, b in itertools.pairwise(sizes))}))

@@ -16,7 +16,9 @@ SHAPES = StepShapes((1, 2, 4, 8), (0, 8), (1, 2, 4, 8, 16), 8)
 COSTS = costs.StepCosts.of(small.config("fusedkv"))
 TRUE = dict.fromkeys(TERMS, 0.0) | {
     "step": 1e-3,
-    "lower_flops": 2e-9,
+    "chunk_step": 5e-4,
+    "decode_flops": 2e-9,
+    "chunk_flops": 4e-10,
     "upper_flops": 5e-9,
     "chunk_sweep_flops": 1e-9,
     "cache_bytes": 1e-8,
@@ -65,6 +67,22 @@ def test_a_fit_finds_what_steps_take_and_forgets_the_odd_ones():
     )
 
 
+def test_predicted_seconds_add_up_to_those_of_a_log_whose_times_are_skewed():
+    rng, log = np.random.default_rng(2), []
+
+    def seconds(plan):
+        work = step_work(COSTS, plan, SHAPES, 4)
+        true = float(np.dot(work, list(TRUE.values())))
+        log.append(LoggedStep(work, true * (1 + rng.exponential(0.2))))
+        return true
+
+    served(seconds)
+    coefficients = fit(log)
+    predicted = sum(np.dot(step.work, list(coefficients.values())) for step in log)
+    assert predicted == pytest.approx(sum(step.seconds for step in log), rel=0.01)
+    assert np.median(errors(coefficients, log)) < 0.15
+
+
 def test_padding_counts_as_the_engine_pads():
     requests = [Request("a", np.arange(9), 2), Request("b", np.arange(20), 2)]
     scheduler = Scheduler(
@@ -74,7 +92,9 @@ def test_padding_counts_as_the_engine_pads():
         scheduler.add(request, 0.0)
     work = dict(zip(TERMS, step_work(COSTS, scheduler.schedule(0.0), SHAPES, 4), strict=True))
     # 9 and 15 tokens: four rows of 8, and 8 rows beside them of which one is sampled.
-    assert work["lower_flops"] == (8 + 4 * 8) * COSTS.token_flops
+    assert work["chunk_step"] == 1
+    assert work["decode_flops"] == 8 * COSTS.token_flops
+    assert work["chunk_flops"] == 4 * 8 * COSTS.token_flops
     assert work["upper_flops"] == 8 * COSTS.row_flops
     lower = sum(layers.lower_flops for layers in COSTS.attention.values())
     assert work["chunk_sweep_flops"] == 4 * 8 * PAGED_TILE * lower  # 15 tokens take a whole tile

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 # What takes time, each with a coefficient of 0 or more. Rows are those of the arrays, padding
 # included; a lane's attention may pass over every row as far as its longest one reaches, in tiles.
+# Products of a chunk fill the units that a decoded token leaves idle: a FLOP takes less there.
 TERMS = (
     "step",  # whatever its work
-    "lower_flops",  # of all tokens in the layers that cache something
+    "chunk_step",  # of those with chunks, which have a second lane
+    "decode_flops",  # of tokens in the lane of decodes, in the layers that cache something
+    "chunk_flops",  # likewise, in that of chunks
     "upper_flops",  # of sampled rows in the layers above, and the output head
     "attention_flops",  # of the pairs of queries and keys that see each other
     "decode_sweep_flops",  # of pairs as far as the longest row reaches, in the lane of decodes
@@ -32,6 +35,7 @@ TERMS = (
 _TILE = 128  # tokens that kernels read at once: a shorter row takes as long
 _ROUNDS = 30  # of reweighting, after which the fit has settled
 _SMALLEST = 1e-3  # relative error below which all count alike
+_ODD = 3.0  # times what is predicted: some other program ran in between
 
 
 class LoggedStep(NamedTuple):
@@ -82,7 +86,9 @@ def step_work(
     )
     return (
         1.0,
-        (rows + chunk_rows * shapes.chunk) * costs.token_flops,
+        float(chunk_rows > 0),
+        rows * costs.token_flops,
+        chunk_rows * shapes.chunk * costs.token_flops,
         rows * costs.row_flops,
         work.flops - plain,
         float(rows * reach * (lower + upper)),
@@ -153,10 +159,14 @@ class CalibratedDevice:
 
 
 def fit(steps: Sequence[LoggedStep]) -> dict[str, float]:
-    """Coefficients that minimize the mean relative error: non-negative, robust to odd steps.
+    """Coefficients of a log: non-negative, robust to odd steps, and right in the sum.
+
+    They minimize the mean absolute relative error, which finds what a typical step takes. Times
+    are skewed, and a queue feels their mean: all are then scaled so that the predicted seconds add
+    up to those of the log.
 
     Args:
-        steps: a log; steps whose time some other program has taken hardly count.
+        steps: a log; steps whose time some other program has taken do not count.
     """
     from scipy.optimize import nnls
 
@@ -168,7 +178,11 @@ def fit(steps: Sequence[LoggedStep]) -> dict[str, float]:
         found, _ = nnls(relative / scale * weights[:, None], weights)
         error = np.abs(relative / scale @ found - 1)
         weights = 1 / np.sqrt(np.maximum(error, _SMALLEST))
-    return dict(zip(TERMS, (found / scale).tolist(), strict=True))
+    found = found / scale
+    predicted = work @ found
+    usual = seconds < _ODD * predicted
+    found *= seconds[usual].sum() / predicted[usual].sum()
+    return dict(zip(TERMS, found.tolist(), strict=True))
 
 
 def errors(coefficients: dict[str, float], steps: Sequence[LoggedStep]) -> np.ndarray:
