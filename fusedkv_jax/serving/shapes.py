@@ -46,13 +46,16 @@ class StepShapes:
         chunk = min(32 if cpu else 128, max_num_batched_tokens)
         # A chunk of one token is a row of the first lane, so there are at most so many others.
         chunks = min(max_num_seqs, max(1, max_num_batched_tokens // 2))
-        most = max_num_batched_tokens // chunk + chunks
-        return cls(
-            _with_halves(powers(1, max_num_seqs, 2)) if cpu else powers(8, max_num_seqs, 4),
-            (0, *powers(8, max_num_seqs, 8)),
-            powers(1, most, 2 if cpu else 4),
-            chunk,
-        )
+        full = max_num_batched_tokens // chunk
+        most = full + chunks
+        if not cpu:
+            decode_rows, chunk_rows = powers(8, max_num_seqs, 4), powers(1, most, 4)
+        else:
+            decode_rows = _with_halves(powers(1, max_num_seqs, 2))
+            # Most steps with chunks are nearly full, or fuller where prompts end within rows.
+            near = {rows for rows in (full * 3 // 4, full * 3 // 2) if 1 <= rows < most}
+            chunk_rows = tuple(sorted({*powers(1, most, 2), *near}))
+        return cls(decode_rows, (0, *powers(8, max_num_seqs, 8)), chunk_rows, chunk)
 
     def fit(self, rows: int, chunk_rows: int) -> tuple[int, int]:
         """Rows of both lanes for so many."""
