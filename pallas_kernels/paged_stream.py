@@ -1,6 +1,7 @@
 """A stream of a cache in pages that is read where it lies: the pool of all streams, and a table."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ class PagedStream:
     fill one axis, a token's heads after another's, and then what fills up lanes.
 
     Attributes:
-      data: [P, pages, page_size, K * H], float or 8-bit codes.
+      data: [P, pages, page_size, K * H], float or 8-bit codes; or the tokens of a page in tiles,
+        [P, pages, page_size / n, n, K * H].
       slot: which of the P streams; an int or an int32 scalar, which may be traced.
       table: int32 [B, W] pages of each row; S = W * page_size.
       head_size: H.
@@ -42,13 +44,13 @@ class PagedStream:
     @property
     def page_size(self) -> int:
         """Tokens of a page."""
-        return self.data.shape[2]
+        return math.prod(self.data.shape[2:-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape [B, S, K, H] of the source."""
         rows, width = self.table.shape
-        heads = self.data.shape[3] // self.head_size
+        heads = self.data.shape[-1] // self.head_size
         return (rows, width * self.page_size, heads, self.head_size)
 
     @property
@@ -85,8 +87,8 @@ class PagedStream:
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the argument, where the arrays do not fit each other."""
-        wrong = self.data.ndim != 4 or self.head_size < 1 or self.data.shape[3] % self.head_size
-        if wrong or self.table.ndim != 2:
+        wrong = self.data.ndim not in (4, 5) or self.head_size < 1
+        if wrong or self.data.shape[-1] % self.head_size or self.table.ndim != 2:
             raise ValueError(
                 f"{name}.data has shape {self.data.shape} and {name}.table {self.table.shape}; "
                 f"they must be [P, pages, page_size, K * H] with H = {self.head_size}, and [B, W]"

@@ -7,6 +7,7 @@ call brings the tables. Requests share pages by naming the same ones.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind
 from fusedkv_jax.trees import Leaf
 from pallas_kernels import PagedStream, Quantized, choice
+
+_TILE = 16  # tokens of a tile of codes on a TPU, see `_empty_pool`
 
 
 @functools.partial(
@@ -112,8 +115,9 @@ class PagedStore(Store):
     Windowed streams are kept whole.
 
     Attributes:
-        keys: storage [P, pages, page_size, K * H]; 8-bit codes have scales [P, pages, G, W], which
-            are those of `pallas_kernels.PagedStream`.
+        keys: storage [P, pages, page_size, K * H]; 8-bit codes, which may lie in tiles of some
+            tokens, [P, pages, tiles, tokens, K * H], have scales [P, pages, G, W]. Both are those
+            of `pallas_kernels.PagedStream`.
         values: storage [P, pages, page_size, K * H'], likewise.
         heads: K; 1 for latents and their rotary keys.
     """
@@ -160,7 +164,7 @@ class PagedStore(Store):
     @property
     def page_size(self) -> int:
         """Tokens of a page."""
-        return self.keys.shape[2]
+        return math.prod(self.keys.shape[2:-1])
 
     def write(self, kind: Kind, slot: Slot, new: Float[Array, "1 N K H"], call: Call) -> PagedStore:
         assert isinstance(call, PagedCall)
@@ -203,7 +207,7 @@ class PagedStore(Store):
 
     def token_shape(self, kind: Kind) -> tuple[int, int]:
         storage = storage_of(self, kind)
-        return (self.heads, storage.shape[3] // self.heads)
+        return (self.heads, storage.shape[-1] // self.heads)
 
     @property
     def capacity(self) -> int | None:
@@ -213,7 +217,7 @@ class PagedStore(Store):
         data, scale = storage, None
         if isinstance(storage, Quantized):
             data, scale = storage.data, storage.scale
-        return PagedStream(data, slot, table, data.shape[3] // self.heads, scale)
+        return PagedStream(data, slot, table, data.shape[-1] // self.heads, scale)
 
 
 def check_paged(config: ModelConfig, dtype: str) -> None:
@@ -264,13 +268,14 @@ def put_pages(store: PagedStore, pages: Int[Array, "n"], new: PagedStore) -> Pag
 
 
 def _put(
-    pool: Shaped[Array, "P pages S W"],
+    pool: Shaped[Array, "P pages *S W"],
     slot: Slot,
     new: Shaped[Array, "1 N W"],
     pages: Int[Array, "N"],
     places: Int[Array, "N"],
-) -> Shaped[Array, "P pages S W"]:
-    return pool.at[slot, pages, places].set(new[0], mode="drop")
+) -> Shaped[Array, "P pages *S W"]:
+    token = (places,) if pool.ndim == 4 else jnp.divmod(places, pool.shape[3])
+    return pool.at[slot, pages, *token].set(new[0], mode="drop")
 
 
 def _put_scales(
@@ -294,17 +299,23 @@ def _put_scales(
 
 
 def _empty_pool(shape: tuple[int, ...], dtype: str) -> Storage:
-    """Pages of streams of this shape [P, pages, page_size, K, H]."""
+    """Pages of streams of this shape [P, pages, page_size, K, H].
+
+    On a TPU XLA lays 32 rows of 8-bit codes out in one tile, but writes rows into tiles of 8: it
+    would copy the whole pool before each write and after it. An axis of 16 rows lies in tiles of 8.
+    """
     storage = _together(empty(shape, dtype), 3)
     if not isinstance(storage, Quantized):
         return storage
-    page_size, heads = shape[2:4]
+    data, (page_size, heads) = storage.data, shape[2:4]
     groups = head_groups(heads)
     width = page_size * heads // groups
-    if choice.device()[0] == "tpu":  # turns round what does not fill lanes, and pads it there
-        width += -width % LANES
+    if choice.device()[0] == "tpu":
+        width += -width % LANES  # turns round what does not fill lanes, and pads it there
+        if page_size > _TILE and page_size % _TILE == 0:
+            data = data.reshape(*shape[:2], page_size // _TILE, _TILE, -1)
     scale = jnp.zeros((*shape[:2], groups, width), storage.scale.dtype)
-    return Quantized(storage.data, scale)
+    return Quantized(data, scale)
 
 
 def _together(storage: Tree, axis: int) -> Tree:

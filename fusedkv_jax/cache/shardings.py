@@ -23,7 +23,6 @@ Tree = TypeVar("Tree")
 Write = Callable[..., Array]  # storage, slot, new tokens, their start and count
 
 _STREAMS = (None, "batch", None, "kv_heads", None)  # of [P, B, S, K, H], codes and scales included
-_TOGETHER = (None, "batch", None, "kv_heads")  # of [P, B, S, K * H]
 _GROUPS = (None, "batch", "kv_heads", None)  # of [P, pages, G, W], scales of pages
 
 
@@ -92,7 +91,8 @@ def local_rows(write: Write, heads: int | None = None) -> Write:
         if mesh is None:
             return write(array, slot, new, start, count)
         storage = _spec(array, mesh, heads)
-        rows, tokens = P(storage[1]), P(storage[1], None, *storage[3:])
+        own = storage[3:] if heads is None else storage[-1:]
+        rows, tokens = P(storage[1]), P(storage[1], None, *own)
         specs = (storage, P(), tokens, rows, rows)
         local = jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=storage, check_vma=False)
         return local(array, jnp.asarray(slot), new, start, count)
@@ -120,7 +120,8 @@ def _spec(leaf: Leaf, mesh: Mesh | AbstractMesh, heads: int | None = None) -> P:
     if heads == 0:
         return spec(_GROUPS, leaf.shape, mesh)
     if heads is not None:
-        return spec(_TOGETHER, (*leaf.shape[:3], heads), mesh)
+        together = (None, "batch", *(None,) * (rank - 3), "kv_heads")  # of [P, B, *S, K * H]
+        return spec(together, (*leaf.shape[:-1], heads), mesh)
     if rank == len(_STREAMS):
         axes = _STREAMS
     elif rank == 1:  # what belongs to a row alone

@@ -143,11 +143,11 @@ def _source(
 ) -> PyTree:
     """How a source is split."""
     if isinstance(x, PagedStream):
-        pool = part(x.data, None, None, None, kv_heads)
+        pool = part(x.data, *(None,) * (x.data.ndim - 1), kv_heads)
         if x.scale is None:
             return dataclasses.replace(x, data=pool, slot=P(), table=P())
         scale = part(x.scale, None, None, kv_heads, None)
-        if pool[3] != scale[2]:
+        if pool[-1] != scale[2]:
             raise ValueError(
                 f"scales of pages lie in {x.scale.shape[2]} groups of heads; where heads are split "
                 f"over a mesh, each device needs one: create the pool on the mesh"

@@ -33,8 +33,8 @@ class ServingSettings:
         max_num_batched_tokens: tokens in a step at most; longer prompts come in chunks.
         max_model_len: tokens that a request can come to; by default the model's `max_length`, or
             what the pool holds if that is less.
-        page_size: tokens of a page. On TPU 16 at most for 8-bit caches: to write into larger pages
-            XLA turns the pool round, and back.
+        page_size: tokens of a page. For 8-bit caches on TPU a power of two, as the kernel reads
+            them.
         num_pages: pages of the pool; by default as many as fit in the memory below.
         kv_cache_memory_bytes: bytes of the caches; by default what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: part of the device's memory that may be used, model included. A

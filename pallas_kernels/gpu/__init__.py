@@ -80,8 +80,8 @@ def ragged_attention(
     device = current() if device is None else device
     _check(call.q)
     keys, values, key_weights, value_weights = call.sources
-    num_pages, size = keys[0].data.shape[1:3]
-    pools = {x.data.shape[1:3] for x in (*keys, *values)}
+    num_pages, size = keys[0].data.shape[1], keys[0].page_size
+    pools = {(x.data.shape[1], x.page_size) for x in (*keys, *values)}
     if len(pools) > 1:
         raise NotImplementedError(f"pools of {pools} pages and tokens; the kernel reads one form")
     paging = Paging(

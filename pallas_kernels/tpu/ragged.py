@@ -32,8 +32,8 @@ def ragged(how: How, call: RaggedAttentionCall) -> tuple[Array, Array | None]:
     form = RaggedForm.of(call, how)
     _check(how, call)
     total, (num_rows, width) = call.q.shape[0], streams[0].table.shape
-    num_pages, page_size = streams[0].data.shape[1:3]
-    token_bytes = sum(x.data.shape[3] * x.dtype.itemsize for x in streams)
+    num_pages, page_size = streams[0].data.shape[1], streams[0].page_size
+    token_bytes = sum(x.data.shape[-1] * x.dtype.itemsize for x in streams)
     most = min(_KEY_TOKENS, _KEY_BYTES // token_bytes)
     pages = max(1, min(most // page_size, width))
     whole = LANES if streams[0].scale is not None or not how.interpret else 1
@@ -132,12 +132,12 @@ def _run(
 def _scratch(static: Static, call: RaggedAttentionCall, scaled: int, lanes: int) -> list[Any]:
     """Queries, keys and values, scales; semaphores; sums; and which half is at work."""
     form, streams = static.form, (*call.sources.keys, *call.sources.values)
-    rows, page = form.units * form.unit_rows, (2, static.pages, static.page_size)
+    rows = form.units * form.unit_rows
     query = (2, form.units, form.parts, form.num_keys, form.unit_rows, form.key_width)
     return [
         pltpu.VMEM(query, call.q.dtype),
-        [pltpu.VMEM((*page, x.data.shape[3]), x.dtype) for x in streams],
-        [pltpu.VMEM((2, page[1] * static.scale_rows, 1, lanes), jnp.float32)] * scaled,
+        [pltpu.VMEM((2, static.pages, *x.data.shape[2:]), x.dtype) for x in streams],
+        [pltpu.VMEM((2, static.pages * static.scale_rows, 1, lanes), jnp.float32)] * scaled,
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA,

@@ -189,7 +189,9 @@ def clear(static: Static, memory: Memory, piece: Piece, block: Any, slot: Any) -
         def _() -> None:
             for buffer in memory.buffers[static.form.num_keys :]:
                 old = buffer[slot, index]
-                token = start + jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
+                token = start + jax.lax.broadcasted_iota(jnp.int32, old.shape, old.ndim - 2)
+                if old.ndim == 3:  # tiles of tokens
+                    token += old.shape[1] * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
                 there = (token >= piece.low) & (token < piece.high)
                 buffer[slot, index] = jnp.where(there, old, jnp.zeros_like(old))
             for buffer in memory.scale_buffers:

@@ -147,7 +147,7 @@ def _part(
 
     def stored(buffer: Ref, width: int) -> Array:
         lanes = pl.ds(pl.multiple_of(jnp.int32(number * width), width), width)
-        return buffer[slot, :, :, lanes].astype(dtype).reshape(static.tokens, width)
+        return buffer[slot, ..., lanes].astype(dtype).reshape(static.tokens, width)
 
     score = 0.0
     for source, buffer in enumerate(memory.buffers[: form.num_keys]):

@@ -30,6 +30,7 @@ class Step:
       shared: pages that all rows begin with, as far as they reach.
       strewn: share of entries that name any page of the step.
       pad: of the scales of a page.
+      tile: tokens of a tile of a page; 0 for pages in one piece.
       lanes: hint; () for rows anywhere, in any order.
       options: window, scale, softcap.
     """
@@ -44,6 +45,7 @@ class Step:
     shared: int = 0
     strewn: float = 0
     pad: int = 0
+    tile: int = 0
     lanes: tuple[tuple[int, int], ...] = ()
     options: tuple[tuple[str, float], ...] = ()
 
@@ -58,6 +60,7 @@ STEPS = {
         (1, 19, 1), (33, 19, 7), (6, 2), (16, 24), (1, 3), 8, "int8", shared=1,
         options=(("softcap", 2.0), ("window", 9)),
     ),
+    "tiles": Step((1, 19, 1), (70, 19, 7), (4, 2), page_size=32, dtype="int8", tile=8),
 }  # fmt: skip
 
 
@@ -127,7 +130,8 @@ def make(step: Step, seed: int = 0) -> Made:
             scale = jnp.where(keep[..., 0], codes.scale[..., 0], jnp.nan)
             scale = scale.reshape(count + 1, num_pages, 1, size * heads)
             scale = jnp.pad(scale, ((0, 0),) * 3 + ((0, step.pad),), constant_values=9)
-        data = data.reshape(count + 1, num_pages, size, heads * head_size)
+        tiles = (size // step.tile, step.tile) if step.tile else (size,)
+        data = data.reshape(count + 1, num_pages, *tiles, heads * head_size)
         slots = range(count, 0, -1)
         streams = tuple(
             PagedStream(data, s, jnp.asarray(I32(given)), head_size, scale) for s in slots

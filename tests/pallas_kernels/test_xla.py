@@ -34,7 +34,7 @@ class TestXlaPaged(Xla, PagedCases):
 
 
 class TestXlaRagged(Xla, RaggedKernelCases):
-    ragged = ("lanes", "int8")
+    ragged = ("lanes", "int8", "tiles")
     chunks = 512
 
 

@@ -1,11 +1,13 @@
 """Engines whose steps several devices share."""
 
 import dataclasses
+import types
 
 import jax
 import pytest
 
 import fusedkv_jax as fkv
+from fusedkv_jax.cache import paged
 from tests.model import small
 from tests.serving.served import GREEDY, PAGES, all_tokens, prompts, run
 from tests.serving.served import engine as one
@@ -50,6 +52,20 @@ def test_heads_that_are_shared_codes_slots_latents_and_drafts(spec, changes, set
     split = one(model, **{"num_pages": PAGES, **settings}, **SPLIT)
     whole = one(model, **{"num_pages": PAGES, **settings})
     assert all_tokens(run(split, given, GREEDY)) == all_tokens(run(whole, given, GREEDY))
+
+
+@pytest.mark.slow
+def test_codes_in_tiles_are_split_as_those_of_whole_pages(monkeypatch):
+    """A TPU's pool, whose codes have an axis more, on devices that are none."""
+    model, given = model_("fusedkv"), prompts(4)
+    settings = {"cache_dtype": "int8", "page_size": 32, "num_pages": 16}
+    whole = run(one(model, **settings), given, GREEDY)
+    monkeypatch.setattr(paged, "choice", types.SimpleNamespace(device=lambda: ("tpu", "")))
+    split = one(model, **settings, **SPLIT)
+    codes = split.runner.pool.keys.data
+    assert codes.ndim == 5
+    assert codes.addressable_shards[0].data.shape[-1] * 4 == codes.shape[-1]
+    assert all_tokens(run(split, given, GREEDY)) == all_tokens(whole)
 
 
 def test_more_devices_than_there_are_and_a_mesh_of_others_are_refused():

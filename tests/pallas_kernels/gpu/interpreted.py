@@ -101,7 +101,7 @@ class TestTritonPaged(Triton, PagedCases):
 
 
 class TestTritonRagged(Triton, RaggedKernelCases):
-    ragged = ("lanes", "int8")
+    ragged = ("lanes", "int8", "tiles")
     examples = 3
 
 

@@ -103,4 +103,4 @@ class TestTile(Tile, AttentionCases):
 
 
 class TestTpuRagged(Tpu, RaggedKernelCases):
-    ragged = ("lanes", "int8")
+    ragged = ("lanes", "int8", "tiles")

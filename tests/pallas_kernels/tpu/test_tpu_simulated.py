@@ -114,7 +114,7 @@ def test_the_detector_detects():
 
 def test_chunks_and_single_tokens_over_pages(monkeypatch):
     """Several blocks of queries, of keys, and pieces of work behind each other."""
-    step = Step((1, 9, 1), (150, 9, 30), sources=(1, 2), dtype="int8", page_size=64)
+    step = Step((1, 9, 1), (150, 9, 30), sources=(1, 2), dtype="int8", page_size=64, tile=16)
     monkeypatch.setattr(ragged, "_KEY_TOKENS", 128)
     monkeypatch.setattr(ragged_inputs, "_BLOCK_ROWS", 16)
     made = make(step)
