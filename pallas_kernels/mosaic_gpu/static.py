@@ -18,13 +18,15 @@ import jax
 from jax.experimental import topologies
 
 from pallas_kernels.devices import GPUS, shared_memory
-from pallas_kernels.gpu import static
-from pallas_kernels.gpu.static import Workload
+from pallas_kernels.gpu import workloads
+from pallas_kernels.gpu.workloads import Workload
 from pallas_kernels.mosaic_gpu import arguments, kernel, plan_of
 from pallas_kernels.mosaic_gpu.plan import BLOCK, CONSUMERS, Plan
 
 CALLS = tuple(
-    x for x in static.CALLS if x.name.startswith(("prefill, plain", "training")) and x.size <= 128
+    x
+    for x in workloads.CALLS
+    if x.name.startswith(("prefill, plain", "training")) and x.size <= 128
 )
 _DUMP = "MOSAIC_GPU_DUMP_TO"  # where jaxlib leaves the program and what the assembler says
 
@@ -45,7 +47,7 @@ def report(shapes: Sequence[Workload] = CALLS) -> list[dict[str, Any]]:
 
 def line(workload: Workload) -> dict[str, Any]:
     """Block sizes of a call, and what `compiled` finds."""
-    call = jax.eval_shape(functools.partial(static.sequence, workload))
+    call = jax.eval_shape(functools.partial(workloads.sequence, workload))
     plan = plan_of(call)
     sizes = {"rows": BLOCK, "keys": plan.keys, "warps": 4 * (CONSUMERS + 2), "stages": plan.stages}
     return {"kernel": "mosaic_gpu", **sizes, **compiled(plan, call)}

@@ -79,6 +79,21 @@ def test_schedules_are_held_against_splash_attention(monkeypatch):
     assert found.rows[0]["matrix slots a bundle"] == 0.5
 
 
+def test_the_report_says_in_a_line_why_a_kernel_is_left_out(monkeypatch):
+    """The plugin starts once in a process, and not beside some others."""
+
+    def device():
+        raise NotImplementedError("the plugin did not start\nat all")
+
+    rows = [{"kernel": "forward", "spill": 0, "shared": 9, "serialized": 0}]
+    monkeypatch.setattr(static_gpu, "report", lambda chip, shapes: list(rows))
+    monkeypatch.setattr("pallas_kernels.mosaic_gpu.static.device", device)
+    found = kernels_static.gpu_resources("h100", quick=False)
+    assert found.rows == rows
+    assert ", mosaic_gpu left out: the plugin did not start\n" in found.text()
+    assert "mosaic_gpu" not in kernels_static.gpu_resources("b200", quick=False).text()
+
+
 def test_a_measurement_comes_back_from_its_document():
     target = report.Target("share", 0.5, ">=", 0.8)
     found = report.Measurement("A title", {"batch": 1}, [{"kernel": "tile"}], [target])

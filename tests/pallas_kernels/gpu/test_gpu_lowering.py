@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import gpu, mosaic_gpu
-from pallas_kernels.gpu import static
+from pallas_kernels.gpu import workloads
 from tests.pallas_kernels.cases import call_of
 from tests.pallas_kernels.gpu.toolchain import H100, needs_toolchain
 
 pytestmark = needs_toolchain
 
-SMALL = functools.partial(static.Workload, keys=256, size=16)
+SMALL = functools.partial(workloads.Workload, keys=256, size=16)
 CALLS = {
     "forward": (SMALL(name="", length=256), 1),
     "backward": (SMALL(name="", length=256, grad=True), 3),
@@ -38,11 +38,11 @@ def kernels(function, *arguments):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_lowers_to_its_kernels(name):
     call, count = CALLS[name]
-    assert kernels(functools.partial(static.trace, call, H100)) == count
+    assert kernels(functools.partial(workloads.trace, call, H100)) == count
 
 
 def test_training_on_hopper_lowers_to_its_kernel_and_to_tritons_gradients():
-    made = static.sequence(SMALL(name="", length=256, size=64))
+    made = workloads.sequence(SMALL(name="", length=256, size=64))
 
     def step(q, sources):
         def attend(q, sources):

@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels import devices
-from pallas_kernels.gpu import blocks, static
+from pallas_kernels.gpu import blocks, static, workloads
 from tests.pallas_kernels.gpu.toolchain import needs_toolchain
 
 pytestmark = needs_toolchain
@@ -25,7 +25,7 @@ def cases():
 
 @pytest.mark.parametrize("entry", list(cases()))
 def test_no_spills_and_within_shared_memory(entry):
-    for call in static.entry_calls(entry):
+    for call in workloads.entry_calls(entry):
         (launch,) = [x for x in static.launches(call) if x.name.split(".")[1] == entry["kernel"]]
         line = static.line(launch)
         assert [line[x] for x in SIZES] == [entry[x] for x in SIZES], "another entry is chosen"
@@ -58,7 +58,7 @@ RULED = {
     ],
 )  # fmt: skip
 def test_the_rule_spills_little_where_there_is_no_table(chip, name, kernel):
-    (call,) = [x for x in static.CALLS if x.name == name]
+    (call,) = [x for x in workloads.CALLS if x.name == name]
     (launch,) = [x for x in static.launches(call, chip) if x.name.split(".")[1] == kernel]
     line = static.line(launch, chip)
     assert line["spill"] <= static.SPILL, line
@@ -66,6 +66,6 @@ def test_the_rule_spills_little_where_there_is_no_table(chip, name, kernel):
 
 
 def test_the_report_names_every_kernel_of_a_call():
-    lines = static.report("h100", (static.Workload(name="small", length=1, keys=256, size=16),))
+    lines = static.report("h100", (workloads.Workload(name="small", length=1, keys=256, size=16),))
     assert [(x["call"], x["kernel"]) for x in lines] == [("small", "decode"), ("small", "combine")]
     assert all(x["registers"] > 0 and x["shared"] > 0 and x["spill"] == 0 for x in lines)
