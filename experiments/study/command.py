@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 
 GRIDS = ("scaling",)  # of language models, on text
-STUDIES = (*GRIDS, "recall")
+_USELESS = {
+    "recall": ("data", "sizes"),
+    "retrieval": ("sizes", "questions", "layouts"),
+}
+STUDIES = (*GRIDS, "recall", "retrieval")
 
 
 def define_flags() -> None:
@@ -38,7 +42,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data",
         None,
-        "With --study=scaling: the folder of its text, train.*, valid.* and NAME.valid.*.",
+        "With --study=scaling: the folder of its text, train.*, valid.* and NAME.valid.*; with "
+        "--study=retrieval the same, without which it measures no losses.",
     )
     flags.DEFINE_list("sizes", [], "With --study=scaling: the sizes to train, by default all.")
     flags.DEFINE_list(
@@ -55,11 +60,9 @@ def define_flags() -> None:
 def main() -> int:
     """Do what the flags say; returns the exit code."""
     _known("study", [FLAGS.study], STUDIES)
-    _refuse(*(("data", "sizes") if FLAGS.study == "recall" else ("questions",)))
-    if FLAGS.study == "recall":
-        from experiments.study.recall import command as recall
-
-        return recall.main()
+    _refuse(*_USELESS.get(FLAGS.study, ("questions",)))
+    if FLAGS.study not in GRIDS:
+        return importlib.import_module(f"experiments.study.{FLAGS.study}.command").main()
     from experiments.study import corpus
     from experiments.study.worker import Worker
 

@@ -59,7 +59,7 @@ class Worker:
             cells = self._open_cells()
             if not cells:
                 return
-            if not any(self._try(cell) for cell in cells):
+            if not any(self.complete(cell) for cell in cells):
                 # More may follow from them, and their workers may die.
                 print(f"waiting for other workers' {cells[0].name}", flush=True)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -69,7 +69,7 @@ class Worker:
         cells = dict.fromkeys(plan.wanted(self.study, done, self.sizes, self.rows))
         return [cell for cell in cells if cell not in done]
 
-    def _try(self, cell: Cell) -> bool:
+    def complete(self, cell: Cell) -> bool:
         """Complete a cell unless another worker has it or has just completed it."""
         with claim(self.workdir / "claims" / cell.name) as mine:
             if not mine or (self.output / f"{cell.name}.json").exists():

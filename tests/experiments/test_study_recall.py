@@ -9,6 +9,7 @@ import pytest
 
 from experiments.study.recall import probes, questions, report, worker
 from experiments.study.recall.cells import Cell
+from experiments.study.retrieval.candidates import ROWS
 from fusedkv_jax import layouts
 from fusedkv_jax.data import make_train_iterator, recall_tasks
 from fusedkv_jax.data.recall_forms import TokenForm
@@ -23,9 +24,18 @@ from experiments.study.recall import frameworks, torch_model  # noqa: E402
 TOY = {"seq_len": 64, "batch_size": 2, "steps": 4, "warmup": 2}
 
 
-@pytest.mark.parametrize("layout", ["mha", "fusedkv"])
-def test_both_frameworks_take_the_same_steps(layout):
-    cell = Cell(layout=layout, seed=0, **TOY)
+@pytest.mark.parametrize(
+    ("layout", "shared"),
+    [
+        ("mha", 1),
+        ("fusedkv", 1),
+        ("mha", 2),
+        ("fusedkv:value_sources=0", 1),
+        ("0_k0v1s8_2_f1+2", 1),
+    ],
+)
+def test_both_frameworks_take_the_same_steps(layout, shared):
+    cell = Cell(layout=layout, seed=0, queries_per_kv_head=shared, **TOY)
     config = cell.config()
     ours, independent = frameworks.JaxLearner(cell), frameworks.TorchLearner(cell)
     start = dict(_named(config, ours.state.params))
@@ -39,7 +49,7 @@ def test_both_frameworks_take_the_same_steps(layout):
     for name, parameter in independent.model.named_parameters():
         # Norms of arrays: Adam makes noise of a gradient that is nearly zero as large as any other.
         moment = independent.trainer.optimizer.moments[parameter][0].numpy()
-        assert _norm(moment - moments[name]) <= 3e-5 * _norm(moment)
+        assert _norm(moment - moments[name]) <= 1e-4 * _norm(moment)
         apart = _norm(parameter.detach().numpy() - params[name])
         assert apart <= 3e-4 * _norm(params[name] - start[name])
 
@@ -52,7 +62,10 @@ def _named(config, params):
     return frameworks.in_torch_names(config.model, params)
 
 
-@pytest.mark.parametrize("name", sorted({cell.layout for cell in questions.cells()}))
+@pytest.mark.parametrize(
+    "name",
+    sorted({cell.layout for cell in questions.cells()} | {row.layout for row in ROWS.values()}),
+)
 def test_layouts_are_those_of_the_library(name):
     for depth in (4,) if name[0].isdigit() else (4, 6):
         layers = layouts.resolve(name, depth).layers
@@ -62,7 +75,8 @@ def test_layouts_are_those_of_the_library(name):
             for kind, sources in zip(KINDS, (found.keys, found.values), strict=True):
                 stream = layer.stream(kind)
                 assert sources == (stream.sources or (i,))
-                assert (len(sources) > 1) == (stream.weights == "channel")
+                assert found.fused == (stream.weights == "channel")
+                assert found.window == layer.window
 
 
 @pytest.mark.parametrize(("kind", "fresh"), [("key", -1), ("value", 0)])
@@ -98,6 +112,13 @@ def test_accuracy_is_the_share_of_right_answers():
     examples = recall_tasks.make("multi_needle", TokenForm(258), length=64, count=2)
     half = int(np.flatnonzero(examples.answers[0])[4]) - 1
     assert probes.accuracies(Known(1, until=half), 258, 64, 2)["multi_needle"] == 0.5
+
+
+def test_a_window_hides_what_is_older():
+    q, k = torch.randn(2, 1, 9, 2, 4, generator=torch.Generator().manual_seed(0))
+    seen = torch_model.attention_weights(q, k, 3) > 0
+    ahead = np.arange(9) - np.arange(9)[:, None]
+    np.testing.assert_array_equal(seen[0, 0], (ahead <= 0) & (ahead > -3))
 
 
 def test_circuits_are_found_where_they_are():

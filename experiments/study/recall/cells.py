@@ -24,6 +24,7 @@ class Cell:
       qk_norm: queries and keys are normed.
       init_std: of the initial matrices, the embedding among them.
       embedding_scale: multiplies what enters the first layer, and not the output head.
+      queries_per_kv_head: query heads that share one head of keys and values.
     """
 
     layout: str
@@ -38,11 +39,13 @@ class Cell:
     qk_norm: bool = True
     init_std: float = recall.D_MODEL**-0.5
     embedding_scale: float = 1.0
+    queries_per_kv_head: int = 1
 
     @property
     def name(self) -> str:
         """Unique in the study, and fit for a file's name."""
-        parts = [self.framework, self.layout, f"seed{self.seed}", f"lr{self.learning_rate:.3g}"]
+        layout = self.layout.replace(":", "-")
+        parts = [self.framework, layout, f"seed{self.seed}", f"lr{self.learning_rate:.3g}"]
         for name, value in self.changes().items():
             parts.append(f"{name}{value:g}")
         return "-".join(parts)
@@ -67,6 +70,7 @@ class Cell:
                 qk_norm=self.qk_norm,
                 init_std=self.init_std,
                 embedding_scale=self.embedding_scale,
+                num_kv_heads=base.model.num_heads // self.queries_per_kv_head,
             ),
             data=dataclasses.replace(
                 base.data, seq_len=self.seq_len, batch_size=self.batch_size, seed=self.seed

@@ -52,6 +52,7 @@ class TorchLearner:
                 vocabulary=model.vocab_size,
                 width=model.d_model,
                 heads=model.num_heads,
+                kv_heads=model.kv_heads,
                 hidden=model.d_ff,
                 init_std=model.init_std,
                 layers=torch_model.reads(cell.layout, model.num_layers),

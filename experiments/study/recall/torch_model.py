@@ -21,19 +21,22 @@ THETA = 10_000.0
 class Reads:
     """Whose keys and values a layer attends to; one that names itself has projections of its own.
 
-    Several sources are fused with a learned weight for each head and channel (for each rotated
-    pair of channels, with keys).
+    Sources that are fused have a learned weight for each head and channel (for each rotated
+    pair of channels, with keys). A window is the number of latest tokens that are seen.
     """
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
+    fused: bool = False
+    window: int | None = None
 
 
 def reads(layout: str, depth: int) -> tuple[Reads, ...]:
     """The layers of a layout: a name, half of the layers below the middle, or one token a layer.
 
     Tokens are joined by `_`: `3` reads keys and values of layer 3, `k1v0` keys of layer 1 and
-    values of layer 0, `f0+1` fuses those of both (the notation of arXiv 2410.14442, extended).
+    values of layer 0, `f0+1` fuses those of both (the notation of arXiv 2410.14442, extended); `s8`
+    after it is a window of 8 tokens. `fusedkv:value_sources=0` weighs the values of layer 0 alone.
 
     Raises:
       ValueError: an unknown name, or another number of tokens.
@@ -51,6 +54,19 @@ def reads(layout: str, depth: int) -> tuple[Reads, ...]:
         "cla": [own[i // 2 * 2] for i in range(depth)],  # arXiv 2405.12981
         "svformer": [f"k{i}v0" for i in range(depth)],  # arXiv 2410.17897
     }
+    name, colon, options = layout.partition(":")
+    if name == "fusedkv" and colon:
+        sources: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("key_sources", "value_sources"), (0, mid)
+        )
+        for option in options.split(","):
+            kind, _, numbers = option.partition("=")
+            if kind not in sources:
+                raise ValueError(f"layout={layout}; use the options {' and '.join(sources)}")
+            sources[kind] = tuple(map(int, numbers.split("+")))
+        top = Reads(*sources.values(), fused=True)
+        below = [Reads((i,), (i,)) for i in range(depth // 2)]
+        return (*below, *[top] * (depth - len(below)))
     if layout in upper:
         tokens = [*own[: depth // 2], *[upper[layout]] * (depth - depth // 2)]
     else:
@@ -61,14 +77,15 @@ def reads(layout: str, depth: int) -> tuple[Reads, ...]:
 
 
 def _read(token: str) -> Reads:
-    found = re.fullmatch(r"f(\d+)\+(\d+)|k(\d+)v(\d+)|(\d+)", token)
+    found = re.fullmatch(r"(?:f(\d+)\+(\d+)|k(\d+)v(\d+)|(\d+))(?:s(\d+))?", token)
     if found is None:
-        raise ValueError(f"{token!r} is no layer; write 0, k1v0 or f0+1")
-    low, high, key, value, both = found.groups()
+        raise ValueError(f"{token!r} is no layer; write 0, k1v0 or f0+1, and s8 for a window of 8")
+    low, high, key, value, both, width = found.groups()
+    window = int(width) if width else None
     if high is not None:
         sources = int(low), int(high)
-        return Reads(sources, sources)
-    return Reads((int(key or both),), (int(value or both),))
+        return Reads(sources, sources, fused=True, window=window)
+    return Reads((int(key or both),), (int(value or both),), window=window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +93,7 @@ class Shape:
     """Sizes of a decoder, and the spread of its initial matrices.
 
     Attributes:
+      kv_heads: heads of keys and values, each for as many neighboring query heads.
       qk_norm: queries and keys are normed.
       embedding_scale: multiplies what enters the first layer.
     """
@@ -83,6 +101,7 @@ class Shape:
     vocabulary: int
     width: int
     heads: int
+    kv_heads: int
     hidden: int
     init_std: float
     layers: tuple[Reads, ...]
@@ -96,7 +115,7 @@ class Layer(nn.Module):
     def __init__(self, shape: Shape, number: int, draws: torch.Generator):
         super().__init__()
         width, heads, size = shape.width, shape.heads, shape.width // shape.heads
-        own = shape.layers[number]
+        own, kv_heads = shape.layers[number], shape.kv_heads
 
         def matrix(*sizes: int) -> nn.Parameter:
             return nn.Parameter(shape.init_std * torch.randn(*sizes, generator=draws))
@@ -107,17 +126,16 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = scale(width), scale(width)
         self.q_proj, self.o_proj = matrix(width, heads, size), matrix(heads, size, width)
         self.q_norm = scale(size) if shape.qk_norm else None
-        if own.keys == (number,):
-            self.k_proj = matrix(width, heads, size)
+        if number in {j for layer in shape.layers for j in layer.keys}:
+            self.k_proj = matrix(width, kv_heads, size)
             self.k_norm = scale(size) if shape.qk_norm else None
-        if own.values == (number,):
-            self.v_proj = matrix(width, heads, size)
+        if number in {j for layer in shape.layers for j in layer.values}:
+            self.v_proj = matrix(width, kv_heads, size)
         self.gate, self.up = matrix(width, shape.hidden), matrix(width, shape.hidden)
         self.down = matrix(shape.hidden, width)
-        if len(own.keys) > 1:
-            self.key_weights = nn.Parameter(torch.empty(len(own.keys), heads, size // 2))
-        if len(own.values) > 1:
-            self.value_weights = nn.Parameter(torch.empty(len(own.values), heads, size))
+        if own.fused:
+            self.key_weights = nn.Parameter(torch.empty(len(own.keys), kv_heads, size // 2))
+            self.value_weights = nn.Parameter(torch.empty(len(own.values), kv_heads, size))
 
 
 class Recall(nn.Module):
@@ -159,15 +177,16 @@ class Recall(nn.Module):
             own = self.shape.layers[number]
             normed = rms_norm(x, layer.attention_norm)
             q = _rotated(_heads(normed, layer.q_proj, layer.q_norm), angles)
-            if own.keys == (number,):
+            if hasattr(layer, "k_proj"):
                 keys[number] = _rotated(_heads(normed, layer.k_proj, layer.k_norm), angles)
-            if own.values == (number,):
+            if hasattr(layer, "v_proj"):
                 values[number] = _heads(normed, layer.v_proj, None)
             k = _fused([keys[j] for j in own.keys], getattr(layer, "key_weights", None))
             v = _fused([values[j] for j in own.values], getattr(layer, "value_weights", None))
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
             if seen is not None:
-                seen.append(attention_weights(q, k))
-            x = x + attend(q, k, v, sizes).flatten(2) @ layer.o_proj.flatten(0, 1)
+                seen.append(attention_weights(q, k, own.window))
+            x = x + attend(q, k, v, sizes, own.window).flatten(2) @ layer.o_proj.flatten(0, 1)
             normed = rms_norm(x, layer.mlp_norm)
             x = x + (nn.functional.silu(normed @ layer.gate) * (normed @ layer.up)) @ layer.down
             outputs.append(x)
@@ -191,7 +210,7 @@ def draw_recursively(fused: list[Tensor], fresh: int, draws: torch.Generator) ->
     with torch.no_grad():
         for number, weights in enumerate(fused):
             drawn = torch.randn(weights.shape, generator=draws)
-            if number == 0:
+            if number == 0 or len(weights) == 1:  # one source has nothing to be fused with
                 weights.copy_(drawn)
                 continue
             fresh %= len(weights)
@@ -230,18 +249,27 @@ def _fused(streams: list[Tensor], weights: Tensor | None) -> Tensor:
     return sum(w.repeat(1, whole) * x for w, x in zip(weights, streams, strict=True))  # type: ignore[return-value]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Causal attention [B, T, N, H] within documents."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int], window: int | None = None
+) -> Tensor:
+    """Causal attention [B, T, N, H] within documents, to the latest `window` tokens or to all."""
     rows = []
     for row, size in enumerate(sizes):
+        narrow = window is not None and window < size
+        mask: dict = {"attn_mask": _visible(size, window)} if narrow else {"is_causal": True}
         queries, keys, values = (x[row].unflatten(0, (-1, size)).transpose(1, 2) for x in (q, k, v))
-        found = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        found = nn.functional.scaled_dot_product_attention(queries, keys, values, **mask)
         rows.append(found.transpose(1, 2).flatten(0, 1))
     return torch.stack(rows)
 
 
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
     """What each query [B, T, N, H] sees of each key of its row, [B, N, T, T]."""
     scores = torch.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
+    return scores.masked_fill(~_visible(q.shape[1], window), -torch.inf).softmax(-1)
+
+
+def _visible(size: int, window: int | None) -> Tensor:
+    """Which keys [T, T] the query of each row sees: its own token and those before."""
+    ahead = torch.arange(size) - torch.arange(size)[:, None]
+    return (ahead <= 0) & (ahead > -(window or size))

@@ -28,16 +28,20 @@ EXAMPLES = {"curve": 16, "final": 64}  # of each task
 def work(cells: Iterable[Cell], folder: pathlib.Path, claims: pathlib.Path) -> None:
     """Complete every cell that no other worker completes; one that is cut off begins anew."""
     for cell in cells:
-        path = folder / f"{cell.name}.json"
-        if path.exists():
-            continue
-        with claim(claims / cell.name) as mine:
-            if not mine or path.exists():
-                continue
-            record = run(cell)
-            write(path, record)
-            accuracy = mean(record["final"])
-            print(f"{cell.name}: accuracy {accuracy:.3f}, {record['seconds']:.0f} s", flush=True)
+        complete(cell, folder, claims)
+
+
+def complete(cell: Cell, folder: pathlib.Path, claims: pathlib.Path) -> bool:
+    """Complete a cell, unless it is done or another worker has it; whether this worker did."""
+    path = folder / f"{cell.name}.json"
+    with claim(claims / cell.name) as mine:
+        if not mine or path.exists():
+            return False
+        record = run(cell)
+        write(path, record)
+        accuracy = mean(record["final"])
+        print(f"{cell.name}: accuracy {accuracy:.3f}, {record['seconds']:.0f} s", flush=True)
+    return True
 
 
 def run(cell: Cell) -> Document:

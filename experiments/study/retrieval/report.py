@@ -1,0 +1,168 @@
+"""The table and the picture of the search, from its records alone."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from experiments.study.retrieval.candidates import BUDGET, LENGTH, ROWS
+from experiments.study.retrieval.results import BySeed, Result, front, paired
+from experiments.study.retrieval.search import RUNGS
+from experiments.study.statistics import CONFIDENCE, Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FRESH = RUNGS[-1].seeds  # no layout was chosen by them
+AGAINST = ("mha", "fusedkv")
+_HEAD = (
+    "name",
+    "layout",
+    "cache, of mha's",
+    f"accuracy, {RUNGS[0].steps:,} steps",
+    f"accuracy, {RUNGS[1].steps:,} steps",
+    "on fresh seeds",
+    *(f"minus {name}" for name in AGAINST),
+    "loss",
+    *(f"minus {name}" for name in AGAINST),
+    "on the front",
+)
+
+
+def write(found: Sequence[Result], target: pathlib.Path) -> str:
+    """Write table.md and front.png; returns the table's text."""
+    target.mkdir(parents=True, exist_ok=True)
+    text = markdown(found)
+    (target / "table.md").write_text(text, encoding="utf-8")
+    draw(found, target / "front.png")
+    return text
+
+
+def markdown(found: Sequence[Result]) -> str:
+    """The results as a Markdown document."""
+    by_name, best = {result.name: result for result in found}, front(found)
+    rows = [
+        _cells(result, by_name, result.name in best)
+        for result in sorted(found, key=lambda result: (not result.fits, -_rank(result)))
+        if result.screened is not None or result.accuracy
+    ]
+    ruler = ["---", "---", *["---:"] * (len(_HEAD) - 3), "---"]
+    return "\n".join(
+        [
+            "# Study: retrieval",
+            "",
+            f"Layouts of four layers; the cache is counted at {LENGTH} tokens, and those with more "
+            f"than {BUDGET:.0%} of `mha`'s come last. Accuracy is the mean over six recall tasks, "
+            "loss is in nats per token of held-out text, of another model of four layers. A number "
+            f"in brackets is how many seeds a mean has. Fresh seeds are "
+            f"{', '.join(map(str, FRESH))}: nothing was chosen by them. Differences are of runs "
+            "with equal seeds, in accuracy the fresh ones alone (nothing was chosen by a loss), "
+            f"± half of the {CONFIDENCE:.0%} interval by Student's t; "
+            "**bold** where it excludes zero, with no correction for the number of comparisons. "
+            "The front is that of the first rung: one run of each layout on either axis.",
+            "",
+            *("| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)),
+            "",
+        ]
+    )
+
+
+def _rank(result: Result) -> float:
+    """Of the longest runs that a layout has; those that went on come before the others."""
+    if result.accuracy:
+        return 1 + Estimate.of([*result.accuracy.values()]).mean
+    return result.screened or 0.0
+
+
+def _cells(result: Result, by_name: dict[str, Result], best: bool) -> list[str]:
+    row = ROWS[result.name]
+    shared = f", {row.queries_per_kv_head} queries a head" * (row.queries_per_kv_head > 1)
+    fresh = _fresh(result)
+    others = [by_name[name] for name in AGAINST]
+    return [
+        f"`{result.name}`",
+        f"`{row.layout}`{shared}",
+        f"{result.cache:.3g}",
+        "" if result.screened is None else f"{result.screened:.3f}",
+        _mean(result.accuracy),
+        _mean(fresh),
+        *(_difference(fresh, _fresh(other), 3) for other in others),
+        _mean(result.loss),
+        *(_difference(result.loss, other.loss, 4) for other in others),
+        "yes" if best else "",
+    ]
+
+
+def _mean(values: BySeed) -> str:
+    return f"{Estimate.of([*values.values()]).mean:.3f} ({len(values)})" if values else ""
+
+
+def _fresh(result: Result) -> BySeed:
+    return {seed: result.accuracy[seed] for seed in FRESH if seed in result.accuracy}
+
+
+def _difference(ours: BySeed, theirs: BySeed, digits: int) -> str:
+    estimate = paired(ours, theirs)
+    if estimate is None or ours == theirs:
+        return ""
+    spread = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
+    text = f"{estimate.mean:+.{digits}f}{spread}"
+    return f"**{text}**" if estimate.excludes_zero else text
+
+
+def draw(found: Sequence[Result], path: pathlib.Path) -> None:
+    """Accuracy of the short runs, the same against loss with the front, and the long runs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(17, 5.5), layout="constrained")
+    bars, first, later = figure.subplots(1, 3, width_ratios=[1, 1.3, 1.3])
+    screened = sorted(
+        ((result.screened, result) for result in found if result.screened is not None),
+        key=lambda pair: pair[0],
+    )
+    bars.barh(
+        [f"{result.name} ({result.cache:.2f})" for _, result in screened],
+        [accuracy for accuracy, _ in screened],
+        color=[_color(result) for _, result in screened],
+    )
+    bars.set_xlabel(f"accuracy after {RUNGS[0].steps:,} steps, seed {RUNGS[0].seeds[0]}")
+    bars.set_title("first rung (share of mha's cache)", fontsize=10)
+    bars.tick_params(axis="y", labelsize=8)
+    for result in found:
+        if result.place:
+            first.plot(*result.place, "o", color=_color(result))
+            _name(first, result, result.place)
+        if result.accuracy and result.loss:
+            _with_ranges(later, result)
+    best = sorted(result.place for result in found if result.place and result.name in front(found))
+    if best:
+        first.step(*zip(*best, strict=True), where="post", color="C0", linewidth=1, zorder=1)
+    first.set_title("one run on either axis; blue: within the budget, with its front", fontsize=10)
+    later.set_title(
+        f"{RUNGS[1].steps:,} steps: means over seeds, bars from lowest to highest", fontsize=10
+    )
+    for axes in (first, later):
+        axes.set_xlabel("held-out loss (nats per token)")
+        axes.set_ylabel("accuracy")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _with_ranges(axes: Axes, result: Result) -> None:
+    middle = [Estimate.of([*values.values()]).mean for values in (result.loss, result.accuracy)]
+    ranges = [
+        [[mean - min(values.values())], [max(values.values()) - mean]]
+        for mean, values in zip(middle, (result.loss, result.accuracy), strict=True)
+    ]
+    color = _color(result)
+    axes.errorbar(*middle, *ranges[::-1], fmt="o", color=color, elinewidth=0.6, capsize=2)
+    _name(axes, result, (middle[0], middle[1]))
+
+
+def _name(axes: Axes, result: Result, place: tuple[float, float]) -> None:
+    axes.annotate(result.name, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+
+
+def _color(result: Result) -> str:
+    return "C0" if result.fits else "gray"
