@@ -83,6 +83,10 @@ class PagedMemory:
         """Pages that it will read and that are in host memory alone."""
         return sum(node.page < 0 for node in self._known(request))
 
+    def short(self, request: Request) -> int:
+        """Pages that others must give up before it can be admitted; at most 0 for none."""
+        return self._short(request, self._known(request))
+
     def take_copies(self) -> list[Copy]:
         """What must be copied, handed over."""
         copies, self._copies = self._copies, []
@@ -114,12 +118,9 @@ class PagedMemory:
         Nothing is changed where there are too few pages.
         """
         nodes = self._known(request)
-        resident = sum(node.page >= 0 for node in nodes)
-        unread = sum(node.page >= 0 and not node.users for node in nodes)
-        total = self._pages(request.length)
-        spare = 0 if request.state is State.SWAPPED else self._reserved
-        if total - resident > self.available - unread - spare:
+        if self._short(request, nodes) > 0:
             return False
+        resident, total = sum(node.page >= 0 for node in nodes), self._pages(request.length)
         missing = [node for node in nodes if node.page < 0]
         for node in nodes:
             self._use(node)
@@ -278,18 +279,28 @@ class PagedMemory:
             for node in reversed(nodes):
                 self.host.touch(node)
 
-    def save(self, limit: int) -> None:
-        """Write the pages that will be dropped next to host memory, beside a step.
+    def save(self, limit: int, victims: Iterable[Request] = ()) -> None:
+        """Write the pages that will be given up next to host memory, beside a step.
 
         CachedAttention's asynchronous saving: no step has to wait until a page has been written.
+        An eighth of the pages is kept ready so: free, or unread or a victim's and written.
 
         Args:
             limit: pages that may be written.
+            victims: running requests that will give up their pages next.
         """
         if self.host is None:
             return
         soon = min(self.pool.num_pages, self.host.pool.num_pages) // 8
-        for node in itertools.islice(self._unread, soon):
+        nodes = list(itertools.islice(self._unread, soon))
+        soon -= self.available
+        for request in victims:
+            if soon <= 0:
+                break
+            self.commit(request)
+            nodes += request.nodes
+            soon -= len(request.pages)
+        for node in nodes:
             if node.host_page < 0:
                 slots = self.host.reserve(1) if limit else None
                 if slots is None:
@@ -312,6 +323,12 @@ class PagedMemory:
         if request.state is State.SWAPPED:
             return request.nodes
         return self.tree.match(request) if self.caching else []
+
+    def _short(self, request: Request, nodes: Sequence[Node]) -> int:
+        resident = sum(node.page >= 0 for node in nodes)
+        unread = sum(node.page >= 0 and not node.users for node in nodes)
+        spare = 0 if request.state is State.SWAPPED else self._reserved
+        return self._pages(request.length) - resident - (self.available - unread - spare)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

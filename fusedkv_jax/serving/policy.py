@@ -58,6 +58,13 @@ class Policy:
         """Who gives up its pages: by default whoever arrived last."""
         return max(running, key=lambda request: request.arrival)
 
+    def next_victims(self, view: View) -> Iterable[Request]:
+        """Running requests that will give up their pages soon, the next one first.
+
+        Their pages are written to host memory beside the steps, so that none has to wait for it.
+        """
+        return ()
+
     def how(self, request: Request, view: View) -> How:
         """What becomes of the pages of a victim, or of a request that calls a tool.
 

@@ -84,7 +84,7 @@ class Scheduler:
         # Who will start when its pages have come from host memory, and how many are missing.
         self._awaited: dict[Request, int] = {}
         self._awaited_before: dict[Request, int] = {}
-        self._seconds = 0.0  # of the last step
+        self._seconds = 0.0  # of the shortest of the last steps
         self._accounts = type(policy).progressed is not Policy.progressed
         self.view = View(memory, self.running, self.waiting, seconds_per_page=seconds_per_page)
 
@@ -162,6 +162,7 @@ class Scheduler:
         self._plan = plan
         requests, counts, most = plan.requests, plan.counts, self.max_num_seqs
         queue = self._queue_order(plan)
+        closed = False  # nobody starts behind one who may not
         left = self.max_num_batched_tokens - plan.calm
         for request in queue:
             if left <= 0 or len(requests) == most:
@@ -171,8 +172,11 @@ class Scheduler:
                 counts.append(1)
                 left -= 1
                 continue
-            if request.state is not State.RUNNING and not self._admit(request):
-                break
+            if request.state is not State.RUNNING and (closed or not self._admit(request)):
+                if not self.policy.preemptive:
+                    break
+                closed = True  # but those behind who run go on
+                continue
             count = self._portion(request, left)
             end = request.computed + count
             if not count or end > request.capacity and not self._grow(request, end):
@@ -211,7 +215,9 @@ class Scheduler:
             Those that have ended.
         """
         commit = self.memory.commit
-        self.view.now, self._seconds = now, seconds
+        self.view.now = now
+        # A short step may follow a long one, and must not wait for as many copies.
+        self._seconds = min(seconds, 1.01 * self._seconds or seconds)
         due: list[Request] = []  # who ends, or calls a tool
         done: list[Request] = []
         calm = plan.calm
@@ -295,17 +301,22 @@ class Scheduler:
             full = len(self.running) >= self.max_num_seqs
             if full or self._evicted:  # who evicts has no room for anybody new
                 return False
-        if self._must_await(request) or not self.policy.admits(request, self.view):
+        if not self.policy.admits(request, self.view):
             return False
-        while not self.memory.admit(request):
-            victims = self._victims() if self.policy.preemptive else []
-            if not victims:
-                return False
-            self._evict(self.policy.victim(victims, self.view))
+        awaits = self._must_await(request)
+        if self.policy.preemptive:
+            self._clear(request)
+        if awaits or not self.memory.admit(request):
+            return False
         self.running.append(request)
         self._admitted.add(request)
         self.policy.admitted(request, self.view)
         return True
+
+    def _clear(self, request: Request) -> None:
+        """Let others give up the pages that a waiting request needs to start."""
+        while self.memory.short(request) > 0 and (victims := self._victims()):
+            self._evict(self.policy.victim(victims, self.view))
 
     def _portion(self, request: Request, left: int) -> int:
         """How many tokens of it come next, of so many that are left; 0 for none in this step."""
@@ -345,12 +356,12 @@ class Scheduler:
     def _copy_beside(self) -> None:
         """Load what comes next and save what goes next, as much as a step has time for."""
         memory, each = self.memory, self.view.seconds_per_page
-        limit = max(1, int(self._seconds / each)) if each else memory.pool.num_pages
+        limit = max(1, int(0.9 * self._seconds / each)) if each else memory.pool.num_pages
         if self.look_ahead:
             memory.prefetch([*self._awaited, *self.waiting[: self.look_ahead]], limit)
         # No more has to go than comes, but for a prompt that was found in the cache.
         filled = -(-self.max_num_batched_tokens // memory.page_size)
-        memory.save(min(limit, 2 * filled))
+        memory.save(min(limit, 2 * filled), self.policy.next_victims(self.view))
 
     def _grow(self, request: Request, length: int) -> bool:
         """Pages for more tokens of a running request, if need be those of others."""

@@ -120,6 +120,14 @@ def test_a_pool_of_little_more_than_one_request_serves_all(how, expected):
         assert served.stats().lower_rows < sum(map(len, prompts(24))) + sum(map(len, expected))
 
 
+def test_requests_that_wait_in_host_memory_go_on_as_if_nothing_had_been(expected):
+    """Prompts take the pages of those who have time to spare."""
+    policy = POLICIES["layer_kv"](tpot=1e3, spare=1e-9)
+    served = engine(num_pages=16, host_pages=400, policy=policy)
+    assert all_tokens(run(served, prompts(24), GREEDY)) == expected
+    assert served.stats().preemptions > 20
+
+
 def test_draws_are_those_of_generate_at_any_row_and_load():
     letters, given, params = Letters(), prompts(24), odd_params() * 4
     alone = fkv.generate(model(), given, params, tokenizer=letters)

@@ -208,26 +208,65 @@ def test_a_second_identical_prompt_computes_a_page_at_most():
     assert counts[0] == 2000 and counts[1] <= 16
 
 
-def test_layer_kv_starts_a_prompt_when_those_who_decode_can_wait_for_it():
-    policy = POLICIES["layer_kv"](tpot=1.0, patience=100.0)
-    scheduler = Scheduler(PagedMemory(100, 4), policy)
-    scheduler.view.seconds_per_token = 0.1
-    first, second = (Request(n, np.full(40, i), max_tokens=60) for i, n in enumerate("ab"))
+def test_layer_kv_starts_a_prompt_in_full_memory_while_those_who_decode_can_wait_for_it():
+    memory = PagedMemory(40, 4, host_pages=80, reserve=0.0)
+    policy = POLICIES["layer_kv"](tpot=1.0, spare=5.0)
+    scheduler, ran = Scheduler(memory, policy), []
+    contents = Contents(scheduler)
+    first = Request("a", np.full(141, 1), max_tokens=18)  # 36 pages, later 40
+    second = Request("b", np.full(20, 2), max_tokens=3)
     scheduler.add(first, 0.0)
-    plan = scheduler.schedule(0.0)
-    scheduler.finish(plan, [1], 0.0, 4.0)  # 0.1 s a token
-    scheduler.add(second, 0.0)
-    started = []
-    for step in range(1, 8):  # each gives 1 s of slack and takes 0.1 s; the prompt takes 4 s
+    while scheduler.unfinished:
+        step = len(ran)
+        if step == 4:
+            scheduler.add(second, 0.4)
         plan = scheduler.schedule(0.1 * step)
-        started.append(second in plan.requests)
-        scheduler.finish(plan, [1] * len(plan.requests), 0.1 * step, 0.1)
-    assert started == [False] * 4 + [True] * 3
-    third = Request("c", np.full(4000 % 97, 5), max_tokens=1)
-    scheduler.add(third, 0.7)
-    scheduler.view.seconds_per_token = 1e3
-    assert third not in scheduler.schedule(90.0).requests
-    assert third in scheduler.schedule(101.0).requests, "its patience has ended"
+        ran.append("".join(request.name for request in plan.requests))
+        contents.run(plan)
+        scheduler.finish(plan, [9] * len(plan.requests), 0.1 * step, 0.1)
+        check_accounts(scheduler)
+    # Each token takes 0.1 s and gives 1 s of slack: with the sixth there are more than 5.
+    assert ran == ["a"] * 6 + ["b"] * 3 + ["a"] * 12
+    assert scheduler.preemptions == 1
+
+
+def test_what_layer_kv_will_interrupt_is_written_beside_the_steps():
+    memory = PagedMemory(40, 4, host_pages=80, reserve=0.0)
+    scheduler = Scheduler(memory, POLICIES["layer_kv"](tpot=1.0, spare=5.0))
+    scheduler.add(Request("a", np.full(141, 1), max_tokens=18), 0.0)
+    directions = []
+    for step in range(10):
+        if step == 8:
+            scheduler.add(Request("b", np.full(20, 2), max_tokens=3), 0.8)
+        plan = scheduler.schedule(0.1 * step)
+        directions.append([copy.direction for copy in plan.copies])
+        scheduler.finish(plan, [9] * len(plan.requests), 0.1 * step, 0.1)
+    # 146 tokens are there at the sixth step, 148 when it is interrupted: 37 full pages.
+    assert directions[6] == [Direction.BEHIND] * 36 and not sum(directions[:6], [])
+    assert directions[7] + directions[8] == [Direction.OUT]
+
+
+@pytest.mark.parametrize("memory", [PagedMemory(9, 4), PagedMemory(9, 4, host_pages=2)])
+def test_layer_kv_interrupts_nobody_without_room_on_the_host(memory):
+    scheduler = Scheduler(memory, POLICIES["layer_kv"](tpot=1.0, spare=1.0))
+    first, second = (Request(n, np.full(20, i), max_tokens=16) for i, n in enumerate("ab"))
+    for request in (first, second):
+        scheduler.add(request, 0.0)
+    while first.state is not State.FINISHED:
+        plan = scheduler.schedule(0.0)
+        assert second not in plan.requests
+        scheduler.finish(plan, [9] * len(plan.requests), 0.0, 0.1)
+    assert second in scheduler.schedule(0.0).requests and not scheduler.preemptions
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_layer_kv_with_time_to_spare_serves_everything_from_right_pages(seed):
+    rng = random.Random(seed)
+    memory = PagedMemory(rng.choice((14, 20)), 4, host_pages=rng.choice((6, 40)), reserve=0.0)
+    policy = POLICIES["layer_kv"](tpot=rng.choice((2.0, 5.0)), spare=rng.choice((0.5, 4.0)))
+    scheduler = Scheduler(memory, policy, max_num_batched_tokens=rng.choice((300, 1000)))
+    _serve(scheduler, [_request(rng, number) for number in range(16)], rng)
 
 
 def test_salts_share_nothing():

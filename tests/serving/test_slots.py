@@ -76,6 +76,26 @@ def test_a_cyclic_layout_answers_as_generate_does(expected, caplog):
     assert sorted(begun) == sorted(map(len, given())), "no prompt was cut"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("resformer", "window_hybrid") else pytest.mark.slow)
+        for name in small.SPECS
+    ],
+)
+def test_pages_and_slots_answer_as_generate_does(name):
+    """Every layout, also those whose options `model` has not; a cyclic one has slots alone."""
+    config = small.config(small.SPECS[name], "gqa", num_layers=8, d_model=16, d_ff=16)
+    model_, asked = small.decoder(config), prompts(16)
+    expected = _generated(model_, asked)
+    assert len(set(expected)) > 8
+    for memory in ("pages", "slots") if not config.kv_layout.is_cyclic else ("auto",):
+        assert all_tokens(run(engine(model_, memory=memory), asked, GREEDY)) == expected, memory
+    if config.kv_layout.is_cyclic:
+        with pytest.raises(ValueError, match="slots"):
+            engine(model_, memory="pages")
+
+
 @pytest.mark.slow
 def test_outputs_of_one_prompt_part_into_slots_of_their_own(expected):
     """Of the slots there are as many as outputs, and others run beside."""
