@@ -5,6 +5,7 @@ import json
 
 import jsonschema
 
+import fusedkv_jax as fkv
 from fusedkv_jax.serving import AsyncEngine
 from tests.server.running import serving
 from tests.serving.served import GREEDY, LONGEST, PAGE, Json, engine, prompts, run
@@ -55,6 +56,26 @@ def test_clients_get_what_the_engine_gives():
         auth = {"headers": {"Authorization": "Bearer a"}}
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert running.metric(gauge, **auth) == 0
+
+
+def test_metrics_count_what_is_drafted_and_accepted():
+    speculation = fkv.NGramSpeculation(draft_tokens=3, prompt_lookup_min=1)
+    served = engine(tokenizer=Json(), speculation=speculation)
+    plans = []
+    served.watch = lambda plan, seconds: plans.append(plan)
+    with serving(AsyncEngine(served, model_name="toy"), template=None) as running:
+        body = {"prompt": [5, 6, 7] * 4, "temperature": 0, "max_tokens": 20, "ignore_eos": True}
+        for _ in range(3):
+            assert running.http.post("/v1/completions", json=body).status_code == 200
+        running.idle()
+        drafts, tokens, accepted = (
+            running.metric(f"spec_decode_num_{name}_total")
+            for name in ("drafts", "draft_tokens", "accepted_tokens")
+        )
+    checked = [draft for plan in plans for draft in plan.drafts]
+    right = sum(count - 1 for plan in plans if plan.drafts for count in plan.counts)
+    assert drafts == sum(map(bool, checked)) and tokens == sum(map(len, checked))
+    assert tokens > drafts > accepted == right > 0
 
 
 def _format(schema):

@@ -1,4 +1,4 @@
-"""Prompts start in full memory while those who decode can wait for it (LayerKV, arXiv 2410.00428)."""
+"""Prompts start in full memory while who decodes can wait for it (LayerKV, arXiv 2410.00428)."""
 
 from __future__ import annotations
 
