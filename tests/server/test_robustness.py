@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import time
 import httpx2 as httpx
 import pytest
 
+from fusedkv_jax.server import listen
 from tests.server.fake import FakeEngine
 from tests.server.running import Running, serving
 
@@ -203,6 +205,14 @@ def test_health_finds_an_engine_that_hangs():
         assert running.idle()  # the token that did not come is given up
         running.engine.hung = running.engine.alive = False
         assert running.http.get("/health").status_code == 503
+
+
+def test_small_packets_do_not_wait_for_acknowledgements():
+    """Headers and first token are two packets; with Nagle's algorithm the second waits 40 ms."""
+    with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()):
+        connection, _ = sock.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # One process imports, and forks for each server.
