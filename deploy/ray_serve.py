@@ -22,6 +22,8 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
         name: what clients call the model; default its own.
         min_replicas, max_replicas: how many there may be.
         target_ongoing_requests: of each, that Ray aims at; about what a step holds.
+        upscale_delay_s, downscale_delay_s: how long there must be too many requests, or too few,
+            before a replica comes or goes; it loads and compiles the model when it comes.
         num_cpus: of each replica.
         resources: of each replica, such as {"TPU": 4}.
         engine: fields of ServingSettings.
@@ -33,6 +35,8 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: int = 32
+    upscale_delay_s: float = 30
+    downscale_delay_s: float = 600
     num_cpus: float = 1
     resources: dict[str, float] = {}
     engine: dict[str, Any] = {}
@@ -82,6 +86,8 @@ def app(arguments: Arguments) -> serve.Application:
         "min_replicas": arguments.min_replicas,
         "max_replicas": arguments.max_replicas,
         "target_ongoing_requests": arguments.target_ongoing_requests,
+        "upscale_delay_s": arguments.upscale_delay_s,
+        "downscale_delay_s": arguments.downscale_delay_s,
     }
     options = {"num_cpus": arguments.num_cpus, "resources": arguments.resources}
     return Replica.options(autoscaling_config=scaling, ray_actor_options=options).bind(arguments)

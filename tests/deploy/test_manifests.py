@@ -102,3 +102,20 @@ def test_the_configuration_of_ray_serve_is_one():
 
     ServeDeploySchema.parse_obj(config)
     Arguments(**application["args"])
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_replicas_come_and_go_by_ray_s_own_fields():
+    pytest.importorskip("ray.serve")
+    from deploy.ray_serve import Arguments, app
+
+    config = yaml.safe_load((DEPLOY / "ray_serve.yaml").read_text(encoding="utf-8"))
+    given = config["applications"][0]["args"]
+    # Ray tells no other way what it has made of the options.
+    bound = app(Arguments(**given))._bound_deployment
+    scaling = bound._deployment_config.autoscaling_config
+    names = {name for name in given if name.endswith(("replicas", "requests", "delay_s"))}
+    assert len(names) == 5
+    assert {name: getattr(scaling, name) for name in names} == {name: given[name] for name in names}
+    with pytest.raises(ValueError, match="must be greater than or equal to min_replicas"):
+        app(Arguments(min_replicas=3, max_replicas=2))
