@@ -125,7 +125,8 @@ def pooled(streams: Sequence[PagedStream], weights: Array | None) -> Sources:
     size = streams[0].head_size
     return _checked(
         Sources(
-            arrays=tuple(x.data for x in streams),
+            # Tiles of a page follow each other: a kernel that counts tokens sees none.
+            arrays=tuple(x.data.reshape(*x.data.shape[:2], x.page_size, -1) for x in streams),
             scales=scales,
             weights=_wide(weights),
             size=size,
