@@ -8,7 +8,7 @@ import pytest
 
 from experiments.study import records
 from experiments.study.recall import worker
-from experiments.study.retrieval import candidates, losses, report, results, search
+from experiments.study.retrieval import candidates, confirmation, losses, report, results, search
 from experiments.study.retrieval.candidates import BUDGET, CANDIDATES, REFERENCES, ROWS
 from experiments.study.retrieval.results import Result
 from fusedkv_jax.data import recall_tasks
@@ -140,6 +140,10 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
             for steps, seed, entrants in ((1, 0, None), (2, 0, 1), (2, 1, 1))
         ),
     )
+    for name, value in (("WIDTH", 8), ("STEPS", 1), ("SEEDS", (1, 2))):
+        monkeypatch.setattr(confirmation, name, value)
+    larger = {name: confirmation.ROWS[name] for name in ("one_reader", "half_readers", "mha")}
+    monkeypatch.setattr(confirmation, "ROWS", larger)
     monkeypatch.setattr(results, "_COMMITTED", tmp_path / "none")
     monkeypatch.setattr(worker, "EXAMPLES", {"curve": 1, "final": 1})
     line = ["--study=retrieval", f"--workdir={tmp_path}/work", f"--output={tmp_path}/out"]
@@ -147,7 +151,7 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
     assert json.loads(out.splitlines()[-1]) == {"study": "retrieval", "front": []}
     files = sorted((tmp_path / "out" / "records" / "recall").glob("*.json"))
     made = [json.loads(file.read_text()) for file in files]
-    assert len(made) == 5 + 4 + 4
+    assert len(made) == 5 + 4 + 4 + 2 + 2 * 3
     assert all(set(record["final"]) == set(recall_tasks.names()) for record in made)
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()  # as if its worker had died

@@ -25,6 +25,7 @@ class Cell:
       init_std: of the initial matrices, the embedding among them.
       embedding_scale: multiplies what enters the first layer, and not the output head.
       queries_per_kv_head: query heads that share one head of keys and values.
+      num_layers, d_model, num_heads: sizes of the model; its MLP is twice as wide as d_model.
     """
 
     layout: str
@@ -40,6 +41,9 @@ class Cell:
     init_std: float = recall.D_MODEL**-0.5
     embedding_scale: float = 1.0
     queries_per_kv_head: int = 1
+    num_layers: int = 4
+    d_model: int = recall.D_MODEL
+    num_heads: int = 2
 
     @property
     def name(self) -> str:
@@ -67,10 +71,14 @@ class Cell:
             name=f"recall {self.name}",
             model=base.model.replace(
                 layout=self.layout,
+                num_layers=self.num_layers,
+                d_model=self.d_model,
+                num_heads=self.num_heads,
+                d_ff=2 * self.d_model,
                 qk_norm=self.qk_norm,
                 init_std=self.init_std,
                 embedding_scale=self.embedding_scale,
-                num_kv_heads=base.model.num_heads // self.queries_per_kv_head,
+                num_kv_heads=self.num_heads // self.queries_per_kv_head,
             ),
             data=dataclasses.replace(
                 base.data, seq_len=self.seq_len, batch_size=self.batch_size, seed=self.seed

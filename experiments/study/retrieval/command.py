@@ -1,9 +1,10 @@
 """python -m experiments.reproduce --study=retrieval --data=FOLDER: be one worker of the search.
 
 Start it as often as there are cores. Each takes the runs that no other has and that the finished
-ones make possible: recall first, then losses, which need the text of --study=scaling. Records, the
-table and the front are left in --output, complete or not. Records of --study=recall and
---study=scaling that are in the repository are not made again.
+ones make possible: recall first, at the size of the search and then at the next one, then losses,
+which need the text of --study=scaling. Records, the tables and the pictures are left in --output,
+complete or not. Records of --study=recall and --study=scaling that are in the repository are not
+made again.
 """
 
 import json
@@ -17,7 +18,7 @@ from experiments.common import cli, runs
 from experiments.study import corpus
 from experiments.study import worker as losses_worker
 from experiments.study.recall import worker as recall_worker
-from experiments.study.retrieval import losses, report, results, search
+from experiments.study.retrieval import confirmation, losses, report, results, search
 from fusedkv_jax import training
 
 FLAGS = flags.FLAGS
@@ -49,6 +50,8 @@ def _work(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     while True:
         accuracies = results.accuracies(folder)
         missing = [cell for cell in search.cells(accuracies) if cell not in accuracies]
+        if not missing:
+            missing = [cell for cell in confirmation.cells(accuracies) if cell not in accuracies]
         known = results.losses_of(folder)
         unread = [cell for cell in losses.cells(accuracies) if text and cell not in known]
         if not missing and not unread:

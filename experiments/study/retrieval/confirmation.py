@@ -1,0 +1,82 @@
+"""The search's best layout at the next size: what it becomes there, and whether it holds."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from experiments.study.grid import Row
+from experiments.study.recall.cells import Cell
+from experiments.study.retrieval.search import Accuracies
+from fusedkv_jax import costs
+
+LAYERS, WIDTH, HEADS = 8, 96, 4
+STEPS, LENGTH = 2000, 128
+CHOICE = 0  # the seed that chooses between the forms
+SEEDS = (4, 5, 6)  # nothing was chosen by them
+
+
+def one_reader(num_layers: int) -> str:
+    """Layer 1 reads the cache of layer 0; those above have keys of their own and its values."""
+    return "_".join(["0", "0", *(f"k{i}v0" for i in range(2, num_layers))])
+
+
+def half_readers(num_layers: int) -> str:
+    """The lower half reads the cache of layer 0; the upper half has keys of its own."""
+    middle = num_layers // 2
+    return "_".join(["0"] * middle + [f"k{i}v0" for i in range(middle, num_layers)])
+
+
+# What the best layout of four layers can be for more; with four they are one.
+FORMS: Mapping[str, Callable[[int], str]] = {
+    "one_reader": one_reader,
+    "half_readers": half_readers,
+}
+ROWS: Mapping[str, Row] = {
+    **{name: Row(layout=form(LAYERS)) for name, form in FORMS.items()},
+    "fusedkv": Row(layout="fusedkv"),
+    "svformer": Row(layout="svformer"),
+    "mha": Row(layout="mha"),
+    "gqa": Row(layout="mha", queries_per_kv_head=2),
+}
+
+
+def cell(name: str, seed: int) -> Cell:
+    """The run of a layout."""
+    row = ROWS[name]
+    return Cell(
+        layout=row.layout,
+        seed=seed,
+        seq_len=LENGTH,
+        batch_size=4,
+        steps=STEPS,
+        init_std=WIDTH**-0.5,  # as the recipe's follows from its width
+        queries_per_kv_head=row.queries_per_kv_head,
+        num_layers=LAYERS,
+        d_model=WIDTH,
+        num_heads=HEADS,
+    )
+
+
+def chosen(done: Accuracies) -> str | None:
+    """The form of the higher accuracy with the seed that chooses; None before both are done."""
+    runs = {name: cell(name, CHOICE) for name in FORMS}
+    if any(run not in done for run in runs.values()):
+        return None
+    return max(runs, key=lambda name: done[runs[name]])
+
+
+def cells(done: Accuracies) -> Iterator[Cell]:
+    """The runs that the finished ones make possible, done or not; the other form comes last."""
+    yield from (cell(name, CHOICE) for name in FORMS)
+    best = chosen(done)
+    if best is None:
+        return
+    compared = [best, *(name for name in ROWS if name not in FORMS)]
+    for names in (compared, [name for name in FORMS if name != best]):
+        yield from (cell(name, seed) for seed in SEEDS for name in names)
+
+
+def cache_share(name: str) -> float:
+    """Cached elements over those of `mha` with as many layers."""
+    ours, whole = (
+        costs.cache_bytes(cell(row, CHOICE).config().model, 1, LENGTH) for row in (name, "mha")
+    )
+    return ours / whole
