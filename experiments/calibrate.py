@@ -160,6 +160,8 @@ class Measured:
 
     def log_steps(self, count: int, seed: int) -> list[LoggedStep]:
         """So many steps, a share with each number of clients for which there is a program."""
+        import jax
+
         engine, log = self.engine, []
         works: list[tuple[float, ...]] = []
         watching = 0.0
@@ -181,6 +183,8 @@ class Measured:
                     _add(engine, rng, str(next(numbers)))
                 start = time.monotonic()
                 engine.step()
+                # One that samples nothing returns while the device still computes it.
+                jax.block_until_ready(engine.runner.pool)
                 seconds = time.monotonic() - start - watching
                 log += [LoggedStep(work, seconds) for work in works]
                 works.clear()
