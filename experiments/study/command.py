@@ -30,8 +30,9 @@ GRIDS = ("scaling",)  # of language models, on text
 _USELESS = {
     "recall": ("data", "sizes"),
     "retrieval": ("sizes", "questions", "layouts"),
+    "paper": ("sizes", "questions", "layouts"),
 }
-STUDIES = (*GRIDS, "recall", "retrieval")
+STUDIES = (*GRIDS, "recall", "retrieval", "paper")
 
 
 def define_flags() -> None:
@@ -42,8 +43,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data",
         None,
-        "With --study=scaling: the folder of its text, train.*, valid.* and NAME.valid.*; with "
-        "--study=retrieval the same, without which it measures no losses.",
+        "With --study=scaling or paper: the folder of the text, train.*, valid.* and NAME.valid.*; "
+        "with --study=retrieval the same, without which it measures no losses.",
     )
     flags.DEFINE_list("sizes", [], "With --study=scaling: the sizes to train, by default all.")
     flags.DEFINE_list(

@@ -123,6 +123,7 @@ class Study:
       equal_cache: the row that the others are compared with besides, for its equal cache.
       checked: the rows at which the tuned learning rate is checked against its neighbors.
       draws: what is repeated; the first is the one that tunes.
+      checkpoints: of each run, how many are there when its record is made.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Study:
     equal_cache: str
     checked: tuple[str, ...]
     draws: tuple[Seeds, ...]
+    checkpoints: int = 1
 
     def model(self, size: str, row: str) -> ModelConfig:
         """The model of a row at a size."""
@@ -172,7 +174,7 @@ class Study:
                 log_every=max(steps // 20, 1),
                 eval_batches=1_000_000,  # all of the held-out text
                 checkpoint_every=max(steps // 10, 1),
-                keep_checkpoints=1,
+                keep_checkpoints=self.checkpoints,
             ),
             mesh=MeshConfig(devices=1),  # a worker a device
         )

@@ -4,13 +4,13 @@ import collections
 import pathlib
 from collections.abc import Sequence
 
-from experiments.study import figures, plan, records
+from experiments.study import figures, plan, records, speed
 from experiments.study.grid import Study
 from experiments.study.statistics import CONFIDENCE, Estimate, Line, lines
 
 
 def write(study: Study, source: pathlib.Path, target: pathlib.Path) -> str:
-    """Write table.md and its pictures from the records of a folder; returns the table's text."""
+    """Write tables and pictures from the records of a folder; returns the text of table.md."""
     found = records.read_all(source, study)
     if not found:
         raise ValueError(f"{source} holds no records of --study={study.name}; run the study first")
@@ -20,6 +20,8 @@ def write(study: Study, source: pathlib.Path, target: pathlib.Path) -> str:
     results = lines(study, found)
     figures.draw_losses(study, results, target / "losses.png")
     figures.draw_differences(study, results, target / "differences.png")
+    (target / "speed.md").write_text(speed.markdown(study, results), encoding="utf-8")
+    speed.draw(study, results, target / "speed.png")
     return text
 
 

@@ -112,12 +112,12 @@ def _line(
     def estimate(text: str) -> Estimate:
         return Estimate.of([record["losses"][text]["bits_per_byte"] for record in own.values()])
 
-    losses = _finite(own)
+    losses = finite_losses(own)
     first = next(iter(own.values()))
     against = {
         name: difference
         for name, theirs in others.items()
-        if name != row and (difference := paired(losses, _finite(theirs))) is not None
+        if name != row and (difference := paired(losses, finite_losses(theirs))) is not None
     }
     return Line(
         size=size,
@@ -131,6 +131,7 @@ def _line(
     )
 
 
-def _finite(found: Mapping[Seeds, records.Record]) -> dict[Seeds, float]:
+def finite_losses(found: Mapping[Seeds, records.Record]) -> dict[Seeds, float]:
+    """Held-out losses of the runs that did not diverge, by draw."""
     losses = {draw: records.loss_of(record) for draw, record in found.items()}
     return {draw: loss for draw, loss in losses.items() if math.isfinite(loss)}

@@ -14,10 +14,10 @@ import pytest
 from scipy import stats
 
 from experiments.common import runs
-from experiments.study import command, corpus, plan, records, report, statistics, worker
+from experiments.study import command, corpus, plan, records, report, speed, statistics, worker
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Row, Seeds, Size
-from fusedkv_jax import costs, layouts
+from fusedkv_jax import costs, layouts, presets
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import DivergedError
 from tests.experiments import commands
@@ -286,11 +286,28 @@ def test_the_report_comes_from_records_alone(study, tmp_path):
     assert cells[6].startswith("-0.3750 ± 1.58")  # t = 12.7 for two draws: not bold
     assert "| mha | 2.5000 | 2.0000 | 2.2500 |" in text and "0.008 is used" in text
     assert "| yoco |" not in text.split("Loss by learning rate")[0]
-    for name in ("losses.png", "differences.png"):
+    times = [line.split("|")[1:-1] for line in (tmp_path / "speed.md").read_text().splitlines()]
+    (fused,) = ([cell.strip() for cell in row] for row in times if row and row[0] == " fusedkv ")
+    assert fused[1] == "0.5" and fused[2].startswith("2.1250 ± ")
+    assert fused[3].endswith("(0.50)") and fused[4].endswith("(1.46)") and fused[6] == "1.52"
+    for name in ("losses.png", "differences.png", "speed.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     shutil.rmtree(tmp_path / "records")
     with pytest.raises(ValueError, match="holds no records of --study=scaling; run the study"):
         report.write(study, tmp_path / "records", tmp_path)
+
+
+def test_times_are_arithmetic():
+    """A step that waits for memory: parameters and what each layer of each row reads."""
+    found = speed.estimates({name: Row(layout=name) for name in ("mha", "fusedkv", "lckv")})
+    stream = 32_768 * 2048 * 2  # bytes of one layer's keys in 1.5B
+    parameters = 2 * costs.parameter_count(presets.get("1_5b", layout="mha"))
+    assert found["mha"].later == pytest.approx((parameters + 8 * 48 * stream) / 2765e9)
+    more = found["fusedkv"].later - found["mha"].later  # 12 layers read two of each
+    saved = 12 * 2 * 2 * 2048**2 - 12 * 3 * 2 * 2048 // 2 * 2
+    assert more == pytest.approx((8 * 24 * stream - saved) / 2765e9, rel=1e-3)
+    assert found["fusedkv"].of(found["mha"]).first == pytest.approx(0.5, abs=0.01)
+    assert found["lckv"].first > 7 * found["mha"].first  # prompts take all passes
 
 
 def test_rows_change_heads_only_as_they_can(study):
