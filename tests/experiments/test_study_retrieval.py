@@ -8,7 +8,15 @@ import pytest
 
 from experiments.study import records
 from experiments.study.recall import worker
-from experiments.study.retrieval import candidates, confirmation, losses, report, results, search
+from experiments.study.retrieval import (
+    candidates,
+    confirmation,
+    confirmation_report,
+    losses,
+    report,
+    results,
+    search,
+)
 from experiments.study.retrieval.candidates import BUDGET, CANDIDATES, REFERENCES, ROWS
 from experiments.study.retrieval.results import Result
 from fusedkv_jax.data import recall_tasks
@@ -125,6 +133,46 @@ def test_the_report_pairs_fresh_seeds(tmp_path):
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_forms_are_one_with_four_layers():
+    assert {form(4) for form in confirmation.FORMS.values()} == {"0_0_k2v0_k3v0"}
+    shares = {name: confirmation.cache_share(name) for name in confirmation.FORMS}
+    assert shares == {"one_reader": 8 / 16, "half_readers": 6 / 16}
+
+
+def test_the_better_form_goes_on():
+    first = list(confirmation.cells({}))
+    assert [run.seed for run in first] == [confirmation.CHOICE] * 2
+    done = dict(zip(first, (0.5, 0.6), strict=True))
+    assert confirmation.chosen(dict([*done.items()][:1])) is None
+    assert confirmation.chosen(done) == "half_readers"
+    later = list(confirmation.cells(done))[2:]
+    assert later[0] == confirmation.cell("half_readers", confirmation.SEEDS[0])
+    wider = [run for run in later if run.d_model == confirmation.WIDER.width]
+    assert later[-len(wider) :] == wider and len(wider) == len(confirmation.ROWS)
+    assert len(set(later) - set(wider)) == len(confirmation.ROWS) * len(confirmation.SEEDS)
+
+
+def test_the_next_size_is_reported_by_fresh_seeds(tmp_path):
+    runs = {
+        "mha": {confirmation.CHOICE: record(0.9), 4: record(0.1), 5: record(0.3)},
+        "fusedkv": {},
+        "half_readers": {4: record(0.4), 5: record(0.5), 6: record(0.6)},
+    }
+    text = confirmation_report.write(runs, {"mha": {0: record(0.7), 4: record(0.8)}}, tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    half, mha, fused = (cells for cells in rows if cells and cells[0].startswith("`"))
+    assert half[2:] == ["0.375", "", "4, 5, 6", "0.500", "0.400 to 0.600", half[-3], "", ""]
+    assert half[-3].startswith("+0.250 ± ")  # of 0.3 and 0.2
+    assert mha[3:7] == ["0.900", "4, 5", "0.200", "0.100 to 0.300"] and mha[-1] == "0.700"
+    assert fused == ["`fusedkv`", "`fusedkv`", "0.5", *[""] * 7]
+    assert (tmp_path / "confirmation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def record(accuracy):
+    looks = [{"step": step, "accuracy": {"a": accuracy * step}} for step in (1, 2)]
+    return {"final": {"a": accuracy - 0.1, "b": accuracy + 0.1}, "curve": looks}
+
+
 def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="needs the extra reference")
     few = {name: ROWS[name] for name in ("mha", "fusedkv", "gqa", "yoco", "window_keys2")}
@@ -140,18 +188,19 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
             for steps, seed, entrants in ((1, 0, None), (2, 0, 1), (2, 1, 1))
         ),
     )
-    for name, value in (("WIDTH", 8), ("STEPS", 1), ("SEEDS", (1, 2))):
+    monkeypatch.setattr(confirmation.cell, "__defaults__", (confirmation.Size(8, 8, 2),))
+    for name, value in (("WIDER", confirmation.Size(8, 16, 2)), ("STEPS", 1), ("SEEDS", (1,))):
         monkeypatch.setattr(confirmation, name, value)
-    larger = {name: confirmation.ROWS[name] for name in ("one_reader", "half_readers", "mha")}
-    monkeypatch.setattr(confirmation, "ROWS", larger)
     monkeypatch.setattr(results, "_COMMITTED", tmp_path / "none")
     monkeypatch.setattr(worker, "EXAMPLES", {"curve": 1, "final": 1})
     line = ["--study=retrieval", f"--workdir={tmp_path}/work", f"--output={tmp_path}/out"]
     (out,) = commands.run_here("reproduce", line)
-    assert json.loads(out.splitlines()[-1]) == {"study": "retrieval", "front": []}
+    result = json.loads(out.splitlines()[-1])
+    assert result.pop("form") in confirmation.FORMS
+    assert result == {"study": "retrieval", "front": []}
     files = sorted((tmp_path / "out" / "records" / "recall").glob("*.json"))
     made = [json.loads(file.read_text()) for file in files]
-    assert len(made) == 5 + 4 + 4 + 2 + 2 * 3
+    assert len(made) == 5 + 4 + 4 + (2 + 6) + 6
     assert all(set(record["final"]) == set(recall_tasks.names()) for record in made)
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()  # as if its worker had died

@@ -18,7 +18,14 @@ from experiments.common import cli, runs
 from experiments.study import corpus
 from experiments.study import worker as losses_worker
 from experiments.study.recall import worker as recall_worker
-from experiments.study.retrieval import confirmation, losses, report, results, search
+from experiments.study.retrieval import (
+    confirmation,
+    confirmation_report,
+    losses,
+    report,
+    results,
+    search,
+)
 from fusedkv_jax import training
 
 FLAGS = flags.FLAGS
@@ -40,7 +47,11 @@ def main() -> int:
         return training.INTERRUPTED_EXIT_CODE
     found = results.read(output / "records")
     print(report.write(found, output))
-    print(json.dumps({"study": "retrieval", "front": results.front(found)}))
+    sizes = confirmation.DEEPER, confirmation.WIDER
+    deeper, wider = (confirmation_report.read(output / "records", size) for size in sizes)
+    print(confirmation_report.write(deeper, wider, output))
+    form = confirmation.chosen(results.accuracies(output / "records"))
+    print(json.dumps({"study": "retrieval", "front": results.front(found), "form": form}))
     return 0
 
 

@@ -1,5 +1,6 @@
-"""The search's best layout at the next size: what it becomes there, and whether it holds."""
+"""The search's best layout with more layers: what it becomes there, and whether it holds."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from experiments.study.grid import Row
@@ -7,7 +8,18 @@ from experiments.study.recall.cells import Cell
 from experiments.study.retrieval.search import Accuracies
 from fusedkv_jax import costs
 
-LAYERS, WIDTH, HEADS = 8, 96, 4
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a model: its layers, width and heads."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+DEEPER = Size(8, 64, 2)  # twice the layers of the search's model, nothing else
+WIDER = Size(8, 96, 4)
 STEPS, LENGTH = 2000, 128
 CHOICE = 0  # the seed that chooses between the forms
 SEEDS = (4, 5, 6)  # nothing was chosen by them
@@ -30,7 +42,7 @@ FORMS: Mapping[str, Callable[[int], str]] = {
     "half_readers": half_readers,
 }
 ROWS: Mapping[str, Row] = {
-    **{name: Row(layout=form(LAYERS)) for name, form in FORMS.items()},
+    **{name: Row(layout=form(DEEPER.layers)) for name, form in FORMS.items()},
     "fusedkv": Row(layout="fusedkv"),
     "svformer": Row(layout="svformer"),
     "mha": Row(layout="mha"),
@@ -38,7 +50,11 @@ ROWS: Mapping[str, Row] = {
 }
 
 
-def cell(name: str, seed: int) -> Cell:
+# Those that a claim needs come first, each group with every seed.
+_COMPARED = (("fusedkv",), ("mha", "svformer", "gqa"))
+
+
+def cell(name: str, seed: int, size: Size = DEEPER) -> Cell:
     """The run of a layout."""
     row = ROWS[name]
     return Cell(
@@ -47,11 +63,11 @@ def cell(name: str, seed: int) -> Cell:
         seq_len=LENGTH,
         batch_size=4,
         steps=STEPS,
-        init_std=WIDTH**-0.5,  # as the recipe's follows from its width
+        init_std=size.width**-0.5,  # as the recipe's follows from its width
         queries_per_kv_head=row.queries_per_kv_head,
-        num_layers=LAYERS,
-        d_model=WIDTH,
-        num_heads=HEADS,
+        num_layers=size.layers,
+        d_model=size.width,
+        num_heads=size.heads,
     )
 
 
@@ -64,14 +80,15 @@ def chosen(done: Accuracies) -> str | None:
 
 
 def cells(done: Accuracies) -> Iterator[Cell]:
-    """The runs that the finished ones make possible, done or not; the other form comes last."""
+    """The runs that the finished ones make possible, the most urgent first, done or not."""
     yield from (cell(name, CHOICE) for name in FORMS)
     best = chosen(done)
     if best is None:
         return
-    compared = [best, *(name for name in ROWS if name not in FORMS)]
-    for names in (compared, [name for name in FORMS if name != best]):
+    first, *others = _COMPARED
+    for names in ((best, *first), *others, [name for name in FORMS if name != best]):
         yield from (cell(name, seed) for seed in SEEDS for name in names)
+    yield from (cell(name, CHOICE, WIDER) for name in ROWS)
 
 
 def cache_share(name: str) -> float:

@@ -87,9 +87,9 @@ def _cells(result: Result, by_name: dict[str, Result], best: bool) -> list[str]:
         "" if result.screened is None else f"{result.screened:.3f}",
         _mean(result.accuracy),
         _mean(fresh),
-        *(_difference(fresh, _fresh(other), 3) for other in others),
+        *(difference(fresh, _fresh(other), 3) for other in others),
         _mean(result.loss),
-        *(_difference(result.loss, other.loss, 4) for other in others),
+        *(difference(result.loss, other.loss, 4) for other in others),
         "yes" if best else "",
     ]
 
@@ -102,7 +102,8 @@ def _fresh(result: Result) -> BySeed:
     return {seed: result.accuracy[seed] for seed in FRESH if seed in result.accuracy}
 
 
-def _difference(ours: BySeed, theirs: BySeed, digits: int) -> str:
+def difference(ours: BySeed, theirs: BySeed, digits: int) -> str:
+    """Ours minus theirs on equal seeds with its interval, bold where that excludes zero."""
     estimate = paired(ours, theirs)
     if estimate is None or ours == theirs:
         return ""
