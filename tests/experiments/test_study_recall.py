@@ -9,7 +9,7 @@ import pytest
 
 from experiments.study.recall import probes, questions, report, worker
 from experiments.study.recall.cells import Cell
-from experiments.study.retrieval.candidates import ROWS
+from experiments.study.retrieval import candidates, confirmation
 from fusedkv_jax import layouts
 from fusedkv_jax.data import make_train_iterator, recall_tasks
 from fusedkv_jax.data.recall_forms import TokenForm
@@ -64,10 +64,13 @@ def _named(config, params):
 
 @pytest.mark.parametrize(
     "name",
-    sorted({cell.layout for cell in questions.cells()} | {row.layout for row in ROWS.values()}),
+    sorted(
+        {cell.layout for cell in questions.cells()}
+        | {row.layout for rows in (candidates.ROWS, confirmation.ROWS) for row in rows.values()}
+    ),
 )
 def test_layouts_are_those_of_the_library(name):
-    for depth in (4,) if name[0].isdigit() else (4, 6):
+    for depth in (name.count("_") + 1,) if name[0].isdigit() else (4, 6, 8):
         layers = layouts.resolve(name, depth).layers
         for i, (layer, found) in enumerate(
             zip(layers, torch_model.reads(name, depth), strict=True)
