@@ -1,4 +1,14 @@
-"""A consumer: the online softmax of 64 queries over the tiles that the producers have ready."""
+"""A consumer: the online softmax of 64 queries over the tiles that the producers have ready.
+
+for each tile of the run, those that need no mask first:
+    s = q.key^T; give the tile of keys back, and the turn to the other consumer
+    hide what is not seen; higher = max(top, max s)
+    p, decay = 2^(s - higher), 2^(top - higher)
+    total, out = decay total + sum p, decay out
+    wait for the tile of values, and for the turn
+    out = out + p.value, meanwhile wait for the next keys; give the tile of values back
+out / total, and ln 2 top + log total
+"""
 
 import functools
 import math

@@ -1,4 +1,12 @@
-"""A producer: brings the tiles of one side by TMA, and mixes them where they lie."""
+"""A producer: brings the tiles of one side by TMA, and mixes them where they lie.
+
+    start the copies of as many tiles as there are slots, but one
+    for each tile of the run:
+        wait for its copy; mix its sources into the first one's tile; say that it is ready
+        wait until both consumers have used the tile before it; copy the next one over that
+
+One source that is neither weighted nor has absent values is ready as it is copied.
+"""
 
 import functools
 from typing import Any

@@ -1,4 +1,13 @@
-"""Decoding from contiguous arrays [B, S, K, H], with scales if they are stored in 8 bits."""
+"""Decoding from contiguous arrays [B, S, K, H], with scales if they are stored in 8 bits.
+
+In the loop of `decode_kernel` a block is some tokens of a row with all their heads, [tokens * K, H]
+as memory has it:
+
+    copy     one for each source, from wherever in the row its block begins
+    scores   one product for all heads: a query sees the rows of its own head only
+    outputs  p times the same rows; p is 0 in those of other heads
+    clear    rows of absent keys
+"""
 
 import functools
 import math

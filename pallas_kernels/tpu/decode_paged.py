@@ -1,4 +1,13 @@
-"""Decoding from pages, in which one copy brings the records of all heads."""
+"""Decoding from pages, in which one copy brings the records of all heads.
+
+In the loop of `decode_kernel` a block is some pages of a row:
+
+    copy     page by page, where the row's table says; pages that begin after its end are left out
+    scores   of each KV head: queries at the keys' lanes of a record, zeros at the others, times
+             the records; all keys in one product, or in 8 bits each in its own
+    outputs  p times the values' lanes; where lanes do not allow that, times whole records
+    clear    tokens after the row's end
+"""
 
 import functools
 from collections.abc import Sequence

@@ -1,5 +1,16 @@
-"""Schedule for long calls: tiles with an online softmax; tiles in which nothing is visible are
-never visited, whatever hides them (causality, window, lengths, segments, ring order)."""
+"""Schedule for long calls: tiles with an online softmax.
+
+Tiles in which nothing is visible are never visited, whatever hides them (causality, window,
+lengths, segments, ring order).
+
+    forward                                     backward
+    for each block of queries:                  for each tile of keys:
+        for each tile that it sees:                 mix key and value; dkey, dvalue = 0
+            mix key and value                       for each block of queries that sees it:
+            s = q.key^T                                 dq, dkey, dvalue += `tiles.gradients`
+            total, out, top: online softmax         write dkey and dvalue
+        write out / total, and lse              write dq
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,10 @@
-"""Schedule for short calls: a block of queries meets all its keys in one softmax."""
+"""Schedule for short calls: a block of queries meets all its keys in one softmax.
+
+mix key and value of all tokens
+for each block of queries, with the span of keys that a causal mask or a window leaves it:
+    forward    p = exp(q.key^T - max); out = p.value / sum p, and lse
+    backward   dq of the block; dkey and dvalue of its span += `tiles.gradients`
+"""
 
 import jax.numpy as jnp
 from jax import Array
