@@ -1,4 +1,7 @@
-"""The ragged kernel's call: what it serves, its sizes, operands and memory; see `ragged_kernel`."""
+"""The ragged kernel's call: what it serves, its sizes, operands and memory; see `ragged_kernel`.
+
+The list of work is cut into a part for each core of the device (two of v5p).
+"""
 
 from typing import Any
 
@@ -40,7 +43,7 @@ def ragged(how: How, call: RaggedAttentionCall) -> tuple[Array, Array | None]:
     while pages * page_size % whole:  # a block's tokens fill whole lanes
         pages += 1
     static = Static(how, form, call.window, pages, page_size, width)
-    work = inputs.work_list(call, form)
+    work = inputs.work_list(call, form, static.tokens, how.chip.cores)
     place, query = inputs.places(call.rows, work.units, total, form)
     queries = inputs.in_units(call, form, how.query_factor, query)
     table = jnp.clip(streams[0].table, 0, num_pages - 1).astype(jnp.int32).reshape(-1)
@@ -50,7 +53,7 @@ def ragged(how: How, call: RaggedAttentionCall) -> tuple[Array, Array | None]:
             f"a table of {num_rows} x {width} pages does not fit into scalar memory; use larger "
             f"pages"
         )
-    out, lse = _run(static, call, (work.numbers, table, slots), work.count, queries)
+    out, lse = _run(static, call, (work.numbers, work.bounds, table, slots), queries)
     out = inputs.from_units(out, place, form)
     return out, None if lse is None else inputs.lse_from_units(lse[..., 0], place, form)
 
@@ -77,8 +80,7 @@ def _check(how: How, call: RaggedAttentionCall) -> None:
 def _run(
     static: Static,
     call: RaggedAttentionCall,
-    scalars: tuple[Array, Array, Array],
-    count: Array,
+    scalars: tuple[Array, Array, Array, Array],
     queries: Array,
 ) -> tuple[Array, Array | None]:
     """The kernel: [units, parts, unit rows, width] of the output, and of the lse if wanted."""
@@ -93,11 +95,11 @@ def _run(
     results = [(form.value_width, call.q.dtype), (LANES, jnp.float32)][: 1 + call.residuals]
     lead = (form.parts, form.unit_rows)
 
-    def kernel(numbers: Ref, table: Ref, slots: Ref, given: Any, *refs: Any) -> None:
+    def kernel(numbers: Ref, bounds: Ref, table: Ref, slots: Ref, given: Any, *refs: Any) -> None:
         written, (made, *rest) = refs[: len(results)], refs[len(results) :]
         (out, lse), (block, block_lse) = (*written, None)[:2], (*made, None)[:2]
         ragged_kernel.kernel(
-            static, numbers, table, slots, *given, out, lse, block, block_lse, *rest
+            static, numbers, bounds, table, slots, *given, out, lse, block, block_lse, *rest
         )
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -105,8 +107,8 @@ def _run(
     found = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(count,),
+            num_scalar_prefetch=4,
+            grid=(how.chip.cores, jnp.diff(scalars[1]).max()),
             in_specs=[(*whole, anywhere, [anywhere] * len(stored), [anywhere] * len(scales))],
             out_specs=[anywhere] * len(results),
             scratch_shapes=[
@@ -119,7 +121,7 @@ def _run(
             for width, dtype in results
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=how.chip.vmem * 3 // 4,
             disable_bounds_checks=True,
         ),

@@ -67,7 +67,8 @@ class Memory(NamedTuple):
     """References of the kernel.
 
     Attributes:
-      numbers, table, slots: the list of work, pages of all rows, slot of each stream.
+      numbers, bounds, table, slots: the list of work, where each core's part of it begins, pages of
+        all rows, slot of each stream.
       tokens, weights: token of each row of queries; weights of the values.
       places, scale_tokens, owners: of 8-bit pages, see `inputs.scale_places`.
       queries, stored, scales, out, lse: in HBM; no scales, and no lse, where there are none.
@@ -79,6 +80,7 @@ class Memory(NamedTuple):
     """
 
     numbers: Any
+    bounds: Any
     table: Any
     slots: Any
     tokens: Any

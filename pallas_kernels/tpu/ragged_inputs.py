@@ -93,20 +93,25 @@ class RaggedWork(NamedTuple):
 
     Attributes:
       numbers: int32 [I * 6], see `field`.
-      count: how many are to be done.
+      bounds: int32 [cores + 1], the first piece of each core; last, how many are to be done.
       units: int32 [R], the first unit of each row.
     """
 
     numbers: Array
-    count: Array
+    bounds: Array
     units: Array
 
 
 FIELDS = ("row", "unit", "queries", "position", "low", "high")
 
 
-def work_list(call: RaggedAttentionCall, form: RaggedForm) -> RaggedWork:
-    """Blocks of queries, row after row; their keys are those from `low` to before `high`."""
+def work_list(call: RaggedAttentionCall, form: RaggedForm, tokens: int, cores: int) -> RaggedWork:
+    """Blocks of queries, row after row; their keys are those from `low` to before `high`.
+
+    Args:
+      tokens: of a block of keys.
+      cores: that share the list.
+    """
     rows, keys = call.rows, call.sources.keys[0]
     blocks = rows.blocks(call.q.shape[0], form.units * form.tokens)
     each = -(-rows.counts // form.tokens)
@@ -119,7 +124,22 @@ def work_list(call: RaggedAttentionCall, form: RaggedForm) -> RaggedWork:
         low = jnp.clip(blocks.positions - call.window + 1, 0, high)
     fields = (blocks.rows, unit, blocks.counts, blocks.positions, low, high)
     numbers = jnp.stack(fields, axis=1).astype(jnp.int32)
-    return RaggedWork(numbers.reshape(-1), blocks.firsts[-1], units)
+    products = (-(-high // tokens) - low // tokens) * jnp.where(
+        blocks.counts <= form.tokens, 1, form.units
+    )
+    bounds = bounds_of(jnp.maximum(products, 1), blocks.firsts[-1], cores)
+    return RaggedWork(numbers.reshape(-1), bounds, units)
+
+
+def bounds_of(costs: Array, count: Array, cores: int) -> Array:
+    """The first of each core's part of `count` pieces: parts that cost about the same."""
+    used = jnp.arange(costs.shape[0], dtype=jnp.int32) < count
+    costs = jnp.where(used, costs, 0)
+    ends = jnp.cumsum(costs, dtype=jnp.int32)
+    # Which core's share the middle of a piece lies in.
+    core = (2 * ends - costs) * cores // jnp.maximum(2 * ends[-1], 1)
+    before = used & (core < jnp.arange(cores + 1, dtype=jnp.int32)[:, None])
+    return before.sum(1, dtype=jnp.int32)
 
 
 def places(rows: RaggedRows, units: Array, total: int, form: RaggedForm) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ A piece of work is a block of one row's queries: a token that is decoded is one 
 rows, a chunk of a prompt is as many blocks as it fills. Pages stay in HBM and are copied by hand,
 those of the next block of keys, or of the next piece of work, while this one is computed:
 
-    for each piece of work:
+    for each piece of a core's work:
         await its queries; start the copy of the next piece's
         for each block of keys between its first and its last:
             start the copies of the block that comes next, of whatever row; await those of this one
@@ -15,6 +15,8 @@ those of the next block of keys, or of the next piece of work, while this one is
 Both sizes of a piece go through one program: sums are those of the larger, of which a decoding row
 uses the first unit. Streams are copied one by one from the slots of their pools, so that a layer
 reads its own sources and no others.
+
+Pieces are whole: where two cores share the list, a row gives the same whoever else is in the step.
 """
 
 import functools
@@ -34,9 +36,16 @@ from pallas_kernels.tpu.tile import HIDDEN, NN, NT, dot, spread
 
 def kernel(static: Static, *refs: Any) -> None:
     memory = Memory(*refs)
-    index, count = pl.program_id(0), pl.num_programs(0)
-    piece = Piece.of(memory.numbers, index)
-    following = Piece.of(memory.numbers, jnp.minimum(index + 1, count - 1))
+    core, step = pl.program_id(0), pl.program_id(1)
+    first = memory.bounds[core]
+    count = memory.bounds[core + 1] - first
+    pl.when(step < count)(lambda: _piece(static, memory, first, step, count))
+
+
+def _piece(static: Static, memory: Memory, first: Array, index: Array, count: Array) -> None:
+    """The piece of work `index` of a core's own `count`, of which `first` is the first."""
+    piece = Piece.of(memory.numbers, first + index)
+    following = Piece.of(memory.numbers, first + jnp.minimum(index + 1, count - 1))
     small = piece.queries <= static.form.tokens
     sizes = sorted({1, static.form.units})
 
@@ -53,8 +62,8 @@ def kernel(static: Static, *refs: Any) -> None:
     copies.queries(static, memory, piece, index % 2, "wait")
     by_size(small, sizes, functools.partial(_begin, static, memory))
     # Without a key there is a block too, which is empty: the pipeline has no exceptions.
-    first = _block(static, piece)
-    last = jnp.maximum(ceil(piece.high, static.tokens), first + 1)
+    low = _block(static, piece)
+    last = jnp.maximum(ceil(piece.high, static.tokens), low + 1)
 
     def visit(block: Array, _: None) -> None:
         slot = memory.turn[0]
@@ -79,11 +88,12 @@ def kernel(static: Static, *refs: Any) -> None:
         by_size(small, sizes, attend)
         memory.turn[0] = 1 - slot
 
-    jax.lax.fori_loop(first, last, visit, None)
+    jax.lax.fori_loop(low, last, visit, None)
 
     @pl.when(index > 0)
     def _() -> None:
-        copies.results(static, memory, Piece.of(memory.numbers, jnp.maximum(index - 1, 0)), "wait")
+        before = Piece.of(memory.numbers, first + jnp.maximum(index - 1, 0))
+        copies.results(static, memory, before, "wait")
 
     by_size(small, sizes, functools.partial(_finish, static, memory))
     copies.results(static, memory, piece, "start")

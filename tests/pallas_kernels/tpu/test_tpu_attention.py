@@ -1,15 +1,18 @@
 """The TPU kernels pass the shared tests when they are interpreted on any device."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tpu
-from pallas_kernels.tpu import attend, chips, decode_inputs
+from pallas_kernels.tpu import attend, chips, decode_inputs, ragged_inputs
 from pallas_kernels.tpu.blocks import Blocks
 from pallas_kernels.tpu.how import How
 from tests.pallas_kernels.attention_cases import AttentionCases
 from tests.pallas_kernels.cases import I32, call_of, paged_call_of, ragged_call_of
 from tests.pallas_kernels.implementation import Implementation
-from tests.pallas_kernels.ragged_cases import RaggedKernelCases
+from tests.pallas_kernels.ragged_cases import STEPS, RaggedKernelCases
 from tests.pallas_kernels.stored_cases import PagedCases, QuantizedCases
 
 
@@ -104,3 +107,28 @@ class TestTile(Tile, AttentionCases):
 
 class TestTpuRagged(Tpu, RaggedKernelCases):
     ragged = ("lanes", "int8", "tiles")
+
+    def test_two_cores_share_the_pieces_and_a_row_gives_the_same(self, monkeypatch):
+        monkeypatch.setattr(self, "chip", "v5p")
+        self.test_a_row_gives_the_same_whoever_else_is_in_the_step()
+
+    @pytest.mark.parametrize("counts", [(0, 0, 0, 1, 0, 0), (0,) * 6])
+    def test_a_core_may_have_nothing_to_do(self, monkeypatch, counts):
+        monkeypatch.setattr(self, "chip", "v5p")
+        self.check_ragged(dataclasses.replace(STEPS["mixed"], counts=counts))
+
+
+@pytest.mark.parametrize(
+    ("costs", "count", "bounds"),
+    [
+        ([1, 1, 1, 1], 4, [0, 2, 4]),
+        ([9, 1, 1, 1], 4, [0, 1, 4]),
+        ([1, 1, 1, 9], 4, [0, 3, 4]),
+        ([1, 1, 8, 8], 2, [0, 1, 2]),  # of which two are not used
+        ([5, 1], 1, [0, 0, 1]),
+        ([5, 1], 0, [0, 0, 0]),
+    ],
+)
+def test_the_list_of_work_is_cut_where_both_parts_cost_about_the_same(costs, count, bounds):
+    found = ragged_inputs.bounds_of(jnp.asarray(I32(costs)), jnp.asarray(count), 2)
+    assert found.tolist() == bounds

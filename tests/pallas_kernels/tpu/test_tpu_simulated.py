@@ -21,9 +21,10 @@ from tests.pallas_kernels.cases import I32, call_of, close, draw, paged_call_of,
 from tests.pallas_kernels.ragged_cases import Step, expected, make
 
 
-def simulated(function, *arguments):
+def simulated(function, *arguments, cores=1):
     """The result of `function(*arguments, interpret=...)`, which must not have raced."""
     settings = pltpu.InterpretParams(
+        num_cores_or_threads=cores,
         detect_races=True,
         dma_execution_mode="on_wait",
         uninitialized_memory="nan",
@@ -112,8 +113,9 @@ def test_the_detector_detects():
         close(simulated(call, x), x[0])
 
 
-def test_chunks_and_single_tokens_over_pages(monkeypatch):
-    """Several blocks of queries, of keys, and pieces of work behind each other."""
+@pytest.mark.parametrize(("chip", "cores"), [("v5e", 1), ("v5p", 2)])
+def test_chunks_and_single_tokens_over_pages(monkeypatch, chip, cores):
+    """Several blocks of queries, of keys, and pieces of work behind each other, or side by side."""
     step = Step((1, 9, 1), (150, 9, 30), sources=(1, 2), dtype="int8", page_size=64, tile=16)
     monkeypatch.setattr(ragged, "_KEY_TOKENS", 128)
     monkeypatch.setattr(ragged_inputs, "_BLOCK_ROWS", 16)
@@ -123,7 +125,8 @@ def test_chunks_and_single_tokens_over_pages(monkeypatch):
     @functools.partial(jax.jit, static_argnames="interpret")
     def attend(q, keys, values, rows, weights, interpret):
         call = ragged_call_of(q, keys, values, rows, *weights)
-        return tpu.ragged_attention(call, chip="v5e", interpret=interpret)
+        return tpu.ragged_attention(call, chip=chip, interpret=interpret)
 
     arguments = jax.tree.map(jnp.asarray, (made.q, made.keys, made.values, made.rows, made.weights))
-    jax.tree.map(close, tuple(simulated(attend, *arguments)), expected(step, made))
+    found = simulated(attend, *arguments, cores=cores)
+    jax.tree.map(close, tuple(found), expected(step, made))
