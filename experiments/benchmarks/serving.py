@@ -1,4 +1,4 @@
-"""The suite `serving`: load on our engine and transformers, or on any server by its URL."""
+"""The suite `serving`: load on our engine and others, or on any server by its URL."""
 
 import asyncio
 import contextlib
@@ -18,6 +18,7 @@ from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving import LLM, ServingSettings, StepShapes
 
 OURS, THEIRS = "fusedkv_jax", "transformers"
+OURS_HTTP, VLLM = "fusedkv_jax, HTTP", "vllm, HTTP"
 Contestants = Mapping[str, contextlib.AbstractAsyncContextManager[Serve]]
 Measure = Callable[[], Measurement]
 
@@ -43,6 +44,21 @@ class LoadSizes(NamedTuple):
     long: int
 
 
+class Others(NamedTuple):
+    """Who is measured besides what runs in this process.
+
+    Attributes:
+        url: of a server that is measured instead, if any.
+        vllm: Python of an environment with vLLM, which is then measured beside our server.
+    """
+
+    url: str = ""
+    vllm: str = ""
+
+
+_NOBODY = Others()
+
+
 def sizes(quick: bool) -> LoadSizes:
     """Those of the suite, or toy ones."""
     if quick:
@@ -60,7 +76,7 @@ def sizes(quick: bool) -> LoadSizes:
 
 
 def measurements(
-    *, quick: bool, rounds: int, torch_compile: bool, url: str = ""
+    *, quick: bool, rounds: int, torch_compile: bool, others: Others = _NOBODY
 ) -> dict[str, Measure]:
     """The measurements of the suite by name.
 
@@ -68,14 +84,14 @@ def measurements(
       quick: toy sizes, whose numbers say only that the measurement works.
       rounds: turns of each contestant.
       torch_compile: not for this suite.
-      url: of a server that is measured instead of what runs in this process.
+      others: who is measured besides.
     """
     chosen = sizes(quick)
     on_load: dict[str, Measure] = {
-        "closed_loops": lambda: measure_closed_loops(chosen, rounds, url),
-        "poisson": lambda: measure_poisson(chosen, rounds, url),
+        "closed_loops": lambda: measure_closed_loops(chosen, rounds, others),
+        "poisson": lambda: measure_poisson(chosen, rounds, others),
     }
-    if url:
+    if others.url:
         return on_load
     return on_load | {
         "static_batches": lambda: measure_static_batches(chosen, rounds),
@@ -83,7 +99,7 @@ def measurements(
     }
 
 
-def measure_closed_loops(chosen: LoadSizes, rounds: int, url: str) -> Measurement:
+def measure_closed_loops(chosen: LoadSizes, rounds: int, others: Others) -> Measurement:
     """Clients that wait for their answers: rows for each number of them."""
 
     async def run(contestants: Mapping[str, Serve]) -> list[dict[str, Any]]:
@@ -98,16 +114,16 @@ def measure_closed_loops(chosen: LoadSizes, rounds: int, url: str) -> Measuremen
             for (clients, name), rows in found.items()
         ]
 
-    rows = asyncio.run(_with(contestants(chosen, url), run))
+    rows = asyncio.run(_with(contestants(chosen, others), run))
     return Measurement(
         "Closed loops: each client sends a request when it has the answer to the one before",
-        _setting(chosen, url),
+        _setting(chosen, others.url),
         rows,
         _against(rows, "output tokens/s", "throughput, {clients} clients"),
     )
 
 
-def measure_poisson(chosen: LoadSizes, rounds: int, url: str) -> Measurement:
+def measure_poisson(chosen: LoadSizes, rounds: int, others: Others) -> Measurement:
     """Arrivals at 70 % of what the first contestant serves in the largest closed loop."""
 
     async def run(contestants: Mapping[str, Serve]) -> list[dict[str, Any]]:
@@ -124,9 +140,9 @@ def measure_poisson(chosen: LoadSizes, rounds: int, url: str) -> Measurement:
             {"server": name, "rate": rate} | turns.median_row(rows) for name, rows in found.items()
         ]
 
-    rows = asyncio.run(_with(contestants(chosen, url), run))
+    rows = asyncio.run(_with(contestants(chosen, others), run))
     title = "Poisson arrivals at 70 % of the rate of the largest closed loop"
-    return Measurement(title, _setting(chosen, url), rows)
+    return Measurement(title, _setting(chosen, others.url), rows)
 
 
 def measure_static_batches(chosen: LoadSizes, rounds: int) -> Measurement:
@@ -192,15 +208,20 @@ def measure_first_token(chosen: LoadSizes, rounds: int) -> Measurement:
     )
 
 
-def contestants(chosen: LoadSizes, url: str) -> Contestants:
-    """Who is measured: the server at a URL, or our engine and, if installed, transformers."""
-    if url:
-        return {url: served.server(url)}
+def contestants(chosen: LoadSizes, others: Others) -> Contestants:
+    """Who is measured: the server at a URL, or our engine, transformers if it is installed, and
+    vLLM if it is named, then with our server, as both are asked over HTTP."""
+    if others.url:
+        return {others.url: served.server(others.url)}
     found: dict[str, contextlib.AbstractAsyncContextManager[Serve]] = {
         OURS: served.engine(_model(chosen.config), chosen.settings)
     }
     if not torch_llama.missing():
         found[THEIRS] = served.transformers(chosen.config, chosen.settings)
+    if others.vllm:
+        model = _model(chosen.config)
+        found[OURS_HTTP] = served.over_http(model, chosen.settings)
+        found[VLLM] = served.vllm(others.vllm, model, chosen.settings)
     return found
 
 

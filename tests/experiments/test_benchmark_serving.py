@@ -1,6 +1,9 @@
 """Load on servers: what the figures mean, and the suite against our engine and over HTTP."""
 
 import asyncio
+import json
+import pathlib
+import sys
 
 import pytest
 
@@ -71,7 +74,7 @@ def test_goodput_counts_answers_that_keep_both_objectives():
 def test_our_engine_under_load(monkeypatch):
     monkeypatch.setattr(torch_llama, "missing", lambda: "torch is not installed")
     chosen = serving.sizes(quick=True)
-    found = serving.measure_closed_loops(chosen, 1, "")
+    found = serving.measure_closed_loops(chosen, 1, serving.Others())
     assert [(row["server"], row["clients"]) for row in found.rows] == [
         ("fusedkv_jax", 1),
         ("fusedkv_jax", 2),
@@ -84,7 +87,7 @@ def test_our_engine_under_load(monkeypatch):
 def test_any_server_by_its_url():
     with running.serving(FakeEngine()) as server:
         measurements = serving.measurements(
-            quick=True, rounds=1, torch_compile=False, url=server.url
+            quick=True, rounds=1, torch_compile=False, others=serving.Others(url=server.url)
         )
         assert list(measurements) == ["closed_loops", "poisson"]
         found = measurements["poisson"]()
@@ -94,7 +97,53 @@ def test_any_server_by_its_url():
 
 def test_a_url_where_nothing_is_served():
     measure = serving.measurements(
-        quick=True, rounds=1, torch_compile=False, url="http://127.0.0.1:9"
+        quick=True, rounds=1, torch_compile=False, others=serving.Others(url="http://127.0.0.1:9")
     )["closed_loops"]
     with pytest.raises(ValueError, match="--url=http://127.0.0.1:9: no model is served there"):
         measure()
+
+
+AS_VLLM = """#!{python}
+import json, pathlib, sys
+sys.path.insert(0, {root!r})
+options = dict(each.removeprefix("--").split("=", 1) for each in sys.argv[4:])
+assert sys.argv[1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--skip-tokenizer-init"]
+model = pathlib.Path(options.pop("model"), "config.json")
+options["layers"] = json.loads(model.read_text())["num_hidden_layers"]
+pathlib.Path({seen!r}).write_text(json.dumps(options))
+from fusedkv_jax.server import Server, ServerSettings, listen, run
+from tests.server.fake import FakeEngine
+settings = ServerSettings(log_interval=0)
+run(Server(FakeEngine(), None, settings), listen(options["host"], int(options["port"])), 1)
+"""
+
+
+def _program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return serving.Others(vllm=str(path))
+
+
+def test_vllm_beside_our_server(monkeypatch, tmp_path):
+    """It is asked as our server is; here by something else that takes the same options."""
+    monkeypatch.setattr(torch_llama, "missing", lambda: "torch is not installed")
+    seen, root = tmp_path / "seen", pathlib.Path(__file__).parents[2]
+    text = AS_VLLM.format(python=sys.executable, root=str(root), seen=str(seen))
+    chosen = serving.sizes(quick=True)
+    found = serving.measure_closed_loops(chosen, 1, _program(tmp_path / "python", text))
+    names = ["fusedkv_jax", "fusedkv_jax, HTTP", "vllm, HTTP"]
+    assert [(row["clients"], row["server"]) for row in found.rows] == [
+        (clients, name) for clients in (1, 2) for name in names
+    ]
+    assert all(row["output tokens/s"] > 0 for row in found.rows)
+    options = json.loads(seen.read_text())
+    expected = {"dtype": "float32", "max-num-seqs": "2", "max-num-batched-tokens": "16"}
+    assert expected.items() <= options.items()
+    assert options["layers"] == chosen.config.num_layers
+
+
+def test_a_vllm_that_does_not_start(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch_llama, "missing", lambda: "torch is not installed")
+    others = _program(tmp_path / "python", "#!/bin/sh\necho no module named vllm\nexit 1\n")
+    with pytest.raises(ValueError, match="vLLM has ended: no module named vllm"):
+        serving.measure_closed_loops(serving.sizes(quick=True), 1, others)
