@@ -133,6 +133,7 @@ class _EngineStats:
             ("spec_decode_num_drafts", "Drafts that were checked.", stats.drafts),
             ("spec_decode_num_draft_tokens", "Their tokens.", stats.draft_tokens),
             ("spec_decode_num_accepted_tokens", "Those in outputs.", stats.accepted_tokens),
+            ("spec_decode_num_undrafted_steps", "Steps that left them out.", stats.undrafted_steps),
         )
         sizes = {"block_size": stats.page_size, "num_gpu_blocks": stats.pages_total}
         names = [*self._names, *sizes]

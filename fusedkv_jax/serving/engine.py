@@ -18,6 +18,7 @@ from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.serving.cache_form import CacheForm
 from fusedkv_jax.serving.compressed_slots import CompressedSlotRunner
+from fusedkv_jax.serving.draft_switch import DraftSwitch
 from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.grammars import Grammars
 from fusedkv_jax.serving.intake import AnyPrompt, Intake
@@ -80,6 +81,7 @@ class Engine:
         )
         self.runner = _runner(form, settings)(model, settings, form, grammars.words)
         self._drafter = _drafter(settings.speculation, self.runner)
+        self._draft_switch = DraftSwitch(self.runner.shapes.decode_rows)
         self._intake = Intake(
             model.config,
             codec,
@@ -94,6 +96,7 @@ class Engine:
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._counts |= {"prefix_hits": 0, "prefix_queries": 0}
         self._counts |= {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+        self._counts["undrafted_steps"] = 0
 
     def check(self, prompt: AnyPrompt, params: SamplingParams, name: str) -> Prompt:
         """The prompt as `add` takes it; touches nothing, so any thread may ask.
@@ -173,8 +176,12 @@ class Engine:
             result = self.runner.run(plan, draws)
         except Exception as error:  # whatever it is, others must go on
             return self._failed(plan, error)
+        seconds = time.monotonic() - start
+        if any(plan.room):
+            tokens = sum(map(len, result.drawn))
+            self._draft_switch.took(len(plan.requests), bool(plan.drafts), seconds, tokens)
         if self.watch is not None:
-            self.watch(plan, time.monotonic() - start)
+            self.watch(plan, seconds)
         self._keep_scores(plan, result)
         return self._finish(plan, result.drawn, start)
 
@@ -199,8 +206,11 @@ class Engine:
         )
 
     def _draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> None:
-        """Guess what comes next, for the step to check, where it has room."""
+        """Guess what comes next, for the step to check, where it has room and that pays."""
         if not any(plan.room):
+            return
+        if not self._draft_switch.drafts(len(plan.requests)):
+            self._counts["undrafted_steps"] += 1
             return
         drafts = self._drafter(plan, draws)
         for place, draw in enumerate(draws):

@@ -65,6 +65,7 @@ class EngineStats:
             through those above.
         drafts, draft_tokens, accepted_tokens: drafts that were checked, their tokens, and those of
             them that are in outputs.
+        undrafted_steps: steps that left drafts out, as these had not paid.
     """
 
     running: int
@@ -83,3 +84,4 @@ class EngineStats:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    undrafted_steps: int = 0

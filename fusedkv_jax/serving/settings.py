@@ -51,7 +51,8 @@ class ServingSettings:
             share nothing.
         speculation: guess tokens and check several of a request in one step, which changes no
             output: `NGramSpeculation` looks them up, `SelfSpeculation` lets the lower layers draft.
-            In steps with a part of a prompt nothing is drafted.
+            In steps with a part of a prompt nothing is drafted, nor where drafts make steps slower
+            for each token (`DraftSwitch`).
         policy: who comes first: a name of `POLICIES`, or a policy.
         max_logprobs: likeliest tokens that a request may ask for.
         eos_id: end-of-text token where there is no tokenizer, or instead of its own.
