@@ -53,14 +53,20 @@ def model(preset: str, layout: str, vocabulary: int) -> ModelConfig:
 
 
 def decode(config: ModelConfig, place: Slice) -> Document:
-    """Bytes that a device moves for a token of each row, and the least that it can."""
+    """GB that a device moves for a token of each row, and the least that it can.
+
+    Or bytes that are missing of its memory.
+    """
     from pallas_kernels.tpu.topology import slice_devices
 
     rows = _ROWS * place.devices
     made = inference(
         "decode", config, slice_devices(place.name), tensor=1, rows=rows, length=_LENGTH
     )
-    found = ahead.report.make_report(made, place)
+    try:
+        found = ahead.report.make_report(made, place)
+    except ahead.report.DoesNotFit as error:
+        return {"rows": rows, "length": _LENGTH, "missing": error.missing}
     least = found.parts["parameters"] + made.cache_reads
     figures = {
         "hbm_gb": found.hbm,
@@ -93,7 +99,7 @@ def compute(results: list[Document], path: pathlib.Path) -> None:
         results.append(row)
         jax.clear_caches()
         path.write_text(json.dumps(results, indent=1) + "\n")
-        print(*cell.values(), f"{_ratio(row):.3f}", flush=True)
+        print(*cell.values(), _cell(row), flush=True)
 
 
 def tables(results: Sequence[Row]) -> str:
@@ -111,9 +117,10 @@ def tables(results: Sequence[Row]) -> str:
                 if (row["preset"], row["topology"]) == (preset, topology)
             }
             if found:
-                most = max(row["temporaries_gb"] for row in found.values())
-                ratios = [f"{_ratio(found[x]):.3f}" if x in found else "" for x in _LAYOUTS]
-                layer = min(row["layer_gb"] for row in found.values())
+                fit = [row for row in found.values() if "missing" not in row]
+                most = max((row["temporaries_gb"] for row in fit), default=0.0)
+                layer = min((row["layer_gb"] for row in fit), default=0.0)
+                ratios = [_cell(found[x]) if x in found else "" for x in _LAYOUTS]
                 page.append([preset, chip, *ratios, f"{most:.3f}", f"{layer:.3f}"])
     text = _markdown(page)
     page = [["size", "layout", "slice", "storage of the cache", "HBM traffic GB"]]
@@ -127,6 +134,10 @@ def tables(results: Sequence[Row]) -> str:
             last = [f"{_ratio(row):.2f}", f"{row['temporaries_gb']:.2f}"]
             page.append([*names, storage, *sizes, *last])
     return text + "\n" + _markdown(page)
+
+
+def _cell(row: Row) -> str:
+    return "does not fit" if "missing" in row else f"{_ratio(row):.3f}"
 
 
 def _ratio(row: Row) -> float:

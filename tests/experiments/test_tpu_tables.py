@@ -25,7 +25,7 @@ def test_the_page_shows_what_is_in_the_results(program):
 
 
 def test_decoding_moves_at_most_a_tenth_more_than_it_must():
-    rows = [row for row in RESULTS["tpu_decode"] if "storage" not in row]
+    rows = [row for row in RESULTS["tpu_decode"] if not row.keys() & {"storage", "missing"}]
     missed = [row for row in rows if row["hbm_gb"] > 1.1 * row["least_gb"]]
     names = [(row["preset"], row["layout"], row["topology"]) for row in missed]
     assert len(rows) > 60 and names == [("332m", "gqa", "tpu7x:2x2x1")]  # the page says why
