@@ -32,10 +32,13 @@ LONG: dict[str, Any] = dict(
 
 
 def early_exit_config() -> ExperimentConfig:
-    """The demo with the early-exit loss of LayerSkip: a model that can draft for itself."""
-    return dataclasses.replace(
-        demo.get_config(), name="demo early exit", early_exit=EarlyExitConfig(loss_scale=1.0)
-    )
+    """The demo with an early-exit loss: a model that can draft for itself.
+
+    All exits have a share of every step's loss. By LayerSkip's cumulative weights the first layer
+    has none, which is the exit that drafts cheapest.
+    """
+    early_exit = EarlyExitConfig(loss_scale=0.3, weights="uniform", curriculum="none")
+    return dataclasses.replace(demo.get_config(), name="demo early exit", early_exit=early_exit)
 
 
 def toy_config(folder: pathlib.Path) -> ExperimentConfig:

@@ -23,6 +23,7 @@ from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
 from fusedkv_jax.generation.engine import OfflineEngine
 from fusedkv_jax.generation.programs import GenerationPrograms
 from fusedkv_jax.generation.requests import PreparedRequest
+from fusedkv_jax.generation.results import Rates
 from fusedkv_jax.generation.speculation import SelfSpeculation
 from fusedkv_jax.model import Decoder
 
@@ -99,6 +100,12 @@ def measure_speculation(
 
         return call
 
+    def accepted(name: str) -> float:
+        """The share of drafted tokens that were right; not timed, as it looks in between."""
+        seen = [Rates()]
+        generate(model, prompts, params, batch_size=1, speculation=ways[name], progress=seen.append)
+        return seen[-1].accepted / max(seen[-1].drafted, 1)
+
     seconds = take_turns({name: contestant(name) for name in ways}, rounds)
     total = len(prompts) * new_tokens
     rows = [
@@ -106,6 +113,7 @@ def measure_speculation(
             "decoding": name,
             "tokens/s": total / value,
             "times plain": seconds["plain"] / value,
+            "accepted": accepted(name),
             "same tokens": outputs[name] == outputs["plain"],
         }
         for name, value in seconds.items()
