@@ -148,23 +148,27 @@ def test_the_better_form_goes_on():
     later = list(confirmation.cells(done))[2:]
     assert later[0] == confirmation.cell("half_readers", confirmation.SEEDS[0])
     wider = [run for run in later if run.d_model == confirmation.WIDER.width]
-    assert later[-len(wider) :] == wider and len(wider) == len(confirmation.ROWS)
-    assert len(set(later) - set(wider)) == len(confirmation.ROWS) * len(confirmation.SEEDS)
+    assert later[len(wider) :] == wider
+    assert len(set(wider)) == len(confirmation.ROWS) * len(confirmation.SEEDS)
 
 
-def test_the_next_size_is_reported_by_fresh_seeds(tmp_path):
-    runs = {
+def test_the_next_sizes_are_reported_by_fresh_seeds(tmp_path):
+    deeper = {
         "mha": {confirmation.CHOICE: record(0.9), 4: record(0.1), 5: record(0.3)},
         "fusedkv": {},
         "half_readers": {4: record(0.4), 5: record(0.5), 6: record(0.6)},
     }
-    text = confirmation_report.write(runs, {"mha": {0: record(0.7), 4: record(0.8)}}, tmp_path)
+    wider = {"mha": {4: record(0.8)}, "fusedkv": {confirmation.CHOICE: record(0.7)}}
+    found = {confirmation.DEEPER: deeper, confirmation.WIDER: wider | {"half_readers": {}}}
+    text = confirmation_report.write(found, tmp_path)
+    assert "## 8 layers of width 64" in text and "## 8 layers of width 96" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    half, mha, fused = (cells for cells in rows if cells and cells[0].startswith("`"))
-    assert half[2:] == ["0.375", "", "4, 5, 6", "0.500", "0.400 to 0.600", half[-3], "", ""]
-    assert half[-3].startswith("+0.250 ± ")  # of 0.3 and 0.2
-    assert mha[3:7] == ["0.900", "4, 5", "0.200", "0.100 to 0.300"] and mha[-1] == "0.700"
-    assert fused == ["`fusedkv`", "`fusedkv`", "0.5", *[""] * 7]
+    half, mha, wide_mha, fused = (cells for cells in rows if cells and cells[0].startswith("`"))
+    assert half[2:] == ["0.375", "", "4, 5, 6", "0.500", "0.400 to 0.600", half[-2], ""]
+    assert half[-2].startswith("+0.250 ± ")  # of 0.3 and 0.2
+    assert mha[3:7] == ["0.900", "4, 5", "0.200", "0.100 to 0.300"]
+    assert wide_mha[3:6] == ["", "4", "0.800"]
+    assert fused == ["`fusedkv`", "`fusedkv`", "0.5", "0.700", *[""] * 5]
     assert (tmp_path / "confirmation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -175,7 +179,7 @@ def record(accuracy):
 
 def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="needs the extra reference")
-    few = {name: ROWS[name] for name in ("mha", "fusedkv", "gqa", "yoco", "window_keys2")}
+    few = {name: ROWS[name] for name in (*search.ALWAYS, "yoco", "window_keys2")}
     for module in (search, results, losses):
         monkeypatch.setattr(module, "ROWS", few)
     monkeypatch.setattr(search, "REFERENCES", {})
@@ -188,9 +192,11 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
             for steps, seed, entrants in ((1, 0, None), (2, 0, 1), (2, 1, 1))
         ),
     )
-    monkeypatch.setattr(confirmation.cell, "__defaults__", (confirmation.Size(8, 8, 2),))
-    for name, value in (("WIDER", confirmation.Size(8, 16, 2)), ("STEPS", 1), ("SEEDS", (1,))):
+    small = confirmation.Size(8, 8, 2)
+    monkeypatch.setattr(confirmation.cell, "__defaults__", (small,))
+    for name, value in (("SIZES", (small, confirmation.Size(8, 16, 2))), ("STEPS", 1)):
         monkeypatch.setattr(confirmation, name, value)
+    monkeypatch.setattr(confirmation, "SEEDS", (1,))
     monkeypatch.setattr(results, "_COMMITTED", tmp_path / "none")
     monkeypatch.setattr(worker, "EXAMPLES", {"curve": 1, "final": 1})
     line = ["--study=retrieval", f"--workdir={tmp_path}/work", f"--output={tmp_path}/out"]
@@ -200,7 +206,7 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
     assert result == {"study": "retrieval", "front": []}
     files = sorted((tmp_path / "out" / "records" / "recall").glob("*.json"))
     made = [json.loads(file.read_text()) for file in files]
-    assert len(made) == 5 + 4 + 4 + (2 + 6) + 6
+    assert len(made) == 6 + 5 + 5 + 2 + 6 + 6
     assert all(set(record["final"]) == set(recall_tasks.names()) for record in made)
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()  # as if its worker had died

@@ -47,9 +47,8 @@ def main() -> int:
         return training.INTERRUPTED_EXIT_CODE
     found = results.read(output / "records")
     print(report.write(found, output))
-    sizes = confirmation.DEEPER, confirmation.WIDER
-    deeper, wider = (confirmation_report.read(output / "records", size) for size in sizes)
-    print(confirmation_report.write(deeper, wider, output))
+    later = confirmation_report.read(output / "records")
+    print(confirmation_report.write(later, output))
     form = confirmation.chosen(results.accuracies(output / "records"))
     print(json.dumps({"study": "retrieval", "front": results.front(found), "form": form}))
     return 0

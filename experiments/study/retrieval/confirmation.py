@@ -17,9 +17,13 @@ class Size:
     width: int
     heads: int
 
+    def __str__(self) -> str:
+        return f"{self.layers} layers of width {self.width} with {self.heads} heads"
+
 
 DEEPER = Size(8, 64, 2)  # twice the layers of the search's model, nothing else
 WIDER = Size(8, 96, 4)
+SIZES = (DEEPER, WIDER)
 STEPS, LENGTH = 2000, 128
 CHOICE = 0  # the seed that chooses between the forms
 SEEDS = (4, 5, 6)  # nothing was chosen by them
@@ -86,9 +90,10 @@ def cells(done: Accuracies) -> Iterator[Cell]:
     if best is None:
         return
     first, *others = _COMPARED
-    for names in ((best, *first), *others, [name for name in FORMS if name != best]):
-        yield from (cell(name, seed) for seed in SEEDS for name in names)
-    yield from (cell(name, CHOICE, WIDER) for name in ROWS)
+    groups = ((best, *first), *others, [name for name in FORMS if name != best])
+    for size in SIZES:
+        for names in groups:
+            yield from (cell(name, seed, size) for seed in SEEDS for name in names)
 
 
 def cache_share(name: str) -> float:

@@ -14,13 +14,12 @@ from experiments.study.recall.cells import Cell
 from experiments.study.retrieval import confirmation
 from experiments.study.retrieval.confirmation import (
     CHOICE,
-    DEEPER,
     FORMS,
     LENGTH,
     ROWS,
     SEEDS,
+    SIZES,
     STEPS,
-    WIDER,
     Size,
 )
 from experiments.study.retrieval.report import difference
@@ -40,58 +39,56 @@ _HEAD = (
     "accuracy",
     "min to max",
     *(f"minus {name}" for name in AGAINST),
-    f"width {WIDER.width}, seed {CHOICE}",
 )
 Runs = Mapping[str, Mapping[int, Document]]  # records by layout and seed
 
 
-def read(folder: pathlib.Path, size: Size = DEEPER) -> Runs:
-    """The finished runs of each layout at a size, in the order of `ROWS`.
+def read(folder: pathlib.Path) -> dict[Size, Runs]:
+    """The finished runs of each layout at each size, in the order of `ROWS`.
 
     Raises:
       ValueError: a file is no record.
     """
     records = {Cell.from_dict(r["cell"]): r for r in worker.read_all(folder / "recall")}
-    seeds = (CHOICE, *SEEDS)
-    cells = {name: {s: confirmation.cell(name, s, size) for s in seeds} for name in ROWS}
-    return {
-        name: {seed: records[cell] for seed, cell in own.items() if cell in records}
-        for name, own in cells.items()
-    }
+
+    def finished(name: str, size: Size) -> dict[int, Document]:
+        cells = {seed: confirmation.cell(name, seed, size) for seed in (CHOICE, *SEEDS)}
+        return {seed: records[cell] for seed, cell in cells.items() if cell in records}
+
+    return {size: {name: finished(name, size) for name in ROWS} for size in SIZES}
 
 
-def write(runs: Runs, wider: Runs, target: pathlib.Path) -> str:
+def write(found: Mapping[Size, Runs], target: pathlib.Path) -> str:
     """Write confirmation.md, and confirmation.png if there are runs; returns the table's text."""
     target.mkdir(parents=True, exist_ok=True)
-    text = markdown(runs, wider)
+    text = markdown(found)
     (target / "confirmation.md").write_text(text, encoding="utf-8")
-    if any(_fresh(own) for own in runs.values()):
-        draw(runs, target / "confirmation.png")
+    drawn = {size: runs for size, runs in found.items() if any(map(_fresh, runs.values()))}
+    if drawn:
+        draw(drawn, target / "confirmation.png")
     return text
 
 
-def markdown(runs: Runs, wider: Runs) -> str:
-    """The runs of both sizes as a Markdown document."""
+def markdown(found: Mapping[Size, Runs]) -> str:
+    """The runs of all sizes as a Markdown document."""
     ruler = ["---", "---", *["---:"] * (len(_HEAD) - 2)]
-    rows = [[*_cells(name, runs), _first(wider.get(name, {}))] for name in _ranked(runs)]
-    return "\n".join(
-        [
-            "# Study: retrieval, with more layers",
-            "",
-            f"{DEEPER.layers} layers of width {DEEPER.width} with {DEEPER.heads} heads, {STEPS:,} "
-            f"steps on {LENGTH} tokens; the last column is of width {WIDER.width} with "
-            f"{WIDER.heads} heads. The cache is counted at that length. Accuracy is the mean over "
-            f"six recall tasks. Seed {CHOICE} chose between the forms of the search's best layout "
-            f"({' and '.join(f'`{name}`' for name in FORMS)}); by the fresh seeds "
-            f"{', '.join(map(str, SEEDS))} nothing was chosen; the columns to the differences are "
-            "of these alone. Differences are of runs with equal seeds, "
-            f"± half of the {CONFIDENCE:.0%} interval by Student's t; **bold** where it excludes "
-            "zero, with no correction for the number of comparisons.",
-            "",
-            *("| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)),
-            "",
-        ]
-    )
+    lines = [
+        "# Study: retrieval, with more layers",
+        "",
+        f"{STEPS:,} steps on {LENGTH} tokens, at which length the cache is counted. Accuracy is "
+        f"the mean over six recall tasks. Seed {CHOICE} chose between the forms of the search's "
+        f"best layout ({' and '.join(f'`{name}`' for name in FORMS)}) at the first size; by the "
+        f"fresh seeds {', '.join(map(str, SEEDS))} nothing was chosen; the columns after theirs "
+        "are of these alone. Differences are of runs with equal seeds, "
+        f"± half of the {CONFIDENCE:.0%} interval by Student's t; **bold** where it excludes "
+        "zero, with no correction for the number of comparisons.",
+        "",
+    ]
+    for size, runs in found.items():
+        rows = [_cells(name, runs) for name in _ranked(runs) if runs[name]]
+        table = ["| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)]
+        lines += [f"## {size}", "", *table, ""]
+    return "\n".join(lines)
 
 
 def _fresh(own: Mapping[int, Document]) -> BySeed:
@@ -127,32 +124,35 @@ def _first(own: Mapping[int, Document]) -> str:
     return f"{worker.mean(own[CHOICE]['final']):.3f}" if CHOICE in own else ""
 
 
-def draw(runs: Runs, path: pathlib.Path) -> None:
-    """Accuracy of every run on fresh seeds, and the means against steps."""
+def draw(found: Mapping[Size, Runs], path: pathlib.Path) -> None:
+    """For each size, accuracy of every run on fresh seeds, and the means against steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    ends, curves = figure.subplots(1, 2, width_ratios=[1, 1.4])
+    figure = Figure(figsize=(11, 0.6 + 3.8 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), 2, width_ratios=[1, 1.4], squeeze=False)
+    for (size, runs), (ends, curves) in zip(found.items(), panels, strict=True):
+        _draw_size(runs, ends, curves)
+        ends.set_title("fresh seeds, | their mean (share of mha's cache)", fontsize=10)
+        curves.set_title(f"{size}: means while they train", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_size(runs: Runs, ends: Axes, curves: Axes) -> None:
     names = [name for name in _ranked(runs) if _fresh(runs[name])]
     for place, name in enumerate(names):
-        fresh = _fresh(runs[name])
-        ends.plot([*fresh.values()], [place] * len(fresh), "o", color=f"C{place}", alpha=0.6)
+        fresh, color = _fresh(runs[name]), f"C{[*ROWS].index(name)}"
+        ends.plot([*fresh.values()], [place] * len(fresh), "o", color=color, alpha=0.6)
         ends.plot(np.mean([*fresh.values()]), place, "|", color="black", markersize=18)
-        _draw_curve(curves, name, [runs[name][seed] for seed in fresh], f"C{place}")
+        _draw_curve(curves, name, [runs[name][seed] for seed in fresh], color)
     ends.set_yticks(range(len(names)), [f"{n} ({confirmation.cache_share(n):.2g})" for n in names])
     ends.invert_yaxis()
     ends.set_xlabel(f"accuracy after {STEPS:,} steps")
-    ends.set_title("runs with fresh seeds, | their mean (share of mha's cache)", fontsize=10)
     curves.set_xlabel("step")
-    curves.set_title(
-        f"{DEEPER.layers} layers of width {DEEPER.width}: means while they train", fontsize=10
-    )
     curves.legend(fontsize=8)
     for axes in (ends, curves):
         axes.grid(alpha=0.3)
     ends.set_xlim(0, 1)
     curves.set_ylim(0, 1)
-    figure.savefig(path, dpi=110)
 
 
 def _draw_curve(axes: Axes, name: str, records: Sequence[Document], color: str) -> None:

@@ -25,7 +25,7 @@ class Rung:
 
 
 RUNGS = (Rung(1000, (0,), None), Rung(2000, (0,), 3), Rung(2000, (1, 2, 3), 2))
-ALWAYS = ("mha", "fusedkv", "gqa")  # in every rung: what the others are compared with
+ALWAYS = ("mha", "fusedkv", "gqa", "svformer")  # in every rung: what the others are compared with
 Accuracies = Mapping[Cell, float]
 
 
