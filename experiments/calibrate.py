@@ -7,18 +7,22 @@
 An engine of each layout, with random weights, serves mixed load. Of three steps two are fitted to,
 a coefficient for each kind of work and all layouts together; the error is told of the third.
 In between it serves requests that come by a Poisson process: chats, summaries and stories; the
-simulator then serves the same. Writes calibration.json into --output_dir, and prints how far the
-simulator is off; the last line is a JSON document.
+simulator then serves the same, with step times fitted to the log and with those fitted to the
+steps that served them: a machine that changes its pace from minute to minute shows in the first
+alone. Writes calibration.json into --output_dir, and prints how far the simulator is off; the last
+line is a JSON document.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +31,7 @@ from absl import flags
 import fusedkv_jax as fkv
 from experiments.common import cli
 from fusedkv_jax import costs, presets, serving
+from fusedkv_jax.serving.engine import Deltas
 from fusedkv_jax.serving.simulate import CalibratedDevice, Summary, replay, simulate, summarize
 from fusedkv_jax.serving.simulate.calibration import LoggedStep, errors, fit, step_work
 
@@ -123,9 +128,13 @@ def report(measured: dict[str, Measured], device: CalibratedDevice) -> dict[str,
         middle = 1e3 * np.median([step.seconds for step in own.log])
         print(f"| {layout} | {len(own.log)} | {middle:.2f} | {100 * found[layout]:.1f} |")
     served = [
-        {"layout": layout, "workload": workload} | own.compare(device, workload)
+        {"layout": layout, "workload": workload, "fitted_to": which} | own.compare(by, workload)
         for layout, own in measured.items()
-        for workload in own.served
+        for workload, run in own.served.items()
+        for which, by in (
+            ("the log", device),
+            ("its steps", dataclasses.replace(device, coefficients=fit(run.log))),
+        )
     ]
     if served:
         print(_SERVED_HEAD, *map(_served_line, served), sep="\n")
@@ -142,6 +151,20 @@ def make_engine(config: fkv.ModelConfig, settings: serving.ServingSettings) -> s
     return engine
 
 
+class Served(NamedTuple):
+    """What an engine made of a workload.
+
+    Attributes:
+        rate: requests a second.
+        summary: what those who asked have seen.
+        log: the steps that it took.
+    """
+
+    rate: float
+    summary: Summary
+    log: list[LoggedStep]
+
+
 @dataclasses.dataclass
 class Measured:
     """An engine, and what was measured of it.
@@ -150,53 +173,77 @@ class Measured:
         engine: with all its programs compiled.
         costs: of its model's steps.
         log: of steps.
-        served: by workload, requests a second and what the engine made of them.
+        served: what the engine made of each workload.
     """
 
     engine: serving.Engine
     costs: costs.StepCosts
     log: list[LoggedStep] = dataclasses.field(default_factory=list)
-    served: dict[str, tuple[float, Summary]] = dataclasses.field(default_factory=dict)
+    served: dict[str, Served] = dataclasses.field(default_factory=dict)
 
-    def log_steps(self, count: int, seed: int) -> list[LoggedStep]:
-        """So many steps, a share with each number of clients for which there is a program."""
+    @contextlib.contextmanager
+    def logging(self, wait: bool) -> Iterator[list[LoggedStep]]:
+        """A list that gets each step of the engine, with scheduling and handing out.
+
+        Args:
+            wait: for the device after each step. One that samples nothing returns before it is
+                computed; without waiting it and those up to the next that samples are one entry.
+        """
         import jax
 
         engine, log = self.engine, []
         works: list[tuple[float, ...]] = []
-        watching = 0.0
+        seconds = watching = 0.0
 
-        def watch(plan: serving.StepPlan, seconds: float) -> None:
+        def watch(plan: serving.StepPlan, of_model: float) -> None:
             nonlocal watching
-            del seconds  # those of the model alone: scheduling and handing out count as well
+            del of_model
             start = time.monotonic()
             shapes, page_size = engine.runner.shapes, engine.settings.page_size
             works.append(step_work(self.costs, plan, shapes, page_size))
             watching = time.monotonic() - start
 
-        engine.watch = watch
+        run = engine.step
+
+        def step() -> Deltas:
+            nonlocal seconds
+            start = time.monotonic()
+            deltas = run()
+            if wait:
+                jax.block_until_ready(engine.runner.pool)
+            seconds += time.monotonic() - start - watching
+            if works and (wait or deltas):
+                log.append(LoggedStep(tuple(map(sum, zip(*works, strict=True))), seconds))
+                works.clear()
+                seconds = 0.0
+            return deltas
+
+        engine.watch, engine.step = watch, step
+        try:
+            yield log
+        finally:
+            engine.watch, engine.step = None, run
+
+    def log_steps(self, count: int, seed: int) -> list[LoggedStep]:
+        """So many steps, a share with each number of clients for which there is a program."""
+        engine = self.engine
         rng, numbers = np.random.default_rng(seed), itertools.count()
         clients = engine.runner.shapes.decode_rows
-        for turn, most in enumerate(clients, 1):
-            while len(log) < count * turn / len(clients):
-                while engine.unfinished < most:
-                    _add(engine, rng, str(next(numbers)))
-                start = time.monotonic()
-                engine.step()
-                # One that samples nothing returns while the device still computes it.
-                jax.block_until_ready(engine.runner.pool)
-                seconds = time.monotonic() - start - watching
-                log += [LoggedStep(work, seconds) for work in works]
-                works.clear()
-            for name in engine.names:
-                engine.abort(name)
-        engine.watch = None
+        with self.logging(wait=True) as log:
+            for turn, most in enumerate(clients, 1):
+                while len(log) < count * turn / len(clients):
+                    while engine.unfinished < most:
+                        _add(engine, rng, str(next(numbers)))
+                    engine.step()
+                for name in engine.names:
+                    engine.abort(name)
         return log
 
     def serve(self, workload: str, rate: float) -> None:
         """Serve its requests, so many a second."""
-        records = replay(self.engine, requests(self.engine, WORKLOADS[workload], rate))
-        self.served[workload] = rate, summarize(records)
+        with self.logging(wait=False) as log:
+            records = replay(self.engine, requests(self.engine, WORKLOADS[workload], rate))
+        self.served[workload] = Served(rate, summarize(records), log)
 
     def simulated(self, device: CalibratedDevice, workload: str, rate: float) -> Summary:
         """What the simulator says of a workload on an engine like this one."""
@@ -217,7 +264,7 @@ class Measured:
 
     def compare(self, device: CalibratedDevice, workload: str) -> dict[str, float]:
         """What simulator and engine made of the same requests: percentiles, in seconds."""
-        rate, measured = self.served[workload]
+        rate, measured, _ = self.served[workload]
         predicted = self.simulated(device, workload, rate)
         row = {"rate": rate}
         for figure in ("ttft", "tpot"):
@@ -242,12 +289,12 @@ def requests(engine: serving.Engine, mix: LengthMix, rate: float) -> list[servin
 _SERVED_HEAD = """
 Simulated / measured, and how far off:
 
-| layout | workload | requests/s | TTFT p50 ms | TTFT p99 ms | TPOT p50 ms | TPOT p99 ms |
-| --- | --- | ---: | ---: | ---: | ---: | ---: |"""
+| layout | workload | fitted to | per s | TTFT p50 ms | TTFT p99 ms | TPOT p50 ms | TPOT p99 ms |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
 
 
 def _served_line(row: dict[str, Any]) -> str:
-    cells = [row["layout"], row["workload"], f"{row['rate']:.2f}"]
+    cells = [row["layout"], row["workload"], row["fitted_to"], f"{row['rate']:.2f}"]
     for figure in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"):
         ours, true = (1e3 * row[f"{figure}_{of}"] for of in ("simulated", "measured"))
         cells.append(f"{ours:.1f} / {true:.1f} ({100 * (ours / true - 1):+.0f} %)")

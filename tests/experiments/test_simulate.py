@@ -80,7 +80,11 @@ def test_a_calibration_on_steps_of_the_real_engine(trace, tmp_path):
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
     assert found["steps"] >= 28 and 0 < found["median_error"] < 1
-    assert [row["workload"] for row in found["served"]] == ["chat", "summaries", "stories"]
+    assert [(row["workload"], row["fitted_to"]) for row in found["served"]] == [
+        (workload, which)
+        for workload in ("chat", "summaries", "stories")
+        for which in ("the log", "its steps")
+    ]
     assert all(
         row[f"ttft_p50_{of}"] > 0 for row in found["served"] for of in ("simulated", "measured")
     )
