@@ -23,7 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -31,9 +31,11 @@ from absl import flags
 import fusedkv_jax as fkv
 from experiments.common import cli
 from fusedkv_jax import costs, presets, serving
-from fusedkv_jax.serving.engine import Deltas
 from fusedkv_jax.serving.simulate import CalibratedDevice, Summary, replay, simulate, summarize
 from fusedkv_jax.serving.simulate.calibration import LoggedStep, errors, fit, step_work
+
+if TYPE_CHECKING:  # --help runs no model
+    from fusedkv_jax.serving.engine import Deltas
 
 FLAGS = flags.FLAGS
 
