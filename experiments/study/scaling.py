@@ -1,8 +1,9 @@
 """The study "scaling": every published way to share keys and values, at five small sizes.
 
 At each size all rows see equally many tokens, 20 for each parameter of the standard transformer.
-Most rows have half of its cache; resformer caches everything and changes what is cached, and lckv
-keeps three layers. `mlkv` is missing because with half of the layers it is `cla` itself.
+Most rows have half of its cache; resformer caches everything and changes what is cached, svformer
+caches all keys and one layer's values, and lckv keeps three layers. `mlkv` is missing because with
+half of the layers it is `cla` itself.
 """
 
 from experiments.study.grid import Row, Seeds, Size, Study
@@ -33,9 +34,10 @@ def get_study() -> Study:
         vocab_size=VOCAB_SIZE,
         seq_len=SEQ_LEN,
         tokens_per_parameter=20,
+        # Rates are where a search begins: that of 0.1m is what the search of 0.05m ended with.
         sizes={
             "0.05m": Size(model=_model(4, 32, 88), batch_size=8, learning_rate=8e-3),
-            "0.1m": Size(model=_model(4, 48, 128), batch_size=8, learning_rate=8e-3),
+            "0.1m": Size(model=_model(4, 48, 128), batch_size=8, learning_rate=6.4e-2),
             "0.4m": Size(model=_model(6, 80, 176), batch_size=16, learning_rate=4e-3),
             "1.2m": Size(model=_model(8, 112, 304), batch_size=16, learning_rate=4e-3),
             "3.5m": Size(model=_model(8, 192, 512), batch_size=32, learning_rate=2e-3),
@@ -44,6 +46,7 @@ def get_study() -> Study:
             "mha": Row(layout="mha"),
             "fusedkv": Row(layout="fusedkv"),
             "gqa": Row(layout="mha", queries_per_kv_head=2),
+            "svformer": Row(layout="svformer"),
             "fusedkv_lite": Row(layout="fusedkv_lite"),
             "yoco": Row(layout="yoco"),
             "cla": Row(layout="cla:k=2"),
