@@ -31,6 +31,7 @@ TOY = {"seq_len": 64, "batch_size": 2, "steps": 4, "warmup": 2}
         ("fusedkv", 1),
         ("mha", 2),
         ("fusedkv:value_sources=0", 1),
+        ("fusedkv:granularity=head", 1),
         ("0_k0v1s8_2_f1+2", 1),
     ],
 )
@@ -45,13 +46,16 @@ def test_both_frameworks_take_the_same_steps(layout, shared):
         batch = next(batches)
         expected, found = ours.step(batch, step), independent.step(batch, step)
         assert found == pytest.approx(expected, rel=1e-5)
-    moments, params = dict(_named(config, ours.moments())), dict(_named(config, ours.state.params))
+        # Norms of arrays: Adam makes noise of a gradient that is nearly zero as large as any
+        # other, and what it has moved is in the gradients that follow.
+        moments = dict(_named(config, ours.moments()))
+        for name, parameter in independent.model.named_parameters():
+            moment = independent.trainer.optimizer.moments[parameter][0].numpy()
+            assert _norm(moment - moments[name]) <= (2e-4 if step else 1e-5) * _norm(moment), name
+    params = dict(_named(config, ours.state.params))
     for name, parameter in independent.model.named_parameters():
-        # Norms of arrays: Adam makes noise of a gradient that is nearly zero as large as any other.
-        moment = independent.trainer.optimizer.moments[parameter][0].numpy()
-        assert _norm(moment - moments[name]) <= 1e-4 * _norm(moment)
         apart = _norm(parameter.detach().numpy() - params[name])
-        assert apart <= 3e-4 * _norm(params[name] - start[name])
+        assert apart <= 5e-4 * _norm(params[name] - start[name]), name
 
 
 def _norm(array):
@@ -78,7 +82,8 @@ def test_layouts_are_those_of_the_library(name):
             for kind, sources in zip(KINDS, (found.keys, found.values), strict=True):
                 stream = layer.stream(kind)
                 assert sources == (stream.sources or (i,))
-                assert found.fused == (stream.weights == "channel")
+                granularity = "head" if found.by_head else "channel"
+                assert stream.weights == (granularity if found.fused else None)
                 assert found.window == layer.window
 
 

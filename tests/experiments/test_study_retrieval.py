@@ -146,10 +146,11 @@ def test_the_better_form_goes_on():
     assert confirmation.chosen(dict([*done.items()][:1])) is None
     assert confirmation.chosen(done) == "half_readers"
     later = list(confirmation.cells(done))[2:]
-    assert later[0] == confirmation.cell("half_readers", confirmation.SEEDS[0])
-    wider = [run for run in later if run.d_model == confirmation.WIDER.width]
-    assert later[len(wider) :] == wider
-    assert len(set(wider)) == len(confirmation.ROWS) * len(confirmation.SEEDS)
+    first, *_, last = confirmation.TRIALS
+    compared = ["half_readers", "fusedkv"]
+    assert later[:2] == [confirmation.cell(name, first.seeds[0], first.size) for name in compared]
+    assert later[-1] == confirmation.cell("one_reader", 6, confirmation.WIDER)
+    assert len(set(later)) == len(later) == 6 * 3 + 6 * 3 + 3 * len(last.seeds)
 
 
 def test_the_next_sizes_are_reported_by_fresh_seeds(tmp_path):
@@ -159,9 +160,10 @@ def test_the_next_sizes_are_reported_by_fresh_seeds(tmp_path):
         "half_readers": {4: record(0.4), 5: record(0.5), 6: record(0.6)},
     }
     wider = {"mha": {4: record(0.8)}, "fusedkv": {confirmation.CHOICE: record(0.7)}}
-    found = {confirmation.DEEPER: deeper, confirmation.WIDER: wider | {"half_readers": {}}}
+    first, second, _ = confirmation.TRIALS
+    found = {first: deeper, second: wider | {"half_readers": {}}}
     text = confirmation_report.write(found, tmp_path)
-    assert "## 8 layers of width 64" in text and "## 8 layers of width 96" in text
+    assert f"## {first}" in text and "## 8 layers of width 96 with 4 heads, seeds 4, 5, 6" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     half, mha, wide_mha, fused = (cells for cells in rows if cells and cells[0].startswith("`"))
     assert half[2:] == ["0.375", "", "4, 5, 6", "0.500", "0.400 to 0.600", half[-2], ""]
@@ -194,9 +196,13 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
     )
     small = confirmation.Size(8, 8, 2)
     monkeypatch.setattr(confirmation.cell, "__defaults__", (small,))
-    for name, value in (("SIZES", (small, confirmation.Size(8, 16, 2))), ("STEPS", 1)):
-        monkeypatch.setattr(confirmation, name, value)
-    monkeypatch.setattr(confirmation, "SEEDS", (1,))
+    trials = (
+        confirmation.Trial(small, (1,), ("mha", "svformer", "gqa")),
+        confirmation.Trial(confirmation.Size(8, 16, 2), (1,), ("svformer",)),
+    )
+    for module in (confirmation, confirmation_report):
+        monkeypatch.setattr(module, "TRIALS", trials)
+    monkeypatch.setattr(confirmation, "STEPS", 1)
     monkeypatch.setattr(results, "_COMMITTED", tmp_path / "none")
     monkeypatch.setattr(worker, "EXAMPLES", {"curve": 1, "final": 1})
     line = ["--study=retrieval", f"--workdir={tmp_path}/work", f"--output={tmp_path}/out"]
@@ -206,7 +212,7 @@ def test_a_worker_searches_and_goes_on(tmp_path, monkeypatch):
     assert result == {"study": "retrieval", "front": []}
     files = sorted((tmp_path / "out" / "records" / "recall").glob("*.json"))
     made = [json.loads(file.read_text()) for file in files]
-    assert len(made) == 6 + 5 + 5 + 2 + 6 + 6
+    assert len(made) == 6 + 5 + 5 + 2 + 6 + 3
     assert all(set(record["final"]) == set(recall_tasks.names()) for record in made)
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()  # as if its worker had died

@@ -159,6 +159,7 @@ def in_torch_names(config: ModelConfig, params: nnx.State) -> Iterator[tuple[str
         elif path[0] == "mixing":
             kind = ("key", "value")[path[2]]
             layers, name = fusing[kind], f"{kind}_weights"
+            array = array.reshape(*array.shape[:3], -1)  # one channel where there is one for a head
         else:
             yield str(name), array
             continue

@@ -22,12 +22,14 @@ class Reads:
     """Whose keys and values a layer attends to; one that names itself has projections of its own.
 
     Sources that are fused have a learned weight for each head and channel (for each rotated
-    pair of channels, with keys). A window is the number of latest tokens that are seen.
+    pair of channels, with keys), or for each head. A window is the number of latest tokens that
+    are seen.
     """
 
     keys: tuple[int, ...]
     values: tuple[int, ...]
     fused: bool = False
+    by_head: bool = False
     window: int | None = None
 
 
@@ -36,7 +38,8 @@ def reads(layout: str, depth: int) -> tuple[Reads, ...]:
 
     Tokens are joined by `_`: `3` reads keys and values of layer 3, `k1v0` keys of layer 1 and
     values of layer 0, `f0+1` fuses those of both (the notation of arXiv 2410.14442, extended); `s8`
-    after it is a window of 8 tokens. `fusedkv:value_sources=0` weighs the values of layer 0 alone.
+    after it is a window of 8 tokens. `fusedkv:value_sources=0` weighs the values of layer 0 alone,
+    and `fusedkv:granularity=head` has a weight for each head instead of each channel.
 
     Raises:
       ValueError: an unknown name, or another number of tokens.
@@ -59,12 +62,17 @@ def reads(layout: str, depth: int) -> tuple[Reads, ...]:
         sources: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("key_sources", "value_sources"), (0, mid)
         )
+        by_head = False
         for option in options.split(","):
-            kind, _, numbers = option.partition("=")
-            if kind not in sources:
-                raise ValueError(f"layout={layout}; use the options {' and '.join(sources)}")
-            sources[kind] = tuple(map(int, numbers.split("+")))
-        top = Reads(*sources.values(), fused=True)
+            kind, _, value = option.partition("=")
+            if kind in sources:
+                sources[kind] = tuple(map(int, value.split("+")))
+            elif option == "granularity=head":
+                by_head = True
+            else:
+                known = " and ".join([*sources, "granularity=head"])
+                raise ValueError(f"layout={layout}; use the options {known}")
+        top = Reads(*sources.values(), fused=True, by_head=by_head)
         below = [Reads((i,), (i,)) for i in range(depth // 2)]
         return (*below, *[top] * (depth - len(below)))
     if layout in upper:
@@ -134,8 +142,9 @@ class Layer(nn.Module):
         self.gate, self.up = matrix(width, shape.hidden), matrix(width, shape.hidden)
         self.down = matrix(shape.hidden, width)
         if own.fused:
-            self.key_weights = nn.Parameter(torch.empty(len(own.keys), kv_heads, size // 2))
-            self.value_weights = nn.Parameter(torch.empty(len(own.values), kv_heads, size))
+            pairs, channels = (1, 1) if own.by_head else (size // 2, size)
+            self.key_weights = nn.Parameter(torch.empty(len(own.keys), kv_heads, pairs))
+            self.value_weights = nn.Parameter(torch.empty(len(own.values), kv_heads, channels))
 
 
 class Recall(nn.Module):

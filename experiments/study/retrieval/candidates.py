@@ -29,6 +29,8 @@ CANDIDATES: Mapping[str, Row] = {
     # fusedkv with one stream of a single source.
     "fused_keys": Row(layout="fusedkv:value_sources=0"),
     "fused_values": Row(layout="fusedkv:key_sources=1"),
+    # fusedkv with a weight for each head instead of each channel; came after all others had run.
+    "fused_heads": Row(layout="fusedkv:granularity=head"),
     # The values of layer 0 alone, so that three layers can have keys of their own.
     "values0_keys012": Row(layout="0_k1v0_k2v0_k2v0"),
     "values0_keys013": Row(layout="0_k1v0_k1v0_k3v0"),

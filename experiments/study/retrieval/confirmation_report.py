@@ -17,10 +17,9 @@ from experiments.study.retrieval.confirmation import (
     FORMS,
     LENGTH,
     ROWS,
-    SEEDS,
-    SIZES,
     STEPS,
-    Size,
+    TRIALS,
+    Trial,
 )
 from experiments.study.retrieval.report import difference
 from experiments.study.retrieval.results import BySeed
@@ -43,34 +42,35 @@ _HEAD = (
 Runs = Mapping[str, Mapping[int, Document]]  # records by layout and seed
 
 
-def read(folder: pathlib.Path) -> dict[Size, Runs]:
-    """The finished runs of each layout at each size, in the order of `ROWS`.
+def read(folder: pathlib.Path) -> dict[Trial, Runs]:
+    """The finished runs of each layout in each trial, in the order of `ROWS`.
 
     Raises:
       ValueError: a file is no record.
     """
     records = {Cell.from_dict(r["cell"]): r for r in worker.read_all(folder / "recall")}
 
-    def finished(name: str, size: Size) -> dict[int, Document]:
-        cells = {seed: confirmation.cell(name, seed, size) for seed in (CHOICE, *SEEDS)}
+    def finished(name: str, trial: Trial) -> dict[int, Document]:
+        seeds = (CHOICE, *trial.seeds)
+        cells = {seed: confirmation.cell(name, seed, trial.size) for seed in seeds}
         return {seed: records[cell] for seed, cell in cells.items() if cell in records}
 
-    return {size: {name: finished(name, size) for name in ROWS} for size in SIZES}
+    return {trial: {name: finished(name, trial) for name in ROWS} for trial in TRIALS}
 
 
-def write(found: Mapping[Size, Runs], target: pathlib.Path) -> str:
+def write(found: Mapping[Trial, Runs], target: pathlib.Path) -> str:
     """Write confirmation.md, and confirmation.png if there are runs; returns the table's text."""
     target.mkdir(parents=True, exist_ok=True)
     text = markdown(found)
     (target / "confirmation.md").write_text(text, encoding="utf-8")
-    drawn = {size: runs for size, runs in found.items() if any(map(_fresh, runs.values()))}
+    drawn = {trial: runs for trial, runs in found.items() if any(map(_fresh, runs.values()))}
     if drawn:
         draw(drawn, target / "confirmation.png")
     return text
 
 
-def markdown(found: Mapping[Size, Runs]) -> str:
-    """The runs of all sizes as a Markdown document."""
+def markdown(found: Mapping[Trial, Runs]) -> str:
+    """The runs of all trials as a Markdown document."""
     ruler = ["---", "---", *["---:"] * (len(_HEAD) - 2)]
     lines = [
         "# Study: retrieval, with more layers",
@@ -78,21 +78,22 @@ def markdown(found: Mapping[Size, Runs]) -> str:
         f"{STEPS:,} steps on {LENGTH} tokens, at which length the cache is counted. Accuracy is "
         f"the mean over six recall tasks. Seed {CHOICE} chose between the forms of the search's "
         f"best layout ({' and '.join(f'`{name}`' for name in FORMS)}) at the first size; by the "
-        f"fresh seeds {', '.join(map(str, SEEDS))} nothing was chosen; the columns after theirs "
-        "are of these alone. Differences are of runs with equal seeds, "
+        "others, fresh seeds, nothing was chosen, and the columns after theirs "
+        "are of these alone. The second trial was decided when the first was known, the third when "
+        "both were. Differences are of runs with equal seeds, "
         f"± half of the {CONFIDENCE:.0%} interval by Student's t; **bold** where it excludes "
         "zero, with no correction for the number of comparisons.",
         "",
     ]
-    for size, runs in found.items():
+    for trial, runs in found.items():
         rows = [_cells(name, runs) for name in _ranked(runs) if runs[name]]
         table = ["| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)]
-        lines += [f"## {size}", "", *table, ""]
+        lines += [f"## {trial}", "", *table, ""]
     return "\n".join(lines)
 
 
 def _fresh(own: Mapping[int, Document]) -> BySeed:
-    return {seed: worker.mean(own[seed]["final"]) for seed in SEEDS if seed in own}
+    return {seed: worker.mean(own[seed]["final"]) for seed in sorted(own) if seed != CHOICE}
 
 
 def _ranked(runs: Runs) -> list[str]:
@@ -124,20 +125,20 @@ def _first(own: Mapping[int, Document]) -> str:
     return f"{worker.mean(own[CHOICE]['final']):.3f}" if CHOICE in own else ""
 
 
-def draw(found: Mapping[Size, Runs], path: pathlib.Path) -> None:
-    """For each size, accuracy of every run on fresh seeds, and the means against steps."""
+def draw(found: Mapping[Trial, Runs], path: pathlib.Path) -> None:
+    """For each trial, accuracy of every run on fresh seeds, and the means against steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 0.6 + 3.8 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 2, width_ratios=[1, 1.4], squeeze=False)
-    for (size, runs), (ends, curves) in zip(found.items(), panels, strict=True):
-        _draw_size(runs, ends, curves)
+    for (trial, runs), (ends, curves) in zip(found.items(), panels, strict=True):
+        _draw_trial(runs, ends, curves)
         ends.set_title("fresh seeds, | their mean (share of mha's cache)", fontsize=10)
-        curves.set_title(f"{size}: means while they train", fontsize=10)
+        curves.set_title(f"{trial}: means while they train", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-def _draw_size(runs: Runs, ends: Axes, curves: Axes) -> None:
+def _draw_trial(runs: Runs, ends: Axes, curves: Axes) -> None:
     names = [name for name in _ranked(runs) if _fresh(runs[name])]
     for place, name in enumerate(names):
         fresh, color = _fresh(runs[name]), f"C{[*ROWS].index(name)}"
