@@ -94,7 +94,7 @@ def run(
         loaded = place.load()
         model, config = loaded.model, loaded.config
         tasks = settings.tasks or default_tasks(config, heldout=place.is_run)
-        name = config.model.kv_layout.spec or config.name
+        name = (place.is_run and config.model.kv_layout.spec) or config.name
         name = name if name not in described else f"{name} ({place.where})"
         described[name] = {"experiment": config.name, "step": loaded.step, "tasks": tasks}
         own = dataclasses.replace(settings, tasks=tasks)

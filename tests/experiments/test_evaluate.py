@@ -1,11 +1,18 @@
 """The evaluate binary: suites on a model of a few steps, and mistakes in the command."""
 
+import dataclasses
 import json
 
 import pytest
+from flax import nnx
 
+from experiments.common import models
+from experiments.configs import recall
+from experiments.suites import longcontext
 from experiments.suites.longcontext_methods import defaults, methods, refusal
 from fusedkv_jax.config import ModelConfig
+from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
+from fusedkv_jax.model import Decoder
 from tests.experiments.commands import check_mistakes, run
 
 
@@ -79,6 +86,18 @@ def test_mistakes(workdir, tmp_path):
             ),
         ],
     )
+
+
+def test_runs_go_by_their_layouts_and_models_of_others_by_their_names():
+    config, sizes = recall.get_config(), {"d_model": 16, "num_heads": 2, "d_ff": 16}
+    small = config.model.replace(layout="fusedkv_lite", **sizes)
+    config = dataclasses.replace(config, model=small)
+    loaded = models.Loaded(Decoder(config.model, rngs=nnx.Rngs(0)), config, None, "x.gguf")
+    settings = LongContextSettings(tasks=("single_needle",), length=96, examples=1)
+    for is_run, name in ((True, "fusedkv_lite"), (False, "recall")):
+        place = longcontext.Source(loaded.where, config, lambda: loaded, is_run)
+        results = longcontext.run([place], methods(["none"], []), settings)
+        assert [*results["models"]] == [row["layout"] for row in results["rows"]] == [name]
 
 
 def test_methods_and_who_can_use_them():
