@@ -4,9 +4,9 @@ import collections
 import pathlib
 from collections.abc import Sequence
 
-from experiments.study import figures, plan, records, speed
+from experiments.study import figures, plan, records, speed, tables
 from experiments.study.grid import Study
-from experiments.study.statistics import CONFIDENCE, Estimate, Line, lines
+from experiments.study.statistics import CONFIDENCE, Line, lines
 
 
 def write(study: Study, source: pathlib.Path, target: pathlib.Path) -> str:
@@ -62,7 +62,7 @@ def _size(study: Study, size: str, of_size: Sequence[Line]) -> list[str]:
     head += [f"minus {name}" for name in versus]
     head += ["bits per byte", *(f"{name}, bits per byte" for name in texts)]
     rows = [[*_cells(line, versus), *_bits(line, texts)] for line in of_size]
-    return [text, "", *_table(head, rows), ""]
+    return [text, "", *tables.markdown(head, rows), ""]
 
 
 def _cells(line: Line, versus: Sequence[str]) -> list[str]:
@@ -74,27 +74,17 @@ def _cells(line: Line, versus: Sequence[str]) -> list[str]:
         f"{record['non_embedding_parameters']:,}",
         f"{record['cache_bytes_per_token']:,}",
         f"{record['train_flops']:.3g}",
-        _value(line.loss),
-        *(_difference(line.against.get(name)) for name in versus),
+        tables.mean(line.loss),
+        *(tables.difference(line.against.get(name)) for name in versus),
     ]
 
 
 def _bits(line: Line, texts: Sequence[str]) -> list[str]:
     others = (line.others.get(name) for name in texts)
-    return [_value(line.bits_per_byte), *("" if bits is None else _value(bits) for bits in others)]
-
-
-def _value(estimate: Estimate) -> str:
-    spread = "" if estimate.half_width is None else f" ± {estimate.half_width:.4f}"
-    return f"{estimate.mean:.4f}{spread}"
-
-
-def _difference(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    spread = "" if estimate.half_width is None else f" ± {estimate.half_width:.4f}"
-    text = f"{estimate.mean:+.4f}{spread}"
-    return f"**{text}**" if estimate.excludes_zero else text
+    return [
+        tables.mean(line.bits_per_byte),
+        *("" if bits is None else tables.mean(bits) for bits in others),
+    ]
 
 
 def _rates(study: Study, found: Sequence[records.Record], size: str) -> list[str]:
@@ -117,13 +107,8 @@ def _rates(study: Study, found: Sequence[records.Record], size: str) -> list[str
     return [
         f"Loss by learning rate, first draw ({state}):",
         "",
-        *_table(["row", *(f"{rate:g}" for rate in rates)], cells),
+        *tables.markdown(["row", *(f"{rate:g}" for rate in rates)], cells),
     ]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ruler, *rows)]
 
 
 def _where(found: Sequence[records.Record]) -> list[str]:

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import experiments
+from experiments.study import tables
 from experiments.study.grid import Row, Study
 from experiments.study.statistics import Line
 from fusedkv_jax import costs, presets
@@ -82,7 +83,7 @@ def markdown(study: Study, results: Sequence[Line]) -> str:
             [
                 line.row,
                 f"{cache_share(line, own, study):.3g}",
-                f"{line.loss.mean:.4f} ± {line.loss.half_width or 0:.4f}",
+                tables.mean(line.loss),
                 f"{1e3 * found[line.row].first:,.0f} ({share.first:.2f})",
                 f"{1e3 * found[line.row].later:.1f} ({share.later:.2f})",
                 f"{ratio.first:.2f}" if ratio else "",
@@ -111,7 +112,7 @@ def markdown(study: Study, results: Sequence[Line]) -> str:
             f"{study.reference}'s: 8 layers of width 512, float32, one prompt of 4,096 tokens "
             "([record](../../benchmark_cpu.json)).",
             "",
-            *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] + ["---:"] * 6, *rows)),
+            *tables.markdown(head, rows),
             "",
         ]
     )

@@ -1,6 +1,7 @@
 """Studies: what is next, who takes it, what a record holds, and what follows from records."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -14,7 +15,17 @@ import pytest
 from scipy import stats
 
 from experiments.common import runs
-from experiments.study import command, corpus, plan, records, report, speed, statistics, worker
+from experiments.study import (
+    command,
+    corpus,
+    plan,
+    records,
+    report,
+    speed,
+    statistics,
+    tables,
+    worker,
+)
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Row, Seeds, Size
 from fusedkv_jax import costs, layouts, presets
@@ -353,3 +364,17 @@ def test_mistakes(tmp_path):
             (["--sizes=0.1m"], "--sizes has no effect without --study; add --study"),
         ],
     )
+
+
+def test_tables_show_intervals_and_what_excludes_zero():
+    certain, open_, single = itertools.starmap(
+        statistics.Estimate, [(0.5, 3, 0.25), (-0.5, 3, 0.75), (2.0, 1, None)]
+    )
+    assert tables.mean(certain, 2) == "0.50 ± 0.25" and tables.mean(single) == "2.0000"
+    shown = [tables.difference(each, 1) for each in (certain, open_, single, None)]
+    assert shown == ["**+0.5 ± 0.2**", "-0.5 ± 0.8", "+2.0", ""]
+    assert tables.markdown(["a", "b", "c"], [["1", "2"]], words=(0, 2)) == [
+        "| a | b | c |",
+        "| --- | ---: | --- |",
+        "| 1 | 2 |  |",
+    ]

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import experiments
-from experiments.study import records
+from experiments.study import records, tables
 from experiments.study.grid import Seeds
 from experiments.study.paper import figures, grids
 from experiments.study.paper.shares import shares_of
@@ -13,6 +13,7 @@ from experiments.study.records import Record
 from experiments.study.statistics import CONFIDENCE, Estimate, finite_losses, paired
 
 _COMMITTED = pathlib.Path(experiments.__file__).parent / "results" / "study"
+_WORDS = (0, 1)  # columns of the tables that hold no numbers
 # What each row of the ablation reads in its upper layers.
 _MEANING = {
     "mha": "streams of its own: the whole cache",
@@ -107,8 +108,8 @@ def _ablation(losses: Mapping[str, Mapping[Seeds, float]]) -> list[str]:
             f"`{row}`",
             _MEANING[row],
             str(len(own)),
-            _plain(Estimate.of([*own.values()])),
-            *(_difference(against(losses, row, other)) for other in versus),
+            tables.mean(Estimate.of([*own.values()])),
+            *(tables.difference(against(losses, row, other)) for other in versus),
         ]
         for row, own in losses.items()
     ]
@@ -124,7 +125,7 @@ def _ablation(losses: Mapping[str, Mapping[Seeds, float]]) -> list[str]:
         f"{CONFIDENCE:.0%} interval by Student's t; **bold** where it excludes zero, with no "
         f"correction for the number of comparisons. {', '.join(grids.SHARED)} are of `scaling`.",
         "",
-        *_table(head, rows),
+        *tables.markdown(head, rows, _WORDS),
         "",
     ]
 
@@ -165,36 +166,16 @@ def _depth(found: Sequence[Record]) -> list[str]:
         f"Width {size.model.d_model}, {study.tokens(grids.DEEP):,} tokens, the same rate. Norms of "
         "the gradient of the held-out loss after the last step, of each layer's parameters:",
         "",
-        *_table(["layout", "seed", "loss", *(f"layer {i}" for i in layers)], runs),
+        *tables.markdown(["layout", "seed", "loss", *(f"layer {i}" for i in layers)], runs, _WORDS),
         "",
         "Mean weight of each source, from the lowest up. In brackets the share of its root mean "
         "square over channels in the sum over sources, by itself and times the root mean square "
         "of the source's stream.",
         "",
-        *_table(["layout", "seed", "stream", *["source"] * sources], shares),
+        *tables.markdown(["layout", "seed", "stream", *["source"] * sources], shares, _WORDS),
         "",
     ]
 
 
 def _last_gradients(record: Record) -> list[str]:
     return [f"{norm:.4f}" for norm in record["inside"]["gradients"][-1]["all"]]
-
-
-def _plain(estimate: Estimate) -> str:
-    spread = "" if estimate.half_width is None else f" ± {estimate.half_width:.4f}"
-    return f"{estimate.mean:.4f}{spread}"
-
-
-def _difference(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    spread = "" if estimate.half_width is None else f" ± {estimate.half_width:.4f}"
-    text = f"{estimate.mean:+.4f}{spread}"
-    return f"**{text}**" if estimate.excludes_zero else text
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    width = len(head)
-    ruler = ["---", "---", *["---:"] * (width - 2)]
-    cells = [[*row, *[""] * (width - len(row))] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in (head, ruler, *cells)]

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from experiments.common.documents import Document
+from experiments.study import tables
 from experiments.study.recall import worker
 from experiments.study.recall.cells import Cell
 from experiments.study.recall.questions import QUESTIONS, Question
@@ -68,7 +69,14 @@ def markdown(found: Sequence[Document]) -> str:
     for question in QUESTIONS:
         rows = [_cells(group) for group in groups(question, found)]
         if rows:
-            parts += ["", f"## {question.title}", "", question.text, "", *_table(rows)]
+            parts += [
+                "",
+                f"## {question.title}",
+                "",
+                question.text,
+                "",
+                *tables.markdown(_HEAD, rows, _WORDS),
+            ]
     return "\n".join([*parts, "", *_where(found), ""])
 
 
@@ -85,6 +93,7 @@ _HEAD = (
     "to the token before",
     "induction",
 )
+_WORDS = (0, 1, 3)  # columns that hold no numbers
 
 
 def _cells(group: Group) -> list[str]:
@@ -110,11 +119,6 @@ def _cells(group: Group) -> list[str]:
 def _shares(records: Sequence[Document], name: str) -> str:
     ends = [record["curve"][-1][name] for record in records if name in record["curve"][-1]]
     return " ".join(f"{sum(layer) / len(ends):.2f}" for layer in zip(*ends, strict=True))
-
-
-def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    ruler = ["---", "---", "---:", "---", *["---:"] * (len(_HEAD) - 4)]
-    return ["| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)]
 
 
 def _where(found: Sequence[Document]) -> list[str]:

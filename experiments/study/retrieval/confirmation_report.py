@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.common.documents import Document
+from experiments.study import tables
 from experiments.study.recall import worker
 from experiments.study.recall.cells import Cell
 from experiments.study.retrieval import confirmation
@@ -71,7 +72,6 @@ def write(found: Mapping[Trial, Runs], target: pathlib.Path) -> str:
 
 def markdown(found: Mapping[Trial, Runs]) -> str:
     """The runs of all trials as a Markdown document."""
-    ruler = ["---", "---", *["---:"] * (len(_HEAD) - 2)]
     lines = [
         "# Study: retrieval, with more layers",
         "",
@@ -87,8 +87,7 @@ def markdown(found: Mapping[Trial, Runs]) -> str:
     ]
     for trial, runs in found.items():
         rows = [_cells(name, runs) for name in _ranked(runs) if runs[name]]
-        table = ["| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)]
-        lines += [f"## {trial}", "", *table, ""]
+        lines += [f"## {trial}", "", *tables.markdown(_HEAD, rows, words=(0, 1)), ""]
     return "\n".join(lines)
 
 

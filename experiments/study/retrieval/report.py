@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from experiments.study import tables
 from experiments.study.retrieval.candidates import BUDGET, LENGTH, ROWS
 from experiments.study.retrieval.results import BySeed, Result, front, paired
 from experiments.study.retrieval.search import RUNGS
@@ -47,7 +48,6 @@ def markdown(found: Sequence[Result]) -> str:
         for result in sorted(found, key=lambda result: (not result.fits, -_rank(result)))
         if result.screened is not None or result.accuracy
     ]
-    ruler = ["---", "---", *["---:"] * (len(_HEAD) - 3), "---"]
     return "\n".join(
         [
             "# Study: retrieval",
@@ -62,7 +62,7 @@ def markdown(found: Sequence[Result]) -> str:
             "**bold** where it excludes zero, with no correction for the number of comparisons. "
             "The front is that of the first rung: one run of each layout on either axis.",
             "",
-            *("| " + " | ".join(cells) + " |" for cells in (_HEAD, ruler, *rows)),
+            *tables.markdown(_HEAD, rows, words=(0, 1, len(_HEAD) - 1)),
             "",
         ]
     )
@@ -104,12 +104,7 @@ def _fresh(result: Result) -> BySeed:
 
 def difference(ours: BySeed, theirs: BySeed, digits: int) -> str:
     """Ours minus theirs on equal seeds with its interval, bold where that excludes zero."""
-    estimate = paired(ours, theirs)
-    if estimate is None or ours == theirs:
-        return ""
-    spread = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
-    text = f"{estimate.mean:+.{digits}f}{spread}"
-    return f"**{text}**" if estimate.excludes_zero else text
+    return "" if ours == theirs else tables.difference(paired(ours, theirs), digits)
 
 
 def draw(found: Sequence[Result], path: pathlib.Path) -> None:
