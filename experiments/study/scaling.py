@@ -1,4 +1,4 @@
-"""The study "scaling": every published way to share keys and values, at five small sizes.
+"""The study "scaling": the ways to share keys and values, at five small sizes.
 
 At each size all rows see equally many tokens, 20 for each parameter of the standard transformer.
 Most rows have half of its cache; resformer caches everything and changes what is cached, svformer
@@ -47,6 +47,7 @@ def get_study() -> Study:
             "fusedkv": Row(layout="fusedkv"),
             "gqa": Row(layout="mha", queries_per_kv_head=2),
             "svformer": Row(layout="svformer"),
+            "svformer_half": Row(layout="svformer_half"),
             "fusedkv_lite": Row(layout="fusedkv_lite"),
             "yoco": Row(layout="yoco"),
             "cla": Row(layout="cla:k=2"),

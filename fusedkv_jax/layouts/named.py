@@ -251,6 +251,17 @@ def svformer(num_layers: int) -> KVLayout:
 
 
 @register
+def svformer_half(num_layers: int) -> KVLayout:
+    """SVFormer whose layer 1 reads layer 0's keys, too: half of the cache with any depth.
+
+    Found by this project's search for layouts that look things up (docs/study.md).
+    """
+    shared = LayerKV(reuse(0), reuse(0))
+    layers = (_ORDINARY, shared, *[LayerKV(OWN, reuse(0))] * (num_layers - 2))
+    return KVLayout(layers[:num_layers])
+
+
+@register
 def resformer(num_layers: int) -> KVLayout:
     """Values are a learned convex mix of the layer's own and layer 0's (arXiv 2410.17897)."""
     value = Stream(

@@ -57,7 +57,7 @@ def refusal(name, layout, geometry):
         if layout in ("windowed", "window_hybrid_mha", "window_hybrid"):
             return "window of layer 0"
         return None if layout == "mha" else "reads streams of other layers"
-    dense = ("svformer", "dense_fusion", "window_hybrid", "windowed")
+    dense = ("svformer", "svformer_half", "dense_fusion", "window_hybrid", "windowed")
     if name == "double_sparsity" and layout in dense:
         return "reading would stay dense"
     return None

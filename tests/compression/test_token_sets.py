@@ -23,6 +23,7 @@ from tests.model import small
         ),
         ("cla:k=4", [((0,), (0,), (0, 1, 2, 3)), ((4,), (4,), (4, 5, 6, 7))]),
         ("svformer", [(tuple(range(8)), (0,), tuple(range(8)))]),
+        ("svformer_half", [((0, *range(2, 8)), (0,), tuple(range(8)))]),
         ("yoco:window=4", [((4,), (4,), (4, 5, 6, 7))]),
         (
             "window_hybrid:window=5,full_every=2",

@@ -102,6 +102,7 @@ class TestParameters:
             ("yoco_pp", L * STREAM - 4 * 5),
             ("resformer", -(L - 1)),
             ("svformer", (L - 1) * STREAM),
+            ("svformer_half", L * STREAM),
         ],
     )
     def test_removed_against_a_layer_of_its_own_each(self, spec, removed):
@@ -167,6 +168,7 @@ class TestCache:
             ("lite_learnable", 2 * L),
             ("yoco_pp", 2 * L),
             ("svformer", 2 * L),
+            ("svformer_half", 2 * L),
             ("fusedkv", 3 * L),
             ("dense_fusion", 2 * (6 + 6 * 6)),
         ],

@@ -57,6 +57,7 @@ def test_by_default_every_layout_is_shown_and_a_refused_one_says_why():
         "lite_learnable",
         "lite_reversed",
         "svformer",
+        "svformer_half",
         "resformer",
     }
     by_name = {row["layout"]: row for row in rows}

@@ -134,7 +134,9 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="layout has 6 layers but num_layers=8"):
             build(layout=layouts.get("yoco", 6))
 
-    @pytest.mark.parametrize("name", ["fusedkv_lite", "svformer", "resformer", "lite_learnable"])
+    @pytest.mark.parametrize(
+        "name", ["fusedkv_lite", "svformer", "svformer_half", "resformer", "lite_learnable"]
+    )
     def test_latent_attention_shares_keys_and_values_together(self, name):
         with pytest.raises(ConfigError, match="but MLA holds both in one latent; choose"):
             build(mla=MLA, layout=name)

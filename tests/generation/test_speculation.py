@@ -51,7 +51,15 @@ def _state(model, rows, total=32, params=None, cache_dtype=None):
 
 def _cases():
     """Every layout; exits in the middle of scanned bodies, below and above what caches."""
-    exits = {"mha": 3, "cla": 3, "mlkv": 4, "svformer": 2, "resformer": 5, "window_hybrid": 3}
+    exits = {
+        "mha": 3,
+        "cla": 3,
+        "mlkv": 4,
+        "svformer": 2,
+        "svformer_half": 2,
+        "resformer": 5,
+        "window_hybrid": 3,
+    }
     exits |= {
         "yoco_pp": 2,
         "lckv": 1,

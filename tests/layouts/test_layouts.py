@@ -34,6 +34,7 @@ TABLE = {
     "lite_reversed": (LOWER, LOWER, 6, 24),
     "yoco_pp": (LOWER, LOWER, 6, 24),
     "svformer": (ALL, (0,), 12, 24),
+    "svformer_half": ((0, *ALL[2:]), (0,), 12, 24),
     "resformer": (ALL, ALL, 12, 24),
 }
 
@@ -68,6 +69,7 @@ def test_every_named_layout_is_in_the_table():
         ("dense_fusion", LOWER, LOWER),
         ("yoco_pp", (5,), (5,)),
         ("svformer", (11,), (0,)),
+        ("svformer_half", (11,), (0,)),
         ("resformer", (11,), (11,)),
         ("cla", (10,), (10,)),
         ("lckv:w=1", (11,), (11,)),

@@ -23,6 +23,7 @@ SPECS = {
     "lite_reversed": "lite_reversed",
     "yoco_pp": "yoco_pp",
     "svformer": "svformer",
+    "svformer_half": "svformer_half",
     "resformer": "resformer",
     "window_hybrid": "window_hybrid:window=5,full_every=2",
 }

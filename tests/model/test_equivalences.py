@@ -149,6 +149,7 @@ def test_folding_is_done_once_for_each_set_of_parameters():
         ("0_1_2_k2v0x3", "fusedkv_lite"),
         ("0_1_2_f0+2x3", "fusedkv"),
         ("0_k1v0_k2v0_k3v0_k4v0_k5v0", "svformer"),
+        ("0_0_k2v0_k3v0_k4v0_k5v0", "svformer_half"),
     ],
 )
 def test_layouts_that_are_the_same(one, other):

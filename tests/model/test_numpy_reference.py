@@ -126,6 +126,9 @@ LAYOUTS = {
         [own(0), own(1), reuse(1, 1), own(3), own(4), reuse(4, 4)]  # floor(6 (i + 1) / 4)
     ),
     "svformer": plain([own(0)] + [Row([(i, 1.0)], [(0, 1.0)]) for i in range(1, LAYERS)]),
+    "svformer_half": plain(
+        [own(0), reuse(0, 0)] + [Row([(i, 1.0)], [(0, 1.0)]) for i in range(2, LAYERS)]
+    ),
     "resformer": resformer,
     "0_1s3_2_k1v0s5_2_3": plain(
         [
