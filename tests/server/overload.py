@@ -42,7 +42,7 @@ async def main(url: str, rate: float, seconds: float) -> None:
         tasks.append(asyncio.create_task(ask(port, accepted, refused)))
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     lost = [end for end in ends if end is not None]
-    if not all(isinstance(end, ConnectionError) for end in lost):
+    if not all(isinstance(end, ConnectionError | asyncio.IncompleteReadError) for end in lost):
         raise ExceptionGroup("answers that cannot be", lost)
     print(json.dumps({"accepted": accepted, "refused": refused, "lost": len(lost)}))
 

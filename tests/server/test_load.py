@@ -102,7 +102,11 @@ def test_a_storm_of_cancels_makes_room_at_once(model_engine):
 
 
 def test_overload_is_refused_and_those_who_are_let_in_wait_no_longer_than_the_queue(model_engine):
-    """Ten times what the engine can do: 503 with Retry-After for most."""
+    """Ten times what the engine can do: 503 with Retry-After for most.
+
+    Memory swings by 2 % from one step to the next, as the arrays of a step come and go: medians of
+    a quarter of the run are compared, each of which has many steps.
+    """
     seconds, queue = 300 * SIZE, 16
 
     def memory():
@@ -124,26 +128,28 @@ def test_overload_is_refused_and_those_who_are_let_in_wait_no_longer_than_the_qu
             answers = pool.submit(clients.communicate)
             while not answers.done():
                 held.append(memory())
-                concurrent.futures.wait([answers], seconds / 20)
+                concurrent.futures.wait([answers], 0.05)
         assert clients.returncode == 0
         spent = time.monotonic() - start
     answers = json.loads(answers.result()[0])
     firsts, refused = answers["accepted"], answers["refused"]
     drains = (queue + 16) * spent / len(firsts)  # seconds, at the rate of those that were served
-    growth = held[-1] / held[len(held) // 4] - 1
-    late = float(np.quantile(firsts, 0.99))
+    _, early, _, late = np.array_split(held, 4)
+    growth = np.median(late) / np.median(early) - 1
+    slowest = float(np.quantile(firsts, 0.99))
     print(
         f"{spent:.0f} s of {10 * rate:.0f} requests/s: {len(firsts)} accepted, {len(refused)} "
         f"refused (Retry-After {min(refused):.0f} s to {max(refused):.0f} s), {answers['lost']} "
         "without an answer; TTFT p50 "
-        f"{np.median(firsts):.2f} p99 {late:.2f} s; queue and slots drain in {drains:.2f} s; "
-        f"memory {growth:+.1%}"
+        f"{np.median(firsts):.2f} p99 {slowest:.2f} s; queue and slots drain in {drains:.2f} s; "
+        f"memory {growth:+.2%} from the second quarter to the last, {min(held) / 1e6:.0f} to "
+        f"{max(held) / 1e6:.0f} MB"
     )
     assert len(refused) > 3 * len(firsts) and min(refused) >= 1
     assert not answers["lost"] or os.getloadavg()[0] > 4
     # Without a bound they would come to wait for nine tenths of the time.
-    assert late < 3 * drains + 1 or os.getloadavg()[0] > 4
-    assert abs(growth) < (0.02 if SIZE >= 1 else 0.2)
+    assert slowest < 3 * drains + 1 or os.getloadavg()[0] > 4
+    assert abs(growth) < (0.02 if SIZE >= 1 else 0.05)
 
 
 def test_slow_readers_hold_nobody_up(model_engine):
