@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -51,7 +52,7 @@ async def engine(model: Decoder, settings: ServingSettings) -> AsyncIterator[Ser
 async def over_http(model: Decoder, settings: ServingSettings) -> AsyncIterator[Serve]:
     """Our server over an engine in this process, asked as any other is.
 
-    Raises ValueError if the packages of the extra `serve` or openai are missing.
+    Raises ValueError if the packages of the extra `serve` or httpx2 are missing.
     """
     missing = [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]
     if missing:
@@ -175,40 +176,51 @@ def _answers(url: str) -> bool:
 async def server(url: str) -> AsyncIterator[Serve]:
     """A server of the OpenAI API; tokens are counted by its own account of usage.
 
+    It is asked without the package openai, which takes a millisecond to hand over a first token.
     The key is that of OPENAI_API_KEY. Raises ValueError for a server that does not answer.
     """
-    if not importlib.util.find_spec("openai"):
-        raise ValueError("--url needs the package openai: pip install openai")
-    import openai
+    if not importlib.util.find_spec("httpx2"):
+        raise ValueError("--url needs the package httpx2: pip install httpx2")
+    import httpx2
 
-    client = openai.AsyncOpenAI(
+    async with httpx2.AsyncClient(
         base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),
-        max_retries=0,
+        headers={"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"},
+        limits=httpx2.Limits(max_connections=None),
         timeout=3600,
-    )
-    try:
-        name = (await client.models.list()).data[0].id
-    except (openai.APIError, IndexError) as error:
-        raise ValueError(f"--url={url}: no model is served there: {error}") from None
+    ) as client:
+        try:
+            listed = await client.get("/models")
+            name = listed.raise_for_status().json()["data"][0]["id"]
+        except (httpx2.HTTPError, ValueError, LookupError) as error:
+            raise ValueError(f"--url={url}: no model is served there: {error}") from None
 
-    async def serve(ask: Ask, came: Callable[[], None]) -> int:
-        stream = await client.completions.create(
-            model=name,
-            prompt=ask.prompt,
-            max_tokens=ask.max_tokens,
-            temperature=0.0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
-        generated = 0
-        async for chunk in stream:
-            if chunk.choices:
-                came()
-            if chunk.usage is not None:
-                generated = chunk.usage.completion_tokens
-        return generated
+        async def serve(ask: Ask, came: Callable[[], None]) -> int:
+            body = {
+                "model": name,
+                "prompt": ask.prompt,
+                "max_tokens": ask.max_tokens,
+                "temperature": 0.0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "ignore_eos": True,
+            }
+            generated = 0
+            async with client.stream("POST", "/completions", json=body) as response:
+                if response.is_error:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise RuntimeError(f"{url} answered {response.status_code}: {text}")
+                async for line in response.aiter_lines():
+                    field, _, value = line.partition(":")
+                    if field != "data" or value.strip() == "[DONE]":
+                        continue
+                    event = json.loads(value)
+                    if "error" in event:
+                        raise RuntimeError(f"{url} could not go on: {event['error']}")
+                    if event["choices"]:
+                        came()
+                    if event.get("usage"):
+                        generated = event["usage"]["completion_tokens"]
+            return generated
 
-    async with client:
         yield serve
