@@ -4,13 +4,14 @@
     python -m experiments.simulate --trace=TRACE --preset=demo \\
         --device=runs/calibrate/calibration.json
 
-An engine of each layout, with random weights, serves mixed load. Of three steps two are fitted to,
-a coefficient for each kind of work and all layouts together; the error is told of the third.
-In between it serves requests that come by a Poisson process: chats, summaries and stories; the
-simulator then serves the same, with step times fitted to the log and with those fitted to the
-steps that served them: a machine that changes its pace from minute to minute shows in the first
-alone. Writes calibration.json into --output_dir, and prints how far the simulator is off; the last
-line is a JSON document.
+An engine of each layout, with random weights, serves mixed load in four rounds of the same steps,
+some time apart. Of three steps two are fitted to, a coefficient for each kind of work and all
+layouts together; the error is told of the third, beside that of guessing a step's seconds from its
+own repeats, which no fit to work can be much below. In between it serves requests that come by a
+Poisson process: chats, summaries and stories; the simulator then serves the same, with step times
+fitted to the log and with those fitted to the steps that served them: a machine that changes its
+pace from minute to minute shows in the first alone. Writes calibration.json into --output_dir, and
+prints how far the simulator is off; the last line is a JSON document.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,14 +33,21 @@ import fusedkv_jax as fkv
 from experiments.common import cli
 from fusedkv_jax import costs, presets, serving
 from fusedkv_jax.serving.simulate import CalibratedDevice, Summary, replay, simulate, summarize
-from fusedkv_jax.serving.simulate.calibration import LoggedStep, errors, fit, step_work
+from fusedkv_jax.serving.simulate.calibration import (
+    LoggedStep,
+    errors,
+    fit,
+    repeat_errors,
+    step_work,
+    typical,
+)
 
 if TYPE_CHECKING:  # --help runs no model
     from fusedkv_jax.serving.engine import Deltas
 
 FLAGS = flags.FLAGS
 
-_HELD_OUT = 3  # one step of so many is not fitted to
+_HELD_OUT = 3  # one step of so many is not fitted to, in no round
 _LOAD = 0.7  # of the rate at which all requests are served when they are there at once
 
 
@@ -70,7 +78,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_num_batched_tokens", 256, "Tokens in a step.", 1)
     flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
     flags.DEFINE_integer("max_model_len", None, "Tokens of a request; default the model's.", 16)
-    flags.DEFINE_integer("steps", 1200, "Steps of each layout.", 30)
+    flags.DEFINE_integer("steps", 2400, "Steps of each layout, a quarter in each round.", 120)
     flags.DEFINE_integer("requests", 100, "Requests of each workload that is served; 0: none.", 0)
     flags.DEFINE_string("output_dir", "runs/calibrate", "Where the results are written.")
 
@@ -92,43 +100,46 @@ def main() -> None:
     }
 
     def device() -> CalibratedDevice:
-        logs = [own.log for own in measured.values()]
-        coefficients = fit([step for log in logs for i, step in enumerate(log) if i % _HELD_OUT])
-        held_out = [step for log in logs for step in log[::_HELD_OUT]]
+        logs = [log for own in measured.values() for log in own.rounds]
         return CalibratedDevice(
             name=jax.devices()[0].device_kind,
-            coefficients=coefficients,
+            coefficients=fit([s for log in logs for i, s in enumerate(log) if i % _HELD_OUT]),
             shapes=settings.make_shapes(),
             cache_dtype=cache_dtype,
             memory=float(settings.cache_bytes(models[FLAGS.layout[0]])),
-            median_error=float(np.median(errors(coefficients, held_out))),
         )
 
     # Logged before, between and after what is served: a machine has fast and slow minutes.
-    turns = [None, *(WORKLOADS if FLAGS.requests else ())]
+    turns = [None, *WORKLOADS]
     for turn, workload in enumerate(turns):
         for layout, own in measured.items():
-            if workload:
+            if workload and FLAGS.requests:
                 own.serve(
                     workload, _LOAD * own.simulated(device(), workload, math.inf).request_rate
                 )
                 print(f"{layout}: {workload} served", file=sys.stderr)
-            own.log += own.log_steps(FLAGS.steps // len(turns), seed=turn)
+            own.rounds.append(own.log_steps(FLAGS.steps // len(turns), seed=turn))
     found = device()
+    accuracy = Accuracy.of(found.coefficients, [own.rounds for own in measured.values()])
+    found = dataclasses.replace(
+        found, median_error=accuracy.median_error, repeat_error=accuracy.repeat_error
+    )
     found.write(folder / "calibration.json")
-    document = {"median_error": found.median_error} | report(measured, found)
-    print(json.dumps(document))
+    print(json.dumps(accuracy._asdict() | report(measured, found)))
 
 
 def report(measured: dict[str, Measured], device: CalibratedDevice) -> dict[str, Any]:
     """Print how far the simulator is off; the same as a document."""
-    print("| layout | steps | median ms | median error %, of held-out steps |")
-    print("| --- | ---: | ---: | ---: |")
+    print("Median relative error of the seconds of held-out steps:\n")
+    print("| layout | steps | median ms | fit % | own repeats % | fit, of a step's median % |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     found = {}
     for layout, own in measured.items():
-        found[layout] = float(np.median(errors(device.coefficients, own.log[::_HELD_OUT])))
-        middle = 1e3 * np.median([step.seconds for step in own.log])
-        print(f"| {layout} | {len(own.log)} | {middle:.2f} | {100 * found[layout]:.1f} |")
+        accuracy = Accuracy.of(device.coefficients, [own.rounds])
+        log = [step for each in own.rounds for step in each]
+        cells = [layout, str(len(log)), f"{1e3 * np.median([s.seconds for s in log]):.2f}"]
+        print(f"| {' | '.join(cells + [f'{100 * error:.1f}' for error in accuracy])} |")
+        found[layout] = accuracy._asdict()
     served = [
         {"layout": layout, "workload": workload, "fitted_to": which} | own.compare(by, workload)
         for layout, own in measured.items()
@@ -140,7 +151,7 @@ def report(measured: dict[str, Measured], device: CalibratedDevice) -> dict[str,
     ]
     if served:
         print(_SERVED_HEAD, *map(_served_line, served), sep="\n")
-    steps = sum(len(own.log) for own in measured.values())
+    steps = sum(len(log) for own in measured.values() for log in own.rounds)
     return {"layouts": found, "steps": steps, "served": served}
 
 
@@ -151,6 +162,35 @@ def make_engine(config: fkv.ModelConfig, settings: serving.ServingSettings) -> s
     engine = serving.Engine(fkv.Decoder(config, rngs=nnx.Rngs(0)), settings=settings)
     engine.warm_up()
     return engine
+
+
+class Accuracy(NamedTuple):
+    """Median relative errors of the seconds of held-out steps.
+
+    Attributes:
+        median_error: of what is predicted from their work.
+        repeat_error: of guessing each from its own repeats: what no fit to work is much below.
+        typical_error: of what is predicted, as the seconds of the median of each step's repeats.
+    """
+
+    median_error: float
+    repeat_error: float
+    typical_error: float
+
+    @classmethod
+    def of(
+        cls, coefficients: dict[str, float], logs: Sequence[Sequence[Sequence[LoggedStep]]]
+    ) -> Accuracy:
+        """Of logs, each with its rounds."""
+        held_out = [[log[::_HELD_OUT] for log in rounds] for rounds in logs]
+        steps = [step for rounds in held_out for log in rounds for step in log]
+        repeats = np.concatenate([repeat_errors(rounds) for rounds in held_out])
+        middle = [step for rounds in held_out for step in typical(rounds)]
+        return cls(
+            float(np.median(errors(coefficients, steps))),
+            float(np.median(repeats)),
+            float(np.median(errors(coefficients, middle))),
+        )
 
 
 class Served(NamedTuple):
@@ -174,13 +214,13 @@ class Measured:
     Attributes:
         engine: with all its programs compiled.
         costs: of its model's steps.
-        log: of steps.
+        rounds: logs of the same steps.
         served: what the engine made of each workload.
     """
 
     engine: serving.Engine
     costs: costs.StepCosts
-    log: list[LoggedStep] = dataclasses.field(default_factory=list)
+    rounds: list[list[LoggedStep]] = dataclasses.field(default_factory=list)
     served: dict[str, Served] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -227,15 +267,19 @@ class Measured:
             engine.watch, engine.step = None, run
 
     def log_steps(self, count: int, seed: int) -> list[LoggedStep]:
-        """So many steps, a share with each number of clients for which there is a program."""
+        """So many steps, a share with each number of clients for which there is a program.
+
+        They are the same steps whatever the seed, with other tokens: no prefix is found again.
+        """
         engine = self.engine
-        rng, numbers = np.random.default_rng(seed), itertools.count()
+        lengths, tokens = np.random.default_rng(0), np.random.default_rng([1, seed])
+        numbers = itertools.count()
         clients = engine.runner.shapes.decode_rows
         with self.logging(wait=True) as log:
             for turn, most in enumerate(clients, 1):
                 while len(log) < count * turn / len(clients):
                     while engine.unfinished < most:
-                        _add(engine, rng, str(next(numbers)))
+                        _add(engine, lengths, tokens, str(next(numbers)))
                     engine.step()
                 for name in engine.names:
                     engine.abort(name)
@@ -303,12 +347,14 @@ def _served_line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _add(engine: serving.Engine, rng: np.random.Generator, name: str) -> None:
+def _add(
+    engine: serving.Engine, rng: np.random.Generator, tokens: np.random.Generator, name: str
+) -> None:
     """A request of any length: short ones are as likely as long ones."""
     longest = engine.max_model_len
     size = int(np.exp(rng.uniform(np.log(4), np.log(longest * 3 / 4))))
     output = int(np.exp(rng.uniform(np.log(2), np.log(longest / 4))))
-    prompt = rng.integers(0, engine.config.vocab_size, size)
+    prompt = tokens.integers(0, engine.config.vocab_size, size)
     params = fkv.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
     engine.add(prompt, params, request_id=name)
 

@@ -37,3 +37,12 @@ def test_a_step_that_samples_nothing_is_logged_with_its_own_seconds():
     upper = [step.work[TERMS.index("upper_flops")] for step in log]
     assert len(log) >= 12 and min(upper) == 0 < max(upper)
     assert min(step.seconds for step in log) >= PAUSE
+
+
+def test_rounds_are_of_the_same_steps_and_share_no_prefix():
+    made = engine(max_num_batched_tokens=16, num_pages=400)
+    measured = Measured(made, costs.StepCosts.of(made.config))
+    first, second = (measured.log_steps(40, seed=seed) for seed in (0, 1))
+    assert len(first) >= 40
+    assert [step.work for step in first] == [step.work for step in second]
+    assert made.stats().prefix_hits == 0

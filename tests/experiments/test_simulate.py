@@ -74,12 +74,14 @@ def test_mistakes(trace, tmp_path):
 def test_a_calibration_on_steps_of_the_real_engine(trace, tmp_path):
     common = ["--preset=demo", "--layout=fusedkv", "--max_num_seqs=2"]
     common += ["--max_num_batched_tokens=16"]
-    options = [*common, "--max_model_len=64", "--steps=30", "--requests=6"]
+    options = [*common, "--max_model_len=64", "--steps=120", "--requests=6"]
     options += [f"--output_dir={tmp_path}"]
     ((code, out, err),) = run("calibrate", options)
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
-    assert found["steps"] >= 28 and 0 < found["median_error"] < 1
+    assert found["steps"] >= 120 and 0 < found["median_error"] < 1
+    assert 0 < found["repeat_error"] < 1 and 0 < found["typical_error"] < 1
+    assert "own repeats" in out and set(found["layouts"]) == {"fusedkv"}
     assert [(row["workload"], row["fitted_to"]) for row in found["served"]] == [
         (workload, which)
         for workload in ("chat", "summaries", "stories")

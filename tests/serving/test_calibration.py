@@ -8,7 +8,15 @@ import pytest
 from fusedkv_jax import costs
 from fusedkv_jax.serving import POLICIES, PagedMemory, Request, Scheduler, StepShapes
 from fusedkv_jax.serving.simulate import CalibratedDevice, simulate, summarize
-from fusedkv_jax.serving.simulate.calibration import TERMS, LoggedStep, errors, fit, step_work
+from fusedkv_jax.serving.simulate.calibration import (
+    TERMS,
+    LoggedStep,
+    errors,
+    fit,
+    repeat_errors,
+    step_work,
+    typical,
+)
 from pallas_kernels.xla.plan import PAGED_TILE
 from tests.model import small
 
@@ -17,6 +25,7 @@ COSTS = costs.StepCosts.of(small.config("fusedkv"))
 TRUE = dict.fromkeys(TERMS, 0.0) | {
     "step": 1e-3,
     "chunk_step": 5e-4,
+    "first_decodes": 2e-4,
     "decode_flops": 2e-9,
     "chunk_flops": 4e-10,
     "upper_flops": 5e-9,
@@ -26,7 +35,7 @@ TRUE = dict.fromkeys(TERMS, 0.0) | {
 
 
 def device(coefficients, shapes=SHAPES):
-    return CalibratedDevice("toy", coefficients, shapes, "float32", 2.0**20, 0.05)
+    return CalibratedDevice("toy", coefficients, shapes, "float32", 2.0**20, 0.05, 0.04)
 
 
 def served(step_seconds, watch=None, max_num_seqs=8):
@@ -83,6 +92,57 @@ def test_predicted_seconds_add_up_to_those_of_a_log_whose_times_are_skewed():
     assert np.median(errors(coefficients, log)) < 0.15
 
 
+def logged_rounds(true, count, spread):
+    """Logs of the same steps, which take what `true` says of their work, times noise."""
+    rng, works = np.random.default_rng(3), []
+    served(lambda plan: works.append(step_work(COSTS, plan, SHAPES, 4)) or 1e-3)
+    return [
+        [LoggedStep(work, true(work) * rng.lognormal(0, spread)) for work in works]
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2])
+def test_the_errors_of_repeats_are_the_noise_that_a_right_fit_is_left_with(spread):
+    rounds = logged_rounds(lambda work: float(np.dot(work, list(TRUE.values()))), 12, spread)
+    repeats = float(np.median(repeat_errors(rounds)))
+    fitted = fit([step for log in rounds for i, step in enumerate(log) if i % 3])
+    held_out = [step for log in rounds for step in log[::3]]
+    # Half of a normal distribution is within 0.674 of its deviation.
+    assert repeats == pytest.approx(0.674 * spread, rel=0.15)
+    assert np.median(errors(fitted, held_out)) == pytest.approx(repeats, rel=0.15)
+    assert np.median(errors(fitted, typical(rounds))) < repeats / 2
+
+
+def test_a_fit_that_misses_what_takes_time_is_told_from_noise():
+    """Steps that take a third more on every other page: nothing that the terms know."""
+    rounds = logged_rounds(
+        lambda work: 1e-3 * (1 + (work[TERMS.index("cache_bytes")] // 4096 % 2)), 4, 0.02
+    )
+    found = fit([step for log in rounds for step in log])
+    assert np.median(repeat_errors(rounds)) < 0.03
+    assert np.median(errors(found, typical(rounds))) > 0.1
+
+
+def test_the_typical_step_has_the_median_of_its_seconds():
+    work = (1.0,) * len(TERMS)
+    rounds = [[LoggedStep(work, seconds), LoggedStep(work, 2.0)] for seconds in (1.0, 9.0, 4.0)]
+    assert typical(rounds) == [LoggedStep(work, 4.0), LoggedStep(work, 2.0)]
+    # 1, 9 and 4 seconds, of which the others say 6.5, 2.5 and 5.
+    assert repeat_errors(rounds).tolist() == [5.5, 0, pytest.approx(6.5 / 9), 0, 0.25, 0]
+
+
+def test_logs_of_other_steps_are_no_repeats():
+    work = (1.0,) * len(TERMS)
+    log, other = [LoggedStep(work, 1.0)], [LoggedStep((2.0, *work[1:]), 1.0)]
+    with pytest.raises(ValueError, match="logs are of different steps; log the same ones"):
+        repeat_errors([log, other])
+    with pytest.raises(ValueError, match="different steps"):
+        typical([log, log * 2])
+    with pytest.raises(ValueError, match="1 logs; a step is compared with its repeats"):
+        repeat_errors([log])
+
+
 def test_padding_counts_as_the_engine_pads():
     requests = [Request("a", np.arange(9), 2), Request("b", np.arange(20), 2)]
     scheduler = Scheduler(
@@ -98,6 +158,18 @@ def test_padding_counts_as_the_engine_pads():
     assert work["upper_flops"] == 8 * COSTS.row_flops
     lower = sum(layers.lower_flops for layers in COSTS.attention.values())
     assert work["chunk_sweep_flops"] == 4 * 8 * PAGED_TILE * lower  # 15 tokens take a whole tile
+    assert work["first_decodes"] == 0
+
+
+def test_rows_that_decode_for_the_first_time_are_counted():
+    found = []
+
+    def seconds(plan):
+        found.append(step_work(COSTS, plan, SHAPES, 4)[TERMS.index("first_decodes")])
+        return 1e-3
+
+    records = served(seconds)
+    assert sum(found) == sum(record.generated > 1 for record in records) > 100
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TERMS = (
     "step",  # whatever its work
     "chunk_step",  # of those with chunks, which have a second lane
+    "first_decodes",  # rows whose prompt was computed by the step before; they take longer
     "decode_flops",  # of tokens in the lane of decodes, in the layers that cache something
     "chunk_flops",  # likewise, in that of chunks
     "upper_flops",  # of sampled rows in the layers above, and the output head
@@ -67,6 +69,7 @@ def step_work(
     ends = starts + counts
     sampled = ends == lengths
     single = counts == 1
+    first = single & (starts == np.array([len(r.prompt) for r in plan.requests]))
     chunk_rows = int((-(-counts[~single] // shapes.chunk)).sum())
     try:
         rows, chunk_rows = shapes.fit(max(int(single.sum()), int(sampled.sum())), chunk_rows)
@@ -87,6 +90,7 @@ def step_work(
     return (
         1.0,
         float(chunk_rows > 0),
+        float(first.sum()),
         rows * costs.token_flops,
         chunk_rows * shapes.chunk * costs.token_flops,
         rows * costs.row_flops,
@@ -109,7 +113,8 @@ class CalibratedDevice:
         shapes: of the engine's steps.
         cache_dtype: storage type of its cache.
         memory: bytes of caches.
-        median_error: relative, of steps that were not fitted to.
+        median_error: relative, of steps that were not fitted to; NaN where nobody has looked.
+        repeat_error: relative, of guessing these steps from their own repeats.
     """
 
     name: str
@@ -117,7 +122,8 @@ class CalibratedDevice:
     shapes: StepShapes
     cache_dtype: str
     memory: float
-    median_error: float
+    median_error: float = math.nan
+    repeat_error: float = math.nan
 
     def num_pages(self, costs: StepCosts, page_size: int) -> int:
         """Pages that the caches' memory holds."""
@@ -189,3 +195,38 @@ def errors(coefficients: dict[str, float], steps: Sequence[LoggedStep]) -> np.nd
     """Relative errors of the predicted seconds of steps."""
     work, seconds = np.array([s.work for s in steps]), np.array([s.seconds for s in steps])
     return np.abs(work @ np.array([coefficients[term] for term in TERMS]) / seconds - 1)
+
+
+def typical(rounds: Sequence[Sequence[LoggedStep]]) -> list[LoggedStep]:
+    """Each step of several logs of the same steps, once, with the median of its seconds.
+
+    Raises:
+        ValueError: the logs are not of the same steps.
+    """
+    work, seconds = _together(rounds)
+    return list(map(LoggedStep, work, np.median(seconds, axis=0).tolist()))
+
+
+def repeat_errors(rounds: Sequence[Sequence[LoggedStep]]) -> np.ndarray:
+    """Relative errors of guessing a step's seconds as the median of its repeats in other logs.
+
+    They come of the machine alone: whatever is told of a step's work, it has the same in each log.
+
+    Raises:
+        ValueError: the logs are not of the same steps, or fewer than two.
+    """
+    _, seconds = _together(rounds)
+    if len(seconds) < 2:
+        raise ValueError(f"{len(seconds)} logs; a step is compared with its repeats in others")
+    others = [np.median(np.delete(seconds, i, axis=0), axis=0) for i in range(len(seconds))]
+    return np.abs(np.array(others) / seconds - 1).ravel()
+
+
+def _together(
+    rounds: Sequence[Sequence[LoggedStep]],
+) -> tuple[list[tuple[float, ...]], np.ndarray]:
+    """The work of each step, and its seconds in each log: [logs, steps]."""
+    work, *others = ([step.work for step in log] for log in rounds)
+    if any(other != work for other in others):
+        raise ValueError("the logs are of different steps; log the same ones in each")
+    return work, np.array([[step.seconds for step in log] for log in rounds])
