@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments.benchmarks import load, serving, torch_llama
+from experiments.benchmarks import load, served, serving, torch_llama
 from tests.server import running
 from tests.server.fake import FakeEngine
 
@@ -93,6 +93,38 @@ def test_any_server_by_its_url():
         found = measurements["poisson"]()
     (row,) = found.rows
     assert row["server"] == server.url and row["goodput/s"] == row["requests/s"] > 0
+
+
+def _ask_once(url, tokens):
+    """The tokens of an answer, and how often something of it has come."""
+
+    async def ask():
+        came = []
+        async with served.server(url) as serve:
+            return await serve(load.Ask([1] * 10, tokens), lambda: came.append(1)), len(came)
+
+    return asyncio.run(ask())
+
+
+def test_tokens_are_counted_by_usage_and_pieces_by_events():
+    """Two of the nine bytes of its text begin a character: nothing of them comes."""
+    with running.serving(FakeEngine()) as server:
+        assert _ask_once(server.url, 9) == (9, len("Grüße, "))
+
+
+def test_what_a_server_refuses_or_cannot_end_is_an_error(monkeypatch):
+    with running.serving(FakeEngine(max_num_seqs=0, queue=0)) as full:
+        with pytest.raises(RuntimeError, match="answered 503: .*the queue is full"):
+            _ask_once(full.url, 9)
+    with running.serving(FakeEngine()) as broken:
+        broken.engine.broken = True
+        with pytest.raises(RuntimeError, match="could not go on: .*has NaN"):
+            _ask_once(broken.url, 9)
+    with running.serving(FakeEngine(), api_keys=["secret"]) as closed:
+        with pytest.raises(ValueError, match="no model is served there: .*401"):
+            _ask_once(closed.url, 9)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        assert _ask_once(closed.url, 2) == (2, 2)
 
 
 def test_a_url_where_nothing_is_served():
