@@ -39,6 +39,8 @@ class MiniCache(Compressor):
     Layers are merged in pairs from `start` on. A pair keeps one direction per token, interpolated
     on the sphere, and both norms; the prompt's tokens whose directions differ most stay exact.
 
+    What is generated is merged, however short the prompt.
+
     Attributes:
         budget: tokens of a prompt that are kept exactly; below 1 a share of the prompt.
         share: of the upper layer in the interpolation, t.
@@ -96,8 +98,7 @@ class MiniCache(Compressor):
     ) -> tuple[Float[Array, "B V"], KVCache]:
         logits, cache = super().compress(model, chunk, cache, observed)
         exact = math.ceil(self.budget * chunk.length) if self.budget < 1 else int(self.budget)
-        if exact >= chunk.length:
-            return logits, cache
+        exact = min(exact, chunk.length)  # merged even so: a row is to depend on no longer one
         layout = model.config.kv_layout
         merging = tuple(i + one for i in self.pairs(layout) for one in (0, 1))
         full = next(group for group in cache.plan.groups if group.window is None)

@@ -128,7 +128,8 @@ class SnapKV(Compressor):
 class PyramidKV(SnapKV):
     """SnapKV with budgets that fall with depth, `budget` on average (arXiv 2406.02069).
 
-    Streams that are read together count as one layer, in the place of the lowest.
+    Streams that are read together count as one layer, in the place of the lowest. All prompts of
+    a batch have the budgets of its padded length, as they share arrays.
 
     Attributes:
         budget: tokens to keep of a prompt, on average over the layers.

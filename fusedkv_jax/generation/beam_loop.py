@@ -134,14 +134,16 @@ def grow(beams: Beams, logits: Float[Array, "R V"], limits: Limits) -> Beams:
     length = beams.length + 1
     values = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(rows, width, -1)
     sums = (beams.sums[:, :, None] + values).reshape(rows, -1)  # [B, W * V]
-    sums, index = jax.lax.top_k(sums, 2 * width)  # at least W of them are no stop tokens
+    # A beam has one continuation that ends for each stop token, so W of these go on, if any W do.
+    count = min(width * (1 + limits.stops.shape[0]), sums.shape[1])
+    sums, index = jax.lax.top_k(sums, count)
     parent, token = index // values.shape[-1], index % values.shape[-1]
     tokens = jnp.take_along_axis(beams.tokens, parent[:, :, None], axis=1)
     tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, beams.length, 2)
 
     stops = jnp.any(token[:, :, None] == limits.stops, axis=-1)
     at_end = (length >= limits.most)[:, None]
-    best = jnp.arange(2 * width) < width
+    best = jnp.arange(count) < width
     complete = (stops | at_end) & best & (sums > _IMPOSSIBLE / 2)
     scores = jnp.where(complete, sums / length.astype(jnp.float32) ** limits.penalty, _IMPOSSIBLE)
     merged = _best(

@@ -139,6 +139,20 @@ def test_decoding_reads_restored_tokens_and_merges_the_new_one():
         np.testing.assert_allclose(found, e.reshape(2, 8) * norms[1], atol=1e-4)
 
 
+def test_a_row_does_not_depend_on_its_padding():
+    """A budget that holds the whole prompt, but not the columns that a longer one brings."""
+    model, tokens, *_ = dense()
+    count, found = jnp.full(2, 5, jnp.int32), []
+    for columns in (5, 16):
+        cache = fkv.KVCache.create(model.config, batch_size=2, max_length=20)
+        prompt = jnp.zeros((2, columns), jnp.int32).at[:, :5].set(tokens[:, :5])
+        logits, cache = fkv.prefill(model, prompt, count, cache, compression=MiniCache(budget=8))
+        for token in range(3):
+            logits, cache = fkv.decode_step(model, jnp.full(2, token, jnp.int32), cache)
+        found.append(logits)
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
 def test_memory_is_that_of_the_formula():
     """(3.1 h + 2) / (4 h) of the whole cache, and the places of retained tokens."""
     model, tokens, count, empty, _, cache = dense()

@@ -46,14 +46,14 @@ def complete(outputs):
     return {o[: o.index(STOP) + 1] if STOP in o else o for o in outputs}
 
 
-def check(completion, expected, table):
+def check(completion, expected, table, stops=(STOP,)):
     """`expected`: (output, score), best first."""
     assert [o.token_ids for o in completion.outputs] == [output for output, _ in expected]
     for found in completion.outputs:
         assert found.cumulative_logprob == pytest.approx(
             log_probability(table, found.token_ids), abs=1e-4
         )
-        assert found.finish_reason == ("stop" if found.token_ids[-1] == STOP else "length")
+        assert found.finish_reason == ("stop" if found.token_ids[-1] in stops else "length")
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.0, 2.5, -0.5])
@@ -74,7 +74,7 @@ def test_as_many_beams_as_sequences_find_the_best_of_all(model, logprobs, penalt
 
 def plain_beam_search(table, params):
     """One prompt, lists and sorting only; see `beam_search` for the rules."""
-    width = params.beam_width
+    width, stops = params.beam_width, {STOP, *params.stop_token_ids}
     going, done = [((), 0.0)], []
     for length in range(1, MOST + 1):
         grown = [
@@ -84,10 +84,10 @@ def plain_beam_search(table, params):
         ]
         grown.sort(key=lambda item: -item[1])
         for output, total in grown[:width]:
-            if output[-1] == STOP or length == MOST:
+            if output[-1] in stops or length == MOST:
                 done.append((output, total / length**params.length_penalty))
         done = sorted(done, key=lambda item: -item[1])[:width]
-        going = [item for item in grown if item[0][-1] != STOP][:width]
+        going = [item for item in grown if item[0][-1] not in stops][:width]
         if len(done) == width and going:
             hope = going[0][1] / length**params.length_penalty
             if params.early_stopping == "never" and params.length_penalty > 0:
@@ -112,6 +112,21 @@ def test_few_beams(model, logprobs, early):
         for one, other in zip(alone, completions, strict=True):
             assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs]
     assert len(outcomes) > len(PROMPTS)  # the penalty did matter
+
+
+def test_beams_go_on_beside_any_number_of_stop_tokens(model, logprobs):
+    """The best continuations may all end their outputs; what goes on is found among the others."""
+    for other in range(1, VOCAB):
+        params = fkv.BeamSearchParams(
+            beam_width=2,
+            max_tokens=MOST,
+            length_penalty=4.0,
+            early_stopping="never",
+            stop_token_ids=[other],
+        )
+        completions = fkv.beam_search(model, PROMPTS, params, eos_id=STOP)
+        for completion, table in zip(completions, logprobs, strict=True):
+            check(completion, plain_beam_search(table, params), table, (STOP, other))
 
 
 def test_one_beam_is_greedy(model):

@@ -13,7 +13,7 @@ from fusedkv_jax import data
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.projection import LowRank, project
 from fusedkv_jax.sharding import MeshConfig, make_mesh
-from fusedkv_jax.training import TrainProgram, evaluate, load_model, train
+from fusedkv_jax.training import CheckpointError, TrainProgram, evaluate, load_model, train
 from fusedkv_jax.training.checkpointing.checkpoints import checkpoint_directory
 from fusedkv_jax.training.evaluation import make_eval_step
 from fusedkv_jax.training.trainable import lora_of
@@ -92,10 +92,14 @@ def test_thin_matrices_are_trained_and_added_where_the_run_is_read(toy, tmp_path
                 values = np.linalg.svd(matrix, compute_uv=False)
                 assert values[RANK - 1] > 1e-3 * values[0] > 10 * values[RANK]
 
-    # Going on from the middle gives the same, bit for bit.
+    # Going on from the middle gives the same, bit for bit; at another scale it would be another
+    # model.
     for path in checkpoint_directory(tmp_path).iterdir():
         if path.name == "6":
             path.rename(tmp_path / "aside")
+    scaled = dataclasses.replace(config.train, lora_alpha=5.0)
+    with pytest.raises(CheckpointError, match=r"train.lora_alpha: .* -> 5.0; set it back"):
+        train(dataclasses.replace(config, train=scaled), tmp_path)
     train(config, tmp_path, initial=lambda: pytest.fail("it goes on"))
     again = nnx.state(load_model(tmp_path)[0], nnx.Param)
     for path, variable in nnx.to_flat_state(again):

@@ -55,6 +55,8 @@ def check_config(path: pathlib.Path, saved: Mapping[str, object], config: Experi
       CheckpointError: names the first one that differs.
     """
     cause = _difference("model", saved, config) or _difference("data", saved, config)
+    if not cause and config.train.lora_rank:  # the scale of changes is the model's, too
+        cause = _difference("train", saved, config)
     if cause:
         raise CheckpointError(
             f"checkpoint {path} was made with another setting, {cause}; set it back, or use "
@@ -63,19 +65,24 @@ def check_config(path: pathlib.Path, saved: Mapping[str, object], config: Experi
 
 
 def _difference(part: str, saved: Mapping[str, object], config: ExperimentConfig) -> str | None:
-    """The first setting of "model" or "data" that differs and matters."""
+    """The first setting of "model", "data" or "train" that differs and matters."""
     plain: Mapping[str, Any] = saved
-    runtime = MODEL_RUNTIME_FIELDS if part == "model" else DATA_RUNTIME_FIELDS
     try:
         # A setting that is newer than the checkpoint had its default then.
         plain = json.loads(json.dumps(ExperimentConfig.from_dict(saved).to_dict()))
     except ValueError:
         pass  # a setting that is no more: the comparison names it
     old, new = (
-        {name: value for name, value in values[part].items() if name not in runtime}
+        {name: value for name, value in values[part].items() if _matters(part, name)}
         for values in (plain, json.loads(json.dumps(config.to_dict())))
     )
     if part == "data":
         for values in (old, new):
             values["source"] = sources.absolute(values["source"])
     return first_difference(old, new, part)
+
+
+def _matters(part: str, name: str) -> bool:
+    if part == "train":
+        return name == "lora_alpha"
+    return name not in (MODEL_RUNTIME_FIELDS if part == "model" else DATA_RUNTIME_FIELDS)
