@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, pages
 from experiments.common.documents import Document, Row
 from experiments.common.paper import inference, paper_run
 from fusedkv_jax import compile_ahead as ahead
@@ -150,14 +150,11 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     path, document = cli.check_output(FLAGS.results), cli.check_output(FLAGS.document)
-    try:
-        results = json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:
-        raise ValueError(f"--results={path} is not JSON: {error}") from None
+    pages.check_marks(document, _MARKS)
+    none: list[Document] = []
+    results = pages.read_results(path, none)
     compute(results, path)
-    before, _, rest = document.read_text().partition(_MARKS[0])
-    after = rest.partition(_MARKS[1])[2]
-    document.write_text(before + _MARKS[0] + "\n" + tables(results) + "\n" + _MARKS[1] + after)
+    pages.replace_part(document, _MARKS, tables(results))
 
 
 if __name__ == "__main__":

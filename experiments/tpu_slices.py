@@ -1,10 +1,12 @@
 """Compile the paper's sizes for a list of TPU slices: the table in docs/guides/tpu_slices.md.
 
-    python -m experiments.tpu_slices
+    python -m experiments.tpu_slices --presets=332m --slices=v6e:16x16
 
-Results go to experiments/results/tpu_slices.json as they come, and those that are there already are
-not computed again, unless they lack a peak: delete the file to begin anew. Needs libtpu and no TPU;
-a program takes some minutes of two CPU cores.
+Computes the rows that flags select, all training steps of the table by default, and leaves the
+others as they are. --programs=prefill,decode adds a second table. Results go to
+experiments/results/tpu_slices.json as they come, and those that are there already are not computed
+again, unless they lack a peak: delete the file to begin anew. Needs libtpu and no TPU; a program
+takes some minutes of two CPU cores.
 """
 
 import json
@@ -12,7 +14,7 @@ import pathlib
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, pages
 from experiments.common.documents import Document
 from experiments.common.paper import inference, paper_run
 from fusedkv_jax import compile_ahead as ahead
@@ -20,6 +22,7 @@ from fusedkv_jax.compile_ahead.chips import Slice
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
+_PROGRAMS = ("train", "prefill", "decode")
 _TENSOR, _LENGTH = 4, 8192  # of prefill and decoding
 
 FLAGS = flags.FLAGS
@@ -29,6 +32,7 @@ def define_flags() -> None:
     """Define the flags."""
     flags.DEFINE_list("presets", ["4b", "332m", "1_5b", "650m"], "Sizes.")
     flags.DEFINE_list("layouts", ["fusedkv", "mha"], "Layouts.")
+    flags.DEFINE_list("programs", ["train"], f"Programs: {', '.join(_PROGRAMS)}.")
     flags.DEFINE_list("slices", ["v5p:8x8x8", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x8"], "Slices.")
     flags.DEFINE_string(
         "results", str(_ROOT / "experiments/results/tpu_slices.json"), "Where results are kept."
@@ -66,16 +70,15 @@ def serve(preset: str, layout: str, place: Slice, program: str) -> Document:
 
 
 def compute(results: Document, path: pathlib.Path) -> None:
-    """Fill in what is missing, the training steps first."""
+    """Fill in what is missing of the selected rows."""
     import jax
 
     wanted = [
         (program, preset, layout, name)
-        for programs in (("train",), ("prefill", "decode"))
+        for program in FLAGS.programs
         for preset in FLAGS.presets
         for name in FLAGS.slices
         for layout in FLAGS.layouts
-        for program in programs
     ]
     for program, preset, layout, name in wanted:
         key = f"{program} {preset} {layout} {name}"
@@ -131,15 +134,15 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
+    if unknown := set(FLAGS.programs) - set(_PROGRAMS):
+        known = ", ".join(_PROGRAMS)
+        raise ValueError(f"--programs={unknown.pop()} is unknown; choose {known}")
     path, document = cli.check_output(FLAGS.results), cli.check_output(FLAGS.document)
-    try:
-        results = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"--results={path} is not JSON: {error}") from None
+    pages.check_marks(document, _MARKS)
+    none: Document = {}
+    results = pages.read_results(path, none)
     compute(results, path)
-    before, _, rest = document.read_text().partition(_MARKS[0])
-    after = rest.partition(_MARKS[1])[2]
-    document.write_text(before + _MARKS[0] + "\n" + tables(results) + "\n" + _MARKS[1] + after)
+    pages.replace_part(document, _MARKS, tables(results))
 
 
 if __name__ == "__main__":

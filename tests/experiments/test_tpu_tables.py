@@ -9,6 +9,7 @@ import pytest
 from experiments import tpu_decode, tpu_slices
 from fusedkv_jax import presets
 from fusedkv_jax.compile_ahead.chips import Slice
+from tests.experiments import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs/guides/tpu_slices.md").read_text()
@@ -44,3 +45,34 @@ def test_a_cell_again():
     assert found["layer_gb"] == pytest.approx(cache / 1e9, abs=1e-4)
     assert found["least_gb"] <= found["hbm_gb"] <= 1.1 * found["least_gb"]
     assert found["temporaries_gb"] < found["layer_gb"]
+
+
+def test_a_run_replaces_the_selected_rows_and_no_others(tmp_path, monkeypatch):
+    old = json.loads(json.dumps(RESULTS["tpu_slices"]))
+    keys = {layout: f"train 332m {layout} v5e:16x16" for layout in ("fusedkv", "mha")}
+    new = {"settings": "new", "peak": 2**30, "estimate": old[keys["mha"]]["estimate"]}
+    for key in keys.values():
+        old[key].pop("peak", None)
+    path, page = tmp_path / "results.json", tmp_path / "page.md"
+    path.write_text(json.dumps(old))
+    page.write_text(PAGE)
+    monkeypatch.setattr(tpu_slices, "train", lambda preset, layout, place: new)
+    monkeypatch.setattr(tpu_slices, "serve", None)  # nobody asks for other programs
+    selected = ["--presets=332m", "--slices=v5e:16x16", "--layouts=mha"]
+    files = [f"--results={path}", f"--document={page}"]
+    commands.run_here("tpu_slices", [*selected, *files])
+    results = json.loads(path.read_text())
+    assert results == old | {keys["mha"]: new} and list(results) == list(old)
+    before, _, after = PAGE.partition(tpu_slices.tables(RESULTS["tpu_slices"]))
+    assert page.read_text() == before + tpu_slices.tables(results) + after
+    with pytest.raises(commands.Refused, match="--programs=serve is unknown"):
+        commands.run_here("tpu_slices", ["--programs=serve", *files])
+
+
+@pytest.mark.parametrize("program", ["tpu_decode", "tpu_slices"])
+def test_a_page_without_marks_is_refused_before_the_work(tmp_path, program):
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("<!-- table -->\n<!-- decoding -->\nthe end\n")
+    with pytest.raises(commands.Refused, match="needs one line"):
+        commands.run_here(program, [f"--document={page}", f"--results={results}"])
+    assert page.read_text().endswith("the end\n") and not results.exists()
