@@ -23,6 +23,14 @@ _WIDE = {
     "backward_keys": ((128, 2, (64, 32, 8, 1)), (256, 4, (32, 32, 8, 1))),
     "backward_queries": ((128, 2, (64, 32, 8, 1)), (256, 4, (64, 16, 8, 1))),
 }
+# On 9.0 wgmma's addresses in shared memory, one for each 16 channels of an operand, are held too.
+_HOPPER = _WIDE | {
+    "backward_queries": (
+        (128, 2, (64, 32, 8, 1)),
+        (128, 4, (64, 16, 8, 1)),
+        (256, 4, (32, 16, 8, 1)),
+    )
+}
 # All others (8.x, 12.x): operands are registers too.
 _NARROW = {
     "forward": (
@@ -121,16 +129,14 @@ def heuristic(kernel: str, capability: int, call: Traits) -> BlockSizes:
 
     Registers decide, not shared memory: a thread of a kernel that mixes holds, besides its part of
     the tile's products, weights and addresses of every source. Tiles shrink with the sources.
-    On compute capability 8.0 no tile keeps heads of 256 or four sources of 128 in registers: the
-    forward kernel spills up to 1,056 bytes a thread there, `backward_queries` 788 or more, and on
-    9.0 the latter 1,184 with heads of 256 and four sources.
+    None of the calls of `workloads` spills more than 64 bytes a thread on any of `static.CHIPS`.
     """
     if kernel == "decode":
         return _few_rows(capability, call)
     if call.itemsize == 4:  # products in three parts need three times the registers
         size = 32 if call.size <= 64 and call.sources <= 2 else 16
         return BlockSizes(rows=size, keys=16, warps=4, stages=1)
-    rules = _WIDE if 90 <= capability < 120 else _NARROW
+    rules = _HOPPER if capability == 90 else _WIDE if 90 < capability < 120 else _NARROW
     for size, sources, sizes in rules[kernel]:
         if call.size <= size and call.sources <= sources:
             return BlockSizes(**dict(zip(("rows", "keys", "warps", "stages"), sizes, strict=True)))

@@ -31,6 +31,7 @@ from pallas_kernels.gpu.kernels.parts import (
     run_of,
     slope,
     stream_weights,
+    tile_weights,
     visible,
 )
 
@@ -131,7 +132,7 @@ def backward_keys(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, lse_p
 @triton.jit
 @no_type_check
 def query_loop(low, high, skip_from, skip, q, dout, lse, delta, dq, b, k, S, q_at, k_at_ptr,
-               q_segment, k_segment_ptr, keys, values, wk, wv,
+               q_segment, k_segment_ptr, keys, values, kw, vw, wk, wv,
                K: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, BH: tl.constexpr,
                BHV: tl.constexpr, NUM_K: tl.constexpr, NUM_V: tl.constexpr,
                WEIGHTED_K: tl.constexpr, WEIGHTED_V: tl.constexpr, CAUSAL: tl.constexpr,
@@ -149,10 +150,12 @@ def query_loop(low, high, skip_from, skip, q, dout, lse, delta, dq, b, k, S, q_a
                                      SEGMENTS)  # fmt: skip
             keep = k_at >= 0
         base = (b.to(tl.int64) * S + start) * K + k
-        key = mixed(keys, keys, wk, base, offset, keep, NUM_K, H, 1, H, BH, WEIGHTED_K, False,
-                    MASKED, q.dtype)  # fmt: skip
-        value = mixed(values, values, wv, base, offset, keep, NUM_V, HV, 1, HV, BHV, WEIGHTED_V,
-                      False, MASKED, q.dtype)  # fmt: skip
+        key_weights = tile_weights(wk, kw, i, k, K, H, BH, NUM_K)
+        key = mixed(keys, keys, key_weights, base, offset, keep, NUM_K, H, 1, H, BH, WEIGHTED_K,
+                    False, MASKED, q.dtype)  # fmt: skip
+        value_weights = tile_weights(wv, vw, i, k, K, HV, BHV, NUM_V)
+        value = mixed(values, values, value_weights, base, offset, keep, NUM_V, HV, 1, HV, BHV,
+                      WEIGHTED_V, False, MASKED, q.dtype)  # fmt: skip
         s = product(q, tl.trans(key), tl.zeros((q.shape[0], BN), tl.float32))
         s = logits(s, SCALE, SOFTCAP)
         p = tl.exp2(s - lse[:, None])
@@ -205,12 +208,12 @@ def backward_queries(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, ls
     dq = tl.zeros((BM, BH), tl.float32)
     dq = query_loop(
         clear_low, clear_high, clear_high, 0, q, dout, lse, delta, dq, b, k, S, q_at, k_at_ptr,
-        q_segment, k_segment_ptr, keys, values, wk, wv, K, H, HV, BH, BHV, NUM_K, NUM_V,
+        q_segment, k_segment_ptr, keys, values, kw, vw, wk, wv, K, H, HV, BH, BHV, NUM_K, NUM_V,
         WEIGHTED_K, WEIGHTED_V, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE, SOFTCAP, BN, False,
     )  # fmt: skip
     dq = query_loop(
         low, high - clear, clear_low, clear, q, dout, lse, delta, dq, b, k, S, q_at, k_at_ptr,
-        q_segment, k_segment_ptr, keys, values, wk, wv, K, H, HV, BH, BHV, NUM_K, NUM_V,
+        q_segment, k_segment_ptr, keys, values, kw, vw, wk, wv, K, H, HV, BH, BHV, NUM_K, NUM_V,
         WEIGHTED_K, WEIGHTED_V, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE, SOFTCAP, BN, True,
     )  # fmt: skip
     tl.store(dq_ptr + row[:, None] * H + d[None, :], (dq * SCALE).to(dq_ptr.dtype.element_ty),

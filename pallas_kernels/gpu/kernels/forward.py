@@ -30,6 +30,7 @@ from pallas_kernels.gpu.kernels.parts import (
     product,
     run_of,
     stream_weights,
+    tile_weights,
     visible,
 )
 
@@ -37,7 +38,7 @@ from pallas_kernels.gpu.kernels.parts import (
 @triton.jit
 @no_type_check
 def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_segment_ptr, table,
-         keys, values, key_scales, value_scales, wk, wv, top, total, out,
+         keys, values, key_scales, value_scales, kw, vw, wk, wv, top, total, out,
          K: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, BH: tl.constexpr, BHV: tl.constexpr,
          NUM_K: tl.constexpr, NUM_V: tl.constexpr, WEIGHTED_K: tl.constexpr,
          WEIGHTED_V: tl.constexpr, QUANTIZED_K: tl.constexpr, QUANTIZED_V: tl.constexpr,
@@ -56,8 +57,9 @@ def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_se
                                      SEGMENTS)  # fmt: skip
             keep = k_at >= 0
         base, offset = locate(b, k, start, keep, S, table, K, BN, PAGE, PAGES, MASKED)
-        key = mixed(keys, key_scales, wk, base, offset, keep, NUM_K, STRIDE_K, SCALE_STRIDE, H, BH,
-                    WEIGHTED_K, QUANTIZED_K, MASKED, q.dtype)  # fmt: skip
+        key_weights = tile_weights(wk, kw, i, k, K, H, BH, NUM_K)
+        key = mixed(keys, key_scales, key_weights, base, offset, keep, NUM_K, STRIDE_K,
+                    SCALE_STRIDE, H, BH, WEIGHTED_K, QUANTIZED_K, MASKED, q.dtype)  # fmt: skip
         s = product(q, tl.trans(key), tl.zeros((q.shape[0], BN), tl.float32))
         s = logits(s, SCALE, SOFTCAP)
         if MASKED:
@@ -69,8 +71,9 @@ def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_se
         p = tl.exp2(s - higher[:, None])
         total = total * decay + tl.sum(p, 1)
         top = higher
-        value = mixed(values, value_scales, wv, base, offset, keep, NUM_V, STRIDE_V, SCALE_STRIDE,
-                      HV, BHV, WEIGHTED_V, QUANTIZED_V, MASKED, q.dtype)  # fmt: skip
+        value_weights = tile_weights(wv, vw, i, k, K, HV, BHV, NUM_V)
+        value = mixed(values, value_scales, value_weights, base, offset, keep, NUM_V, STRIDE_V,
+                      SCALE_STRIDE, HV, BHV, WEIGHTED_V, QUANTIZED_V, MASKED, q.dtype)  # fmt: skip
         out = product(p.to(q.dtype), value, out * decay[:, None])
     return top, total, out
 
@@ -124,15 +127,15 @@ def forward(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, v
     out = tl.zeros((BM, BHV), tl.float32)
     top, total, out = loop(
         clear_low, clear_high, clear_high, 0, q, b, k, S, q_at, k_at_ptr, q_segment,
-        k_segment_ptr, table, keys, values, key_scales, value_scales, wk, wv, top, total, out,
-        K, H, HV, BH, BHV, NUM_K, NUM_V, WEIGHTED_K, WEIGHTED_V, QUANTIZED_K, QUANTIZED_V,
+        k_segment_ptr, table, keys, values, key_scales, value_scales, kw, vw, wk, wv, top, total,
+        out, K, H, HV, BH, BHV, NUM_K, NUM_V, WEIGHTED_K, WEIGHTED_V, QUANTIZED_K, QUANTIZED_V,
         STRIDE_K, STRIDE_V, SCALE_STRIDE, PAGE, PAGES, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE,
         SOFTCAP, BN, False,
     )  # fmt: skip
     top, total, out = loop(
         low, high - clear, clear_low, clear, q, b, k, S, q_at, k_at_ptr, q_segment,
-        k_segment_ptr, table, keys, values, key_scales, value_scales, wk, wv, top, total, out,
-        K, H, HV, BH, BHV, NUM_K, NUM_V, WEIGHTED_K, WEIGHTED_V, QUANTIZED_K, QUANTIZED_V,
+        k_segment_ptr, table, keys, values, key_scales, value_scales, kw, vw, wk, wv, top, total,
+        out, K, H, HV, BH, BHV, NUM_K, NUM_V, WEIGHTED_K, WEIGHTED_V, QUANTIZED_K, QUANTIZED_V,
         STRIDE_K, STRIDE_V, SCALE_STRIDE, PAGE, PAGES, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE,
         SOFTCAP, BN, True,
     )  # fmt: skip

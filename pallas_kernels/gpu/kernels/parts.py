@@ -139,6 +139,19 @@ def scaled(source, scale, w, base, offset, keep, STRIDE: tl.constexpr, SCALE_STR
 
 @triton.jit
 @no_type_check
+def pinned(x):
+    """x, in the layout that it has: a conversion does not move above this.
+
+    Operands of a product that lie in registers have a layout of their own. Triton would convert
+    every source to it, and mix there once for each product of the tile, with the weights of many
+    channels in each thread; it cannot see through assembly that is not pure. Costs no instruction.
+    """
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, PACK)
+
+
+@triton.jit
+@no_type_check
 def mixed(sources, scale, w, base, offset, keep, NUM: tl.constexpr, STRIDE: tl.constexpr,
           SCALE_STRIDE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
           WEIGHTED: tl.constexpr, QUANTIZED: tl.constexpr, MASKED: tl.constexpr,
@@ -150,7 +163,7 @@ def mixed(sources, scale, w, base, offset, keep, NUM: tl.constexpr, STRIDE: tl.c
         for j in tl.static_range(1, NUM):
             total += scaled(sources[j], scale[j], w[j], base, offset, keep, STRIDE, SCALE_STRIDE,
                             SIZE, PADDED, QUANTIZED, MASKED)  # fmt: skip
-        return total.to(dtype)
+        return pinned(total.to(dtype))
     else:
         return tile(sources[0], base, offset, keep, STRIDE, SIZE, PADDED, MASKED).to(dtype)
 
@@ -165,6 +178,22 @@ def stream_weights(weights, k, K: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.c
             weight(weights, min(1, NUM - 1), k, K, SIZE, PADDED),
             weight(weights, min(2, NUM - 1), k, K, SIZE, PADDED),
             weight(weights, min(3, NUM - 1), k, K, SIZE, PADDED))  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def tile_weights(held, weights, i, k, K: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+                 NUM: tl.constexpr):  # fmt: skip
+    """The weights for tile i of a loop: those that are held, or read again where they are many.
+
+    Four sources of 256 channels, keys and values, have 64 in each thread of eight warps, too many
+    to be held beside the rest. Tiles are not negative, but the compiler does not know it, and
+    leaves the loads in the loop.
+    """
+    if NUM * PADDED > 512:
+        return stream_weights(weights + tl.minimum(i, 0), k, K, SIZE, PADDED, NUM)
+    else:
+        return held
 
 
 @triton.jit

@@ -6,6 +6,7 @@ Kernels get block sizes so small that most cases have several tiles, splits and 
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from pallas_kernels import gpu
@@ -68,7 +69,7 @@ COMMITTED = sorted({(x["kernel"], x["rows"], x["keys"]) for x in blocks.table()}
 
 
 class TestCommittedBlocks(Triton):
-    """A case with each block size of the table."""
+    """A case with each block size of the table, and one of the most that the kernels hold."""
 
     @pytest.mark.parametrize("kernel, rows, keys", COMMITTED)
     def test_gives_right_results(self, monkeypatch, kernel, rows, keys):
@@ -80,7 +81,13 @@ class TestCommittedBlocks(Triton):
 
         monkeypatch.setattr(blocks, "choose", choose)
         name = "two_tokens" if kernel == "decode" else "segments"
-        shape, options = CASES[name]
+        self.check(name, *CASES[name])
+
+    def test_wide_sources_whose_weights_are_read_for_each_tile(self):
+        options = {"kv_lengths": np.asarray([35], np.int32)}
+        self.check("wide", (1, 20, 40, 2, 1, 160, 160, 4, 4), options)
+
+    def check(self, name, shape, options):
         arguments, cotangents = draw(name, shape)
 
         def both(arguments, cotangents):

@@ -28,6 +28,22 @@ def _call(self, *args, **kwargs):
 
 interpreter.InterpretedFunction.__call__ = _call
 
+
+def _moved(self, assembly, constraints, values, types, pure, pack):
+    """The only assembly that the kernels have: a move, for the sake of the compiler."""
+    assert assembly == "mov.b32 $0, $1;", assembly
+    return _Results(values)
+
+
+class _Results(list):
+    """What the interpreter asks of an operation with results."""
+
+    def get_result(self, i):
+        return self[i]
+
+
+interpreter.InterpreterBuilder.create_inline_asm = _moved
+
 _SHORT = {
     "float32": "fp32",
     "float16": "fp16",

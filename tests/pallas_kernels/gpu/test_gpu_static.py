@@ -36,11 +36,20 @@ def test_no_spills_and_within_shared_memory(entry):
             assert line["wgmma"] > 0, line
 
 
+# Of the rule, by whom they are compiled for; what a100 spills, l40s does, too.
 RULED = {
-    "training, packed H=128": ("forward", "backward_keys", "backward_queries"),
-    "training, 4 sources H=64": ("backward_queries",),
-    "decode, 64 rows, int8 H=128": ("decode",),
-    "step, fused H=128": ("decode",),
+    "training, packed H=128": (("a100", "b200"), ("forward", "backward_keys", "backward_queries")),
+    "training, 4 sources H=64": (("a100", "b200"), ("backward_queries",)),
+    "training, 4 sources H=128": (("a100", "h100"), ("forward", "backward_queries")),
+    "training, 4 sources H=256": (("a100", "h100", "b200"), ("forward", "backward_queries")),
+    "training, fused, fp32 H=128": (("a100", "h100", "b200"), ("forward", "backward_queries")),
+    "decode, 64 rows, int8 H=128": (("a100", "b200"), ("decode",)),
+    "step, fused H=128": (("a100", "b200"), ("decode",)),
+}
+# Compiled in every run; the second spilled 9,840 bytes where Triton mixed in the product's layout.
+ALWAYS = {
+    ("decode, 64 rows, int8 H=128", "decode"),
+    ("training, 4 sources H=256", "backward_queries"),
 }
 
 
@@ -49,11 +58,10 @@ RULED = {
     [
         pytest.param(
             chip, name, kernel,
-            # One compilation in every run; what a100 spills, l40s does, too.
-            marks=() if chip == "a100" and "int8" in name else pytest.mark.slow,
+            marks=() if chip == "a100" and (name, kernel) in ALWAYS else pytest.mark.slow,
         )
-        for chip in ("a100", "b200")
-        for name, kernels in RULED.items()
+        for name, (chips, kernels) in RULED.items()
+        for chip in chips
         for kernel in kernels
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 QUICK = (
     "definition and (fused or one_token or two_tokens or segments or ring)"
     " or reads_stored_codes and one_token and int8 or random_calls or a_step and int8"
+    " or wide_sources"
 )
 
 
