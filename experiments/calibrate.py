@@ -23,7 +23,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,14 +33,7 @@ import fusedkv_jax as fkv
 from experiments.common import cli
 from fusedkv_jax import costs, presets, serving
 from fusedkv_jax.serving.simulate import CalibratedDevice, Summary, replay, simulate, summarize
-from fusedkv_jax.serving.simulate.calibration import (
-    LoggedStep,
-    errors,
-    fit,
-    repeat_errors,
-    step_work,
-    typical,
-)
+from fusedkv_jax.serving.simulate.calibration import Accuracy, LoggedStep, fit, step_work
 
 if TYPE_CHECKING:  # --help runs no model
     from fusedkv_jax.serving.engine import Deltas
@@ -120,7 +113,7 @@ def main() -> None:
                 print(f"{layout}: {workload} served", file=sys.stderr)
             own.rounds.append(own.log_steps(FLAGS.steps // len(turns), seed=turn))
     found = device()
-    accuracy = Accuracy.of(found.coefficients, [own.rounds for own in measured.values()])
+    accuracy = Accuracy.of(found.coefficients, [own.held_out() for own in measured.values()])
     found = dataclasses.replace(
         found, median_error=accuracy.median_error, repeat_error=accuracy.repeat_error
     )
@@ -130,12 +123,12 @@ def main() -> None:
 
 def report(measured: dict[str, Measured], device: CalibratedDevice) -> dict[str, Any]:
     """Print how far the simulator is off; the same as a document."""
-    print("Median relative error of the seconds of held-out steps:\n")
+    print("Median relative error of the seconds of steps that were not fitted to:\n")
     print("| layout | steps | median ms | fit % | own repeats % | fit, of a step's median % |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     found = {}
     for layout, own in measured.items():
-        accuracy = Accuracy.of(device.coefficients, [own.rounds])
+        accuracy = Accuracy.of(device.coefficients, [own.held_out()])
         log = [step for each in own.rounds for step in each]
         cells = [layout, str(len(log)), f"{1e3 * np.median([s.seconds for s in log]):.2f}"]
         print(f"| {' | '.join(cells + [f'{100 * error:.1f}' for error in accuracy])} |")
@@ -162,35 +155,6 @@ def make_engine(config: fkv.ModelConfig, settings: serving.ServingSettings) -> s
     engine = serving.Engine(fkv.Decoder(config, rngs=nnx.Rngs(0)), settings=settings)
     engine.warm_up()
     return engine
-
-
-class Accuracy(NamedTuple):
-    """Median relative errors of the seconds of held-out steps.
-
-    Attributes:
-        median_error: of what is predicted from their work.
-        repeat_error: of guessing each from its own repeats: what no fit to work is much below.
-        typical_error: of what is predicted, as the seconds of the median of each step's repeats.
-    """
-
-    median_error: float
-    repeat_error: float
-    typical_error: float
-
-    @classmethod
-    def of(
-        cls, coefficients: dict[str, float], logs: Sequence[Sequence[Sequence[LoggedStep]]]
-    ) -> Accuracy:
-        """Of logs, each with its rounds."""
-        held_out = [[log[::_HELD_OUT] for log in rounds] for rounds in logs]
-        steps = [step for rounds in held_out for log in rounds for step in log]
-        repeats = np.concatenate([repeat_errors(rounds) for rounds in held_out])
-        middle = [step for rounds in held_out for step in typical(rounds)]
-        return cls(
-            float(np.median(errors(coefficients, steps))),
-            float(np.median(repeats)),
-            float(np.median(errors(coefficients, middle))),
-        )
 
 
 class Served(NamedTuple):
@@ -265,6 +229,10 @@ class Measured:
             yield log
         finally:
             engine.watch, engine.step = None, run
+
+    def held_out(self) -> list[list[LoggedStep]]:
+        """The steps of each round that are not fitted to."""
+        return [log[::_HELD_OUT] for log in self.rounds]
 
     def log_steps(self, count: int, seed: int) -> list[LoggedStep]:
         """So many steps, a share with each number of clients for which there is a program.

@@ -10,6 +10,7 @@ from fusedkv_jax.serving import POLICIES, PagedMemory, Request, Scheduler, StepS
 from fusedkv_jax.serving.simulate import CalibratedDevice, simulate, summarize
 from fusedkv_jax.serving.simulate.calibration import (
     TERMS,
+    Accuracy,
     LoggedStep,
     errors,
     fit,
@@ -105,13 +106,12 @@ def logged_rounds(true, count, spread):
 @pytest.mark.parametrize("spread", [0.05, 0.2])
 def test_the_errors_of_repeats_are_the_noise_that_a_right_fit_is_left_with(spread):
     rounds = logged_rounds(lambda work: float(np.dot(work, list(TRUE.values()))), 12, spread)
-    repeats = float(np.median(repeat_errors(rounds)))
     fitted = fit([step for log in rounds for i, step in enumerate(log) if i % 3])
-    held_out = [step for log in rounds for step in log[::3]]
+    found = Accuracy.of(fitted, [[log[::3] for log in rounds]])
     # Half of a normal distribution is within 0.674 of its deviation.
-    assert repeats == pytest.approx(0.674 * spread, rel=0.15)
-    assert np.median(errors(fitted, held_out)) == pytest.approx(repeats, rel=0.15)
-    assert np.median(errors(fitted, typical(rounds))) < repeats / 2
+    assert found.repeat_error == pytest.approx(0.674 * spread, rel=0.15)
+    assert found.median_error == pytest.approx(found.repeat_error, rel=0.15)
+    assert found.typical_error < found.repeat_error / 2
 
 
 def test_a_fit_that_misses_what_takes_time_is_told_from_noise():

@@ -222,6 +222,31 @@ def repeat_errors(rounds: Sequence[Sequence[LoggedStep]]) -> np.ndarray:
     return np.abs(np.array(others) / seconds - 1).ravel()
 
 
+class Accuracy(NamedTuple):
+    """Median relative errors of the seconds of steps.
+
+    Attributes:
+        median_error: of what is predicted from their work.
+        repeat_error: of guessing each from its own repeats: what no fit to work is much below.
+        typical_error: of what is predicted, as the seconds of the median of each step's repeats.
+    """
+
+    median_error: float
+    repeat_error: float
+    typical_error: float
+
+    @classmethod
+    def of(
+        cls, coefficients: dict[str, float], engines: Sequence[Sequence[Sequence[LoggedStep]]]
+    ) -> Accuracy:
+        """Of the steps of each engine, in several logs of the same ones."""
+        steps = [step for rounds in engines for log in rounds for step in log]
+        middle = [step for rounds in engines for step in typical(rounds)]
+        repeats = np.concatenate([repeat_errors(rounds) for rounds in engines])
+        found = errors(coefficients, steps), repeats, errors(coefficients, middle)
+        return cls(*(float(np.median(each)) for each in found))
+
+
 def _together(
     rounds: Sequence[Sequence[LoggedStep]],
 ) -> tuple[list[tuple[float, ...]], np.ndarray]:
