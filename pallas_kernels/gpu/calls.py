@@ -50,7 +50,8 @@ def forward(device: GpuTarget, inputs: Inputs, *, sizes: blocks.BlockSizes | Non
         (-(-shape.rows // sizes.rows), shape.batch * shape.kv_heads),
         dict(
             constants(inputs, where[0]), **stored(inputs),
-            **_place_constants(inputs.mask, where, runs), BM=sizes.rows, BN=sizes.keys,
+            **_place_constants(inputs.mask, where, runs),
+            BM=sizes.rows, BN=sizes.keys, STAGES=sizes.stages,
         ),
         sizes.warps,
         sizes.stages,
@@ -88,7 +89,7 @@ def backward(
             (count, shape.batch * shape.kv_heads),
             dict(
                 constants(inputs, where[0]), **_place_constants(inputs.mask, where, runs),
-                BM=sizes.rows, BN=sizes.keys,
+                BM=sizes.rows, BN=sizes.keys, STAGES=sizes.stages,
             ),
             sizes.warps,
             sizes.stages,

@@ -84,7 +84,8 @@ def backward_keys(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, lse_p
                   WEIGHTED_K: tl.constexpr, WEIGHTED_V: tl.constexpr, CAUSAL: tl.constexpr,
                   WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, Q_ROWS: tl.constexpr,
                   K_ROWS: tl.constexpr, BOUND_ROWS: tl.constexpr, SCALE: tl.constexpr,
-                  SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                  SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
     """dK^ [B, S, K, H] and dV^ [B, S, K, H'] of a tile of keys. Grid (key tiles, B * K).
 
     bounds[b, j] = (low, high, clear_low, clear_high) of the row blocks that see key tile j.
@@ -103,9 +104,9 @@ def backward_keys(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, lse_p
     wv = stream_weights(vw, k, K, HV, BHV, NUM_V)
     keys, values = (k0, k1, k2, k3), (v0, v1, v2, v3)
     key = mixed(keys, keys, wk, base, offset, keep, NUM_K, H, 1, H, BH, WEIGHTED_K, False, True,
-                q_ptr.dtype.element_ty)  # fmt: skip
+                STAGES, q_ptr.dtype.element_ty)  # fmt: skip
     value = mixed(values, values, wv, base, offset, keep, NUM_V, HV, 1, HV, BHV, WEIGHTED_V, False,
-                  True, q_ptr.dtype.element_ty)  # fmt: skip
+                  True, STAGES, q_ptr.dtype.element_ty)  # fmt: skip
     low, high, clear_low, clear_high = run_of(bounds, b, j, blocks, BOUND_ROWS)
     clear = clear_high - clear_low
     dkey = tl.zeros((BN, BH), tl.float32)
@@ -138,7 +139,7 @@ def query_loop(low, high, skip_from, skip, q, dout, lse, delta, dq, b, k, S, q_a
                WEIGHTED_K: tl.constexpr, WEIGHTED_V: tl.constexpr, CAUSAL: tl.constexpr,
                WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, K_ROWS: tl.constexpr,
                SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BN: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
+               STAGES: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Tiles low .. high of the keys, past `skip` ones from `skip_from` on, for one row block."""
     n = tl.arange(0, BN)
     offset = n * K
@@ -152,10 +153,10 @@ def query_loop(low, high, skip_from, skip, q, dout, lse, delta, dq, b, k, S, q_a
         base = (b.to(tl.int64) * S + start) * K + k
         key_weights = tile_weights(wk, kw, i, k, K, H, BH, NUM_K)
         key = mixed(keys, keys, key_weights, base, offset, keep, NUM_K, H, 1, H, BH, WEIGHTED_K,
-                    False, MASKED, q.dtype)  # fmt: skip
+                    False, MASKED, STAGES, q.dtype)  # fmt: skip
         value_weights = tile_weights(wv, vw, i, k, K, HV, BHV, NUM_V)
         value = mixed(values, values, value_weights, base, offset, keep, NUM_V, HV, 1, HV, BHV,
-                      WEIGHTED_V, False, MASKED, q.dtype)  # fmt: skip
+                      WEIGHTED_V, False, MASKED, STAGES, q.dtype)  # fmt: skip
         s = product(q, tl.trans(key), tl.zeros((q.shape[0], BN), tl.float32))
         s = logits(s, SCALE, SOFTCAP)
         p = tl.exp2(s - lse[:, None])
@@ -181,7 +182,7 @@ def backward_queries(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, ls
                      CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
                      Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, BOUND_ROWS: tl.constexpr,
                      SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr,
-                     BN: tl.constexpr):  # fmt: skip
+                     BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dq [B, T, N, H] of a block of rows; grid and bounds as in `forward`."""
     blocks = tl.num_programs(0)
     # The last rows see most keys under a causal mask: the longest programs begin first.
@@ -209,12 +210,12 @@ def backward_queries(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, dout_ptr, ls
     dq = query_loop(
         clear_low, clear_high, clear_high, 0, q, dout, lse, delta, dq, b, k, S, q_at, k_at_ptr,
         q_segment, k_segment_ptr, keys, values, kw, vw, wk, wv, K, H, HV, BH, BHV, NUM_K, NUM_V,
-        WEIGHTED_K, WEIGHTED_V, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE, SOFTCAP, BN, False,
+        WEIGHTED_K, WEIGHTED_V, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE, SOFTCAP, BN, STAGES, False,
     )  # fmt: skip
     dq = query_loop(
         low, high - clear, clear_low, clear, q, dout, lse, delta, dq, b, k, S, q_at, k_at_ptr,
         q_segment, k_segment_ptr, keys, values, kw, vw, wk, wv, K, H, HV, BH, BHV, NUM_K, NUM_V,
-        WEIGHTED_K, WEIGHTED_V, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE, SOFTCAP, BN, True,
+        WEIGHTED_K, WEIGHTED_V, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE, SOFTCAP, BN, STAGES, True,
     )  # fmt: skip
     tl.store(dq_ptr + row[:, None] * H + d[None, :], (dq * SCALE).to(dq_ptr.dtype.element_ty),
              mask=live[:, None] & (d < H)[None, :])  # fmt: skip

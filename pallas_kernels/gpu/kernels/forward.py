@@ -45,7 +45,8 @@ def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_se
          STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, SCALE_STRIDE: tl.constexpr,
          PAGE: tl.constexpr, PAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
          SEGMENTS: tl.constexpr, K_ROWS: tl.constexpr, SCALE: tl.constexpr,
-         SOFTCAP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+         SOFTCAP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+         MASKED: tl.constexpr):  # fmt: skip
     """Tiles low .. high of the keys, past `skip` ones from `skip_from` on."""
     n = tl.arange(0, BN)
     for i in range(low, high):
@@ -59,7 +60,8 @@ def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_se
         base, offset = locate(b, k, start, keep, S, table, K, BN, PAGE, PAGES, MASKED)
         key_weights = tile_weights(wk, kw, i, k, K, H, BH, NUM_K)
         key = mixed(keys, key_scales, key_weights, base, offset, keep, NUM_K, STRIDE_K,
-                    SCALE_STRIDE, H, BH, WEIGHTED_K, QUANTIZED_K, MASKED, q.dtype)  # fmt: skip
+                    SCALE_STRIDE, H, BH, WEIGHTED_K, QUANTIZED_K, MASKED, STAGES,
+                    q.dtype)  # fmt: skip
         s = product(q, tl.trans(key), tl.zeros((q.shape[0], BN), tl.float32))
         s = logits(s, SCALE, SOFTCAP)
         if MASKED:
@@ -73,7 +75,8 @@ def loop(low, high, skip_from, skip, q, b, k, S, q_at, k_at_ptr, q_segment, k_se
         top = higher
         value_weights = tile_weights(wv, vw, i, k, K, HV, BHV, NUM_V)
         value = mixed(values, value_scales, value_weights, base, offset, keep, NUM_V, STRIDE_V,
-                      SCALE_STRIDE, HV, BHV, WEIGHTED_V, QUANTIZED_V, MASKED, q.dtype)  # fmt: skip
+                      SCALE_STRIDE, HV, BHV, WEIGHTED_V, QUANTIZED_V, MASKED, STAGES,
+                      q.dtype)  # fmt: skip
         out = product(p.to(q.dtype), value, out * decay[:, None])
     return top, total, out
 
@@ -91,7 +94,7 @@ def forward(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, v
             CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
             Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, BOUND_ROWS: tl.constexpr,
             SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr,
-            BN: tl.constexpr):  # fmt: skip
+            BN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Output [B, T, N, H'] and lse [B, T, N] of a block of rows. Grid (row blocks, B * K).
 
     bounds[b, i] = (low, high, clear_low, clear_high): tiles outside [low, high) hold nothing
@@ -130,14 +133,14 @@ def forward(q_ptr, kw, vw, k0, k1, k2, k3, v0, v1, v2, v3, ks0, ks1, ks2, ks3, v
         k_segment_ptr, table, keys, values, key_scales, value_scales, kw, vw, wk, wv, top, total,
         out, K, H, HV, BH, BHV, NUM_K, NUM_V, WEIGHTED_K, WEIGHTED_V, QUANTIZED_K, QUANTIZED_V,
         STRIDE_K, STRIDE_V, SCALE_STRIDE, PAGE, PAGES, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE,
-        SOFTCAP, BN, False,
+        SOFTCAP, BN, STAGES, False,
     )  # fmt: skip
     top, total, out = loop(
         low, high - clear, clear_low, clear, q, b, k, S, q_at, k_at_ptr, q_segment,
         k_segment_ptr, table, keys, values, key_scales, value_scales, kw, vw, wk, wv, top, total,
         out, K, H, HV, BH, BHV, NUM_K, NUM_V, WEIGHTED_K, WEIGHTED_V, QUANTIZED_K, QUANTIZED_V,
         STRIDE_K, STRIDE_V, SCALE_STRIDE, PAGE, PAGES, CAUSAL, WINDOW, SEGMENTS, K_ROWS, SCALE,
-        SOFTCAP, BN, True,
+        SOFTCAP, BN, STAGES, True,
     )  # fmt: skip
     some = total > 0
     total = tl.where(some, total, 1.0)

@@ -145,6 +145,7 @@ def pinned(x):
     Operands of a product that lie in registers have a layout of their own. Triton would convert
     every source to it, and mix there once for each product of the tile, with the weights of many
     channels in each thread; it cannot see through assembly that is not pure. Costs no instruction.
+    A loop of several stages cannot have it, as Triton's pipeliner refuses such assembly.
     """
     PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, PACK)
@@ -155,7 +156,7 @@ def pinned(x):
 def mixed(sources, scale, w, base, offset, keep, NUM: tl.constexpr, STRIDE: tl.constexpr,
           SCALE_STRIDE: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
           WEIGHTED: tl.constexpr, QUANTIZED: tl.constexpr, MASKED: tl.constexpr,
-          dtype: tl.constexpr):  # fmt: skip
+          STAGES: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """[BN, PADDED] of the weighted sum of the sources: float32, rounded once."""
     if WEIGHTED or QUANTIZED:
         total = scaled(sources[0], scale[0], w[0], base, offset, keep, STRIDE, SCALE_STRIDE, SIZE,
@@ -163,7 +164,10 @@ def mixed(sources, scale, w, base, offset, keep, NUM: tl.constexpr, STRIDE: tl.c
         for j in tl.static_range(1, NUM):
             total += scaled(sources[j], scale[j], w[j], base, offset, keep, STRIDE, SCALE_STRIDE,
                             SIZE, PADDED, QUANTIZED, MASKED)  # fmt: skip
-        return pinned(total.to(dtype))
+        if STAGES == 1:
+            return pinned(total.to(dtype))
+        else:
+            return total.to(dtype)
     else:
         return tile(sources[0], base, offset, keep, STRIDE, SIZE, PADDED, MASKED).to(dtype)
 

@@ -29,9 +29,9 @@ def _call(self, *args, **kwargs):
 interpreter.InterpretedFunction.__call__ = _call
 
 
-def _moved(self, assembly, constraints, values, types, pure, pack):
+def _moved(self, inlineAsm, constraints, values, type, isPure, pack):
     """The only assembly that the kernels have: a move, for the sake of the compiler."""
-    assert assembly == "mov.b32 $0, $1;", assembly
+    assert inlineAsm == "mov.b32 $0, $1;", inlineAsm
     return _Results(values)
 
 
