@@ -127,6 +127,14 @@ def _without_rope(fields: Fields) -> Options:
     return {"nope_layers": tuple(i for i in range(layers) if not uses[i])}
 
 
+def _windows_without_rope(fields: Fields) -> list[int | None]:
+    """SmolLM3's: layers without rotary embedding are windowed, and only if windows are used."""
+    if fields.get("layer_types") or not fields.get("use_sliding_window"):
+        return _windows_if_used(fields)
+    plain, window = _without_rope(fields)["nope_layers"], fields.get("sliding_window")
+    return [window if i in plain else None for i in range(fields["num_hidden_layers"])]
+
+
 def _granite_block(fields: Fields) -> Options:
     return biases(fields) | {
         "attention_scale": fields.get("attention_multiplier", 1.0),
@@ -174,7 +182,7 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": Family(
         block=biases,
         model=_without_rope,
-        windows=_windows_if_used,
+        windows=_windows_without_rope,
         defaults={**_TIED, "rope_theta": 2_000_000.0},
     ),
     "granite": Family(block=_granite_block, model=_granite_model),
@@ -205,7 +213,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neox": Family(
         block=_neox_block,
-        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+        defaults={"layer_norm_eps": 1e-5, "rotary_pct": 0.25},
     ),
     "deepseek_v2": Family(block=biases),
     "deepseek_v3": Family(block=biases),

@@ -51,6 +51,28 @@ def test_config_of_both_generations():
     assert (plain.num_kv_heads, plain.head_dim, plain.qk_norm) == (2, 8, False)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=100),  # Pythia's spelling
+        dict(model_type="gpt_neox"),
+        dict(model_type="phi3", partial_rotary_factor=0.5, rope_theta=100.0, pad_token_id=0),
+        dict(model_type="gemma2", sliding_window=4),
+        dict(model_type="gemma3_text", sliding_window=4, sliding_window_pattern=3),
+        dict(model_type="qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1),
+        dict(model_type="smollm3", sliding_window=4, use_sliding_window=True),
+        dict(model_type="smollm3", no_rope_layer_interval=2),
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_what_a_file_leaves_out_is_what_transformers_assumes(fields):
+    """A file of transformers 4 is read as transformers 5 reads it, and writes it in full."""
+    transformers = pytest.importorskip("transformers")
+    given = MINIMAL | dict(num_hidden_layers=6, num_key_value_heads=4) | fields
+    whole = transformers.AutoConfig.for_model(**given).to_dict()
+    assert config_from_huggingface(given) == config_from_huggingface(whole)
+
+
 def test_yarn_temperatures():
     """cos and sin are multiplied by what transformers computes from each combination."""
 
