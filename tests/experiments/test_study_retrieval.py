@@ -19,6 +19,7 @@ from experiments.study.retrieval import (
 )
 from experiments.study.retrieval.candidates import BUDGET, CANDIDATES, REFERENCES, ROWS
 from experiments.study.retrieval.results import Result
+from fusedkv_jax import layouts
 from fusedkv_jax.data import recall_tasks
 from tests.experiments import commands
 
@@ -135,8 +136,10 @@ def test_the_report_pairs_fresh_seeds(tmp_path):
 
 def test_forms_are_one_with_four_layers():
     assert {form(4) for form in confirmation.FORMS.values()} == {"0_0_k2v0_k3v0"}
+    chosen = layouts.resolve(confirmation.svformer_half(8), 8)
+    assert chosen.layers == layouts.get("svformer_half", 8).layers
     shares = {name: confirmation.cache_share(name) for name in confirmation.FORMS}
-    assert shares == {"one_reader": 8 / 16, "half_readers": 6 / 16}
+    assert shares == {"svformer_half": 8 / 16, "half_readers": 6 / 16}
 
 
 def test_the_better_form_goes_on():
@@ -149,7 +152,7 @@ def test_the_better_form_goes_on():
     first, *_, last = confirmation.TRIALS
     compared = ["half_readers", "fusedkv"]
     assert later[:2] == [confirmation.cell(name, first.seeds[0], first.size) for name in compared]
-    assert later[-1] == confirmation.cell("one_reader", 6, confirmation.WIDER)
+    assert later[-1] == confirmation.cell("svformer_half", 6, confirmation.WIDER)
     assert len(set(later)) == len(later) == 6 * 3 + 6 * 3 + 3 * len(last.seeds)
 
 

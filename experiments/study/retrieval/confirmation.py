@@ -51,7 +51,7 @@ TRIALS = (
 )
 
 
-def one_reader(num_layers: int) -> str:
+def svformer_half(num_layers: int) -> str:
     """Layer 1 reads the cache of layer 0; those above have keys of their own and its values."""
     return "_".join(["0", "0", *(f"k{i}v0" for i in range(2, num_layers))])
 
@@ -64,7 +64,7 @@ def half_readers(num_layers: int) -> str:
 
 # What the best layout of four layers can be for more; with four they are one.
 FORMS: Mapping[str, Callable[[int], str]] = {
-    "one_reader": one_reader,
+    "svformer_half": svformer_half,
     "half_readers": half_readers,
 }
 ROWS: Mapping[str, Row] = {

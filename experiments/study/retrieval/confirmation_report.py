@@ -133,7 +133,7 @@ def draw(found: Mapping[Trial, Runs], path: pathlib.Path) -> None:
     for (trial, runs), (ends, curves) in zip(found.items(), panels, strict=True):
         _draw_trial(runs, ends, curves)
         ends.set_title("fresh seeds, | their mean (share of mha's cache)", fontsize=10)
-        curves.set_title(f"{trial}: means while they train", fontsize=10)
+        curves.set_title(f"{trial}: means", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
