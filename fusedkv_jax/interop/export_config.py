@@ -112,6 +112,8 @@ def _families(config: ModelConfig) -> Iterator[dict[str, Any]]:
     )
     yield family("olmo2", "Olmo2", pad_token_id=None)
     yield family("gemma", "Gemma", **act)
+    if type(gemma["query_pre_attn_scalar"]) is not int:  # transformers takes no other
+        return
     yield family("gemma2", "Gemma2", **gemma, **windows)
     yield family(
         "gemma3_text",
@@ -129,14 +131,17 @@ def _partial(config: ModelConfig) -> Iterator[dict[str, Any]]:
     """The same of families that may turn a part of the channels."""
     block, layers = config.block, config.kv_layout.layers
     rope = _rope_parameters(config.rope) | {"partial_rotary_factor": config.rope.fraction}
-    yield {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "sliding_window": layers[0].window,
-        "original_max_position_embeddings": config.max_length,
-        "pad_token_id": None,
-        "rope_parameters": rope,
-    }
+    # Where there is a `rope_scaling`, transformers takes that, which knows no share.
+    ropes: dict[str, Any] = {"rope_parameters": rope, "rope_scaling": None}
+    if config.rope.scaling == "none":  # of the others Phi-3 has LongRoPE only
+        yield {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "sliding_window": layers[0].window,
+            "original_max_position_embeddings": config.max_length,
+            "pad_token_id": None,
+            **ropes,
+        }
     # Queries, keys and values are one matrix, cut by heads; their width is the model's.
     square = config.num_heads * config.channels == config.d_model
     if square and config.kv_heads == config.num_heads:
@@ -146,7 +151,7 @@ def _partial(config: ModelConfig) -> Iterator[dict[str, Any]]:
             "use_parallel_residual": block.parallel,
             "attention_bias": block.qkv_bias,
             "layer_norm_eps": config.norm_eps,
-            "rope_parameters": rope,
+            **ropes,
         }
 
 

@@ -195,6 +195,38 @@ def test_each_family_is_found_and_read_back(name):
     assert dataclasses.replace(again, layout=config.layout) == config
 
 
+NEOX = BlockConfig(
+    norm="layer", gated=False, activation="gelu", qkv_bias=True, output_bias=True, mlp_bias=True
+)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
+def test_transformers_reads_the_same_of_partial_rotation(scaling, fraction):
+    transformers = pytest.importorskip("transformers")
+    factor = 1.0 if scaling == "none" else 2.0
+    rope = fkv.RopeConfig(theta=123.0, scaling=scaling, factor=factor, fraction=fraction)
+    config = small_config("mha", num_kv_heads=4, qk_norm=False, rope=rope, block=NEOX)
+    fields = json.loads(json.dumps(config_to_huggingface(config)))
+    whole = transformers.AutoConfig.for_model(**fields).to_dict()
+    assert whole["model_type"] == "gpt_neox"
+    assert config_from_huggingface(whole).rope == config_from_huggingface(fields).rope
+
+
+def test_what_transformers_does_not_load_is_not_exported_so():
+    linear = fkv.RopeConfig(scaling="linear", factor=2.0, fraction=0.5)  # Phi-3 has LongRoPE only
+    scaled = BlockConfig(
+        norm="rms_plus_one", norm_placement="both", activation="gelu_tanh", attention_scale=0.31
+    )  # Gemma 2 and 3 take whole numbers for its inverse square
+    for qk_norm, changes in (
+        (False, dict(rope=linear)),
+        (False, dict(embedding_scale=32**0.5, block=scaled)),
+        (True, dict(embedding_scale=32**0.5, block=scaled)),
+    ):
+        with pytest.raises(ConfigError, match="no architecture with these options"):
+            config_to_huggingface(small_config("mha", qk_norm=qk_norm, **changes))
+
+
 def test_configurations_survive_export():
     for scaling in ("none", "linear", "llama3", "yarn"):
         factor = 1.0 if scaling == "none" else 2.0
