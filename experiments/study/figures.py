@@ -15,8 +15,11 @@ _COSTS: dict[str, Callable[[Line], float]] = {
 
 def draw_losses(study: Study, results: Sequence[Line], path: pathlib.Path) -> None:
     """Held-out loss against each cost, a line for each row; bars are confidence intervals."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    pairs = colormaps["tab20"]  # each color, and a pale one of it
+    colors = [pairs(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     panels = figure.subplots(1, len(_COSTS), sharey=True)
     for axes, (label, cost) in zip(panels, _COSTS.items(), strict=True):
@@ -27,8 +30,8 @@ def draw_losses(study: Study, results: Sequence[Line], path: pathlib.Path) -> No
                     [cost(line) for line in own],
                     [line.loss.mean for line in own],
                     yerr=[line.loss.half_width or 0.0 for line in own],
-                    marker="osD^v<>PX*h"[number % 11],
-                    color=f"C{number % 10}",
+                    marker="osD^v<>PX*hdp"[number % 13],
+                    color=colors[number % len(colors)],
                     capsize=3,
                     label=row,
                     alpha=0.85,
