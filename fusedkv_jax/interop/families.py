@@ -164,26 +164,30 @@ def _neox_block(fields: Fields) -> Options:
 
 _TIED: Fields = {"tie_word_embeddings": True}
 _GEMMA: Fields = {**_TIED, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}
+_GEMMA2: Fields = {**_GEMMA, "num_key_value_heads": 4, "sliding_window": 4096}
+_QWEN: Fields = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(block=biases),
-    "mistral": Family(windows=_all_windowed, defaults={"sliding_window": 4096}),
+    "mistral": Family(
+        windows=_all_windowed, defaults={"num_key_value_heads": 8, "sliding_window": 4096}
+    ),
     "qwen2": Family(
         block=lambda fields: {"qkv_bias": True},
         windows=_windows_if_used,
-        defaults={"sliding_window": 4096, "max_window_layers": 28},
+        defaults=_QWEN,
     ),
     "qwen3": Family(
         block=lambda fields: biases(fields),
         model=lambda fields: {"qk_norm": True},
         windows=_windows_if_used,
-        defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        defaults={**_QWEN, "head_dim": 128},
     ),
     "smollm3": Family(
         block=biases,
         model=_without_rope,
         windows=_windows_without_rope,
-        defaults={**_TIED, "rope_theta": 2_000_000.0},
+        defaults={**_TIED, "num_key_value_heads": 4, "rope_theta": 2_000_000.0},
     ),
     "granite": Family(block=_granite_block, model=_granite_model),
     "olmo2": Family(
@@ -192,14 +196,17 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"rms_norm_eps": 1e-5},
     ),
     "phi3": Family(windows=_all_windowed, defaults={"rms_norm_eps": 1e-5}),
-    "gemma": Family(block=_gemma_block, model=_gemma_model, defaults=_GEMMA),
+    "gemma": Family(
+        block=_gemma_block,
+        model=_gemma_model,
+        defaults={**_GEMMA, "num_key_value_heads": 16},
+    ),
     "gemma2": Family(
         block=_gemma2_block,
         model=_gemma_model,
         windows=_pattern,
         defaults={
-            **_GEMMA,
-            "sliding_window": 4096,
+            **_GEMMA2,
             "sliding_window_pattern": 2,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
@@ -209,7 +216,7 @@ FAMILIES: Mapping[str, Family] = {
         block=_gemma2_block,
         model=lambda fields: _gemma_model(fields) | {"qk_norm": True},
         windows=_pattern,
-        defaults={**_GEMMA, "sliding_window": 4096, "sliding_window_pattern": 6},
+        defaults={**_GEMMA2, "sliding_window_pattern": 6},
     ),
     "gpt_neox": Family(
         block=_neox_block,

@@ -73,6 +73,19 @@ def test_what_a_file_leaves_out_is_what_transformers_assumes(fields):
     assert config_from_huggingface(given) == config_from_huggingface(whole)
 
 
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"]
+)
+def test_a_missing_number_of_kv_heads_is_that_of_transformers(name):
+    """A family's own number, which in most of them is not that of the query heads."""
+    transformers = pytest.importorskip("transformers")
+    given = {field: value for field, value in MINIMAL.items() if field != "num_key_value_heads"}
+    given |= dict(model_type=name, hidden_size=128, num_attention_heads=64)
+    whole = transformers.AutoConfig.for_model(**given).to_dict()
+    assert config_from_huggingface(given).num_kv_heads == whole["num_key_value_heads"]
+    assert config_from_huggingface(given | dict(num_key_value_heads=None)).num_kv_heads == 64
+
+
 def test_yarn_temperatures():
     """cos and sin are multiplied by what transformers computes from each combination."""
 
