@@ -118,14 +118,13 @@ class Tracker:
     def _search(self, tokens: Sequence[int], shown: Sequence[int], last: bool) -> tuple[str, int]:
         """Token by token, so that the output ends with the one that completes a stop text."""
         assert self._detokenizer is not None
-        before, text = len(self._tokens), ""
+        text, unarmed = "", self.request.params.min_tokens - len(self._tokens)
         for place, token in enumerate(shown):
-            armed = before + place + 1 > self.request.params.min_tokens
-            text += self._stops.push(self._detokenizer.push([token]), armed)
+            text += self._stops.push(self._detokenizer.push([token]), place >= unarmed)
             if self._stops.found is not None:
                 return self._stop_text(text, place + 1)
         if last:
-            text += self._stops.push(self._detokenizer.flush())
+            text += self._stops.push(self._detokenizer.flush(), len(tokens) > unarmed)
             if self._stops.found is not None:
                 return self._stop_text(text, len(tokens))
             text += self._stops.flush()

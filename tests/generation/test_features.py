@@ -175,6 +175,14 @@ def test_min_tokens_and_stop_tokens(model):
     assert (eos.token_ids, eos.text, eos.stop_reason) == ((257,), "", None)
 
 
+def test_an_unfinished_character_is_no_stop_text_before_min_tokens(model):
+    broken = dict(logit_bias={0xF0: 100}, max_tokens=4, stop="\ufffd")
+    (whole,) = continued(model, TEXTS[:1], greedy(min_tokens=4, **broken))
+    assert (whole.finish_reason, whole.text) == ("length", "\ufffd" * 4)
+    (ended,) = continued(model, TEXTS[:1], greedy(min_tokens=3, **broken))
+    assert (ended.finish_reason, ended.stop_reason, ended.text) == ("stop", "\ufffd", "")
+
+
 def test_logit_bias_and_bad_words(model):
     wanted = greedy(logit_bias={65: 100})
     (forced,) = continued(model, TEXTS[:1], wanted)
