@@ -172,7 +172,7 @@ class Scheduler:
                 counts.append(1)
                 left -= 1
                 continue
-            if request.state is not State.RUNNING and (closed or not self._admit(request)):
+            if request.state is not State.RUNNING and (closed or not self._admit(request, left)):
                 if not self.policy.preemptive:
                     break
                 closed = True  # but those behind who run go on
@@ -293,9 +293,13 @@ class Scheduler:
     def _waiting_order(self) -> Iterator[Request]:
         yield from self.policy.order(self.waiting, self.view)
 
-    def _admit(self, request: Request) -> bool:
-        """Give pages to a waiting request, at the cost of later ones if the policy preempts."""
-        if request in self._evicted:
+    def _admit(self, request: Request, left: int) -> bool:
+        """Give pages to a waiting request, at the cost of later ones if the policy preempts.
+
+        Not to a prompt that is too long for the `left` tokens of the step and is not cut: it would
+        hold them for nothing, and those behind it could take them away again.
+        """
+        if request in self._evicted or self.whole_prompts and len(request.prompt) > left:
             return False
         if not self.policy.preemptive:
             full = len(self.running) >= self.max_num_seqs

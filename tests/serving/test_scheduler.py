@@ -129,6 +129,23 @@ def test_every_policy_serves_everything_from_right_pages(name, seed):
     _serve(scheduler, [_request(rng, number) for number in range(16)], rng)
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_policy_serves_whole_prompts_from_slots(name, seed):
+    """A page holds all of a request, and steps little more than one prompt."""
+    rng = random.Random(seed)
+    slots, longest = rng.choice((1, 2, 4)), 50
+    scheduler = Scheduler(
+        PagedMemory(slots, longest, prefix_caching=False, reserve=0),
+        POLICIES[name](),
+        max_num_seqs=slots + rng.choice((0, 2)),
+        max_num_batched_tokens=rng.choice((24 + slots + 2, longest)),
+        whole_prompts=True,
+    )
+    _serve(scheduler, [_request(rng, number) for number in range(16)], rng)
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_a_small_pool_serves_500_requests(swap):
     rng = random.Random(0)
