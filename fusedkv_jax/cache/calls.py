@@ -138,6 +138,7 @@ class Reading(NamedTuple):
         pieces: what they read.
         lse: log-sum-exp of the scores over all pieces, float32 [B, t, N].
         rows: positions of the queries.
+        softcap: of the scores, before the lse; None for none.
     """
 
     layer: int
@@ -147,3 +148,4 @@ class Reading(NamedTuple):
     pieces: tuple[Piece, ...]
     lse: Float[Array, "B t N"]
     rows: Rows
+    softcap: float | None = None

@@ -27,7 +27,6 @@ from fusedkv_jax.compression.compressor import (
 )
 from fusedkv_jax.compression.token_sets import (
     merged,
-    read_keys,
     readers,
     refuse_windows,
     storages,
@@ -114,12 +113,12 @@ class H2O(Compressor):
     ) -> tuple[Float[Array, "B V"], KVCache, Masses]:
         """Logits, the extended cache, and the masses with what the chunk's queries attend to."""
         layout, end = model.config.kv_layout, cache.lengths + chunk.count
+        kv_heads = model.config.kv_heads
 
         def watch(reading: Reading) -> Float[Array, "B K S"]:
-            keys, place = read_keys(reading), reading.rows.positions
+            place = reading.rows.positions
             place = jnp.where(place < end[:, None], place, -1)
-            mass = scoring.received(reading.q, keys, reading.lse, place, end)
-            return scoring.per_kv_head(mass, keys.shape[2])
+            return scoring.per_kv_head(scoring.received(reading, place, end), kv_heads)
 
         tokens = chunk.tokens, chunk.count
         logits, cache, found = model.observe(*tokens, cache, watch, rows=chunk.width)
@@ -217,7 +216,7 @@ class HeavyStore(Store):
         end = jnp.full_like(reading.rows.positions, self.keys.shape[2])  # whatever is there
         mask = reading.pieces[0].mask
         assert "kv_lengths" in mask
-        mass = scoring.received(reading.q, read_keys(reading), reading.lse, end, mask["kv_lengths"])
+        mass = scoring.received(reading, end, mask["kv_lengths"])
         mass = scoring.per_kv_head(mass, self.mass.shape[2])
         mass = jnp.where(call.count[:, None, None] > 0, mass, 0)
         found = self._set("key", reading.slots["key"][0])

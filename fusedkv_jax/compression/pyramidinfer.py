@@ -25,7 +25,7 @@ from fusedkv_jax.compression.compressor import (
     check_count,
     check_share,
 )
-from fusedkv_jax.compression.token_sets import lengthened, merged, read_keys, storages
+from fusedkv_jax.compression.token_sets import lengthened, merged, storages
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS
 from fusedkv_jax.model import Decoder
@@ -163,7 +163,6 @@ def _scores(
     reading: Reading, held: Int[Array, "B"], recent: Int[Array, "B"], rows: int
 ) -> Float[Array, "B S"]:
     """What the recent tokens attend to, over all heads, later queries counting more."""
-    keys = read_keys(reading)
     back = jnp.arange(rows, 0, -1)
     column = held[:, None] - back
     age = jnp.maximum(recent[:, None] - back, 0) / jnp.maximum(recent[:, None] - 1, 1)
@@ -171,7 +170,7 @@ def _scores(
     place = jnp.maximum(column, 0)
     q = jnp.take_along_axis(reading.q, place[..., None, None], axis=1)
     lse = jnp.take_along_axis(reading.lse, place[..., None], axis=1)
-    mass = scoring.received(q, keys, lse, column, held, weights)
+    mass = scoring.received(reading._replace(q=q, lse=lse), column, held, weights)
     return mass.mean(1)
 
 

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fusedkv_jax.cache.calls import Reading
+from fusedkv_jax.compression.token_sets import read_keys
+
 Pooling = Literal["max", "average"]
 Grouping = Literal["mean", "max", "sum"]
 
@@ -19,26 +22,22 @@ _KEYS, _QUERIES = 1024, 64  # tile of the probabilities that exist at once
 
 
 def received(
-    q: Float[Array, "B t N H"],
-    keys: Float[Array, "B S K H"],
-    lse: Float[Array, "B t N"],
+    reading: Reading,
     positions: Int[Array, "B t"],
     lengths: Int[Array, "B"],
     weights: Float[Array, "B t"] | None = None,
 ) -> Float[Array, "B N S"]:
-    """Attention probability that each token receives, summed over the given queries.
+    """Attention probability that each token receives, summed over the queries of a reading.
 
-    The probabilities of attention that has been computed already: exp(q k / sqrt(H) - lse), in
-    tiles.
+    The probabilities of attention that has been computed already: exp(score - lse), in tiles.
 
     Args:
-        q: queries.
-        keys: the keys that they read, the token at position s in slot s; fused already.
-        lse: log-sum-exp of each query's scores.
+        reading: its first piece holds the token at position s in slot s.
         positions: positions of the queries; negative ones count for nothing.
         lengths: number of keys present.
         weights: of the queries in the sum, 1 by default.
     """
+    q, keys, lse, softcap = reading.q, read_keys(reading), reading.lse, reading.softcap
     batch, rows, heads, size = q.shape
     slots, kv_heads = keys.shape[1:3]
     wide, tall = min(_KEYS, slots), min(_QUERIES, rows)
@@ -61,6 +60,7 @@ def received(
             place, weight = place[:, :, None], weight[:, :, None, None, None]
             seen = (slot <= place) & (slot < lengths[:, None, None])
             score = jnp.einsum("BtKGH,BsKH->BtKGs", q.astype(jnp.float32), part) * size**-0.5
+            score = score if softcap is None else softcap * jnp.tanh(score / softcap)
             seen = seen[:, :, None, None]
             mass = weight * jnp.exp(jnp.where(seen, score - lse[..., None], -jnp.inf))
             return total + jnp.where(seen, mass, 0).sum(1), None

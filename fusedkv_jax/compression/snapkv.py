@@ -25,7 +25,6 @@ from fusedkv_jax.compression.scoring import Grouping, Pooling
 from fusedkv_jax.compression.token_sets import (
     mean_scores,
     merged,
-    read_keys,
     refuse_windows,
     retain,
     token_sets,
@@ -106,7 +105,6 @@ class SnapKV(Compressor):
         self, reading: Reading, chunk: Chunk, lengths: Int[Array, "B"]
     ) -> Float[Array, "B K S"]:
         """Scores of all slots, by the last queries of one layer; `lengths` after the chunk."""
-        keys = read_keys(reading)
         rows = reading.q.shape[1]
         wanted = lengths[:, None] - jnp.arange(self.window, 0, -1)
         if rows < chunk.width:  # a layer above `prefill_depth`, which has run for these rows only
@@ -118,10 +116,10 @@ class SnapKV(Compressor):
         q = jnp.take_along_axis(reading.q, column[..., None, None], axis=1)
         lse = jnp.take_along_axis(reading.lse, column[..., None], axis=1)
         positions = jnp.where(valid, wanted - reading.rows.strict, -1)
-        mass = scoring.received(q, keys, lse, positions, lengths)
+        mass = scoring.received(reading._replace(q=q, lse=lse), positions, lengths)
         older = jnp.maximum(lengths - self.window, 0)
         pooled = scoring.pool(mass, older, self.kernel, self.pooling)
-        return scoring.per_kv_head(pooled, keys.shape[2], self.grouping)
+        return scoring.per_kv_head(pooled, reading.pieces[0].keys[0].shape[2], self.grouping)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,8 @@ def run_layer(
         assert lse is not None
         # Whoever looks gets arrays; attention may have read the same where they lie.
         arrays = tuple(p._replace(keys=read(p.keys), values=read(p.values)) for p in pieces)
-        reading = Reading(layer, streams.locate(layer), fused, q, arrays, lse, rows)
+        cap = walk.layers.config.block.attention_softcap
+        reading = Reading(layer, streams.locate(layer), fused, q, arrays, lse, rows, cap)
         streams = streams.observe(reading)
         seen = None if watch is None else watch(reading)
     return block.finish(x, out), streams, seen

@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fusedkv_jax as fkv
+from fusedkv_jax.cache.calls import Piece, Reading, Rows
 from fusedkv_jax.compression import scoring
+from tests.model import small
 
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("rows, slots", [(5, 40), (70, 1100)])
-def test_received_attention_equals_that_of_a_full_softmax(rows, slots):
+@pytest.mark.parametrize("rows, slots, softcap", [(5, 40, None), (70, 1100, None), (5, 40, 0.7)])
+def test_received_attention_equals_that_of_a_full_softmax(rows, slots, softcap):
     batch, heads, kv_heads, size = 2, 4, 2, 8
     q, keys = draw(0, batch, rows, heads, size), draw(1, batch, slots, kv_heads, size)
     lengths = np.array([slots, slots - 7])
@@ -30,13 +33,29 @@ def test_received_attention_equals_that_of_a_full_softmax(rows, slots):
                 scores = (
                     keys[b, : positions[b, t] + 1, n // 2].astype(float) @ q[b, t, n] * size**-0.5
                 )
+                scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
                 lse[b, t, n] = np.log(np.exp(scores).sum())
                 expected[b, n, : len(scores)] += weights[b, t] * np.exp(scores - lse[b, t, n])
-    found = scoring.received(
-        *map(jnp.asarray, (q, keys, lse.astype("f"), positions, lengths)),
-        weights=jnp.asarray(weights, jnp.float32),
-    )
+    q, keys, lse, places, held = map(jnp.asarray, (q, keys, lse.astype("f"), positions, lengths))
+    pieces = (Piece((keys,), (keys,), {}),)
+    reading = Reading(0, {}, {"key": None}, q, pieces, lse, Rows(places, None, False), softcap)
+    found = scoring.received(reading, places, held, weights=jnp.asarray(weights, jnp.float32))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_attention_of_a_query_adds_up_to_one_whatever_a_model_does_with_scores():
+    block = fkv.config.BlockConfig(attention_softcap=0.5, attention_scale=1.3)
+    model = small.decoder(small.config("fusedkv", num_layers=4, block=block))
+    cache = fkv.KVCache.create(model.config, batch_size=2, max_length=12)
+    count = jnp.array([12, 7])
+
+    def watch(reading):
+        places = jnp.where(reading.rows.positions < count[:, None], reading.rows.positions, -1)
+        return scoring.received(reading, places, count).sum(-1)
+
+    *_, found = model.observe(small.tokens(2, 12), count, cache, watch, rows=12)
+    for layer in found:
+        np.testing.assert_allclose(layer, np.broadcast_to(count[:, None], layer.shape), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [1, 4, 7])
