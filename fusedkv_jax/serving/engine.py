@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -36,6 +37,13 @@ from fusedkv_jax.serving.speculation import Drafter, NGramDrafter, NGramSpeculat
 _log = logging.getLogger(__name__)
 
 Deltas = list[tuple[str, OutputDelta]]  # with the name of the request that each belongs to
+
+
+class _Drafting(NamedTuple):
+    """Who drafts, and what tells whether that pays."""
+
+    drafter: Drafter
+    switch: DraftSwitch
 
 
 class Engine:
@@ -80,8 +88,7 @@ class Engine:
             draft_tokens=settings.draft_tokens,
         )
         self.runner = _runner(form, settings)(model, settings, form, grammars.words)
-        self._drafter = _drafter(settings.speculation, self.runner)
-        self._draft_switch = DraftSwitch(self.runner.shapes.decode_rows)
+        self._drafting = _drafting(settings.speculation, self.runner)
         self._intake = Intake(
             model.config,
             codec,
@@ -171,15 +178,17 @@ class Engine:
         if not plan.requests:
             return []
         draws = [self._outputs[request][1].draw() for request in plan.requests]
+        drafting = self._drafting if any(plan.room) else None
         try:
-            self._draft(plan, draws)
+            if drafting is not None:
+                self._draft(drafting, plan, draws)
             result = self.runner.run(plan, draws)
         except Exception as error:  # whatever it is, others must go on
             return self._failed(plan, error)
         seconds = time.monotonic() - start
-        if any(plan.room):
+        if drafting is not None:
             tokens = sum(map(len, result.drawn))
-            self._draft_switch.took(len(plan.requests), bool(plan.drafts), seconds, tokens)
+            drafting.switch.took(len(plan.requests), bool(plan.drafts), seconds, tokens)
         if self.watch is not None:
             self.watch(plan, seconds)
         self._keep_scores(plan, result)
@@ -205,14 +214,12 @@ class Engine:
             **self._counts,
         )
 
-    def _draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> None:
-        """Guess what comes next, for the step to check, where it has room and that pays."""
-        if not any(plan.room):
-            return
-        if not self._draft_switch.drafts(len(plan.requests)):
+    def _draft(self, drafting: _Drafting, plan: StepPlan, draws: Sequence[TokenDraw]) -> None:
+        """Guess what comes next, for the step to check, where that pays."""
+        if not drafting.switch.drafts(len(plan.requests)):
             self._counts["undrafted_steps"] += 1
             return
-        drafts = self._drafter(plan, draws)
+        drafts = drafting.drafter(plan, draws)
         for place, draw in enumerate(draws):
             if draw.constraint is not None:
                 drafts[place] = drafts[place][: draw.constraint.allowed(drafts[place])]
@@ -342,10 +349,12 @@ def _check_speculation(
     speculation.check(config)
 
 
-def _drafter(speculation: Speculation | None, runner: Runner) -> Drafter:
-    if isinstance(speculation, NGramSpeculation):
-        return NGramDrafter(speculation)
-    return runner.draft
+def _drafting(speculation: Speculation | None, runner: Runner) -> _Drafting | None:
+    if speculation is None:
+        return None
+    looked_up = isinstance(speculation, NGramSpeculation)
+    drafter = NGramDrafter(speculation) if looked_up else runner.draft
+    return _Drafting(drafter, DraftSwitch(runner.shapes.decode_rows))
 
 
 def _check_one_device(model: Decoder) -> None:
