@@ -3,10 +3,10 @@
 import concurrent.futures
 import json
 import time
+from string import ascii_lowercase as letters
 
 import httpx2 as httpx
 import pytest
-import tokenizers
 from flax import nnx
 
 import fusedkv_jax as fkv
@@ -14,10 +14,10 @@ from experiments.common import models
 from fusedkv_jax.data.tokenizers import load
 from fusedkv_jax.interop import save_huggingface
 from fusedkv_jax.serving import Engine, ServingSettings
+from tests.data import single_letters
 
 serve = pytest.importorskip("ray.serve")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
-WORDS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .\n"]
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "num_pages": 64}
 
 
@@ -25,14 +25,9 @@ ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "num_pages": 64}
 def folder(tmp_path_factory):
     """A Hugging Face folder of a small FusedKV model whose tokenizer knows single letters."""
     root = tmp_path_factory.mktemp("model")
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=".")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    words.decoder = tokenizers.decoders.Fuse()
-    words.save(str(root / "tokenizer.json"))
+    single_letters.save(root)
     config = fkv.ModelConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(single_letters.WORDS),
         num_layers=4,
         d_model=16,
         num_heads=2,
@@ -72,7 +67,7 @@ def test_two_replicas_stream_what_the_engine_gives(folder, url):
     loaded = models.load_pretrained(str(folder))
     tokenizer = load(loaded.config.data.tokenizer)
     alone = Engine(loaded.model, tokenizer, ServingSettings(**ENGINE))
-    prompts = [f"the {WORDS[2 + i % 26]}{WORDS[2 + i // 26]} fox"[: 4 + i % 6] for i in range(100)]
+    prompts = [f"the {letters[i % 26]}{letters[i // 26]} fox"[: 4 + i % 6] for i in range(100)]
     expected = dict.fromkeys(map(str, range(100)), "")
     params = fkv.SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     for number, prompt in enumerate(prompts):

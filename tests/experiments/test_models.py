@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 
 import fusedkv_jax as fkv
@@ -13,25 +12,18 @@ from experiments import convert
 from experiments.common import models
 from fusedkv_jax.interop import load_huggingface, save_huggingface, uptrain
 from fusedkv_jax.training import load_model
+from tests.data import single_letters
 from tests.experiments import commands
-
-WORDS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .\n"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Hugging Face folder whose tokenizer knows single letters."""
     root = tmp_path_factory.mktemp("model")
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=".")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    words.decoder = tokenizers.decoders.Fuse()
-    words.add_special_tokens(["<s>", "</s>"])
-    words.save(str(root / "tokenizer.json"))
+    single_letters.save(root)
     (root / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     config = fkv.ModelConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(single_letters.WORDS),
         num_layers=2,
         d_model=16,
         num_heads=2,
