@@ -52,10 +52,11 @@ class Replica:
         from fusedkv_jax import serving
         from fusedkv_jax.data import tokenizers
         from fusedkv_jax.data.chat import ChatError
-        from fusedkv_jax.server import Server
+        from fusedkv_jax.server import Server, ServerSettings, environment_keys
 
         if bool(arguments.workdir) == bool(arguments.model):
             raise ValueError("give either workdir=DIR or model=FOLDER")
+        limits = ServerSettings(api_keys=environment_keys())
         if arguments.workdir:
             loaded = models.load_run(arguments.workdir, None)
         else:
@@ -69,7 +70,7 @@ class Replica:
         template = None
         with contextlib.suppress(ChatError):  # without one, conversations are refused
             template = chat.load_template(tokenizer, None)
-        self.server = Server(front, template)
+        self.server = Server(front, template, limits)
 
     def __serve_build_asgi_app__(self):
         return self.server.app

@@ -1,9 +1,10 @@
 """Reproduce the claim at a small size, or a study: python -m experiments.reproduce [--study=NAME].
 
-Without --study it trains every layout of experiments/configs/claim_small.py with every seed on the
-same tokens, and writes a table of held-out losses in Markdown and JSON. Finished runs are skipped
-and a run that was cut off goes on, so the same command continues after an interruption. The last
-line on standard output is the JSON document. `experiments.study.command` has what --study does.
+Without --study it trains every layout of experiments/configs/claim_small.py, or those of --layouts,
+with every seed on the same tokens, and writes a table of held-out losses in Markdown and JSON.
+Finished runs are skipped and a run that was cut off goes on, so the same command continues after an
+interruption. The last line on standard output is the JSON document. `experiments.study.command` has
+what --study does.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from experiments.common.documents import Document
 from experiments.configs import claim_small
 from experiments.study import command
 from fusedkv_jax import costs, processes, training
+from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.training import ExperimentConfig
-from fusedkv_jax.validation import nearest_or_all
 
 FLAGS = flags.FLAGS
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def run_config(config: ExperimentConfig, name: str, seed: int) -> ExperimentConf
     return dataclasses.replace(
         config,
         name=f"{config.name} {name} seed {seed}",
-        model=claim_small.ROWS[name].apply(config.model),
+        model=claim_small.row(name).apply(config.model),
         data=dataclasses.replace(config.data, seed=seed),
         train=dataclasses.replace(config.train, seed=seed),
     )
@@ -52,7 +53,7 @@ def reproduce(
     Args:
       config: what all runs have in common.
       workdir: holds the directory NAME/seed_SEED of each run.
-      names: rows of `claim_small.ROWS`; the first is what the others are compared with.
+      names: of rows, as for `claim_small.row`; the first is what the others are compared with.
       seeds: at least one.
 
     Raises:
@@ -86,13 +87,13 @@ def reproduce(
 def _row(
     config: ExperimentConfig, name: str, first: str, losses: dict[str, dict[int, float]]
 ) -> Document:
-    model = claim_small.ROWS[name].apply(config.model)
+    model = claim_small.row(name).apply(config.model)
     own = losses[name]
     # Runs of one seed see the same batches, so their difference varies less than either.
     differences = [own[seed] - losses[first][seed] for seed in own]
     return {
         "name": name,
-        "layout": claim_small.ROWS[name].layout,
+        "layout": claim_small.row(name).layout,
         "num_kv_heads": model.kv_heads,
         "parameters": costs.parameter_count(model),
         "cache_bytes_per_token": costs.cache_bytes_per_token(model, model.dtype),
@@ -148,16 +149,17 @@ def _with_spread(mean: float, std: float | None, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + ("" if std is None else f" ± {std:.4f}")
 
 
-def read_names(names: Sequence[str]) -> list[str]:
-    """The rows that --layouts names; all without names.
+def read_names(names: Sequence[str], model: ModelConfig) -> list[str]:
+    """The rows that --layouts names; those of `claim_small.ROWS` without names.
 
     Raises:
-      ValueError: an unknown or repeated name.
+      ValueError: a name that is repeated, unknown, or of a row that does not fit the model.
     """
     for name in names:
-        if name not in claim_small.ROWS:
-            found = nearest_or_all(name, claim_small.ROWS)
-            raise ValueError(f"--layouts={name} is unknown{found}")
+        try:
+            claim_small.row(name).apply(model)
+        except ValueError as error:
+            raise ValueError(f"--layouts={name}: {error}") from None
     return _without_repeats("layouts", names) or list(claim_small.ROWS)
 
 
@@ -209,7 +211,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "layouts",
         [],
-        f"Rows to train, by default all: {', '.join(claim_small.ROWS)}; or those of the study.",
+        f"Rows to train, by default {', '.join(claim_small.ROWS)}; any layout is one too, as for "
+        "experiments.describe. With --study rows of the study.",
     )
     flags.DEFINE_string(
         "output",
@@ -223,9 +226,10 @@ def define_flags() -> None:
 def main() -> int:
     if FLAGS.study is not None:
         return command.main()
-    names, seeds = read_names(FLAGS.layouts), read_seeds(FLAGS.seeds)
+    seeds = read_seeds(FLAGS.seeds)
     _check_overrides(FLAGS.override)
     config, (workdir, output) = cli.load_config(), places(FLAGS.workdir, FLAGS.output)
+    names = read_names(FLAGS.layouts, config.model)
     results_file = cli.check_results_file(pathlib.Path(f"{output}.json"))
     table_file = cli.check_output(f"{output}.md")
     try:

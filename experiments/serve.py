@@ -9,7 +9,6 @@ code 2 with one line for a mistake in the command.
 
 import importlib.util
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +158,8 @@ def _log_to_stderr() -> None:
 
 def _keys() -> list[str]:
     """Keys of the command line, the file and the environment. Raises ValueError."""
+    from fusedkv_jax.server import environment_keys
+
     keys = list(FLAGS.api_key)
     if FLAGS.api_key_file is not None:
         path = cli.check_readable(FLAGS.api_key_file)
@@ -166,9 +167,7 @@ def _keys() -> list[str]:
         if not found:
             raise ValueError(f"{path}: there is no key in it; write one a line")
         keys += found
-    if key := os.environ.get("FUSEDKV_API_KEY"):
-        keys.append(key)
-    return keys
+    return keys + environment_keys()
 
 
 def _kv_events() -> "KvEventPublisher | None":

@@ -321,9 +321,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON; `from_dict` inverts it."""
         fields = dataclasses.asdict(self)
-        spec = self.kv_layout.spec
-        if spec and layouts.resolve(spec, self.num_layers) == self.kv_layout:
-            fields["layout"] = spec
+        if layouts.has_name(self.kv_layout):
+            fields["layout"] = self.kv_layout.spec
         return fields
 
     @classmethod

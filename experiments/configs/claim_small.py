@@ -27,6 +27,11 @@ ROWS = {
 }
 
 
+def row(name: str) -> Row:
+    """The row of a name; any layout (`cla:k=3`, or in the grammar) is one, with heads as in mha."""
+    return ROWS.get(name) or Row(layout=name)
+
+
 def get_config() -> ExperimentConfig:
     """What all rows have in common; the layout and the seed are those of the row."""
     config = demo.get_config()

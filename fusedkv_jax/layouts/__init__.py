@@ -13,7 +13,7 @@ from fusedkv_jax.layouts.algebra import (
 from fusedkv_jax.layouts.drawing import draw
 from fusedkv_jax.layouts.grammar import format, fused, parse
 from fusedkv_jax.layouts.grouping import Run, exported, runs
-from fusedkv_jax.layouts.named import get, names, ordinary, register, resolve
+from fusedkv_jax.layouts.named import get, has_name, names, ordinary, register, resolve
 
 __all__ = [
     "KINDS",
@@ -29,6 +29,7 @@ __all__ = [
     "format",
     "fused",
     "get",
+    "has_name",
     "names",
     "ordinary",
     "parse",

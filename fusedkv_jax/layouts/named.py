@@ -37,8 +37,19 @@ _ORDINARY = LayerKV(OWN, OWN)
 
 
 def register(function: Callable[..., KVLayout]) -> Callable[..., KVLayout]:
-    """Add a layout function `f(num_layers, **options) -> KVLayout` to the table, by its name."""
-    _REGISTRY[function.__name__] = function
+    """Add a layout function `f(num_layers, **options) -> KVLayout` to the table, by its name.
+
+    Outside of this package (in a file of --config, say) the name is for the programs that run it;
+    what they save has the layout itself.
+
+    Raises:
+        LayoutError: there is another one of this name.
+    """
+    name = function.__name__
+    known = _REGISTRY.get("mha" if name in _GEOMETRIES else name)
+    if known is not None and known.__module__ != function.__module__:
+        raise LayoutError(f"there is a layout {name!r} already; choose another name")
+    _REGISTRY[name] = function
     return function
 
 
@@ -346,12 +357,34 @@ def get(name: str, num_layers: int, **options: object) -> KVLayout:
                 f"layout {name!r} has no option {option!r}{nearest_or_all(option, known)}"
             )
         value = tuple(value) if isinstance(value, list) else value
-        check_type(f"layout {name!r}, option {option}", value, hints[option], LayoutError)
+        hint = hints.get(option, typing.Any)
+        check_type(f"layout {name!r}, option {option}", value, hint, LayoutError)
         options[option] = value
     _check_depth(num_layers)
     layout = function(num_layers, **options)
+    if not isinstance(layout, KVLayout) or layout.num_layers != num_layers:
+        found = f"{layout.num_layers} layers" if isinstance(layout, KVLayout) else repr(layout)
+        raise LayoutError(
+            f"the function of layout {name!r} gave {found}; return a KVLayout of"
+            f" num_layers={num_layers} layers"
+        )
     text = ",".join(f"{key}={_text(value)}" for key, value in options.items())
     return dataclasses.replace(layout, spec=f"{name}:{text}" if text else name)
+
+
+def has_name(layout: KVLayout) -> bool:
+    """Whether its `spec` stands for it in every program.
+
+    A name that somebody else has registered is known in his own programs alone.
+    """
+    name = layout.spec.partition(":")[0]
+    function = _REGISTRY.get(name)
+    if function is not None and function.__module__ != __name__:
+        return False
+    try:
+        return bool(layout.spec) and resolve(layout.spec, layout.num_layers) == layout
+    except LayoutError:  # it was registered where the layout was made
+        return False
 
 
 def ordinary(num_layers: int) -> KVLayout:

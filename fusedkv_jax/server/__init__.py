@@ -4,7 +4,8 @@
 uvicorn until it is told to end.
 """
 
+from fusedkv_jax.server.access import environment_keys
 from fusedkv_jax.server.app import Server, ServerSettings
 from fusedkv_jax.server.run import listen, run
 
-__all__ = ["Server", "ServerSettings", "listen", "run"]
+__all__ = ["Server", "ServerSettings", "environment_keys", "listen", "run"]

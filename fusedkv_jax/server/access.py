@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
 import uuid
 from collections.abc import Sequence
@@ -74,6 +75,20 @@ class Access:
             return None
         # A look-up by digest takes no longer for a key that is nearly right.
         return self._tenants.get(_digest(key.strip()))
+
+
+def environment_keys() -> list[str]:
+    """The key that FUSEDKV_API_KEY holds; none where it is not set.
+
+    Raises:
+        ValueError: it is set and empty, and everybody would be let in.
+    """
+    key = os.environ.get("FUSEDKV_API_KEY")
+    if key is None:
+        return []
+    if not key.strip():
+        raise ValueError("FUSEDKV_API_KEY is set and empty; give it a key, or unset it")
+    return [key.strip()]  # a secret that was a file first often ends with its newline
 
 
 async def read_json(request: Request, most: int) -> bytes:

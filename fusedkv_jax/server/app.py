@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import logging
 import pathlib
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fusedkv_jax.server.kv_events import KvEventPublisher
     from fusedkv_jax.serving import AsyncEngine
 
+_KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _PAGE = pathlib.Path(__file__).with_name("page.html")
 _Form = TypeVar(
     "_Form",
@@ -55,7 +57,8 @@ class ServerSettings:
     """What an operator may set.
 
     Attributes:
-        api_keys: of clients, each a tenant of its own; none lets everybody in.
+        api_keys: of clients, each a tenant of its own, in ASCII as a header has them; none lets
+            everybody in.
         max_body_bytes: of a request.
         max_choices: outputs of a request, over all its prompts.
         health_timeout: seconds that the token of /health may take.
@@ -69,8 +72,14 @@ class ServerSettings:
     log_interval: float = 10.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.api_keys, str) or not all(self.api_keys):
-            raise ValueError(f"api_keys={self.api_keys!r}; use texts of at least one character")
+        if isinstance(self.api_keys, str):
+            raise ValueError("api_keys is one text; use a list of texts")
+        for number, key in enumerate(self.api_keys, 1):  # which a log must not show
+            if not _KEY.fullmatch(key):
+                raise ValueError(
+                    f"API key {number} of {len(self.api_keys)} cannot stand in a header; use"
+                    " printable ASCII characters, with no space at its ends"
+                )
         for name in ("max_body_bytes", "max_choices", "health_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}; use a number above 0")

@@ -72,7 +72,13 @@ async def show_api_error(request: Request, error: Exception) -> JSONResponse:
 async def show_http_error(request: Request, error: Exception) -> JSONResponse:
     """Handler of the framework's own errors: unknown routes and methods."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}; see /v1/models for a start"
+    if error.status_code == 404:
+        paths = (getattr(route, "path", "") for route in request.app.routes)
+        advice = "this server has " + ", ".join(path for path in paths if "{" not in path)
+    else:
+        allowed = (error.headers or {}).get("Allow", "another method")  # in any order
+        advice = "use " + " or ".join(sorted(allowed.split(", ")))
+    message = f"{request.method} {request.url.path}: {error.detail}; {advice}"
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 

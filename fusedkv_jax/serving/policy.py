@@ -48,6 +48,8 @@ class Policy:
     def order(self, queue: Sequence[Request], view: View) -> Iterable[Request]:
         """The requests of a queue, first to be served first; may be a generator.
 
+        Who is left out has no part in this step, and in the end each must have one.
+
         Args:
             queue: the running requests, or the waiting ones; both if `preemptive`.
             view: all else.
@@ -55,7 +57,7 @@ class Policy:
         return queue
 
     def victim(self, running: Sequence[Request], view: View) -> Request:
-        """Who gives up its pages: by default whoever arrived last."""
+        """Which of `running` gives up its pages: by default whoever arrived last."""
         return max(running, key=lambda request: request.arrival)
 
     def next_victims(self, view: View) -> Iterable[Request]:

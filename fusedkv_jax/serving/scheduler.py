@@ -7,6 +7,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import get_args
 
 from fusedkv_jax.serving.memory import PagedMemory
 from fusedkv_jax.serving.plan import StepPlan
@@ -320,7 +321,7 @@ class Scheduler:
     def _clear(self, request: Request) -> None:
         """Let others give up the pages that a waiting request needs to start."""
         while self.memory.short(request) > 0 and (victims := self._victims()):
-            self._evict(self.policy.victim(victims, self.view))
+            self._evict(self._victim(victims))
 
     def _portion(self, request: Request, left: int) -> int:
         """How many tokens of it come next, of so many that are left; 0 for none in this step."""
@@ -372,7 +373,7 @@ class Scheduler:
         while request.state is State.RUNNING:
             if self.memory.grow(request, length):
                 return True
-            self._evict(self.policy.victim(self._victims(), self.view))
+            self._evict(self._victim(self._victims()))
         return False
 
     def _victims(self) -> list[Request]:
@@ -381,6 +382,23 @@ class Scheduler:
         planned = set(self._plan.requests)
         return [request for request in self.running if request not in planned] + kept
 
+    def _victim(self, victims: Sequence[Request]) -> Request:
+        """Whom the policy chooses. Raises ValueError for what is none of them."""
+        chosen = self.policy.victim(victims, self.view)
+        if chosen not in victims:
+            which = chosen.name if isinstance(chosen, Request) else chosen
+            name = f"{type(self.policy).__name__}.victim"
+            raise ValueError(f"{name} gave {which!r}; return one of the requests it is given")
+        return chosen
+
+    def _how(self, request: Request) -> How:
+        """What becomes of its pages. Raises ValueError for a word that is none."""
+        how = self.policy.how(request, self.view)
+        if how not in get_args(How):
+            name = f"{type(self.policy).__name__}.how"
+            raise ValueError(f"{name} gave {how!r}; return {', '.join(get_args(How))}")
+        return how
+
     def _evict(self, request: Request) -> None:
         self.preemptions += 1
         self._evicted.add(request)
@@ -388,7 +406,7 @@ class Scheduler:
         if not calling:
             self.running.remove(request)
             self._admitted.discard(request)
-        self._give_up(request, self.policy.how(request, self.view))
+        self._give_up(request, self._how(request))
         if not calling:
             self._queue(request)
 
@@ -405,7 +423,7 @@ class Scheduler:
     def _call(self, request: Request) -> None:
         """Let a tool run; meanwhile the policy says where the pages are."""
         self.running.remove(request)
-        how = self.policy.how(request, self.view)
+        how = self._how(request)
         if how == "keep":
             request.state = State.PAUSED
         else:

@@ -105,8 +105,16 @@ class ServingSettings:
                 f"speculation={self.speculation!r}; use fkv.NGramSpeculation(...) or"
                 " fkv.SelfSpeculation(...)"
             )
-        if isinstance(self.policy, str) and self.policy not in POLICIES:
-            raise ValueError(f"policy={self.policy!r}; use one of {', '.join(sorted(POLICIES))}")
+        if self.compression is not None and not isinstance(self.compression, Compressor):
+            raise ValueError(
+                f"compression={self.compression!r}; use a compressor, such as"
+                " fkv.compression.SnapKV(budget=1024)"
+            )
+        named = isinstance(self.policy, str) and self.policy in POLICIES
+        if not named and not isinstance(self.policy, Policy):
+            raise ValueError(
+                f"policy={self.policy!r}; use a policy, or one of {', '.join(sorted(POLICIES))}"
+            )
 
     @property
     def draft_tokens(self) -> int:

@@ -232,8 +232,8 @@ class _Run:
         origin = f"resuming at step {step}" if step else "starting"
         progress.print(
             f"{self.config.name}: {count / 1e6:.2f}M parameters, layout "
-            f"{model.to_dict()['layout']}, {len(devices)} x {min(devices, key=str).device_kind}, "
-            f"{origin} in {self.workdir}"
+            f"{model.kv_layout.spec or 'of its own'}, {len(devices)} x "
+            f"{min(devices, key=str).device_kind}, {origin} in {self.workdir}"
         )
 
     def _writers(self, progress: Progress, step: int) -> MetricWriter:

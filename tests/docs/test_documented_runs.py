@@ -6,7 +6,7 @@ import shlex
 import jax
 import pytest
 
-from tests.docs.documented import PAGES, commands, placed, program_line
+from tests.docs.documented import PAGES, ROOT, commands, placed, program_line
 from tests.experiments.commands import run_several
 
 # What makes a documented command a matter of seconds; the rest of it stays as it is written.
@@ -108,7 +108,7 @@ def _own(name: str, arguments: list[str], number: int) -> list[str]:
         "--trace=TRACE": "--trace=trace.csv",
         "--output=FOLDER": "--output=exported",
         "--output_dir=DIR": "--output_dir=shards",
-        "--config.data.source=README.md": "--config.data.source=text",
+        "--config.data.source=docs": f"--config.data.source={ROOT / 'docs'}",
         "--config.train.steps=100": "--config.train.steps=2",
     }
     arguments = [places.get(argument, argument) for argument in arguments]

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import fusedkv_jax as fkv
-from fusedkv_jax.layouts import LayoutError
+from fusedkv_jax.layouts import LayoutError, named
 from tests.docs.documented import PAGES, ROOT, fences
 
 LAYOUTS = ROOT / "docs/guides/layouts.md"
@@ -37,6 +37,7 @@ SNIPPETS = [path for path in PAGES if any(f.language == "python" for f in fences
 )
 def test_snippets_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(named, "_REGISTRY", dict(named._REGISTRY))  # a page may add to it
     names = {} if str(page.relative_to(ROOT)) in QUICK else _what_readers_have(tmp_path)
     blocks = fences(page)
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):

@@ -144,6 +144,12 @@ def test_command_writes_the_table(done, config, comparison_text, tmp_path):
     ]
 
 
+def test_any_layout_is_a_row(config):
+    assert reproduce.read_names(["gqa", "0_0x3"], config.model) == ["gqa", "0_0x3"]
+    made = reproduce.run_config(config, "0_0x3", 7)
+    assert made.model == config.model.replace(layout="0_0x3") and made.train.seed == 7
+
+
 def test_results_go_beside_the_runs_unless_told_otherwise():
     assert [str(path) for path in reproduce.places(None, None)] == [
         "runs/claim_small",
@@ -165,7 +171,11 @@ def test_mistakes(tmp_path):
     commands.check_mistakes(
         "reproduce",
         [
-            ([*where, "--layouts=mha,fusedk"], "--layouts=fusedk is unknown; did you mean fusedkv"),
+            (
+                [*where, "--layouts=mha,fusedk"],
+                "--layouts=fusedk: unknown layout 'fusedk'; did you",
+            ),
+            ([*where, "--layouts=0_1"], "--layouts=0_1: layout '0_1' has 2 layers"),
             ([*where, "--layouts=mha,mha"], "--layouts names mha twice"),
             ([*where, "--seeds="], "--seeds= is empty; give it a value"),
             ([*where, "--seeds=0,one"], "--seeds=0,one; give numbers"),

@@ -7,7 +7,7 @@ import pytest
 
 from fusedkv_jax import layouts
 from fusedkv_jax.config import ConfigError, MLAConfig, ModelConfig, RopeConfig
-from fusedkv_jax.layouts import LayoutError
+from fusedkv_jax.layouts import LayoutError, named
 
 MLA = MLAConfig(kv_lora_rank=16, nope_dim=8, rope_dim=4, v_dim=6)
 
@@ -80,6 +80,22 @@ class TestRoundTrip:
         fields = json.loads(json.dumps(build(layout=layout).to_dict()))
         again = ModelConfig.from_dict(fields).layout
         assert (again, again.passes) == (layout, (3, 1))
+
+    def test_a_layout_that_somebody_has_registered_is_read_where_its_name_is_unknown(
+        self, monkeypatch
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(named, "_REGISTRY", dict(named._REGISTRY))
+
+            @layouts.register
+            def mine(num_layers):
+                return layouts.parse(f"0x{num_layers}")
+
+            config = build(layout="mine")
+            fields = json.loads(json.dumps(config.to_dict()))
+        again = ModelConfig.from_dict(fields)
+        assert (again, again.kv_layout.spec) == (config, "mine")
+        assert json.loads(json.dumps(again.to_dict())) == fields
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -5,6 +5,8 @@ import pytest
 from fusedkv_jax import layouts
 from fusedkv_jax.layouts import (
     KINDS,
+    LayoutError,
+    named,
 )
 
 LOWER, ALL = tuple(range(6)), tuple(range(12))
@@ -200,3 +202,39 @@ class TestDraw:
         assert "[V 1 + 0]" in layouts.draw(layouts.get("yoco_pp", 4))
         assert "own KV norm" in layouts.draw(layouts.get("yoco", 4, window=8))
         assert "serves K 0" in layouts.draw(layouts.parse("1_2s_0"))
+
+
+def test_a_layout_of_ones_own_by_name(monkeypatch):
+    monkeypatch.setattr(named, "_REGISTRY", dict(named._REGISTRY))
+
+    @layouts.register
+    def lowest(num_layers, split=2):
+        """Upper layers read layer 0; options need no annotations."""
+        return layouts.parse(f"{'_'.join(map(str, range(split)))}_0x{num_layers - split}")
+
+    layout = layouts.resolve("lowest:split=3", 8)
+    assert layout == layouts.parse("0_1_2_0x5") and layout.spec == "lowest:split=3"
+    assert "lowest" in layouts.names() and not layouts.has_name(layout)
+    monkeypatch.undo()
+    assert not layouts.has_name(layout), "in a program that does not know the name"
+    assert layouts.has_name(layouts.get("cla", 8, k=4)) and layouts.has_name(layouts.parse("0_0"))
+
+
+def test_a_name_that_is_taken_and_a_function_that_gives_no_layout_are_one_line(monkeypatch):
+    monkeypatch.setattr(named, "_REGISTRY", dict(named._REGISTRY))
+    for name in ("fusedkv", "gqa"):
+
+        def own(num_layers):
+            return layouts.ordinary(num_layers)
+
+        own.__name__ = name
+        with pytest.raises(LayoutError, match=f"there is a layout '{name}' already"):
+            layouts.register(own)
+    for given, found in ((None, "None"), ("mha", "'mha'"), (layouts.ordinary(3), "3 layers")):
+
+        @layouts.register
+        def mine(num_layers):
+            return given  # noqa: B023
+
+        with pytest.raises(LayoutError, match=f"'mine' gave {found}; return a KVLayout of num_la"):
+            layouts.get("mine", 4)

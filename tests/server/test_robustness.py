@@ -13,7 +13,7 @@ import time
 import httpx2 as httpx
 import pytest
 
-from fusedkv_jax.server import listen
+from fusedkv_jax.server import ServerSettings, environment_keys, listen
 from tests.server.fake import FakeEngine
 from tests.server.running import Running, serving
 
@@ -69,17 +69,18 @@ def test_malformed_bodies_are_refused_in_one_line(toy: Running):
 
 
 @pytest.mark.parametrize(
-    "method, route, status",
+    "method, route, status, advice",
     [
-        ("GET", "/nowhere", 404),
-        ("GET", "/v1/completions", 405),
-        ("DELETE", "/v1/models", 405),
-        ("GET", "/v1/models/../../etc", 404),
+        ("POST", "/v1/embeddings", 404, "this server has /, /health,"),
+        ("GET", "/nowhere", 404, "/v1/chat/completions"),
+        ("GET", "/v1/completions", 405, "use POST"),
+        ("DELETE", "/v1/models", 405, "use GET"),
+        ("GET", "/v1/models/../../etc", 404, "/v1/models"),
     ],
 )
-def test_unknown_routes(toy, method, route, status):
+def test_unknown_routes(toy, method, route, status, advice):
     response = toy.http.request(method, route)
-    assert response.status_code == status and "message" in response.json()["error"]
+    assert response.status_code == status and advice in response.json()["error"]["message"]
 
 
 def test_bodies_are_json_and_bounded():
@@ -102,6 +103,21 @@ def test_every_route_but_the_probes_wants_a_key():
         assert running.http.get("/", auth=("anybody", "bob")).status_code == 200
         with running.sdk("alice") as client:
             assert client.models.list().data[0].id == "toy"
+
+
+def test_keys_that_no_client_could_send_are_refused_unseen(monkeypatch):
+    for keys in ("secret", ["a", ""], [" secret"], ["secret\n"], ["schlüssel"]):
+        with pytest.raises(ValueError, match="API key|api_keys") as refused:
+            ServerSettings(api_keys=keys)
+        assert "secret" not in str(refused.value) and "schl" not in str(refused.value)
+    ServerSettings(api_keys=["a", "two words", "!~"])
+    monkeypatch.delenv("FUSEDKV_API_KEY", raising=False)
+    assert environment_keys() == []
+    monkeypatch.setenv("FUSEDKV_API_KEY", "secret\n")  # as `echo secret > file` leaves it
+    assert environment_keys() == ["secret"]
+    monkeypatch.setenv("FUSEDKV_API_KEY", "\n")
+    with pytest.raises(ValueError, match="is set and empty"):
+        environment_keys()
 
 
 def test_no_tenant_meets_the_pages_of_another():

@@ -325,9 +325,13 @@ def test_a_name_that_runs_is_refused_and_is_free_again_after_an_abort():
     served.add([1, 2], GREEDY, request_id="a")
 
 
-def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="policy='fifo'; use one of"):
-        ServingSettings(policy="fifo")
+def test_settings_that_cannot_be_are_refused(without_type_checks):
+    for policy in ("fifo", POLICIES["fcfs"], [], None):
+        with pytest.raises(ValueError, match="^policy=.*; use a policy, or one of"):
+            ServingSettings(policy=policy)
+    for compression in ("snapkv:budget=4", fkv.compression.SnapKV):
+        with pytest.raises(ValueError, match="^compression=.*; use a compressor"):
+            ServingSettings(compression=compression)
     with pytest.raises(ValueError, match="the pool holds 20: lower it"):
         engine(num_pages=5)
     with pytest.raises(ValueError, match="a page takes"):

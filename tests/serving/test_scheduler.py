@@ -12,12 +12,14 @@ from fusedkv_jax.serving import (
     Direction,
     NeverFits,
     PagedMemory,
+    Policy,
     Request,
     Scheduler,
     State,
     StepPlan,
     ToolCall,
 )
+from fusedkv_jax.serving.simulate import simulate
 from tests.serving.contents import Contents, check_accounts, tokens_of
 
 
@@ -304,6 +306,31 @@ def test_what_never_fits_is_refused_with_the_limit():
     with pytest.raises(NeverFits, match="context holds 64"):
         scheduler.add(Request("a", np.arange(60), max_tokens=10), 0.0)
     scheduler.add(Request("a", np.arange(30), max_tokens=10), 0.0)
+
+
+def test_what_a_policy_of_ones_own_must_not_give_is_one_line():
+    class Stranger(Policy):
+        def victim(self, running, view):
+            return Request("stranger", np.arange(4), max_tokens=1)
+
+    class Forgets(Policy):
+        def how(self, request, view):
+            return "forget"
+
+    class Nobody(Policy):
+        def admits(self, request, view):
+            return False
+
+    for policy, message in (
+        (Stranger(), "Stranger.victim gave 'stranger'; return one of the requests it is given"),
+        (Forgets(), "Forgets.how gave 'forget'; return recompute, swap, keep"),
+        (Nobody(), "2 requests wait, and Nobody lets none of them run"),
+    ):
+        scheduler = Scheduler(PagedMemory(4, 4, reserve=0), policy)
+        both = [Request(name, np.arange(6), max_tokens=8) for name in "ab"]
+        with pytest.raises(ValueError, match=message) as refused:
+            simulate(both, scheduler, lambda plan: 1.0)
+        assert "\n" not in str(refused.value)
 
 
 def test_bad_settings_are_one_line():

@@ -32,6 +32,7 @@ def simulate(
 
     Raises:
         NeverFits: a request that could not run even alone.
+        ValueError: a policy that lets nobody run.
     """
     queue = iter(requests)
     coming = next(queue, None)
@@ -46,7 +47,13 @@ def simulate(
         plan = scheduler.schedule(now)
         if not plan.requests:
             now = min(scheduler.next_answer, math.inf if coming is None else coming.arrival)
-            assert now < math.inf, "requests wait, and nothing will ever let them run"
+            if now == math.inf:
+                name = type(scheduler.policy).__name__
+                raise ValueError(
+                    f"{scheduler.unfinished} requests wait, and {name} lets none of them run; its"
+                    " `order` must give each of them in the end, and where nobody runs `admits`"
+                    " must let one start"
+                )
             continue
         seconds = step_seconds(plan)
         now += seconds
