@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.rows import take_rows
@@ -97,7 +97,7 @@ class Limits:
 @functools.partial(jax.jit, static_argnames=("graph", "sizes"), donate_argnames="cache")
 def search(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     logits: Float[Array, "R V"],
     cache: KVCache,
     limits: Limits,

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.logprobs import Logprobs, score
 from fusedkv_jax.generation.steps import Rows, extend, extend_parts
 from fusedkv_jax.model import Decoder
 
-Split = tuple[nnx.GraphDef[Decoder], nnx.State]  # structure and parameters of a model
+Split = tuple[nnx.GraphDef[Decoder], PyTree]  # structure and parameters of a model
 
 
 class PromptArrays(NamedTuple):
@@ -144,7 +144,7 @@ class ScoredChunk(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="cache")
 def _extend_and_score(
-    graph: nnx.GraphDef[Decoder], params: nnx.State, chunk: ScoredChunk, cache: KVCache, k: int
+    graph: nnx.GraphDef[Decoder], params: PyTree, chunk: ScoredChunk, cache: KVCache, k: int
 ) -> tuple[Float[Array, "B V"], Logprobs, KVCache]:
     """Logits of each row's last token, and log-probabilities of the tokens that come next."""
     tokens, count, targets = chunk

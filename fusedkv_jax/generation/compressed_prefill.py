@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.cache.cache import unstacked
@@ -17,7 +17,7 @@ from fusedkv_jax.model import Decoder
 
 
 def run_compressed(
-    split: tuple[nnx.GraphDef[Decoder], nnx.State],
+    split: tuple[nnx.GraphDef[Decoder], PyTree],
     config: ModelConfig,
     compressor: Compressor,
     chunks: Sequence[Chunk],
@@ -57,7 +57,7 @@ def _begin(compressor: Compressor, config: ModelConfig, cache: KVCache) -> tuple
 )
 def _observe(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     compressor: Compressor,
     chunk: Chunk,
     cache: KVCache,
@@ -70,7 +70,7 @@ def _observe(
 @functools.partial(jax.jit, static_argnames=("graph", "compressor"))
 def _compress(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     compressor: Compressor,
     chunk: Chunk,
     cache: KVCache,

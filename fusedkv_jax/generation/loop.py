@@ -135,7 +135,7 @@ def begin(
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def decode(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     state: DecodeState,
     inputs: SamplerInputs,
     steps: Int[Array, ""] | int | None = None,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-from flax import nnx
 from jax.sharding import AxisType, Mesh
+from jaxtyping import PyTree
 
 from fusedkv_jax.cache import KVCache, cache_shardings
 from fusedkv_jax.config import ModelConfig
@@ -58,7 +58,7 @@ class Placement:
         """What programs run under."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def parameters(self, params: nnx.State) -> nnx.State:
+    def parameters(self, params: PyTree) -> PyTree:
         """Parameters where they belong; those that are there already are not copied."""
         if self.mesh is None:
             return params

@@ -39,6 +39,7 @@ from fusedkv_jax.generation.sampling import SamplerInputs
 from fusedkv_jax.generation.settings import EngineSettings
 from fusedkv_jax.generation.steps import extend
 from fusedkv_jax.model import Decoder, fold_fusion, for_decoding
+from fusedkv_jax.model.structure import split_for_calls
 from fusedkv_jax.sharding import batch_sharding, serving_shardings, spec
 
 Tree = TypeVar("Tree")
@@ -81,7 +82,7 @@ class GenerationPrograms:
     def split(self) -> Split:
         """Structure and parameters of the model, in its form for decoding."""
         if not self.is_abstract:
-            graph, params = nnx.split(for_decoding(self.model))
+            graph, params = split_for_calls(for_decoding(self.model))
             return graph, self.placement.parameters(params)
         graph, params = nnx.split(self.model)
         mesh = self.placement.mesh

@@ -14,7 +14,7 @@ from typing import ParamSpec, Protocol, TypedDict, TypeVar, runtime_checkable
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.compression.compressor import Compressor
@@ -41,7 +41,7 @@ class Speculation(Protocol):
     def decode(
         self,
         graph: nnx.GraphDef[Decoder],
-        params: nnx.State,
+        params: PyTree,
         state: DecodeState,
         inputs: SamplerInputs,
         steps: Int[Array, ""] | int | None = None,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.generation import loop
@@ -110,7 +110,7 @@ class SelfSpeculation:
     def decode(
         self,
         graph: nnx.GraphDef[Decoder],
-        params: nnx.State,
+        params: PyTree,
         state: DecodeState,
         inputs: SamplerInputs,
         steps: Int[Array, ""] | int | None = None,
@@ -131,7 +131,7 @@ class SelfSpeculation:
 def _decode(
     speculation: SelfSpeculation,
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     state: DecodeState,
     inputs: SamplerInputs,
     steps: Int[Array, ""] | int | None,

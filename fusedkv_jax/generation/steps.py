@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.compression.compressor import Chunk, Compressor
@@ -143,7 +143,7 @@ def _check_call(model: object, tokens: ArrayLike, axes: str, cache: object) -> N
 @functools.partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames="cache")
 def extend(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
     cache: KVCache,
@@ -156,7 +156,7 @@ def extend(
 @functools.partial(jax.jit, static_argnames=("graph", "ends"), donate_argnames="cache")
 def extend_parts(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
     cache: KVCache,

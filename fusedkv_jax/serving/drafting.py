@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore
 from fusedkv_jax.generation.speculation import SelfSpeculation
@@ -42,7 +42,7 @@ class _PagedDrafting(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("graph", "speculation"), donate_argnames="pool")
 def run_draft(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     pool: PagedStore,
     tokens: Int[Array, "R"],
     lane: Lane,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from fusedkv_jax.cache.paged import Lane, PagedCall, PagedStore
 from fusedkv_jax.generation.logprobs import Logprobs, score
@@ -52,7 +53,7 @@ class PromptChunk(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="pool")
 def run_scored(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     pool: PagedStore,
     scored: ScoredTokens,
     k: int,

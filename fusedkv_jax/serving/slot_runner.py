@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.generation.logprobs import Logprobs, score
@@ -62,7 +62,7 @@ class SlotChunk(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames="slots")
 def run_chunk(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     slots: Slots,
     chunk: SlotChunk,
     rows: Literal["last", "none"],
@@ -76,7 +76,7 @@ def run_chunk(
 
 @functools.partial(jax.jit, static_argnames=("graph", "k"), donate_argnames="slots")
 def run_scored_chunk(
-    graph: nnx.GraphDef[Decoder], params: nnx.State, slots: Slots, chunk: SlotChunk, k: int
+    graph: nnx.GraphDef[Decoder], params: PyTree, slots: Slots, chunk: SlotChunk, k: int
 ) -> tuple[Logprobs, Slots]:
     """Add tokens of a prompt, all through all layers, and score what follows each."""
     row = _row(slots.cache, chunk)
@@ -91,7 +91,7 @@ def run_scored_chunk(
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="slots")
 def run_decodes(
     graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
+    params: PyTree,
     slots: Slots,
     tokens: Int[Array, "B"],
     starts: Int[Array, "B"],
