@@ -114,6 +114,8 @@ def _families(config: ModelConfig) -> Iterator[dict[str, Any]]:
     yield family("gemma", "Gemma", **act)
     if type(gemma["query_pre_attn_scalar"]) is not int:  # transformers takes no other
         return
+    # Both compute the mask of a window whether a layer has one or not.
+    windows["sliding_window"] = window or config.max_length
     yield family("gemma2", "Gemma2", **gemma, **windows)
     yield family(
         "gemma3_text",

@@ -112,6 +112,11 @@ def _gemma2_block(fields: Fields) -> Options:
     }
 
 
+def _gemma3_block(fields: Fields) -> Options:
+    # transformers reads `attn_logit_softcapping` of Gemma 3, and does not compute it.
+    return _gemma2_block(fields) | {"attention_softcap": None}
+
+
 def _gemma_model(fields: Fields) -> Options:
     if fields.get("use_bidirectional_attention"):
         raise ConfigError("config.json: use_bidirectional_attention is not supported")
@@ -213,7 +218,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "gemma3_text": Family(
-        block=_gemma2_block,
+        block=_gemma3_block,
         model=lambda fields: _gemma_model(fields) | {"qk_norm": True},
         windows=_pattern,
         defaults={**_GEMMA2, "sliding_window_pattern": 6},

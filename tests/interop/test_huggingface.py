@@ -1,5 +1,7 @@
 """Import and export of Hugging Face checkpoints, with transformers itself as the oracle."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from fusedkv_jax.interop import (
     load_huggingface,
     save_huggingface,
 )
-from tests.oracles.decoder import build, draw, small_config
+from tests.oracles.decoder import random_decoder, small_config
 
 try:
     import torch
@@ -102,7 +104,10 @@ CASES |= {
     ),
     "gemma3": (
         "Gemma3Text",
-        GEMMA | WINDOW | dict(num_hidden_layers=4, layer_types=FOUR, query_pre_attn_scalar=20),
+        GEMMA
+        | WINDOW
+        | dict(num_hidden_layers=4, layer_types=FOUR, query_pre_attn_scalar=20)
+        | dict(attn_logit_softcapping=1.5),  # which it does not compute
     ),
     "gpt-neox": (
         "GPTNeoX",
@@ -113,6 +118,13 @@ CASES |= {
         COMMON | dict(use_parallel_residual=False, hidden_act="gelu_new"),
     ),
 }
+
+GEMMA_BLOCK = fkv.config.BlockConfig(
+    norm="rms_plus_one",
+    norm_placement="both",
+    activation="gelu_tanh",
+    attention_scale=20**-0.5,
+)
 
 # One of each, for what takes longer.
 FAMILIES = (
@@ -259,13 +271,29 @@ def test_a_head_that_differs_from_the_tied_embedding(tmp_path):
             norm_eps=1e-3,
             rope=fkv.RopeConfig(theta=500.0, scaling="llama3", factor=8.0, original_length=32),
         ),
+        dict(
+            qk_norm=False,
+            embedding_scale=32**0.5,
+            logit_softcap=3.0,
+            block=dataclasses.replace(GEMMA_BLOCK, attention_softcap=2.0),
+        ),
+        dict(qk_norm=True, embedding_scale=32**0.5, block=GEMMA_BLOCK),
     ],
-    ids=["llama-mha-tied", "llama-mqa-yarn", "qwen3-gqa", "qwen3-llama3"],
+    ids=[
+        "llama-mha-tied",
+        "llama-mqa-yarn",
+        "qwen3-gqa",
+        "qwen3-llama3",
+        "gemma2-without-windows",
+        "gemma3-without-windows",
+    ],
 )
 def test_transformers_reads_an_export(changes, tmp_path):
     model = drawn_decoder(**changes)
     save_huggingface(model, tmp_path / "exported")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "exported", attn_implementation="eager"
+    ).eval()
     expected = np.asarray(model(TOKENS))
     assert expected.std() > 0.5
     np.testing.assert_allclose(oracle_logits(loaded, TOKENS), expected, rtol=0, atol=TOLERANCE)
@@ -273,8 +301,7 @@ def test_transformers_reads_an_export(changes, tmp_path):
 
 def drawn_decoder(num_layers=3, **changes):
     """A decoder whose every array, norms included, is drawn."""
-    config = small_config("mha", num_layers=num_layers, **changes)
-    return build(config, draw(config))
+    return random_decoder(small_config("mha", num_layers=num_layers, **changes))
 
 
 def assert_equal_parameters(one, other):

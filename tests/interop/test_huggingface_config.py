@@ -149,6 +149,16 @@ def test_export_refuses_what_transformers_cannot_say():
         dict(rope=fkv.RopeConfig(fraction=0.5)),
         dict(nope_layers=(1,)),  # with norms of queries and keys
         dict(logit_scale=0.5),
+        dict(  # Gemma 3 has no cap
+            qk_norm=True,
+            embedding_scale=32**0.5,
+            block=BlockConfig(
+                norm="rms_plus_one",
+                norm_placement="both",
+                activation="gelu_tanh",
+                attention_softcap=2.0,
+            ),
+        ),
     ):
         with pytest.raises(ConfigError, match="no architecture with these options"):
             config_to_huggingface(small_config("mha", **changes))
