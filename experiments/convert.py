@@ -31,6 +31,7 @@ FLAGS = flags.FLAGS
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the cache of 3072 bytes is full again."
 NEW_TOKENS = 30
+_BYTES = "none: ids 0 to 255 are the bytes of UTF-8, 256 is BOS, 257 EOS (`tokenizer=byte` here)"
 
 
 def define_flags() -> None:
@@ -88,12 +89,13 @@ def _write(
 
 
 def _facts(loaded: models.Loaded) -> dict[str, str]:
-    """What the model card says of a training run."""
-    if loaded.step is None:
-        return {"made from": pathlib.Path(loaded.where).name}
+    """What the model card says of where the model is from, and of a tokenizer that is no file."""
     data = loaded.config.data
+    facts = {"tokenizer": _BYTES} if data.tokenizer == "byte" else {}
+    if loaded.step is None:
+        return facts | {"made from": pathlib.Path(loaded.where).name}
     tokens = loaded.step * data.batch_size * data.seq_len
-    facts = {"data": _named(data.source), "tokens trained on": f"{tokens:,}"}
+    facts |= {"data": _named(data.source), "tokens trained on": f"{tokens:,}"}
     metrics = pathlib.Path(loaded.where).expanduser() / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines() if metrics.is_file() else ()
     rows = (json.loads(line) for line in lines if step_of(line) == loaded.step)

@@ -147,13 +147,10 @@ def _speculation() -> "fkv.NGramSpeculation | fkv.SelfSpeculation | None":
 
 
 def _log_to_stderr() -> None:
-    """Show our own log; libraries' warnings go where they went."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log = logging.getLogger("fusedkv_jax")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    """Show our own log, and libraries' warnings among it in the same form."""
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(stream=sys.stderr, format=form, force=True)
+    logging.getLogger("fusedkv_jax").setLevel(logging.INFO)
 
 
 def _keys() -> list[str]:

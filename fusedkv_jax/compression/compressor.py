@@ -57,9 +57,13 @@ class Compressor(abc.ABC):
     full as it can be. All three run inside compiled programs.
     """
 
-    title: ClassVar[str]  # as papers write it
+    title: ClassVar[str]  # as papers write it; by default the name of the class
     latent: ClassVar[bool] = False  # it serves multi-head latent attention
     cyclic: ClassVar[bool] = False  # it serves layers that read layers above them
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.title = vars(cls).get("title", cls.__name__)
 
     @property
     def least_chunk(self) -> int | None:

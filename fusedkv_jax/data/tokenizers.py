@@ -109,8 +109,8 @@ class HuggingFaceTokenizer:
         if file.is_dir():
             file = file / "tokenizer.json"
             if not file.exists():
-                raise FileNotFoundError(
-                    f"folder {str(path)!r} has no tokenizer.json; name one, or 'byte'"
+                raise ValueError(
+                    f"tokenizer={path}: the folder has no tokenizer.json; name one, or byte"
                 )
         if not file.is_file():
             problem = sources.why_not_a_file(file)

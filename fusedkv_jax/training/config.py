@@ -175,4 +175,14 @@ def first_difference(old: object, new: object, path: str = "") -> str | None:
             if found:
                 return found
         return None
-    return None if old == new else f"{path}: {old!r} -> {new!r}"
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = enumerate(zip(old, new, strict=True))
+        found = (first_difference(*pair, f"{path}.{i}") for i, pair in parts)
+        return next(filter(None, found), None)
+    return None if old == new else f"{path}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: object) -> str:
+    """For a message of one line: a layout may be written out."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

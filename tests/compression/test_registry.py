@@ -50,3 +50,10 @@ def test_mistakes_are_one_clear_line(spec, message, without_type_checks):
 def test_budgets_below_one_are_refused(name, budget, without_type_checks):
     with pytest.raises(CompressionError, match=f"budget={budget}"):
         parse(f"{name}:budget={budget}")
+
+
+def test_a_compressor_without_a_title_goes_by_its_class():
+    class Mine(compression.SnapKV):
+        """Messages name it."""
+
+    assert (Mine.title, compression.SnapKV.title) == ("Mine", "SnapKV")

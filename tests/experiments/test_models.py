@@ -80,7 +80,29 @@ def test_a_model_card_names_all_sources_of_a_mixture(tmp_path):
         data = dataclasses.replace(own.data, source=source, seq_len=32, batch_size=2)
         run = dataclasses.replace(own, data=data)
         facts = convert._facts(models.Loaded(None, run, 10, str(tmp_path)))
+        assert "ids 0 to 255 are the bytes" in facts.pop("tokenizer")
         assert facts == {"data": named, "tokens trained on": "640"}
+
+
+def test_a_folder_without_a_tokenizer_says_which_flag_names_one(tmp_path):
+    config = fkv.ModelConfig(vocab_size=258, num_layers=2, d_model=16, num_heads=2, d_ff=16)
+    fkv.interop.save_huggingface(fkv.Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "m")
+    (tmp_path / "text.txt").write_text("text\n")
+    text = tmp_path / "text.txt"
+    why = "the folder has no tokenizer.json; name one, or byte"
+    for program, flag, arguments in (
+        ("generate", "tokenizer", [f"--model={tmp_path / 'm'}", "--prompt=a"]),
+        (
+            "train",
+            "config.data.tokenizer",
+            [
+                *("--config=demo", f"--init_from={tmp_path / 'm'}", f"--workdir={tmp_path / 'r'}"),
+                f"--config.data.source={text}",
+            ],
+        ),
+    ):
+        ((code, _, error),) = commands.run(program, arguments)
+        assert code == 2 and f"--{flag}={tmp_path / 'm'}: {why}" in error, error
 
 
 def test_training_starts_from_a_folder(folder, tmp_path):

@@ -64,5 +64,8 @@ def test_parts_that_do_not_fit_together(toy, with_train):
 def test_first_difference_names_the_path():
     old = {"a": 1, "b": {"c": [1, 2], "d": 3}}
     assert first_difference(old, {"a": 1, "b": {"c": [1, 2], "d": 3}}) is None
-    assert first_difference(old, {"a": 1, "b": {"c": [1, 4], "d": 5}}) == "b.c: [1, 2] -> [1, 4]"
+    assert first_difference(old, {"a": 1, "b": {"c": [1, 4], "d": 5}}) == "b.c.1: 2 -> 4"
+    assert first_difference([1], [1, 2], "x") == "x: [1] -> [1, 2]"
+    written_out = first_difference({"layout": [{"own": True}] * 99}, {"layout": "mha"})
+    assert len(written_out) < 120 and written_out.endswith("... -> 'mha'")
     assert first_difference(old, {"a": 1}, "x").startswith("x.b: {")
