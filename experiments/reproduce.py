@@ -11,7 +11,6 @@ import dataclasses
 import json
 import pathlib
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
@@ -87,10 +86,13 @@ def reproduce(
 def _row(
     config: ExperimentConfig, name: str, first: str, losses: dict[str, dict[int, float]]
 ) -> Document:
+    from experiments.study.statistics import Estimate
+
     model = claim_small.row(name).apply(config.model)
     own = losses[name]
     # Runs of one seed see the same batches, so their difference varies less than either.
-    differences = [own[seed] - losses[first][seed] for seed in own]
+    loss = Estimate.of(list(own.values()))
+    difference = Estimate.of([own[seed] - losses[first][seed] for seed in own])
     return {
         "name": name,
         "layout": claim_small.row(name).layout,
@@ -98,18 +100,13 @@ def _row(
         "parameters": costs.parameter_count(model),
         "cache_bytes_per_token": costs.cache_bytes_per_token(model, model.dtype),
         "bits_per_byte": {str(seed): loss for seed, loss in own.items()},
-        "mean": statistics.fmean(own.values()),
-        "std": _std(list(own.values())),
+        "mean": loss.mean,
+        "half_width": loss.half_width,
         "min": min(own.values()),
         "max": max(own.values()),
-        "difference_mean": statistics.fmean(differences),
-        "difference_std": _std(differences),
+        "difference_mean": difference.mean,
+        "difference_half_width": difference.half_width,
     }
-
-
-def _std(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None for a single value, which has none."""
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def markdown(results: Document) -> str:
@@ -121,17 +118,19 @@ def markdown(results: Document) -> str:
         "",
         f"{results['train_tokens']:,} tokens of training in {results['steps']:,} steps for each "
         f"run, seeds {', '.join(map(str, results['seeds']))}. Loss on held-out text in bits per "
-        f"byte, mean and sample standard deviation over the seeds; the difference to {first} is "
-        "that of runs with the same seed.",
+        f"byte, mean over the seeds ± half of its 95% confidence interval by Student's t; the "
+        f"difference to {first} is that of runs with the same seed, **bold** where its interval "
+        "excludes zero.",
         "",
         f"| layout | parameters | cache, bytes per token | loss | min to max | minus {first} |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:
+        difference = "" if row["name"] == first else _difference(row)
         lines.append(
             f"| {row['name']} | {row['parameters']:,} | {row['cache_bytes_per_token']:,} "
-            f"| {_with_spread(row['mean'], row['std'])} | {row['min']:.4f} to {row['max']:.4f} "
-            f"| {_with_spread(row['difference_mean'], row['difference_std'], '+')} |"
+            f"| {_interval(row['mean'], row['half_width'])} "
+            f"| {row['min']:.4f} to {row['max']:.4f} | {difference} |"
         )
     lines += [
         "",
@@ -145,8 +144,15 @@ def markdown(results: Document) -> str:
     return "\n".join(lines)
 
 
-def _with_spread(mean: float, std: float | None, sign: str = "") -> str:
-    return f"{mean:{sign}.4f}" + ("" if std is None else f" ± {std:.4f}")
+def _interval(mean: float, half_width: float | None, sign: str = "") -> str:
+    """A mean, and how far its interval goes; a single run has none."""
+    return f"{mean:{sign}.4f}" + ("" if half_width is None else f" ± {half_width:.4f}")
+
+
+def _difference(row: Document) -> str:
+    mean, half_width = row["difference_mean"], row["difference_half_width"]
+    text = _interval(mean, half_width, "+")
+    return f"**{text}**" if half_width is not None and abs(mean) > half_width else text
 
 
 def read_names(names: Sequence[str], model: ModelConfig) -> list[str]:

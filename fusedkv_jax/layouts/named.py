@@ -375,7 +375,7 @@ def get(name: str, num_layers: int, **options: object) -> KVLayout:
 def has_name(layout: KVLayout) -> bool:
     """Whether its `spec` stands for it in every program.
 
-    A name that somebody else has registered is known in his own programs alone.
+    A name that somebody else has registered is known in their own programs alone.
     """
     name = layout.spec.partition(":")[0]
     function = _REGISTRY.get(name)

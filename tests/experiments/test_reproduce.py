@@ -40,6 +40,12 @@ def test_each_run_has_the_layout_and_the_seed_of_its_row(done, config):
             assert dataclasses.replace(run.data, seed=0) == config.data
 
 
+def _half_width(values):
+    """Of the 95 % interval of two values' mean: Student's t has 12.706 there."""
+    assert len(values) == 2
+    return 12.7062 * values.std(ddof=1) / np.sqrt(2)
+
+
 def test_statistics(done):
     workdir, results = done
     losses = {}
@@ -55,11 +61,11 @@ def test_statistics(done):
         difference = own - losses["mha"]
         expected = {
             "mean": own.mean(),
-            "std": own.std(ddof=1),
+            "half_width": _half_width(own),
             "min": own.min(),
             "max": own.max(),
             "difference_mean": difference.mean(),
-            "difference_std": difference.std(ddof=1),
+            "difference_half_width": _half_width(difference),
         }
         assert {name: row[name] for name in expected} == pytest.approx(expected)
 
@@ -138,9 +144,9 @@ def test_command_writes_the_table(done, config, comparison_text, tmp_path):
         "fusedkv",
         f"{fused['parameters']:,}",
         "256",
-        f"{fused['mean']:.4f} ± {fused['std']:.4f}",
+        f"{fused['mean']:.4f} ± {fused['half_width']:.4f}",
         f"{fused['min']:.4f} to {fused['max']:.4f}",
-        f"{fused['difference_mean']:+.4f} ± {fused['difference_std']:.4f}",
+        f"{fused['difference_mean']:+.4f} ± {fused['difference_half_width']:.4f}",
     ]
 
 
@@ -161,7 +167,7 @@ def test_results_go_beside_the_runs_unless_told_otherwise():
 def test_one_seed_has_no_spread(done, config, capsys):
     workdir, _ = done
     results = reproduce.reproduce(config, workdir, ["mha"], [3])
-    assert results["rows"][0]["std"] is None
+    assert results["rows"][0]["half_width"] is None
     results["command"] = "command"
     assert f"| {results['rows'][0]['mean']:.4f} |" in reproduce.markdown(results)
 
