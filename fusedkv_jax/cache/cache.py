@@ -110,7 +110,8 @@ class KVCache:
         That is more tokens than there is room for (those beyond are dropped), a number of tokens
         below 0 or above the columns of the call, or an id outside the vocabulary.
         """
-        return self.overflows(self.lengths)
+        # Of a lost row a compressor may have dropped so many tokens that the rest would fit.
+        return self.overflows(self.lengths) | (self.lengths >= LOST)
 
     def advanced(self, valid: Bool[Array, "B"]) -> KVCache:
         """The cache after a call in which the rows that are not `valid` are lost."""

@@ -29,6 +29,7 @@ from fusedkv_jax.compression.token_sets import lengthened, merged, storages
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.model.decoder import valid_rows
 from fusedkv_jax.model.stack import Options, Queries, run_layers
 from fusedkv_jax.model.streams import Streams
 
@@ -136,10 +137,12 @@ class PyramidInfer(Compressor):
                     x=jnp.take_along_axis(x, index[..., None], axis=1),
                     positions=jnp.take_along_axis(tokens.positions, index, axis=1),
                 )
+        valid = valid_rows(chunk.tokens, chunk.count, model.config.vocab_size)
+        cache = KVCache(cache.stores, chunk.count, cache.plan).advanced(valid)
         end = jnp.maximum(tokens.held - 1, 0)[:, None, None]
-        logits = model.logits(model.normed(jnp.take_along_axis(tokens.x, end, axis=1)))[:, 0]
-        cache = KVCache(cache.stores, chunk.count, cache.plan)
-        return logits, merged(cache, groups, stores)
+        x = jnp.take_along_axis(tokens.x, end, axis=1)
+        x = jnp.where(cache.overflowed[:, None, None], jnp.nan, x)
+        return model.logits(model.normed(x))[:, 0], merged(cache, groups, stores)
 
     def _layers(
         self, model: Decoder, tokens: _Tokens, cache: KVCache, span: tuple[int, int], rows: int

@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         # Up to the last layer that caches something all tokens have to pass; above it nothing is
         # kept, so only the rows that are asked for do.
         x, streams, seen, _ = run_layers(layers, x, streams, queries, (0, depth), options)
-        valid = _valid(tokens, count, config.vocab_size)
+        valid = valid_rows(tokens, count, config.vocab_size)
         if not rows:
             return None, streams.close().advanced(valid), seen
         if rows < tokens.shape[1]:
@@ -268,7 +268,9 @@ def _split(block: Block | nnx.List) -> tuple[nnx.GraphDef[Block], PyTree]:
     return graphs[0], params
 
 
-def _valid(tokens: Int[Array, "B T"], count: Int[Array, "B"], vocab_size: int) -> Bool[Array, "B"]:
+def valid_rows(
+    tokens: Int[Array, "B T"], count: Int[Array, "B"], vocab_size: int
+) -> Bool[Array, "B"]:
     """Rows of new tokens that can be: 0 to T of them, all in the vocabulary."""
     length = tokens.shape[1]
     padding = jnp.arange(length) >= count[:, None]

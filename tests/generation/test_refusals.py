@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import fusedkv_jax as fkv
+from fusedkv_jax.compression import PyramidInfer, SnapKV
 from tests.model import small
 
 WIDTH, ROOM = 4, 6
@@ -87,6 +88,28 @@ def test_inside_a_program_wrong_rows_are_nan_for_good(model):
     for logits in found[:2]:
         assert np.isnan(logits).all(axis=1).tolist() == [False, True, True, True]
     assert found[2].tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "compressor", [SnapKV(budget=8, window=4), PyramidInfer(budget=0.3)], ids=lambda c: c.title
+)
+def test_a_compressor_does_not_bring_back_a_row_that_is_lost_inside_a_program(compressor):
+    model = small.decoder(small.config("mha", num_layers=4, max_length=256))
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, tokens, lengths):
+        model = nnx.merge(graph, params)
+        cache = fkv.KVCache.create(model.config, batch_size=2, max_length=144)
+        first, cache = fkv.prefill(model, tokens, lengths, cache, compression=compressor)
+        later, cache = fkv.decode_step(model, jnp.ones(2, jnp.int32), cache)
+        return first, later, cache.overflowed
+
+    # A negative id reads a row of the table, so that nothing but the check tells.
+    found = run(params, small.tokens(2, 140).at[1, 0].set(-1), jnp.asarray([140, 140]))
+    for logits in found[:2]:
+        assert np.isnan(logits).all(axis=1).tolist() == [False, True]
+    assert found[2].tolist() == [False, True]
 
 
 @pytest.mark.usefixtures("without_type_checks")
