@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import overload
+from typing import ClassVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,8 @@ class KiviStore(Store):
     values: Storage
     recent_keys: Leaf
     recent_values: Leaf
+
+    rewinds: ClassVar[bool] = True
 
     def writes_at_end(self, call: Call) -> bool:
         return call.length > 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,8 @@ class StackedStore(Store):
     keys: Leaf
     values: Leaf
     heads: int
+
+    rewinds: ClassVar[bool] = True
 
     @classmethod
     def of(cls, store: Store) -> StackedStore:

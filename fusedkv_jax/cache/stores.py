@@ -45,6 +45,9 @@ class Store:
 
     watches: ClassVar[bool] = False  # `watch` wants to see what layers read
     transient: ClassVar[bool] = False  # nothing outlives the call, so that gradients can flow
+    # What a rejected draft leaves behind is never read or can be undone, and its tokens read
+    # together what they would one by one.
+    rewinds: ClassVar[bool] = False
 
     def writes_at_end(self, call: Call) -> bool:
         """New tokens come to `finish`, and to `view` until then."""
@@ -144,6 +147,8 @@ class LinearStore(Store):
     values: Storage
     dropped: Leaf | None = None
 
+    rewinds: ClassVar[bool] = True
+
     def place(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
         if self.dropped is None:
             return position
@@ -190,6 +195,8 @@ class RingStore(Store):
 
     keys: Storage
     values: Storage
+
+    rewinds: ClassVar[bool] = True
 
     def writes_at_end(self, call: Call) -> bool:
         return call.length > 1

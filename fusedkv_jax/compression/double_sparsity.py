@@ -238,6 +238,8 @@ class LabelStore(LinearStore):
     labels: Labels | None = None
     budget: int = 0
 
+    rewinds: ClassVar[bool] = False  # tokens that come together read everything
+
     def write(self, kind: Kind, slot: Slot, new: Float[Array, "B T K H"], call: Call) -> Store:
         store = self
         if kind == "key" and self.labels is not None:

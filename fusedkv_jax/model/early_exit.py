@@ -16,17 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.cache.calls import Call
-from fusedkv_jax.cache.kivi import KiviStore
-from fusedkv_jax.cache.stacked import StackedStore
-from fusedkv_jax.cache.stores import LinearStore, RingStore
+from fusedkv_jax.cache.stores import RingStore
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers
 from fusedkv_jax.model.stream_plan import Bank, StreamPlan
 from fusedkv_jax.model.streams import Streams
-
-# What a rejected draft leaves behind in these is never read, or can be undone.
-_REWINDABLE = (LinearStore, StackedStore, RingStore, KiviStore)
 
 
 class Draft(NamedTuple):
@@ -51,10 +46,11 @@ def begin_draft(model: Decoder, cache: KVCache, length: int) -> Draft:
         ValueError: what `cache` keeps cannot be taken back.
     """
     for store in cache.stores:
-        if type(store) not in _REWINDABLE:
+        if not store.rewinds:
             raise ValueError(
-                f"speculation cannot take back what a {type(store).__name__} has forgotten for a"
-                " rejected token; use it without this compression"
+                f"speculation cannot take back what a rejected token has changed in a"
+                f" {type(store).__name__}, or reads it in another way than single tokens do; use it"
+                " without this compression"
             )
         if isinstance(store, RingStore) and store.keys.shape[2] < length:
             raise ValueError(

@@ -272,3 +272,35 @@ def test_drafts_longer_than_a_window_are_refused():
     model = small.decoder(small.config("window_hybrid:window=5,full_every=2"))
     with pytest.raises(ValueError, match="drafts of 5 tokens do not fit in a window of 5"):
         fkv.generate(model, [[1, 2]], speculation=SelfSpeculation(exit_layer=2, draft_tokens=5))
+
+
+@pytest.mark.parametrize("exit_layer", [None, 2])
+def test_drafts_leave_the_sinks_and_the_ring_of_streaming_llm_as_they_were(exit_layer):
+    """Prompts shorter and longer than the budget, one of them than the sinks."""
+    model = _agreeing("fusedkv")
+    prompts = [list(range(1, 20)), [5, 6], list(range(30, 39))]
+    outputs = [
+        fkv.generate(
+            model,
+            prompts,
+            GREEDY,
+            compression=fkv.compression.StreamingLLM(budget=9, sinks=3),
+            speculation=drafts,
+        )
+        for drafts in (None, SelfSpeculation(exit_layer=exit_layer, draft_tokens=3))
+    ]
+    plain, speculative = ([c.token_ids for c in found] for found in outputs)
+    assert speculative == plain
+
+
+def test_a_store_that_cannot_be_taken_back_is_refused():
+    sparsity = fkv.compression.DoubleSparsity(budget=4, group_factor=2, dense_layers=0)
+    model = small.decoder(small.config("mha", num_layers=2))
+    with pytest.raises(ValueError, match="a LabelStore, or reads it.*without this compression"):
+        fkv.generate(
+            model,
+            [list(range(1, 9))],
+            GREEDY,
+            compression=sparsity,
+            speculation=SelfSpeculation(exit_layer=1),
+        )
