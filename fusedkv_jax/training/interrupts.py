@@ -85,8 +85,10 @@ class Alarm:
         self.restart()
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Count from now on; all processes call it at the same step."""
         self._since = time.monotonic()
+        if self._vote is not None:
+            self._vote.forget()  # or what was said until it was heard would ring again
 
     def poll(self) -> bool:
         """Whether it is time; every process calls it once after each step."""
@@ -113,3 +115,7 @@ class _Vote:
             self._ballots[number] = jax.make_array_from_process_local_data(self._sharding, local)
         self._cast.append(self._maximum(self._ballots[number]))
         return int(self._cast.popleft()) if len(self._cast) > _DELAY else 0
+
+    def forget(self) -> None:
+        """Drop the votes whose outcome is not known yet."""
+        self._cast.clear()

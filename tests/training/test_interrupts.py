@@ -55,6 +55,19 @@ def test_an_alarm_rings_when_its_time_is_over_and_again(monkeypatch):
     assert rung == [False, True, False, False, True]
 
 
+def test_an_alarm_of_several_processes_rings_once(monkeypatch):
+    """The votes that were cast until its time was known do not ring again."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    alarm, rung = Alarm(60), []
+    alarm._vote = _Vote()
+    for now[0] in (59, 61, 62, 63, 64, 65, 66, 122, 124, 125, 126):
+        rung.append(alarm.poll())
+        if rung[-1]:
+            alarm.restart()
+    assert rung == [False] * 3 + [True] + [False] * 6 + [True]
+
+
 def test_a_vote_is_known_two_steps_later():
     vote = _Vote()  # over the devices of this process, as over those of several
     assert [vote.cast(number) for number in (0, 0, 15, 0, 2, 0, 0)] == [0, 0, 0, 0, 15, 0, 2]
