@@ -1,5 +1,6 @@
 """How processes decide together: one chooses for all, and an error of one is an error of all."""
 
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -92,7 +93,8 @@ def _error(description: list[str] | None) -> Exception | None:
     if module == "builtins" or module.startswith("fusedkv_jax."):
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):
-            return kind(message)
+            with contextlib.suppress(TypeError):  # one that is not made of a text alone
+                return kind(message)
     return RuntimeError(f"{name}: {message}")
 
 

@@ -27,7 +27,8 @@ def test_values_and_errors_cross_processes():
     for error in (ValueError("a"), OSError(28, "no space"), damage):
         _, found = decisions._decode(decisions._encode((1, error)))
         assert type(found) is type(error) and str(found) == str(error)
-    for error in (jax.errors.JaxRuntimeError("b"), Local("c")):
+    decoding = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")  # of five arguments
+    for error in (jax.errors.JaxRuntimeError("b"), Local("c"), decoding):
         _, found = decisions._decode(decisions._encode((1, error)))
         assert type(found) is RuntimeError
         assert str(found) == f"{type(error).__name__}: {error}"
