@@ -188,7 +188,9 @@ class Scheduler:
         if self._admitted:
             self.waiting[:] = [r for r in self.waiting if r not in self._admitted]
             self._admitted.clear()
-        if self.draft_tokens and requests:
+        if not requests:
+            return plan  # nobody runs it: copies wait for the next one
+        if self.draft_tokens:
             self._make_room(plan)
         if self.memory.host is not None:
             self._copy_beside()

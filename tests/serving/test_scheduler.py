@@ -88,6 +88,7 @@ def _serve(scheduler: Scheduler, requests: list[Request], rng: random.Random, ch
             _draft(plan, rng)
         assert len(set(plan.requests)) == len(plan.requests) <= scheduler.max_num_seqs
         assert plan.tokens <= scheduler.max_num_batched_tokens
+        assert plan.requests or not plan.copies, "nobody carries them out"
         contents.run(plan)
         now += 1.0
         if plan.drafts:
@@ -286,6 +287,30 @@ def test_layer_kv_with_time_to_spare_serves_everything_from_right_pages(seed):
     policy = POLICIES["layer_kv"](tpot=rng.choice((2.0, 5.0)), spare=rng.choice((0.5, 4.0)))
     scheduler = Scheduler(memory, policy, max_num_batched_tokens=rng.choice((300, 1000)))
     _serve(scheduler, [_request(rng, number) for number in range(16)], rng)
+
+
+def test_a_step_in_which_nobody_runs_loses_no_copies():
+    """There is one where the last request is aborted, and nobody carries its plan out."""
+    scheduler = Scheduler(PagedMemory(16, 4, host_pages=64, reserve=0), POLICIES["fcfs"]())
+    contents = Contents(scheduler)
+    for token, size in ((1, 33), (2, 60), (1, 33)):  # the second takes the pages of the first
+        request = Request(f"{token}", np.full(size, token), max_tokens=1)
+        scheduler.add(request, 0.0)
+        plan = scheduler.schedule(0.0)
+        contents.run(plan)
+        scheduler.finish(plan, [9], 0.0, 1.0)
+        scheduler.schedule(0.0)
+    assert request.cached == 32
+
+
+def test_vtc_counts_a_prompt_once_that_loses_its_pages_before_it_ends():
+    policy = POLICIES["vtc"]()
+    scheduler = Scheduler(PagedMemory(16, 4), policy, max_num_seqs=8, max_num_batched_tokens=8)
+    scheduler.add(Request("a", np.arange(20), max_tokens=1, client="c"), 0.0)
+    for _ in range(2):
+        scheduler.finish(scheduler.schedule(0.0), [None], 0.0, 1.0)
+        scheduler.restart(0.0)
+    assert policy.counters["c"] == 20.0
 
 
 def test_salts_share_nothing():

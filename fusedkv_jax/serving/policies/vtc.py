@@ -27,6 +27,7 @@ class VTC(Policy):
         self.input_weight, self.output_weight = input_weight, output_weight
         self.counters: dict[str, float] = defaultdict(float)
         self._queued: set[Request] = set()
+        self._charged: set[Request] = set()  # whose prompts count already
         self._waiting: Counter[str] = Counter()  # how many of them each client has
         self._last = ""  # the client that left the queue last
 
@@ -57,13 +58,15 @@ class VTC(Policy):
 
     def admitted(self, request: Request, view: View) -> None:
         self._left(request)
-        if not request.generated:  # not again after a preemption
+        if not request.generated and request not in self._charged:  # not again after a preemption
+            self._charged.add(request)
             self.counters[request.client] += self.input_weight * len(request.prompt)
 
     def progressed(self, request: Request, computed: int, generated: int, seconds: float) -> None:
         self.counters[request.client] += self.output_weight * generated
 
     def finished(self, request: Request, view: View) -> None:
+        self._charged.discard(request)
         if request in self._queued:  # aborted
             self._left(request)
 
