@@ -174,7 +174,7 @@ class Scheduler:
                 left -= 1
                 continue
             if request.state is not State.RUNNING and (closed or not self._admit(request, left)):
-                if not self.policy.preemptive:
+                if not self.policy.preemptive and request not in self._evicted:
                     break
                 closed = True  # but those behind who run go on
                 continue

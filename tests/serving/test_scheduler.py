@@ -313,6 +313,20 @@ def test_vtc_counts_a_prompt_once_that_loses_its_pages_before_it_ends():
     assert policy.counters["c"] == 20.0
 
 
+def test_who_gives_up_pages_holds_up_nobody_that_runs_behind_it():
+    scheduler = Scheduler(PagedMemory(8, 4, reserve=0.0), POLICIES["shortest"]())
+    sizes = {"a": (11, 6), "b": (12, 9), "c": (4, 3)}  # the second has most left to generate
+    requests = {name: Request(name, np.full(n, n), max_tokens=m) for name, (n, m) in sizes.items()}
+    ran = []
+    for names in ("ab", "c", ""):
+        for name in names:
+            scheduler.add(requests[name], 0.0)
+        plan = scheduler.schedule(0.0)
+        ran.append("".join(request.name for request in plan.requests))
+        scheduler.finish(plan, [9] * len(plan.requests), 0.0, 1.0)
+    assert ran == ["ab", "abc", "ac"] and scheduler.preemptions == 1
+
+
 def test_salts_share_nothing():
     memory = PagedMemory(100, 4)
     scheduler = Scheduler(memory, POLICIES["fcfs"]())
