@@ -46,7 +46,7 @@ class PrefixChange(NamedTuple):
 
 
 class PrefixTree:
-    """Nodes of all salts, each salt with a root of its own.
+    """Nodes of all salts, each salt with a root of its own as long as it has nodes.
 
     Args:
         page_size: tokens of a page.
@@ -59,9 +59,7 @@ class PrefixTree:
 
     def root(self, salt: str) -> Node:
         """The empty prefix of one salt."""
-        if salt not in self._roots:
-            self._roots[salt] = Node(None, salt.encode())
-        return self._roots[salt]
+        return self._roots.get(salt) or Node(None, salt.encode())
 
     def match(self, request: Request) -> list[Node]:
         """Nodes of the request's leading full pages, as far as there are any.
@@ -85,14 +83,19 @@ class PrefixTree:
     def add(self, parent: Node, key: bytes) -> Node:
         """A child that is not there yet."""
         assert key not in parent.children
+        if parent.parent is None:
+            self._roots[parent.key.decode()] = parent
         node = parent.children[key] = Node(parent, key)
         self.version += 1
         return node
 
     def remove(self, node: Node) -> None:
         """Forget a node that has no children."""
-        assert not node.children and node.parent is not None
-        del node.parent.children[node.key]
+        parent = node.parent
+        assert not node.children and parent is not None
+        del parent.children[node.key]
+        if parent.parent is None and not parent.children:  # requests may all have other salts
+            del self._roots[parent.key.decode()]
         self.version += 1
 
     def nodes(self) -> Iterator[Node]:

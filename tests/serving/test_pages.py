@@ -98,3 +98,17 @@ def test_of_a_prefix_on_the_host_the_end_goes_first():
     assert memory.admit(filler := _request(200, 8))
     assert memory.host is not None and memory.host.reserve(1) is not None
     assert memory.matched(_request(0, 9)) == 7
+
+
+def test_a_salt_is_known_as_long_as_a_page_holds_its_tokens():
+    memory = PagedMemory(4, 1)
+    for number in range(20):
+        request = Request(str(number), np.arange(3), 1, salt=str(number))
+        assert memory.admit(request)
+        request.computed = 3
+        memory.commit(request)
+        memory.release(request)
+        assert memory.matched(Request("again", np.arange(4), 1, salt=str(number))) == 3
+    assert set(memory.tree._roots) == {"18", "19"}  # four pages: one is left of the last but one
+    memory.forget()
+    assert not memory.tree._roots and not list(memory.tree.nodes())

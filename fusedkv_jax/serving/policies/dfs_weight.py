@@ -29,16 +29,17 @@ class DFSWeight(Policy):
         here: dict[Node, list[Request]] = defaultdict(list)
         weights: dict[Node, int] = defaultdict(int)
         below: dict[Node, set[Node]] = defaultdict(set)
-        roots: dict[Node, None] = {}
+        roots: dict[str, Node] = {}
+        tree = view.memory.tree
         for request in queue:
-            path = [view.memory.tree.root(request.salt), *view.memory.tree.match(request)]
-            roots[path[0]] = None
+            root = roots.setdefault(request.salt, tree.root(request.salt))
+            path = [root, *tree.match(request)]
             here[path[-1]].append(request)
             for node in path:
                 weights[node] += 1
             for parent, child in zip(path, path[1:], strict=False):
                 below[parent].add(child)
-        return _depth_first(roots, here, weights, below)
+        return _depth_first(roots.values(), here, weights, below)
 
 
 def _depth_first(
