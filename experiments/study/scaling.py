@@ -34,11 +34,11 @@ def get_study() -> Study:
         vocab_size=VOCAB_SIZE,
         seq_len=SEQ_LEN,
         tokens_per_parameter=20,
-        # Rates are where a search begins: that of 0.1m is what the search of 0.05m ended with.
+        # Rates are where a search begins: mostly what that of the size before ended with.
         sizes={
             "0.05m": Size(model=_model(4, 32, 88), batch_size=8, learning_rate=8e-3),
             "0.1m": Size(model=_model(4, 48, 128), batch_size=8, learning_rate=6.4e-2),
-            "0.4m": Size(model=_model(6, 80, 176), batch_size=16, learning_rate=4e-3),
+            "0.4m": Size(model=_model(6, 80, 176), batch_size=16, learning_rate=1.6e-2),
             "1.2m": Size(model=_model(8, 112, 304), batch_size=16, learning_rate=4e-3),
             "3.5m": Size(model=_model(8, 192, 512), batch_size=32, learning_rate=2e-3),
         },
