@@ -60,6 +60,7 @@ class Stacked:
         def cut(x: Array) -> Array:
             sizes = (1, x.shape[1], size, *x.shape[3:])
             starts = (self.slot, 0, start, *(0,) * (x.ndim - 3))
+            starts = tuple(jnp.asarray(i, jnp.int32) for i in starts)  # of one type, as it must be
             return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
         data = cut(self.data).reshape(self.shape[0], size, *self.shape[2:])

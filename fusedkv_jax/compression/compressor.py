@@ -60,6 +60,7 @@ class Compressor(abc.ABC):
     title: ClassVar[str]  # as papers write it; by default the name of the class
     latent: ClassVar[bool] = False  # it serves multi-head latent attention
     cyclic: ClassVar[bool] = False  # it serves layers that read layers above them
+    rewinds: ClassVar[bool] = True  # a rejected draft can be taken back from what it keeps
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -68,6 +68,7 @@ class DoubleSparsity(Compressor):
     channels: Channels | None = None
 
     title: ClassVar[str] = "Double Sparsity"
+    rewinds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "budget", "group_factor")

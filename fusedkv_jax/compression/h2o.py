@@ -62,6 +62,7 @@ class H2O(Compressor):
     decode_scores: bool = True
 
     title: ClassVar[str] = "H2O"
+    rewinds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "budget")
@@ -91,7 +92,7 @@ class H2O(Compressor):
         if not groups or capacity is None or self.budget >= capacity:
             return cache, None
         shape = (len(cache.lengths), config.kv_heads, capacity)
-        return cache, [jnp.zeros(shape) for _ in groups]
+        return cache, [jnp.zeros(shape, jnp.float32) for _ in groups]
 
     def observe(
         self, model: Decoder, chunk: Chunk, cache: KVCache, observed: Masses | None

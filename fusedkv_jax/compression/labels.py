@@ -97,7 +97,7 @@ def label_scores(labels: Labels, q: Float[Array, "B N H"]) -> Float[Array, "B K 
     mean = jnp.take_along_axis(mean, labels.channels, axis=2) / count**0.5  # [B, K, c]
     low, high = jnp.split(mean[..., None], 2, axis=2)
     # Byte by byte, so that the sum runs along the tokens: 16x faster on a CPU than a reduction.
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for i in range(count // 2):
         codes = labels.codes[:, :, i].astype(jnp.int32)
         total += (codes & 15).astype(jnp.float32) * low[:, :, i]

@@ -57,6 +57,7 @@ class MiniCache(Compressor):
     per_head: bool = False
 
     title: ClassVar[str] = "MiniCache"
+    rewinds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         whole = type(self.budget) is int and self.budget >= 1

@@ -44,7 +44,7 @@ def received(
     keys = jnp.pad(keys, ((0, 0), (0, -slots % wide), (0, 0), (0, 0)))
     pad = ((0, 0), (0, -rows % tall))
     q, lse = jnp.pad(q, (*pad, (0, 0), (0, 0))), jnp.pad(lse, (*pad, (0, 0)))
-    weights = jnp.ones(positions.shape) if weights is None else weights
+    weights = jnp.ones(positions.shape, jnp.float32) if weights is None else weights
     positions = jnp.pad(positions, pad, constant_values=-1)
     weights = jnp.pad(weights, pad)
     q = q.reshape(batch, -1, tall, kv_heads, heads // kv_heads, size)

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from fusedkv_jax.cache import KVCache, Store
 from fusedkv_jax.cache.calls import Call, MaskArguments, Piece, Rotation, Rows, View
+from fusedkv_jax.cache.plan import Group
 from fusedkv_jax.cache.storage import Slot, Storage, encode, select, write
 from fusedkv_jax.cache.stores import RingStore, storage_of
 from fusedkv_jax.compression.compressor import CompressionError, Compressor, check_count
+from fusedkv_jax.compression.token_sets import merged, readers, storages, token_sets
 from fusedkv_jax.config import ModelConfig, RopeConfig
 from fusedkv_jax.layouts import Kind
 from fusedkv_jax.model.rotary import extra_rotation
@@ -25,7 +27,8 @@ class StreamingLLM(Compressor):
     """Every token attends to the first `sinks` and the last tokens, `budget` together.
 
     Attention sinks of arXiv 2309.17453, for prompts and outputs of any length: the cache never
-    holds more. Windowed streams stay as they are.
+    holds more. Windowed streams stay as they are. If distances are counted in the cache, layers
+    that share streams must share a rotary embedding.
 
     Attributes:
         budget: tokens that are kept, the sinks included.
@@ -56,48 +59,93 @@ class StreamingLLM(Compressor):
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)
-        if self.reindex and config.rope_kinds != (config.rope,):
-            raise CompressionError(
-                f"{self.title}: the model's layers differ in their rotary embedding, and one"
-                " rotation cannot move all their queries; use reindex=False"
-            )
+        self._parts(config)
+        if self.budget - self.sinks > 1:
+            return
+        for group in token_sets(config.kv_layout):
+            for i in readers(config.kv_layout, group):
+                layer = config.kv_layout.layers[i]
+                if any(j > i for j in layer.key.sources + layer.value.sources):
+                    raise CompressionError(
+                        f"{self.title}: budget={self.budget} leaves a window of 1 beside"
+                        f" sinks={self.sinks}, but in layer {i}, which reads one above, a token"
+                        f" does not see itself; use budget={self.sinks + 2} or more"
+                    )
 
     def begin(self, config: ModelConfig, cache: KVCache) -> tuple[KVCache, None]:
         cache, _ = super().begin(config, cache)
         capacity = cache.capacity
         if capacity is None or self.budget >= capacity:
             return cache, None
-        stores = tuple(
-            store if group.window is not None else self._store(config, store)
-            for group, store in zip(cache.plan.groups, cache.stores, strict=True)
-        )
-        return KVCache(stores, cache.lengths, cache.plan), None
+        parts, channels = self._parts(config), config.geometry.rotary
+        groups = [group for group, _ in parts]
+        stores = [self._store(storages(cache, group), rope, channels) for group, rope in parts]
+        return merged(cache, groups, stores), None
 
-    def _store(self, config: ModelConfig, store: Store) -> RingStore:
+    def _parts(self, config: ModelConfig) -> list[tuple[Group, RopeConfig | None]]:
+        """The streams that are read in full, and what moves the queries that read them.
+
+        Raises:
+            CompressionError: layers of different rotary embeddings read the same streams.
+        """
+        layout, parts = config.kv_layout, dict[RopeConfig | None, Group]()
+        for group in token_sets(layout):
+            rope = None
+            if self.reindex and self.sinks:
+                found = {config.layer_ropes[i]: i for i in readers(layout, group)}
+                if len(found) > 1:
+                    one, other, *_ = sorted(found.values())
+                    raise CompressionError(
+                        f"{self.title}: layers {one} and {other} read the same streams and differ"
+                        " in their rotary embedding, and one rotation cannot move the queries of"
+                        " both; use reindex=False"
+                    )
+                (rope,) = found
+            held = parts.get(rope, Group(None, (), ()))
+            keys, values = sorted(held.keys + group.keys), sorted(held.values + group.values)
+            parts[rope] = Group(None, tuple(keys), tuple(values))
+        return [(group, rope) for rope, group in parts.items()]
+
+    def _store(
+        self, held: dict[Kind, Storage], rope: RopeConfig | None, channels: int
+    ) -> RecentStore:
         def empty(length: int) -> tuple[Storage, Storage]:
             def zeros(array: Array) -> Array:
                 return jnp.zeros((*array.shape[:2], length, *array.shape[3:]), array.dtype)
 
-            return (
-                jax.tree.map(zeros, storage_of(store, "key")),
-                jax.tree.map(zeros, storage_of(store, "value")),
-            )
+            return jax.tree.map(zeros, held["key"]), jax.tree.map(zeros, held["value"])
 
-        keys, values = empty(self.budget - self.sinks)
+        ring = empty(self.budget - self.sinks)
         if not self.sinks:
-            return RingStore(keys, values)
-        first = empty(self.sinks)
-        channels = config.geometry.rotary
-        return SinkStore(keys, values, *first, config.rope, channels, self.reindex)
+            return RecentStore(*ring)
+        return SinkStore(*ring, *empty(self.sinks), rope, channels)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class RecentStore(RingStore):
+    """A ring of the last W tokens, more than which no query sees, in whatever call it comes."""
+
+    def pieces(
+        self,
+        keys: tuple[View, ...],
+        values: tuple[View, ...],
+        q: Float[Array, "B t N H"],
+        rows: Rows,
+        call: Call,
+    ) -> tuple[Piece, ...]:
+        window = self.keys.shape[2]
+        near = rows._replace(window=min(window, rows.window or window))
+        return super().pieces(keys, values, q, near, call)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["keys", "values", "sink_keys", "sink_values"],
-    meta_fields=["rope", "channels", "reindex"],
+    meta_fields=["rope", "channels"],
 )
 @dataclass(frozen=True)
-class SinkStore(RingStore):
+class SinkStore(RecentStore):
     """A ring of the last W tokens, and the first s tokens beside it.
 
     A query at position p sees the sinks 0..s-1 and positions p-W+1..p. Counted in the cache the
@@ -110,16 +158,14 @@ class SinkStore(RingStore):
         values: ring [P, B, W, K, H'].
         sink_keys: [P, B, s, K, H].
         sink_values: [P, B, s, K, H'].
-        rope: the model's rotary embedding.
+        rope: by which queries are moved, so that positions count in the cache; None for not at all.
         channels: of a key that rotate.
-        reindex: count positions in the cache.
     """
 
     sink_keys: Storage
     sink_values: Storage
-    rope: RopeConfig
+    rope: RopeConfig | None
     channels: int
-    reindex: bool
 
     @property
     def sinks(self) -> int:
@@ -144,19 +190,17 @@ class SinkStore(RingStore):
         rows: Rows,
         call: Call,
     ) -> tuple[Piece, ...]:
-        window = self.keys.shape[2]
-        near = rows._replace(window=min(window, rows.window or window))
         ring = tuple(view[:-1] for view in keys), tuple(view[:-1] for view in values)
         recent = [
             piece._replace(mask=self._without_sinks(piece.mask))
-            for piece in super().pieces(*ring, q, near, call)
+            for piece in super().pieces(*ring, q, rows, call)
         ]
         held = jnp.minimum(call.first + call.count, self.sinks)
         first = Piece(
             tuple(view[-1] for view in keys),
             tuple(view[-1] for view in values),
             rows.mask() | {"kv_lengths": held},
-            self._extra_rotation(rows.positions) if self.reindex else None,
+            None if self.rope is None else self._extra_rotation(self.rope, rows.positions),
         )
         return (*recent, first)
 
@@ -165,8 +209,8 @@ class SinkStore(RingStore):
         held = mask["kv_positions"]
         return mask | {"kv_positions": jnp.where(held < self.sinks, -1, held)}
 
-    def _extra_rotation(self, positions: Int[Array, "B t"]) -> Rotation:
+    def _extra_rotation(self, rope: RopeConfig, positions: Int[Array, "B t"]) -> Rotation:
         missing = jnp.maximum(positions + 1 - self.sinks - self.keys.shape[2], 0)
-        parts = extra_rotation(self.rope, self.channels, -missing.reshape(-1))
+        parts = extra_rotation(rope, self.channels, -missing.reshape(-1))
         cos, sin = (part.reshape(*positions.shape, -1) for part in parts)
         return cos, sin

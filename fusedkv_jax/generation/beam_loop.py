@@ -63,7 +63,7 @@ class Beams:
         """The search before its first token: one beam, the others impossible."""
         rows, (width, most) = ended.shape[0], sizes
         tokens = jnp.zeros((rows, width, most), jnp.int32)
-        none = jnp.full((rows, width), _IMPOSSIBLE)
+        none = jnp.full((rows, width), _IMPOSSIBLE, jnp.float32)
         lengths = jnp.zeros((rows, width), jnp.int32)
         return cls(
             tokens, none.at[:, 0].set(0), jnp.int32(0), tokens, none, none, lengths, ended, cache

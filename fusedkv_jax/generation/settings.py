@@ -119,6 +119,12 @@ class EngineSettings:
         _check_kind("speculation", drafts, Speculation, "SelfSpeculation(draft_tokens=4)")
         remedy = "make_mesh(MeshConfig(tensor=4)) of fusedkv_jax.sharding"
         _check_kind("mesh", mesh, Mesh, remedy)
+        if drafts is not None and compressor is not None and not compressor.rewinds:
+            raise ValueError(
+                f"speculation cannot take back what a rejected token changes in the cache of"
+                f" {compressor.title}; leave one of them out, or compress with SnapKV, PyramidKV,"
+                " PyramidInfer or StreamingLLM"
+            )
         parts = self.prefill_parts
         if isinstance(parts, str) and parts not in ("equal", "balanced"):
             raise ValueError(f"prefill_parts={parts!r}; use equal, balanced, or sizes")

@@ -328,7 +328,9 @@ def accept_or_replace(
     greedy = jnp.argmax(p, axis=-1).astype(jnp.int32)
 
     def draw() -> tuple[Array, Array]:
-        uniform = jax.vmap(jax.random.uniform)(_keys(_ACCEPT, inputs, positions))
+        uniform = jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32))(
+            _keys(_ACCEPT, inputs, positions)
+        )
         right = guessed & (uniform * q[rows, guess] < p[rows, guess])
         rest = jnp.maximum(p - jnp.where(guessed[:, None], q, 0.0), 0.0)
         # p and q that differ by rounding only may leave nothing.

@@ -56,7 +56,7 @@ def dropout_rates(
     config: EarlyExitConfig, num_layers: int, step: Int[Array, ""], steps: int
 ) -> Float[Array, "L"]:
     """Probability with which each layer is skipped."""
-    depth = jnp.arange(num_layers) / max(num_layers - 1, 1)
+    depth = jnp.arange(num_layers, dtype=jnp.float32) / max(num_layers - 1, 1)
     rates = config.max_dropout * (2.0**depth - 1)
     if config.dropout_curriculum == "exponential":
         rates = rates * (2.0 ** (step / max(steps - 1, 1)) - 1)
@@ -68,7 +68,7 @@ def kept_layers(
 ) -> Bool[Array, "B L"]:
     """Layers that each row of a step's batch does not skip."""
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.uniform(key, (rows, rates.shape[0])) >= rates
+    return jax.random.uniform(key, (rows, rates.shape[0]), jnp.float32) >= rates
 
 
 def exit_weights(

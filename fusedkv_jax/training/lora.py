@@ -57,8 +57,9 @@ class Lora:
                 continue
             stack, inputs, outputs = _axes(name, parameter[...].shape)
             key = jax.random.fold_in(jax.random.key(seed), number)
-            a = jax.random.normal(key, (*stack, *inputs, self.rank)) * math.prod(inputs) ** -0.5
-            b = jnp.zeros((*stack, self.rank, *outputs))
+            a = jax.random.normal(key, (*stack, *inputs, self.rank), jnp.float32)
+            a *= math.prod(inputs) ** -0.5
+            b = jnp.zeros((*stack, self.rank, *outputs), jnp.float32)
             found += [
                 ((*path[:-1], name + end), nnx.LoRAParam(array))
                 for end, array in ((_A, a), (_B, b))

@@ -126,7 +126,7 @@ def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) ->
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
-        recent={name: jnp.full(RECENT_STEPS, -1.0) for name in ("loss", "grad_norm")},
+        recent={name: jnp.full(RECENT_STEPS, -1.0, jnp.float32) for name in ("loss", "grad_norm")},
         params=params,
         # Adam's moments stay float32 also for bfloat16 parameters.
         opt_state=optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params)),

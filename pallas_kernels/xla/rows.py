@@ -63,7 +63,7 @@ def forward(chunk: RowChunk) -> tuple[Array, Array]:
         if low == high:
             shape = (batch, stop - start, q.shape[2])
             outs.append(jnp.zeros((*shape, value.shape[3]), jnp.float32))
-            lses.append(jnp.full((*shape, 1), -jnp.inf))
+            lses.append(jnp.full((*shape, 1), -jnp.inf, jnp.float32))
             continue
         seen = tiles.hide(chunk.mask, chunk.queries[:, start:stop], chunk.keys[:, low:high], groups)
         query = tiles.to_rows(q[:, start:stop], heads)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import fusedkv_jax as fkv
-from fusedkv_jax.compression import H2O, PyramidKV, SnapKV, StreamingLLM
+from fusedkv_jax.compression import H2O, CompressionError, PyramidKV, SnapKV, StreamingLLM
 from tests.oracles.compressed_decoder import Policy, logits
-from tests.oracles.decoder import Row, build, draw, small_config
+from tests.oracles.decoder import THETA, Row, build, draw, rotated, small_config
 
 PROMPTS, LATER = np.array([14, 9], np.int32), 7
 WIDTH = 14  # columns of the prompt array
@@ -44,8 +44,12 @@ class Streaming(Policy):
     sinks: int = 0
     window: int = 0
     reindex: bool = True
+    windows: dict = field(default_factory=dict)  # of layers that have one
+    thetas: dict = field(default_factory=dict)  # of layers with another than usual, or none (None)
 
     def seen(self, layer, head, token):
+        if layer in self.windows:
+            return list(range(max(0, token - self.windows[layer] + 1), token + 1))
         recent = range(max(0, token - self.window + 1), token + 1)
         return sorted({*range(min(self.sinks, token + 1)), *recent})
 
@@ -53,6 +57,10 @@ class Streaming(Policy):
         if not self.reindex:
             return super().place(token, seen)
         return len(seen) - 1, {position: index for index, position in enumerate(seen)}
+
+    def turned(self, layer, heads, place):
+        theta = self.thetas.get(layer, THETA)
+        return heads if theta is None else rotated(heads, place, theta)
 
 
 @dataclass
@@ -184,6 +192,49 @@ def cases():
 @pytest.mark.parametrize("layout, compressor", cases())
 def test_decoding_equals_the_simulation(layout, compressor):
     model, drawn, rows, sets = models(layout)
+    check(model, drawn, rows, compressor, lambda length: policy_of(compressor, length, sets))
+
+
+@pytest.mark.parametrize("sinks", [2, 0])
+def test_layers_of_different_rotary_embeddings(sinks):
+    """Two full layers of the usual one, one with none, three windows of another."""
+    config = small_config(
+        "0_1s4_2_3s4_4_5s4",
+        qk_norm=True,
+        window_rope=fkv.RopeConfig(theta=100.0),
+        nope_layers=(2,),
+    )
+    drawn, compressor = draw(config), StreamingLLM(budget=6, sinks=sinks)
+    windows = dict.fromkeys((1, 3, 5), 4)
+    thetas = dict.fromkeys((1, 3, 5), 100.0) | {2: None}
+
+    def policy(length):
+        return Streaming(sinks=sinks, window=6 - sinks, windows=windows, thetas=thetas)
+
+    def dense(length):
+        return Streaming(window=length, windows=windows, thetas=thetas)
+
+    check(build(config, drawn), drawn, [own(i) for i in range(6)], compressor, policy, dense)
+
+
+def test_layers_that_share_streams_and_rotate_in_different_ways_are_refused():
+    config = small_config("0_1_k2v0_3_4_5", nope_layers=(2,))
+    with pytest.raises(CompressionError, match="layers 0 and 2 read the same streams.*reindex=F"):
+        StreamingLLM().check(config)
+    StreamingLLM(reindex=False).check(config)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_window_of_one_where_tokens_do_not_see_themselves_is_refused(sinks):
+    config, message = small_config("lckv"), f"window of 1 beside sinks={sinks}, but in layer 1, .*"
+    with pytest.raises(CompressionError, match=f"{message} use budget={sinks + 2} or more"):
+        StreamingLLM(budget=sinks + 1, sinks=sinks).check(config)
+    StreamingLLM(budget=sinks + 2, sinks=sinks).check(config)
+    StreamingLLM(budget=sinks + 1, sinks=sinks).check(small_config("fusedkv"))
+
+
+def check(model, drawn, rows, compressor, policy, dense=lambda length: Policy()):
+    """Decoding equals the simulation of a policy, and differs from that of `dense`."""
     cache = fkv.KVCache.create(model.config, batch_size=2, max_length=WIDTH + LATER)
     prompts = np.where(np.arange(WIDTH) < PROMPTS[:, None], TOKENS[:, :WIDTH], 0)
     found, cache = fkv.prefill(
@@ -196,9 +247,8 @@ def test_decoding_equals_the_simulation(layout, compressor):
         found.append(out)
     whole = []
     for b, length in enumerate(PROMPTS):
-        policy = policy_of(compressor, length, sets)
-        expected = logits(drawn, rows, TOKENS[b, : length + LATER], policy)
+        expected = logits(drawn, rows, TOKENS[b, : length + LATER], policy(length))
         np.testing.assert_allclose(np.stack(found)[:, b], expected[length - 1 :], atol=5e-4)
-        dense = logits(drawn, rows, TOKENS[b, : length + LATER], Policy())
-        whole.append(np.abs(expected - dense).max())
+        other = logits(drawn, rows, TOKENS[b, : length + LATER], dense(length + LATER))
+        whole.append(np.abs(expected - other).max())
     assert min(whole) > 0.05  # the methods make a difference, in every row

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import fusedkv_jax as fkv
+from fusedkv_jax.compression.registry import names, parse
 from fusedkv_jax.generation import loop
 from fusedkv_jax.generation.sampling import SamplerInputs
 from fusedkv_jax.generation.speculation import SelfSpeculation, accept_or_replace
@@ -293,14 +294,34 @@ def test_drafts_leave_the_sinks_and_the_ring_of_streaming_llm_as_they_were(exit_
     assert speculative == plain
 
 
-def test_a_store_that_cannot_be_taken_back_is_refused():
-    sparsity = fkv.compression.DoubleSparsity(budget=4, group_factor=2, dense_layers=0)
+COMPRESSORS = [
+    fkv.compression.SnapKV(budget=4, window=2),
+    fkv.compression.PyramidKV(budget=4, window=2, beta=2),
+    fkv.compression.PyramidInfer(budget=0.2),
+    fkv.compression.MiniCache(budget=4, start=0),
+    fkv.compression.DoubleSparsity(budget=4, group_factor=2, dense_layers=0),
+    fkv.compression.StreamingLLM(budget=4, sinks=2),
+    fkv.compression.H2O(budget=4),
+]
+
+
+def test_the_compressors_are_all_there():
+    assert {type(one) for one in COMPRESSORS} == {type(parse(name)) for name in names()}
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda one: one.title)
+def test_what_cannot_be_taken_back_is_refused_before_any_work(compressor):
     model = small.decoder(small.config("mha", num_layers=2))
-    with pytest.raises(ValueError, match="a LabelStore, or reads it.*without this compression"):
-        fkv.generate(
-            model,
-            [list(range(1, 9))],
-            GREEDY,
-            compression=sparsity,
-            speculation=SelfSpeculation(exit_layer=1),
-        )
+    drafts = SelfSpeculation(exit_layer=1)
+    cache = fkv.KVCache.create(model.config, batch_size=1, max_length=16)
+    _, cache = fkv.prefill(
+        model, small.tokens(1, 12), jnp.asarray([12]), cache, compression=compressor
+    )
+    if compressor.rewinds:
+        early_exit.begin_draft(model, cache, 2)
+        fkv.generation.EngineSettings(compression=compressor, speculation=drafts)
+        return
+    with pytest.raises(ValueError, match="cannot take back .*, or reads it.*without this compress"):
+        early_exit.begin_draft(model, cache, 2)
+    with pytest.raises(ValueError, match=f"the cache of {compressor.title}; leave one of them out"):
+        fkv.generation.EngineSettings(compression=compressor, speculation=drafts)

@@ -24,6 +24,10 @@ class Policy:
         """Position of the query, and of each token that it sees."""
         return token, {position: position for position in seen}
 
+    def turned(self, layer, heads, place):
+        """Queries or keys of a layer [heads, H], rotated to a position."""
+        return rotated(heads, place)
+
     def watch(self, layer, token, head, found):
         self.probabilities[layer, token, head] = found
 
@@ -68,8 +72,8 @@ def _layer(p, row, i, t, x, keys, values, policy):
                 (np.broadcast_to(w, (kv_heads, q.shape[1])) * values[j][s])[head]
                 for j, w in row.values
             )
-            turned = rotated(key[None], places[s])[0]
-            scores.append(rotated(q[n : n + 1], own)[0] @ turned / np.sqrt(q.shape[1]))
+            turned = policy.turned(i, key[None], places[s])[0]
+            scores.append(policy.turned(i, q[n : n + 1], own)[0] @ turned / np.sqrt(q.shape[1]))
             read.append(value)
         weights = np.exp(np.array(scores) - max(scores))
         weights /= weights.sum()

@@ -128,10 +128,10 @@ def rms_norm(x, scale):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * scale
 
 
-def rotated(x, position):
+def rotated(x, position, theta=THETA):
     """Half-split rotation of heads [heads, H] at one position."""
     half = x.shape[-1] // 2
-    angle = position * THETA ** (-2 * np.arange(half) / x.shape[-1])
+    angle = position * theta ** (-2 * np.arange(half) / x.shape[-1])
     a, b = x[:, :half], x[:, half:]
     turned = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
     return np.concatenate(turned, axis=-1)

@@ -60,14 +60,14 @@ def batches(count: int):
         }
 
 
-def losses(layout: str) -> list[float]:
-    """The loss of each step, on one device, in float32."""
+def losses(layout: str, steps: int = STEPS) -> list[float]:
+    """The loss of each of the first steps, on one device, in float32."""
     config, optimizer = small_config(OPTIONS.get(layout, layout)), make_optimizer(OPTIMIZER, STEPS)
     graphdef, _ = abstract_model(config)
     step = make_train_step(graphdef, optimizer, learning_rate_schedule(OPTIMIZER, STEPS))
     compiled = jax.jit(step, donate_argnums=0)
     state, found = create_state(config, optimizer, 0), []
-    for batch in batches(STEPS):
+    for batch in batches(steps):
         state, metrics = compiled(state, batch)
         found.append(float(metrics["loss"]))
     return found
