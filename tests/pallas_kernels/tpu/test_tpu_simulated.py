@@ -2,9 +2,12 @@
 
 The simulator copies when a copy is awaited, fills fresh memory with NaN and refuses to read out
 of bounds; values are compared as well, since it misses a buffer that is read before its own wait.
+A copy that nobody awaits never happens then: where copies are "eager", it does, and is counted.
 """
 
+import contextlib
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +24,22 @@ from tests.pallas_kernels.cases import I32, call_of, close, draw, paged_call_of,
 from tests.pallas_kernels.ragged_cases import Step, expected, make
 
 
-def simulated(function, *arguments, cores=1):
-    """The result of `function(*arguments, interpret=...)`, which must not have raced."""
+def simulated(function, *arguments, cores=1, copies="on_wait"):
+    """The result of `function(*arguments, interpret=...)`, which must not have raced, nor have left
+    a copy that it did not await."""
     settings = pltpu.InterpretParams(
         num_cores_or_threads=cores,
         detect_races=True,
-        dma_execution_mode="on_wait",
+        dma_execution_mode=copies,
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
     )
     try:
-        found = jax.block_until_ready(function(*arguments, interpret=settings))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            found = jax.block_until_ready(function(*arguments, interpret=settings))
         races = simulator.races
         assert races is None or not races.races_found
+        assert "non-zero count" not in printed.getvalue()  # of a semaphore at the kernel's end
         return found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
@@ -113,12 +119,18 @@ def test_the_detector_detects():
         close(simulated(call, x), x[0])
 
 
-@pytest.mark.parametrize(("chip", "cores"), [("v5e", 1), ("v5p", 2)])
-def test_chunks_and_single_tokens_over_pages(monkeypatch, chip, cores):
-    """Several blocks of queries, of keys, and pieces of work behind each other, or side by side."""
+@pytest.mark.parametrize(
+    ("chip", "cores", "copies"), [("v5e", 1, "on_wait"), ("v5p", 2, "on_wait"), ("v5p", 2, "eager")]
+)
+def test_chunks_and_single_tokens_over_pages(monkeypatch, chip, cores, copies):
+    """Several blocks of queries, of keys, and pieces of work behind each other, or side by side.
+
+    Of two cores the first has one piece of one unit, the second three, the first of two units: a
+    core that goes by the other's list races, or awaits other copies than it has started.
+    """
     step = Step((1, 9, 1), (150, 9, 30), sources=(1, 2), dtype="int8", page_size=64, tile=16)
     monkeypatch.setattr(ragged, "_KEY_TOKENS", 128)
-    monkeypatch.setattr(ragged_inputs, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(ragged_inputs, "_BLOCK_ROWS", 32)
     made = make(step)
 
     # One program: the simulator's callbacks may wait for operations that follow one by one.
@@ -128,5 +140,5 @@ def test_chunks_and_single_tokens_over_pages(monkeypatch, chip, cores):
         return tpu.ragged_attention(call, chip=chip, interpret=interpret)
 
     arguments = jax.tree.map(jnp.asarray, (made.q, made.keys, made.values, made.rows, made.weights))
-    found = simulated(attend, *arguments, cores=cores)
+    found = simulated(attend, *arguments, cores=cores, copies=copies)
     jax.tree.map(close, tuple(found), expected(step, made))
