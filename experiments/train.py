@@ -96,8 +96,14 @@ def _start() -> tuple[training.ExperimentConfig, models.Start | None]:
     if source is None:
         return cli.load_config(), None
     workdir = pathlib.Path(cli.require("workdir")).expanduser()
+    if _is_gone(source) and training.committed_steps(training.checkpoint_directory(workdir)):
+        source = str(workdir)  # which has the model's configuration too
     start = models.Start(source, workdir / "init_from")
     return start.settle(cli.load_config(start.change)), start
+
+
+def _is_gone(source: str) -> bool:
+    return not pathlib.Path(source).expanduser().exists()
 
 
 def _initial(config: training.ExperimentConfig, start: models.Start) -> fkv.Decoder:
@@ -123,6 +129,11 @@ def _teacher(config: training.ExperimentConfig, start: models.Start | None) -> f
         return models.Start(FLAGS.teacher, pathlib.Path(FLAGS.workdir) / "teacher").original()
     if start is None:
         raise ValueError("--teacher is missing; --config.distillation compares with one")
+    if start.path != FLAGS.init_from:
+        raise ValueError(
+            f"--teacher is missing; --init_from={FLAGS.init_from}, which --config.distillation "
+            "compares with, is no longer there"
+        )
     return start.original()
 
 

@@ -218,12 +218,12 @@ class Start:
         layers = self.config.kv_layout.layers
         streams = [layer.stream(kind) for layer in layers for kind in KINDS]
         shares = any(stream.sources or not stream.own for stream in streams)
-        if shares and config.model.kv_layout != self.config.kv_layout:
+        layout = interop.with_layout(self.config, config.model.kv_layout).kv_layout
+        if shares and layout != self.config.kv_layout:
             raise ValueError(
                 f"--config.model.layout: {self.path} shares keys and values across layers already; "
                 "leave the layout out, or start from the model that it was made from"
             )
-        layout = interop.with_layout(self.config, config.model.kv_layout).kv_layout
         return dataclasses.replace(config, model=config.model.replace(layout=layout))
 
     def load(self, config: ModelConfig, tokens: Array | None = None) -> fkv.Decoder:

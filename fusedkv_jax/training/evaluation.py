@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fusedkv_jax import processes
 from fusedkv_jax.sharding import automatic, process_rows, put_batch
 from fusedkv_jax.training.loss import LOGITS_MIB, Batch, batch_loss
 from fusedkv_jax.training.monitoring.metrics import bits_per_byte
@@ -93,7 +92,8 @@ def evaluate(
         num_tokens += int(count)
         num_bytes += batch["num_bytes"]
     if jax.process_count() > 1:
-        total = int(multihost_utils.process_allgather(np.asarray(num_bytes)).sum())
+        # Not on devices, whose integers end at 2 GiB of text.
+        total = processes.decide(int(num_bytes), sum)
         # Several processes may have fed the same rows.
         parts = jax.process_count() if mesh is None else process_rows(mesh)[1]
         num_bytes = total * parts // jax.process_count()

@@ -210,6 +210,7 @@ class _Run:
             try:
                 step = self._loop(state, step, progress, writer)
             finally:
+                self.options.profile.end()
                 writer.close()
             progress.print(self.goodput.summary())
         processes.on_first(lambda: None)  # the others must not end while process 0 closes writers
@@ -299,7 +300,6 @@ class _Run:
                 timer.restart()
                 to_save = False
             if last:
-                self.options.profile.move(step, state.step, last=True)
                 self._confirm_last_checkpoint(progress, step)
                 return step
             self.goodput.switch("waiting for data")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +130,39 @@ def test_training_starts_from_a_folder(folder, tmp_path):
     pair = (nnx.to_flat_state(nnx.state(each)) for each in (model, expected))
     for ours, theirs in zip(*pair, strict=True):
         assert abs(ours[1][...] - theirs[1][...]).max() < 1e-6, ours[0]
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_run_goes_on_without_the_model_that_it_started_from(folder, tmp_path, window):
+    start, run = tmp_path / "start", tmp_path / "run"
+    if window is None:
+        shutil.copytree(folder, start)
+    else:
+        changes = dict(layout="0s8_1s8", tie_embeddings=False)
+        model = fkv.Decoder(load_huggingface(folder).config.replace(**changes), rngs=nnx.Rngs(0))
+        save_huggingface(model, start, tokenizer=folder)
+    arguments = [
+        "--config=demo",
+        f"--init_from={start}",
+        f"--config.data.source={folder.parent / 'text.txt'}",
+        "--config.data.seq_len=32",
+        "--config.data.batch_size=2",
+        "--config.data.holdout_fraction=0.0",
+        "--config.train.eval_batches=0",
+        "--config.mesh.devices=1",
+        "--config.model.layout=cla",
+    ]
+    here = [*arguments, f"--workdir={run}"]
+    commands.run_here("train", [*here, "--config.train.steps=1"])
+    shutil.rmtree(start)
+    commands.run_here("train", [*here, "--config.train.steps=2"])
+    assert load_model(run)[2] == 2
+    with pytest.raises(commands.Refused, match="start"):
+        commands.run_here("train", [*arguments, f"--workdir={tmp_path / 'other'}"])
+    with pytest.raises(commands.Refused, match="--teacher is missing; --init_from=.* no longer"):
+        commands.run_here("train", [*here, "--config.distillation.logits=1"])
+    with pytest.raises(commands.Refused, match="--config.model.layout: .* shares keys and values"):
+        commands.run_here("train", [*here[:-2], here[-1], "--config.model.layout=mha"])
 
 
 def test_a_conversion_is_fitted_and_learns_from_its_original(folder, tmp_path):

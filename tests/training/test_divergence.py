@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import pytest
 
 from fusedkv_jax.training import DivergedError, memory, train
@@ -42,7 +43,10 @@ def test_a_diverging_run_fails_with_valid_metrics_and_keeps_the_last_good_checkp
         ),
     )
     with pytest.raises(DivergedError, match=r"not finite since step 2.*learning_rate=1e\+30"):
-        train(config, tmp_path)
+        train(config, tmp_path, profile_steps=(3, 20))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # and another trace may begin
+    jax.profiler.start_trace(tmp_path / "next")
+    jax.profiler.stop_trace()
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")

@@ -3,15 +3,18 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from fusedkv_jax import data
+from fusedkv_jax.processes import decisions
 from fusedkv_jax.training import EvalResult, evaluate
 from fusedkv_jax.training.evaluation import make_eval_step
 from fusedkv_jax.training.state import abstract_model
+from fusedkv_jax.training.step import BATCH_KEYS
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -49,6 +52,26 @@ def test_padding_rows_do_not_count(toy, toy_params):
     other = evaluate(step, toy_params, data.make_eval_batches(settings))
     assert (other.num_tokens, other.num_bytes) == (whole.num_tokens, whole.num_bytes)
     assert other.loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)
+
+
+def test_the_bytes_of_several_processes_are_added_beyond_2_gib(toy_params, monkeypatch):
+    class Store:
+        """What the other one of two processes gives is what this one has given."""
+
+        def key_value_set(self, key, value):
+            self.value = value
+
+        def blocking_key_value_get(self, key, timeout):
+            return self.value
+
+        def key_value_delete(self, key):
+            pass
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(decisions.distributed.global_state, "client", Store())
+    batch = dict.fromkeys(BATCH_KEYS) | {"num_bytes": np.int64(2**31)}
+    result = evaluate(lambda params, batch: (1.0, 1), toy_params, [batch] * 3)
+    assert result.num_bytes == 2 * 3 * 2**31
 
 
 def test_no_text_is_an_error(toy_params):

@@ -162,6 +162,13 @@ class Checkpoints:
             # makes the step one that `restore` looks at, so a kill in between leaves nothing.
             write(path, files=files)
             self._directory.commit(step, path)
+            try:
+                self._directory.prune()
+            except OSError as error:
+                self._tell(
+                    f"warning: step {step} is saved, but not all checkpoints before it that are no"
+                    f" longer wanted could be removed: {_reason(error)}"
+                )
 
         try:
             processes.decide((failure, files), commit, _CHANNEL)

@@ -4,6 +4,7 @@ What others put there stays: only what bears this module's mark in its name, or 
 manifest of a checkpoint lists, is ever removed.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -41,12 +42,13 @@ class CheckpointDirectory:
         return committed_steps(self.path)
 
     def clean(self) -> None:
-        """Remove what interrupted saves and removals have left."""
+        """Remove what interrupted saves and removals have left, as far as it can be removed."""
         for path in self.path.glob("*"):
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
             elif _REMOVED.fullmatch(path.name):
-                _remove(path)
+                with contextlib.suppress(OSError):
+                    _remove(path)
 
     def unfinished(self, step: int) -> pathlib.Path:
         """A new path to write a step to before it is committed; no other may be under way."""
@@ -62,7 +64,7 @@ class CheckpointDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, step: int, unfinished: pathlib.Path) -> None:
-        """Make a step visible, then remove the steps that are no longer wanted.
+        """Make a step visible.
 
         Raises:
           FileExistsError: there is something of that name already; it stays.
@@ -72,7 +74,6 @@ class CheckpointDirectory:
             raise FileExistsError(f"{place} is there already; move it away")
         os.rename(unfinished, place)
         _sync(self.path)
-        self._prune()
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Keep a damaged step for inspection, out of the way."""
@@ -83,7 +84,13 @@ class CheckpointDirectory:
         os.rename(self.path / str(step), aside)
         return aside
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove the steps that are no longer wanted.
+
+        Raises:
+          OSError: one of them cannot be removed; the others are.
+        """
+        failure = None
         values = {}
         for step in self.steps():
             try:
@@ -100,8 +107,13 @@ class CheckpointDirectory:
         for step in values.keys() - wanted:
             # Renamed first: a reader sees a whole checkpoint or none.
             gone = self.path / _marked(step, "removed")
-            os.rename(self.path / str(step), gone)
-            _remove(gone)
+            try:
+                os.rename(self.path / str(step), gone)
+                _remove(gone)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:

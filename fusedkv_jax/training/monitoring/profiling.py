@@ -25,21 +25,25 @@ class ProfileWindow:
         self._directory, self._steps = directory, steps if processes.is_first() else None
         self._active = False
 
-    def move(self, step: int, pending: PyTree, last: bool = False) -> None:
+    def move(self, step: int, pending: PyTree) -> None:
         """Start or end the trace where it is time; a call that is not the time costs nothing.
 
         Args:
           step: steps done so far.
           pending: arrays of the last step, waited for before the trace starts or ends.
-          last: no step follows.
         """
         if self._steps is None:
             return
-        if self._active and (last or step >= self._steps[1]):
+        if self._active and step >= self._steps[1]:
             jax.block_until_ready(pending)
-            jax.profiler.stop_trace()
-            self._active = False
-        elif not last and step == self._steps[0] - 1:
+            self.end()
+        elif step == self._steps[0] - 1:
             jax.block_until_ready(pending)
             jax.profiler.start_trace(str(self._directory))
             self._active = True
+
+    def end(self) -> None:
+        """End the trace if there is one: no step follows."""
+        if self._active:
+            self._active = False
+            jax.profiler.stop_trace()

@@ -1,10 +1,14 @@
 """Checkpoints: bit-exact round trips, and refusals that name what differs."""
 
 import dataclasses
+import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from flax import nnx
 
 from fusedkv_jax import data
 from fusedkv_jax.training import CheckpointError, Checkpoints, load_model, make_optimizer
-from fusedkv_jax.training.checkpointing import manifest
+from fusedkv_jax.training.checkpointing import directory, manifest
 from fusedkv_jax.training.checkpointing.compatibility import check_config
 from fusedkv_jax.training.state import abstract_model, abstract_state
 
@@ -131,6 +135,35 @@ def test_a_save_that_fails_halfway_leaves_nothing(toy, toy_state, tmp_path, monk
         checkpoints.save(1, toy_state, data.make_train_iterator(toy.data), toy)
     assert len(lines) == 1 and "No space left on device" in lines[0]
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("stuck", ["1", "1.removed-*"])
+def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(
+    toy, toy_state, tmp_path, monkeypatch, stuck
+):
+    """It can neither be renamed nor, once it is, emptied."""
+    iterator, lines, rename = data.make_train_iterator(toy.data), [], os.rename
+    remove = directory._remove
+
+    def refuse(path):
+        if path.match(stuck):
+            raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", lambda old, new: (refuse(Path(old)), rename(old, new))[1])
+    monkeypatch.setattr(directory, "_remove", lambda path: (refuse(path), remove(path))[1])
+    with Checkpoints(tmp_path, keep=1, report=lines.append) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, toy_state, iterator, toy)
+            checkpoints.wait()
+            assert checkpoints.latest_step == step
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert "3" in left and "2" not in left and len(left) == 2
+    said = "is saved, but not all checkpoints before it that .*: Permission denied"
+    assert re.search(f"step 2 {said}", lines[0]) and len(lines) == (2 if stuck == "1" else 1)
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # it goes when it can
+        checkpoints.save(4, toy_state, iterator, toy)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4"}
 
 
 # In a process of its own: the limit is the process's, and Orbax leaves threads and coroutines of
