@@ -23,6 +23,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -188,39 +189,26 @@ class Measured:
     served: dict[str, Served] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
-    def logging(self, wait: bool) -> Iterator[list[LoggedStep]]:
-        """A list that gets each step of the engine, with scheduling and handing out.
-
-        Args:
-            wait: for the device after each step. One that samples nothing returns before it is
-                computed; without waiting it and those up to the next that samples are one entry.
-        """
-        import jax
-
+    def logging(self) -> Iterator[list[LoggedStep]]:
+        """A list that gets each step of the engine, with what nobody does beside it."""
         engine, log = self.engine, []
-        works: list[tuple[float, ...]] = []
-        seconds = watching = 0.0
+        works: deque[tuple[float, ...]] = deque()  # of steps that have been planned, in order
+        seconds = 0.0
 
-        def watch(plan: serving.StepPlan, of_model: float) -> None:
-            nonlocal watching
-            del of_model
-            start = time.monotonic()
+        def watch(plan: serving.StepPlan) -> None:
             shapes, page_size = engine.runner.shapes, engine.settings.page_size
             works.append(step_work(self.costs, plan, shapes, page_size))
-            watching = time.monotonic() - start
 
         run = engine.step
+        run()  # ends a step whose requests were aborted
 
         def step() -> Deltas:
             nonlocal seconds
-            start = time.monotonic()
+            before, start = engine.stats().steps, time.monotonic()
             deltas = run()
-            if wait:
-                jax.block_until_ready(engine.runner.pool)
-            seconds += time.monotonic() - start - watching
-            if works and (wait or deltas):
-                log.append(LoggedStep(tuple(map(sum, zip(*works, strict=True))), seconds))
-                works.clear()
+            seconds += time.monotonic() - start
+            if ended := engine.stats().steps - before:
+                log.extend(LoggedStep(works.popleft(), seconds / ended) for _ in range(ended))
                 seconds = 0.0
             return deltas
 
@@ -243,7 +231,7 @@ class Measured:
         lengths, tokens = np.random.default_rng(0), np.random.default_rng([1, seed])
         numbers = itertools.count()
         clients = engine.runner.shapes.decode_rows
-        with self.logging(wait=True) as log:
+        with self.logging() as log:
             for turn, most in enumerate(clients, 1):
                 while len(log) < count * turn / len(clients):
                     while engine.unfinished < most:
@@ -255,7 +243,7 @@ class Measured:
 
     def serve(self, workload: str, rate: float) -> None:
         """Serve its requests, so many a second."""
-        with self.logging(wait=False) as log:
+        with self.logging() as log:
             records = replay(self.engine, requests(self.engine, WORKLOADS[workload], rate))
         self.served[workload] = Served(rate, summarize(records), log)
 
@@ -273,6 +261,7 @@ class Measured:
                 requests(self.engine, WORKLOADS[workload], rate),
                 scheduler,
                 lambda plan: device.step_seconds(self.costs, plan, settings.page_size),
+                overlaps=settings.async_scheduling,
             )
         )
 

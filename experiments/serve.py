@@ -30,7 +30,7 @@ _log = logging.getLogger("fusedkv_jax.serve")
 _SETTINGS = (
     *("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"),
     *("page_size", "num_pages", "gpu_memory_utilization", "host_pages", "cache_dtype", "memory"),
-    *("max_output_len", "enable_prefix_caching", "policy"),
+    *("max_output_len", "enable_prefix_caching", "async_scheduling", "policy"),
 )
 _LIBRARIES = ("msgspec", "prometheus_client", "starlette", "uvicorn")
 
@@ -73,6 +73,7 @@ def define_flags() -> None:
         1,
     )
     flags.DEFINE_bool("enable_prefix_caching", True, "Share pages of prompts that begin alike.")
+    flags.DEFINE_bool("async_scheduling", True, "Plan each step while the one before it runs.")
     flags.DEFINE_enum(
         "speculation",
         None,

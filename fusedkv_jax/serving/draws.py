@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fusedkv_jax.generation.requests import PreparedRequest as Prompt
 from fusedkv_jax.generation.sampling import NO_TOKEN, SamplerInputs, adjust, choose
 from fusedkv_jax.serving.grammars import Constraint
 from fusedkv_jax.serving.request import Request
+from fusedkv_jax.serving.stand_ins import put_in
 
 NONE_ALLOWED = -2  # chosen where the model's logits are finite, and all tokens are excluded
 
@@ -61,6 +63,7 @@ class TokenDraw(NamedTuple):
     data_fields=[
         "inputs",
         "tokens",
+        "latest",
         "prompts",
         "lengths",
         "stops",
@@ -78,6 +81,7 @@ class Draws:
     Attributes:
         inputs: sampling parameters.
         tokens: int32 prompt and output, [M, L]; zeros unless `special`.
+        latest: int32 tokens that the step before has drawn, for their stand-ins in `tokens`.
         prompts: int32 tokens of the prompt, [M].
         lengths: int32 known tokens, [M]: the position of the token that is drawn.
         stops: int32 tokens that end a row, padded with -1, [M, n].
@@ -89,6 +93,7 @@ class Draws:
 
     inputs: Any
     tokens: Any
+    latest: Any
     prompts: Any
     lengths: Any
     stops: Any
@@ -128,8 +133,8 @@ class DrawArrays:
         self._known: dict[int, tuple[list[SamplingParams], SamplerInputs, jax.Array]] = {}
         self._none: dict[tuple[int, int, int], jax.Array] = {}
 
-    def make(self, draws: Sequence[TokenDraw], size: int) -> Draws:
-        """`draws`, padded to `size`."""
+    def make(self, draws: Sequence[TokenDraw], size: int, latest: Int[Array, "room"]) -> Draws:
+        """`draws`, padded to `size`, behind a step that has drawn the tokens `latest`."""
         inputs, stops = self._inputs(draws, size)
         lengths, prompts = np.zeros(size, np.int32), np.zeros(size, np.int32)
         lengths[: len(draws)] = [d.length for d in draws]
@@ -140,7 +145,7 @@ class DrawArrays:
         tokens = self._tokens(draws, size) if special else self._all(0, size, self._length)
         masks = self._masks(draws, size) if held else self._all(-1, size, self._words)
         flags = [np.bool_(flag) for flag in (special, held, scored)]
-        return Draws(inputs, tokens, prompts, lengths, stops, masks, *flags)
+        return Draws(inputs, tokens, latest, prompts, lengths, stops, masks, *flags)
 
     def _inputs(self, draws: Sequence[TokenDraw], size: int) -> tuple[SamplerInputs, jax.Array]:
         params = [d.params for d in draws]
@@ -210,6 +215,7 @@ def _allowed(logits: Float[Array, "M V"], masks: Int[Array, "M words"]) -> Float
 
 def _changed(logits: Array, draws: Draws) -> Array:
     """Logits after exclusions, bias and penalties."""
+    draws = dataclasses.replace(draws, tokens=put_in(draws.tokens, draws.latest))
     rows = jnp.arange(logits.shape[0])[:, None]
     places, beyond = jnp.arange(draws.tokens.shape[1]), logits.shape[1]
     known = places < draws.lengths[:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +22,13 @@ from fusedkv_jax.serving.draft_switch import DraftSwitch
 from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.grammars import Grammars
 from fusedkv_jax.serving.intake import AnyPrompt, Intake
-from fusedkv_jax.serving.job import Growing, Job
+from fusedkv_jax.serving.job import Job
+from fusedkv_jax.serving.jobs import Deltas, Jobs, Taken
 from fusedkv_jax.serving.output import EngineStats, OutputDelta
 from fusedkv_jax.serving.page_runner import PageRunner
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.request import Request
-from fusedkv_jax.serving.runner import Drawn, Runner, StepResult
+from fusedkv_jax.serving.runner import Runner, RunningStep, StepResult
 from fusedkv_jax.serving.scheduler import Scheduler
 from fusedkv_jax.serving.settings import ServingSettings
 from fusedkv_jax.serving.slot_runner import SlotRunner
@@ -36,14 +36,30 @@ from fusedkv_jax.serving.speculation import Drafter, NGramDrafter, NGramSpeculat
 
 _log = logging.getLogger(__name__)
 
-Deltas = list[tuple[str, OutputDelta]]  # with the name of the request that each belongs to
-
 
 class _Drafting(NamedTuple):
     """Who drafts, and what tells whether that pays."""
 
     drafter: Drafter
     switch: DraftSwitch
+
+
+class _Flight(NamedTuple):
+    """A step that the device computes.
+
+    Attributes:
+        plan: what it computes.
+        positions: of the first token that it draws for each request.
+        start: when it was planned.
+        running: tells what it gives.
+        overlaps: the next one may be planned meanwhile.
+    """
+
+    plan: StepPlan
+    positions: list[int]
+    start: float
+    running: RunningStep
+    overlaps: bool
 
 
 class Engine:
@@ -55,7 +71,7 @@ class Engine:
         settings: how it is served; by default as `ServingSettings` has it.
 
     Attributes:
-        watch: called when a step has run, with its plan and seconds, before it is taken in.
+        watch: called with the plan of every step, before it runs.
 
     Raises:
         ValueError: a model that is spread over several devices, or settings that do not fit it.
@@ -97,13 +113,13 @@ class Engine:
             settings.max_logprobs,
             form.max_output_len,
         )
-        self.watch: Callable[[StepPlan, float], None] | None = None
-        self._jobs: dict[str, Job] = {}
-        self._outputs: dict[Request, tuple[Job, Growing]] = {}  # that the scheduler knows
-        self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
-        self._counts |= {"prefix_hits": 0, "prefix_queries": 0}
-        self._counts |= {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
-        self._counts["undrafted_steps"] = 0
+        self.watch: Callable[[StepPlan], None] | None = None
+        self._overlaps = settings.async_scheduling and self._drafting is None
+        self._jobs = Jobs()
+        self._flight: _Flight | None = None  # whose requests count its tokens already
+        self._end_of_step = 0.0  # when the last one ended
+        counts = "steps", "undrafted_steps", "drafts", "draft_tokens", "accepted_tokens"
+        self._counts = dict.fromkeys(counts, 0)
 
     def check(self, prompt: AnyPrompt, params: SamplingParams, name: str) -> Prompt:
         """The prompt as `add` takes it; touches nothing, so any thread may ask.
@@ -147,14 +163,12 @@ class Engine:
 
     def put(self, prompt: Prompt, request_id: str, priority: int = 0, tenant: str = "") -> None:
         """Queue what `check` gave."""
-        if request_id in self._jobs:
+        if self._jobs.get(request_id) is not None:
             raise ValueError(f"request {request_id!r} runs already; choose another request_id")
         now = time.monotonic()
         job = self._intake.job(request_id, prompt, now, priority, tenant)
-        first = job.outputs[0]
-        self.scheduler.add(first.request, now)
-        self._jobs[request_id] = job
-        self._outputs[first.request] = job, first
+        self.scheduler.add(job.outputs[0].request, now)
+        self._jobs.add(job)
 
     def abort(self, request_id: str) -> Deltas:
         """End a request at once; its pages are free. Nothing happens if it has ended."""
@@ -164,7 +178,7 @@ class Engine:
     @property
     def names(self) -> list[str]:
         """The requests that have not ended."""
-        return list(self._jobs)
+        return self._jobs.names
 
     @property
     def unfinished(self) -> int:
@@ -172,27 +186,35 @@ class Engine:
         return len(self._jobs)
 
     def step(self) -> Deltas:
-        """Schedule, run, finish: what has come of it. Nothing if nobody waits."""
+        """Schedule, run, finish: what has come of it. Nothing if nobody waits.
+
+        Where steps overlap, this one goes on while the next call plans another, and what comes is
+        that of the one before.
+        """
         start = time.monotonic()
         plan = self.scheduler.schedule(start)
-        if not plan.requests:
-            return []
-        draws = [self._outputs[request][1].draw() for request in plan.requests]
-        drafting = self._drafting if any(plan.room) else None
-        try:
-            if drafting is not None:
-                self._draft(drafting, plan, draws)
-            result = self.runner.run(plan, draws)
-        except Exception as error:  # whatever it is, others must go on
-            return self._failed(plan, error)
-        seconds = time.monotonic() - start
-        if drafting is not None:
-            tokens = sum(map(len, result.drawn))
-            drafting.switch.took(len(plan.requests), bool(plan.drafts), seconds, tokens)
-        if self.watch is not None:
-            self.watch(plan, seconds)
-        self._keep_scores(plan, result)
-        return self._finish(plan, result.drawn, start)
+        before, self._flight = self._flight, None
+        flight = self._start(plan, start) if plan.requests else None
+        deltas, ended = Deltas(), frozenset[Request]()
+        if before is not None:
+            result = _result(before)
+            if isinstance(result, Exception):  # this one began with what has never been
+                return self._failed([before.plan, plan], result)
+            taken = self._take(before, result)
+            deltas, ended = taken.deltas, self._settle(before, taken, flight)
+        if isinstance(flight, Exception):
+            return deltas + self._failed([plan], flight)
+        if flight is None:
+            return deltas
+        if flight.overlaps:
+            tokens, now = flight.running.stand_ins, time.monotonic()
+            self.scheduler.finish(plan, tokens, now, None, ended)
+            self._flight = flight
+            return deltas
+        result = _result(flight)
+        if isinstance(result, Exception):
+            return deltas + self._failed([plan], result)
+        return deltas + self._finish(flight, result, ended)
 
     def warm_up(self) -> int:
         """Compile the programs of all steps; their number. After it nothing is compiled."""
@@ -212,6 +234,7 @@ class Engine:
             lower_rows=self.runner.lower_rows,
             upper_rows=self.runner.upper_rows,
             **self._counts,
+            **self._jobs.counts,
         )
 
     def _draft(self, drafting: _Drafting, plan: StepPlan, draws: Sequence[TokenDraw]) -> None:
@@ -228,106 +251,103 @@ class Engine:
             self._counts["drafts"] += sum(map(bool, drafts))
             self._counts["draft_tokens"] += sum(map(len, drafts))
 
-    def _finish(self, plan: StepPlan, drawn: Sequence[list[Drawn]], start: float) -> Deltas:
-        """Take in what a step has drawn."""
-        deltas: Deltas = []
-        tokens: list[int | None] = [None] * len(drawn)
-        ended, forks = set(), []
-        sampled = 0
-        for place, (request, found) in enumerate(zip(plan.requests, drawn, strict=True)):
-            if not found:
-                continue
-            job, output = self._outputs[request]
-            members = [(output, found)]
-            if not request.generated:
-                members = self._begin(job, output, found, sampled)
-            sampled += 1
-            alive = []
-            for member, own in members:
-                delta = member.take(own)
-                deltas.append((job.name, job.told(delta)))
-                own = [each.token for each in own[: max(1, len(delta.token_ids))]]
-                self._counts["generated_tokens"] += len(own)
-                if not member.tracker.finished:
-                    alive.append((member, own))
-            if alive:
-                # The request that runs goes on as the first that has not ended.
-                (output, own), *others = alive
-                self._become(request, job, output)
-                forks += [(request, job, *other) for other in others]
-            else:
-                ended.add(request)
-            *right, tokens[place] = own
-            if plan.drafts:
-                plan.accept(place, right)
-                self._counts["accepted_tokens"] += len(right)
-        now = time.monotonic()
-        for request in self.scheduler.finish(plan, tokens, now, now - start, frozenset(ended)):
-            self._forget(request)
-        for request, job, output, own in forks:
-            self._outputs[output.request] = job, output
-            self.scheduler.fork(request, output.request, own, now)
+    def _start(self, plan: StepPlan, start: float) -> _Flight | Exception:
+        """Let the device compute a plan; or why it cannot, whatever it is, as others must go on."""
+        positions = [request.length for request in plan.requests]
+        draws = [self._jobs.draw(request) for request in plan.requests]
+        overlaps = self._overlaps and not any(map(_decides, draws))
+        try:
+            if self._drafting is not None and any(plan.room):
+                self._draft(self._drafting, plan, draws)
+            if self.watch is not None:
+                self.watch(plan)
+            running = self.runner.start(plan, draws)
+        except Exception as error:
+            return error
+        return _Flight(plan, positions, start, running, overlaps)
+
+    def _take(self, flight: _Flight, result: StepResult) -> Taken:
+        """Take in what a step has given, for the callers; the scheduler has to be told."""
+        plan, now = flight.plan, time.monotonic()
+        seconds = now - max(flight.start, self._end_of_step)
+        self._end_of_step = now
+        if self._drafting is not None and any(plan.room):
+            tokens = sum(map(len, result.drawn))
+            self._drafting.switch.took(len(plan.requests), bool(plan.drafts), seconds, tokens)
+        self.scheduler.took(plan, seconds)
+        self._jobs.keep_scores(plan, result.scores)
         self._counts["steps"] += 1
-        return deltas
+        return self._jobs.take(plan, flight.positions, result.drawn, self.runner.fork)
 
-    def _keep_scores(self, plan: StepPlan, result: StepResult) -> None:
-        """Take in log-probabilities of prompts."""
-        for place, scores in result.scores.items():
-            request = plan.requests[place]
-            job, _ = self._outputs[request]
-            for each in scores:
-                job.score(each.start, each.logprobs)
-            request.scored = not job.is_scored  # from now on its prefix may be found
+    def _settle(
+        self, flight: _Flight, taken: Taken, following: _Flight | Exception | None
+    ) -> frozenset[Request]:
+        """Tell the scheduler what has come of a step whose tokens it has counted.
 
-    def _begin(
-        self, job: Job, first: Growing, found: list[Drawn], row: int
-    ) -> list[tuple[Growing, list[Drawn]]]:
-        """The first tokens of all outputs of a job, drawn from the same logits."""
-        request, others = first.request, job.outputs[1:]
-        job.cached = request.cached or 0
-        counts = self._counts
-        counts["prompt_tokens"] += len(request.prompt)
-        counts["prefix_queries"] += len(request.prompt)
-        counts["prefix_hits"] += job.cached
-        drawn = self.runner.fork(row, [output.draw() for output in others]) if others else []
-        return [(first, found), *zip(others, ([each] for each in drawn), strict=True)]
+        Returns:
+            Requests that have ended with it and are a part of the step that follows, for nothing.
+        """
+        for request, position, token in zip(
+            flight.plan.requests, flight.positions, taken.tokens, strict=True
+        ):
+            if token is not None:
+                request.outputs[position - len(request.prompt)] = token
+        runs = set(following.plan.requests) if isinstance(following, _Flight) else set()
+        now = time.monotonic()
+        for request in taken.ended:
+            self._jobs.forget(request)
+            if request not in runs:
+                self.scheduler.abort(request, now)
+        return frozenset(taken.ended & runs)
 
-    def _become(self, request: Request, job: Job, output: Growing) -> None:
-        """Let a running request stand for an output of its job."""
-        output.request = request
-        self._outputs[request] = job, output
+    def _finish(self, flight: _Flight, result: StepResult, void: frozenset[Request]) -> Deltas:
+        """Tell the scheduler what has come of a step; nothing for requests that had ended."""
+        plan, taken = flight.plan, self._take(flight, result)
+        if plan.drafts:
+            self._counts["accepted_tokens"] += plan.tokens - len(plan.requests)
+        ended, now = void | taken.ended, time.monotonic()
+        for request in self.scheduler.finish(plan, taken.tokens, now, None, ended):
+            if request not in void:
+                self._jobs.forget(request)
+        for request, job, output, own in taken.forks:
+            self._jobs.stand_for(output.request, job, output)
+            self.scheduler.fork(request, output.request, own, now)
+        return taken.deltas
 
     def _end(self, job: Job, delta: OutputDelta) -> Deltas:
         """End all outputs of a job that have not ended, with the same last delta."""
-        now, deltas = time.monotonic(), []
-        for output in job.live:
-            deltas.append(
-                (job.name, job.told(dataclasses.replace(delta, index=output.tracker.index)))
-            )
-            if self._outputs.pop(output.request, None) is not None:
-                self.scheduler.abort(output.request, now)
-        del self._jobs[job.name]
+        deltas, requests = self._jobs.end(job, delta)
+        now = time.monotonic()
+        for request in requests:
+            self.scheduler.abort(request, now)
         return deltas
 
-    def _forget(self, request: Request) -> None:
-        job, _ = self._outputs.pop(request)
-        if not job.live:
-            self._jobs.pop(job.name, None)  # several outputs may end in one step
-
-    def _failed(self, plan: StepPlan, error: Exception) -> Deltas:
-        """End the jobs of a step that raised; if it took the pool along, others begin again."""
-        jobs = dict.fromkeys(self._outputs[request][0] for request in plan.requests)
+    def _failed(self, plans: Sequence[StepPlan], error: Exception) -> Deltas:
+        """End the jobs of steps that raised; if they took the pool along, others begin again."""
+        jobs = self._jobs.of(request for plan in plans for request in plan.requests)
         names = ", ".join(job.name for job in jobs)
         _log.error("a step failed; it ends the requests %s", names, exc_info=error)
         reason = f"was in a step that failed with {type(error).__name__}; the log has the cause"
         last = OutputDelta(0, finish_reason="error", error=reason)
-        deltas: Deltas = []
-        for job in jobs:
-            deltas += self._end(job, last)
+        deltas = [delta for job in jobs for delta in self._end(job, last)]
         if self.runner.lost:
             self.scheduler.restart(time.monotonic())
             self.runner.reset()
         return deltas
+
+
+def _decides(draw: TokenDraw) -> bool:
+    """What comes next for a request depends on more than how many tokens it has."""
+    branches = draw.params.n > 1 and draw.request.first_token is None
+    return draw.constraint is not None or draw.request.scored or branches
+
+
+def _result(flight: _Flight) -> StepResult | Exception:
+    """What a step gives; or why it does not, whatever it is, as others must go on."""
+    try:
+        return flight.running.result()
+    except Exception as error:
+        return error
 
 
 def _runner(form: CacheForm, settings: ServingSettings) -> type[Runner]:

@@ -39,14 +39,14 @@ class Growing:
         """How its next token is drawn."""
         return TokenDraw(self.request, self.tracker.request, self.params, self.constraint)
 
-    def take(self, drawn: Sequence[Drawn]) -> OutputDelta:
-        """Its next tokens, up to one that ends it, which `tracker.finished` tells, or that cannot
-        be: a later step will say so."""
-        delta = self._take(drawn[0], self.request.length)
+    def take(self, drawn: Sequence[Drawn], position: int) -> OutputDelta:
+        """Its next tokens, from a position on, up to one that ends it, which `tracker.finished`
+        tells, or that cannot be: a later step will say so."""
+        delta = self._take(drawn[0], position)
         for number, each in enumerate(drawn[1:], start=1):
             if self.tracker.finished or each.token in (NO_TOKEN, NONE_ALLOWED):
                 break
-            delta = delta.followed_by(self._take(each, self.request.length + number))
+            delta = delta.followed_by(self._take(each, position + number))
         return delta
 
     def _take(self, drawn: Drawn, position: int) -> OutputDelta:

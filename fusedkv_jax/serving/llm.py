@@ -33,8 +33,8 @@ class LLM:
         **settings: how to serve, see `ServingSettings`: max_num_seqs, max_num_batched_tokens,
             max_model_len, tensor_parallel_size, page_size, num_pages, kv_cache_memory_bytes,
             gpu_memory_utilization, host_pages, cache_dtype, memory, compression, max_output_len,
-            enable_prefix_caching, speculation, policy, max_logprobs, eos_id, add_special_tokens,
-            shapes.
+            enable_prefix_caching, speculation, async_scheduling, policy, max_logprobs, eos_id,
+            add_special_tokens, shapes.
 
     Attributes:
         engine: what runs.

@@ -23,9 +23,10 @@ from fusedkv_jax.serving.copies import Copy, Direction
 from fusedkv_jax.serving.drafting import run_draft
 from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.plan import StepPlan
-from fusedkv_jax.serving.runner import PromptScores, Runner, StepResult, draw
+from fusedkv_jax.serving.runner import PromptScores, Runner, RunningStep
 from fusedkv_jax.serving.scoring import PromptChunk, no_tokens, run_scored, scored_chunks
 from fusedkv_jax.serving.settings import ServingSettings
+from fusedkv_jax.serving.stand_ins import put_in
 
 COPIES = 8  # pages that one program copies
 
@@ -42,11 +43,14 @@ def run_step(
     graph: nnx.GraphDef[Decoder],
     params: Any,
     pool: PagedStore,
+    latest: Int[Array, "room"],
     tokens: Int[Array, "N"],
     lanes: tuple[Lane, ...],
     sampled: Int[Array, "R T"],
 ) -> tuple[Any, PagedStore]:
-    """The step program: `extend_pages`. Tokens are drawn by another, which has fewer shapes."""
+    """The step program: `extend_pages`, with the tokens that the step before has drawn for their
+    stand-ins. The next ones are drawn by another program, which has fewer shapes."""
+    tokens = put_in(tokens, latest)
     return extend_pages(nnx.merge(graph, params), tokens, PagedCall.of(lanes), pool, sampled)
 
 
@@ -65,7 +69,7 @@ class PageRunner(Runner):
         self._speculation = settings.speculation
         self._columns = 1 + settings.draft_tokens  # of a row in steps that check drafts
 
-    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
+    def _start(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> RunningStep:
         saved = self._carry_out(plan.copies)
         try:
             return self._compute(plan, draws)
@@ -73,15 +77,21 @@ class PageRunner(Runner):
             for pages in saved:
                 self._put_down(pages)
 
-    def _compute(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
+    def _compute(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> RunningStep:
         scores = self._score(plan)
         columns = self._columns if plan.drafts else 1
         arrays = step_arrays(plan, self.shapes, self._width, scores, columns)
         if len(scores) < len(plan.requests) or arrays.rows:
-            self._logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
+            self._logits = self._run(arrays)
         self.lower_rows += plan.tokens
         self.upper_rows += int(np.sum(arrays.sampled >= 0))
-        return StepResult(self._drawn(plan, draws, arrays.rows, columns), scores)
+        return self._running(plan, draws, arrays.rows, scores, columns)
+
+    def _run(self, arrays: StepArrays) -> Any:
+        """Run the step program; the logits of the rows that are sampled."""
+        inputs = self._latest, *arrays[:3]
+        logits, self.pool = run_step(*self._split, self._donated(), *inputs)
+        return logits
 
     def draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> list[list[int]]:
         if plan.copies:  # they come first, and a draft writes to pages that they may read
@@ -103,7 +113,7 @@ class PageRunner(Runner):
             arrays.tokens,
             lane,
             most,
-            self._draws.make(draws, rows),
+            self._made(draws, rows),
             speculation=self._speculation,
         )
         tokens, counts = jax.device_get(found)
@@ -136,7 +146,7 @@ class PageRunner(Runner):
     def _warm_up(self) -> int:
         for rows, chunk_rows in self.shapes.all():
             arrays = empty_arrays(rows, chunk_rows, self.shapes.chunk, self._width)
-            logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
+            logits = self._run(arrays)
             if rows:
                 self._warm_up_draws(logits)
         drafting = self._warm_up_drafts() if self._columns > 1 else 0
@@ -152,8 +162,7 @@ class PageRunner(Runner):
         """Compile what drafts, and what checks it; the number of shapes."""
         for rows in self.shapes.decode_rows:
             arrays = empty_arrays(rows, 0, self.shapes.chunk, self._width, self._columns)
-            logits, self.pool = run_step(*self._split, self._donated(), *arrays[:3])
-            draw(logits, self._draws.make([], logits.shape[0]), k=self._k)
+            self._drawn(self._run(arrays), [])
             if isinstance(self._speculation, SelfSpeculation):
                 self._draft(empty_arrays(rows, 0, self.shapes.chunk, self._width), [], [])
         return len(self.shapes.decode_rows)

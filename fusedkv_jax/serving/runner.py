@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from fusedkv_jax.serving.cache_form import CacheForm
 from fusedkv_jax.serving.draws import DrawArrays, Draws, TokenDraw, draw_tokens
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.settings import ServingSettings
+from fusedkv_jax.serving.stand_ins import stand_in
+from fusedkv_jax.sharding import constrain
 
 FORKS = 8  # tokens that one program draws from one row of logits
 
@@ -50,7 +53,68 @@ class StepResult(NamedTuple):
     scores: dict[int, list[PromptScores]]
 
 
-draw = jax.jit(draw_tokens, static_argnames="k")
+class RunningStep:
+    """A step that the device computes.
+
+    Args:
+        plan: what it computes.
+        rows: places in the plan of the requests whose next tokens are drawn, in the order of
+            their stand-ins.
+        columns: tokens that are drawn for each of them.
+        found: the tokens and their log-probabilities, on the device; None if nothing is drawn.
+        last: what the device computes last, where nothing is drawn.
+        scores: those of prompts that are scored.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        rows: Sequence[int],
+        columns: int,
+        found: tuple[Int[Array, "M"], Logprobs] | None,
+        last: Array,
+        scores: dict[int, list[PromptScores]],
+    ):
+        self._plan, self._rows, self._columns = plan, rows, columns
+        self._found, self._last, self._scores = found, last, scores
+
+    @property
+    def stand_ins(self) -> list[int | None]:
+        """What stands for the token of each request of the plan, in the step after this one; None
+        where none is drawn."""
+        tokens: list[int | None] = [None] * len(self._plan.requests)
+        for row, place in enumerate(self._rows):
+            tokens[place] = stand_in(row)
+        return tokens
+
+    def result(self) -> StepResult:
+        """Wait for what it gives. Raises what has gone wrong on the device."""
+        drawn: list[list[Drawn]] = [[] for _ in self._plan.requests]
+        if self._found is None:
+            jax.block_until_ready(self._last)  # or long prompts would queue up on the device
+            return StepResult(drawn, self._scores)
+        found, drafts = jax.device_get(self._found), self._plan.drafts
+        for row, place in enumerate(self._rows):
+            first = row * self._columns
+            right = _agreement(drafts[place], found[0][first:]) if drafts else 0
+            drawn[place] = [_row(found, first + column) for column in range(right + 1)]
+        return StepResult(drawn, self._scores)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def _no_tokens(room: int) -> Int[Array, "room"]:
+    return constrain(jnp.zeros(room, jnp.int32), None)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _draw(
+    logits: Float[Array, "M V"], draws: Draws, k: int
+) -> tuple[tuple[Int[Array, "M"], Logprobs], Int[Array, "room"]]:
+    """As `draw_tokens`; and the tokens once more, for the step after this one."""
+    tokens, logprobs = draw_tokens(logits, draws, k)
+    room = draws.latest.shape[0]
+    latest = jnp.zeros(room, jnp.int32).at[: len(tokens)].set(tokens[:room])
+    return (tokens, logprobs), constrain(latest, None)
 
 
 def _draw_more(
@@ -87,18 +151,22 @@ class Runner(abc.ABC):
         self._draws = DrawArrays(form.max_model_len, mask_words)
         self._k = min(settings.max_logprobs, self.config.vocab_size)
         self._logits: Any = None  # of the rows of the last step that were sampled
+        most = max(self.shapes.decode_rows[-1], self.shapes.mixed_rows[-1])
+        with self._placement.active():
+            self._latest = _no_tokens(most)  # tokens of these rows
         self.lower_rows = self.upper_rows = 0
         self.reset()
 
-    def run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
-        """Compute a plan.
+    def start(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> RunningStep:
+        """Let the device compute a plan, behind the steps that it computes already.
 
         Args:
-            plan: what to compute; its copies come first.
+            plan: what to compute; its copies come first. Known tokens may be stand-ins for those
+                of the step before.
             draws: how the next token of each of its requests is drawn.
         """
         with self._placement.active():
-            return self._run(plan, draws)
+            return self._start(plan, draws)
 
     def draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> list[list[int]]:
         """What the model's own lower layers guess, as many tokens as the plan has room for; nothing
@@ -116,7 +184,7 @@ class Runner(abc.ABC):
             return self._warm_up()
 
     @abc.abstractmethod
-    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult: ...
+    def _start(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> RunningStep: ...
 
     @abc.abstractmethod
     def _warm_up(self) -> int: ...
@@ -132,9 +200,15 @@ class Runner(abc.ABC):
 
     @property
     def lost(self) -> bool:
-        """A step that failed has used up the pool."""
+        """A step that failed has used up the pool, or should have given it."""
         pool = getattr(self, "pool", None)
-        return pool is None or any(x.is_deleted() for x in jax.tree.leaves(pool))
+        if pool is None or any(x.is_deleted() for x in jax.tree.leaves(pool)):
+            return True
+        try:
+            jax.block_until_ready(pool)
+        except Exception:  # whatever has failed on the device, it is told where it is awaited
+            return True
+        return False
 
     def fork(self, row: int, draws: Sequence[TokenDraw]) -> list[Drawn]:
         """Further tokens from the logits of a row of the last step.
@@ -146,17 +220,22 @@ class Runner(abc.ABC):
         results = []
         for start in range(0, len(draws), FORKS):
             part = draws[start : start + FORKS]
-            made = self._draws.make(part, FORKS)
+            made = self._made(part, FORKS)
             with self._placement.active():
                 found = jax.device_get(_draw_again(self._logits, np.int32(row), made, k=self._k))
             results += [_row(found, i) for i in range(len(part))]
         return results
 
-    def _drawn(
-        self, plan: StepPlan, draws: Sequence[TokenDraw], rows: Sequence[int], columns: int = 1
-    ) -> list[list[Drawn]]:
-        """Tokens of the requests whose places are the rows of the logits, so many columns each."""
-        results: list[list[Drawn]] = [[] for _ in draws]
+    def _running(
+        self,
+        plan: StepPlan,
+        draws: Sequence[TokenDraw],
+        rows: Sequence[int],
+        scores: dict[int, list[PromptScores]],
+        columns: int = 1,
+    ) -> RunningStep:
+        """Draw for the requests whose places are the rows of the logits, so many columns each."""
+        found = None
         if rows:
             wanted = [draws[place] for place in rows]
             if plan.drafts:  # behind the last of its drafts, a request draws for nobody
@@ -166,18 +245,24 @@ class Runner(abc.ABC):
                     for draw, own in zip(wanted, drafts, strict=True)
                     for column in range(columns)
                 ]
-            made = self._draws.make(wanted, self._logits.shape[0])
-            found = jax.device_get(draw(self._logits, made, k=self._k))
-            for row, place in enumerate(rows):
-                first = row * columns
-                right = _agreement(plan.drafts[place], found[0][first:]) if plan.drafts else 0
-                results[place] = [_row(found, first + column) for column in range(right + 1)]
-        return results
+            found = self._drawn(self._logits, wanted)
+        return RunningStep(plan, rows, columns, found, self._logits, scores)
+
+    def _drawn(
+        self, logits: Float[Array, "M V"], draws: Sequence[TokenDraw]
+    ) -> tuple[Int[Array, "M"], Logprobs]:
+        """What is drawn from rows of logits, on the device, where the next step finds it too."""
+        found, self._latest = _draw(logits, self._made(draws, logits.shape[0]), k=self._k)
+        return found
+
+    def _made(self, draws: Sequence[TokenDraw], size: int) -> Draws:
+        """Draws as arrays, padded to a size."""
+        return self._draws.make(draws, size, self._latest)
 
     def _warm_up_draws(self, logits: Float[Array, "S V"]) -> None:
         """Compile what draws from so many rows."""
-        draw(logits, self._draws.make([], logits.shape[0]), k=self._k)
-        _draw_again(logits, np.int32(0), self._draws.make([], FORKS), k=self._k)
+        self._drawn(logits, [])
+        _draw_again(logits, np.int32(0), self._made([], FORKS), k=self._k)
 
     def _donated(self) -> Any:
         """The pool, for a program that takes it and gives it back."""

@@ -85,7 +85,7 @@ class Scheduler:
         # Who will start when its pages have come from host memory, and how many are missing.
         self._awaited: dict[Request, int] = {}
         self._awaited_before: dict[Request, int] = {}
-        self._seconds = 0.0  # of the shortest of the last steps
+        self._seconds = self._lasted = 0.0  # of the shortest of the last steps, and of the last
         self._accounts = type(policy).progressed is not Policy.progressed
         self.view = View(memory, self.running, self.waiting, seconds_per_page=seconds_per_page)
 
@@ -115,7 +115,9 @@ class Scheduler:
         self._queue(request)
 
     def abort(self, request: Request, now: float) -> None:
-        """Drop a request, wherever it stands."""
+        """Drop a request, wherever it stands; nothing if it has ended."""
+        if request.state is State.FINISHED:
+            return
         self.view.now = now
         if request in self.waiting:
             self.waiting.remove(request)
@@ -202,16 +204,20 @@ class Scheduler:
         plan: StepPlan,
         tokens: Sequence[int | None],
         now: float,
-        seconds: float,
+        seconds: float | None,
         ended: frozenset[Request] = frozenset(),
     ) -> list[Request]:
         """Take in what a step has generated.
 
+        Of a step that runs still, too: what comes next depends on how many tokens there are, and
+        on which only by way of `ended`.
+
         Args:
             plan: what was run; of what was drafted, `StepPlan.accept` has told what is right.
-            tokens: the next token of each of its requests; None where none was drawn.
+            tokens: the next token of each of its requests, or what stands for it; None where none
+                was drawn.
             now: seconds, after the step.
-            seconds: what the step took.
+            seconds: what the step took; None where it runs still, and `took` will tell.
             ended: requests that end with this token, for example by a stop text.
 
         Returns:
@@ -219,8 +225,7 @@ class Scheduler:
         """
         commit = self.memory.commit
         self.view.now = now
-        # A short step may follow a long one, and must not wait for as many copies.
-        self._seconds = min(seconds, 1.01 * self._seconds or seconds)
+        lasted = self._lasted if seconds is None else seconds
         due: list[Request] = []  # who ends, or calls a tool
         done: list[Request] = []
         calm = plan.calm
@@ -247,7 +252,7 @@ class Scheduler:
         if self._accounts:
             for request, count, token in zip(plan.requests, plan.counts, tokens, strict=True):
                 generated = count if plan.drafts else int(token is not None)
-                self.policy.progressed(request, count, generated, seconds)
+                self.policy.progressed(request, count, generated, lasted)
         for request in due:
             if request.generated >= request.max_tokens or request in ended:
                 request.last_token = now
@@ -258,11 +263,19 @@ class Scheduler:
             self.running[:] = [request for request in self.running if request not in done]
             for request in done:
                 self._end(request)
+        if seconds is not None:
+            self.took(plan, seconds)
+        return done
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """Take in how long a step took, for what depends on the device's pace."""
+        self._lasted = seconds
+        # A short step may follow a long one, and must not wait for as many copies.
+        self._seconds = min(seconds, 1.01 * self._seconds or seconds)
         computed = plan.tokens
         if computed > 2 * len(plan.requests) and not plan.drafts:
             rate = seconds / computed
             self.view.seconds_per_token += 0.1 * (rate - self.view.seconds_per_token)
-        return done
 
     def restart(self, now: float) -> None:
         """The pages on the device are lost: whoever holds some computes them again."""

@@ -18,6 +18,7 @@ from fusedkv_jax.serving.policy import Policy
 from fusedkv_jax.serving.shapes import StepShapes
 from fusedkv_jax.serving.speculation import Speculation
 from fusedkv_jax.sharding import MeshConfig, make_mesh
+from fusedkv_jax.validation import check_type
 
 _WITHOUT_DEVICE_MEMORY = 2**30  # bytes of the pool where the device does not tell its memory
 
@@ -53,6 +54,10 @@ class ServingSettings:
             output: `NGramSpeculation` looks them up, `SelfSpeculation` lets the lower layers draft.
             In steps with a part of a prompt nothing is drafted, nor where drafts make steps slower
             for each token (`DraftSwitch`).
+        async_scheduling: plan each step while the device computes the one before, whose tokens it
+            finds there. Outputs are the same and come faster; what arrives meanwhile begins a step
+            later. Steps wait for each other where more than the number of tokens decides what is
+            next: with speculation, structured output, scored prompts.
         policy: who comes first: a name of `POLICIES`, or a policy.
         max_logprobs: likeliest tokens that a request may ask for.
         eos_id: end-of-text token where there is no tokenizer, or instead of its own.
@@ -78,6 +83,7 @@ class ServingSettings:
     max_output_len: int | None = None
     enable_prefix_caching: bool = True
     speculation: Speculation | None = None
+    async_scheduling: bool = True
     policy: str | Policy = "fcfs"
     max_logprobs: int = 20
     eos_id: int | None = None
@@ -92,6 +98,8 @@ class ServingSettings:
                 check_whole(name, getattr(self, name), 1)
         for name in ("host_pages", "max_logprobs"):
             check_whole(name, getattr(self, name), 0)
+        for name in ("async_scheduling", "enable_prefix_caching"):
+            check_type(name, getattr(self, name), bool, ValueError)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}; use above 0, at most 1"

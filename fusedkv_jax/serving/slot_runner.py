@@ -21,10 +21,11 @@ from fusedkv_jax.serving.cache_form import CacheForm
 from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.plan import StepPlan
 from fusedkv_jax.serving.request import Request
-from fusedkv_jax.serving.runner import PromptScores, Runner, StepResult
+from fusedkv_jax.serving.runner import PromptScores, Runner, RunningStep
 from fusedkv_jax.serving.scoring import is_scored
 from fusedkv_jax.serving.settings import ServingSettings
 from fusedkv_jax.serving.shapes import powers
+from fusedkv_jax.serving.stand_ins import put_in
 
 SHORTEST_CHUNK = 16
 
@@ -93,11 +94,14 @@ def run_decodes(
     graph: nnx.GraphDef[Decoder],
     params: PyTree,
     slots: Slots,
+    latest: Int[Array, "room"],
     tokens: Int[Array, "B"],
     starts: Int[Array, "B"],
     counts: Int[Array, "B"],
 ) -> Slots:
-    """Add a token to each slot whose count is 1; the others stay as they are."""
+    """Add a token to each slot whose count is 1, or what the step before has drawn for a stand-in;
+    the others stay as they are."""
+    tokens = put_in(tokens, latest)
     cache = dataclasses.replace(slots.cache, lengths=starts)
     logits, cache = nnx.merge(graph, params).extend(tokens[:, None], counts, cache)
     assert logits is not None
@@ -139,7 +143,7 @@ class SlotRunner(Runner):
         most = min(form.step_tokens(settings), form.max_model_len)
         self._columns = powers(min(SHORTEST_CHUNK, most), most, 2)
 
-    def _run(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> StepResult:
+    def _start(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> RunningStep:
         for copy in plan.copies:  # for outputs of one prompt that part
             pair = np.int32(copy.source), np.int32(copy.target)
             self.pool = _copy(self._donated(), *pair)
@@ -155,13 +159,12 @@ class SlotRunner(Runner):
         if decoding:
             self._decode(decoding)
         rows = [place for place, wanted in enumerate(sampled) if wanted]
-        if rows:
-            index = np.zeros(self.shapes.fit(len(rows), 0)[0], np.int32)
-            index[: len(rows)] = [plan.requests[place].pages[0] for place in rows]
-            self._logits = _take(self.pool.logits, index)
+        index = np.zeros(self.shapes.fit(len(rows), 0)[0], np.int32)
+        index[: len(rows)] = [plan.requests[place].pages[0] for place in rows]
+        self._logits = _take(self.pool.logits, index)
         self.lower_rows += plan.tokens
         self.upper_rows += sum(place not in scores for place in rows)
-        return StepResult(self._drawn(plan, draws, rows), scores)
+        return self._running(plan, draws, rows, scores)
 
     def _extend(self, request: Request, count: int, is_sampled: bool) -> None:
         chunk = self._chunk(request, count)
@@ -181,7 +184,7 @@ class SlotRunner(Runner):
             (slot,) = request.pages
             (tokens[slot],) = request.tokens(request.computed, 1)
             starts[slot], counts[slot] = request.computed, 1
-        self.pool = run_decodes(*self._split, self._donated(), tokens, starts, counts)
+        self.pool = run_decodes(*self._split, self._donated(), self._latest, tokens, starts, counts)
 
     def _chunk(self, request: Request, count: int) -> SlotChunk:
         """The next `count` tokens of a request."""
@@ -205,7 +208,8 @@ class SlotRunner(Runner):
     def _warm_up(self) -> int:
         shapes = self._warm_up_prompts()
         nobody = np.zeros(self.form.count, np.int32)
-        self.pool = run_decodes(*self._split, self._donated(), nobody, nobody, nobody)
+        arrays = self._latest, nobody, nobody, nobody
+        self.pool = run_decodes(*self._split, self._donated(), *arrays)
         self.pool = _copy(self._donated(), np.int32(0), np.int32(0))
         for size in self.shapes.decode_rows:
             self._warm_up_draws(_take(self.pool.logits, np.zeros(size, np.int32)))

@@ -62,7 +62,7 @@ def test_metrics_count_what_is_drafted_and_accepted():
     speculation = fkv.NGramSpeculation(draft_tokens=3, prompt_lookup_min=1)
     served = engine(tokenizer=Json(), speculation=speculation)
     plans = []
-    served.watch = lambda plan, seconds: plans.append(plan)
+    served.watch = plans.append
     with serving(AsyncEngine(served, model_name="toy"), template=None) as running:
         body = {"prompt": [5, 6, 7] * 4, "temperature": 0, "max_tokens": 20, "ignore_eos": True}
         for _ in range(3):

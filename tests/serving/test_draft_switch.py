@@ -71,13 +71,13 @@ def test_an_engine_stops_to_draft_and_answers_as_ever(monkeypatch):
     found, shares = [], []
     for seconds in (0.1, 10.0):  # of a step with drafts; any other takes one
         served = engine(num_pages=60)
-        compute = served.runner.run
+        compute = served.runner.start
 
         def timed(plan, draws, compute=compute, seconds=seconds):
             clock.now += seconds if plan.drafts else 1.0
             return compute(plan, draws)
 
-        monkeypatch.setattr(served.runner, "run", timed)
+        monkeypatch.setattr(served.runner, "start", timed)
         found.append(outputs(run(served, given, GREEDY)))
         stats = served.stats()
         assert stats.accepted_tokens > 0 and stats.undrafted_steps > 0

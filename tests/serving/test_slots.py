@@ -63,7 +63,7 @@ def test_a_cyclic_layout_answers_as_generate_does(expected, caplog):
     with caplog.at_level(logging.INFO, "fusedkv_jax"):
         served = engine(policy=Chunks())
     begun = []
-    served.watch = lambda plan, seconds: begun.extend(
+    served.watch = lambda plan: begun.extend(
         count
         for request, count in zip(plan.requests, plan.counts, strict=True)
         if not request.computed

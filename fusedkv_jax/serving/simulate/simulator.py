@@ -16,6 +16,8 @@ def simulate(
     scheduler: Scheduler,
     step_seconds: Callable[[StepPlan], float],
     watch: Callable[[StepPlan, float, float], None] | None = None,
+    *,
+    overlaps: bool = False,
 ) -> list[Record]:
     """Serve requests to their last token.
 
@@ -26,6 +28,8 @@ def simulate(
         scheduler: an idle one.
         step_seconds: what a step takes.
         watch: called after each step with its plan, the time and what it took.
+        overlaps: a step is planned when the one before begins, as an engine with
+            `async_scheduling` does it; otherwise when it ends.
 
     Returns:
         Records of the requests, in the order in which they ended.
@@ -37,7 +41,7 @@ def simulate(
     queue = iter(requests)
     coming = next(queue, None)
     records: list[Record] = []
-    now, number = 0.0, 0
+    now, end, number = 0.0, 0.0, 0  # end: of the last step
     tokens: dict[Request, int] = {}
     while coming is not None or scheduler.unfinished:
         while coming is not None and coming.arrival <= now:
@@ -56,14 +60,16 @@ def simulate(
                 )
             continue
         seconds = step_seconds(plan)
-        now += seconds
+        begin = max(now, end)
+        end = begin + seconds
+        now = begin if overlaps else end
         drawn = [
             tokens[request] if sampled else None
             for request, sampled in zip(plan.requests, plan.sampled(), strict=True)
         ]
-        for request in scheduler.finish(plan, drawn, now, seconds):
+        for request in scheduler.finish(plan, drawn, end, seconds):
             del tokens[request]
             records.append(Record.of(request))
         if watch is not None:
-            watch(plan, now, seconds)
+            watch(plan, end, seconds)
     return records
