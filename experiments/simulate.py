@@ -77,6 +77,9 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "host_tier", 0.0, "Pages in host memory, as a multiple of the device's pages.", 0.0, 1000.0
     )
+    flags.DEFINE_bool(
+        "async_scheduling", False, "Plan each step when the one before begins, as engines do."
+    )
     flags.DEFINE_integer("max_num_seqs", 256, "Requests in a step.", 1)
     flags.DEFINE_integer("max_num_batched_tokens", 2048, "Tokens in a step.", 1)
     flags.DEFINE_float("slo_ttft", 2.0, "Objective: seconds to the first token.", 0.0)
@@ -233,6 +236,7 @@ def _run(
         scheduler,
         lambda plan: place.step_seconds(step_costs, plan, size),
         watch,
+        overlaps=FLAGS.async_scheduling,
     )
     return summarize(
         records,
