@@ -142,6 +142,29 @@ def test_nothing_is_lost_where_nothing_is_dropped():
     np.testing.assert_allclose(again(TOKENS), model(TOKENS), atol=1e-5)
 
 
+def test_windows_that_a_layout_brings_are_fitted_to_the_original_without_them():
+    model = random_decoder(small_config("mha", num_layers=4))
+    for layout in ("0s4_1s4_2_3", "0s4_1_2_3s4"):
+        fitted = uptrain.fit(model, layout, TOKENS)
+        before, after = (gap(model, one, TOKENS) for one in (uptrain.drop(model, layout), fitted))
+        assert after < 0.6 * before
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[0], r"tokens has shape \(24,\); use \[B, T\]"),
+        (TOKENS.tolist(), "tokens is list; use an array of int32"),
+        (TOKENS.at[0, 0].set(37), "tokens holds id 37; use ids from 0 to vocab_size - 1 = 36"),
+        (TOKENS[:0], r"tokens has shape \(0, 24\); give text to fit on"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        uptrain.fit(random_decoder(small_config("mha", num_layers=2)), "cla", tokens)
+
+
 def test_what_cannot_be_fitted_is_refused():
     model = random_decoder(small_config("mha", num_layers=4))
     for layout, message in (

@@ -24,6 +24,7 @@ from fusedkv_jax.interop.uptrain.sources import new_projections
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout, LayerKV
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.model.attention import Attention
+from fusedkv_jax.model.checks import check_integers, check_tokens
 from fusedkv_jax.model.mixing import chains
 from fusedkv_jax.model.parameters import FusionWeight
 from fusedkv_jax.model.rotary import Rotation
@@ -56,9 +57,13 @@ def fit(
             fewer it is 0.01.
 
     Raises:
-        ValueError: a model or a layout that is not of this kind.
+        ValueError: a model or a layout that is not of this kind, or tokens that are none.
     """
     config = fitted_config(model.config, layout)
+    check_integers("tokens", tokens, "B T")
+    check_tokens(tokens, config.vocab_size)
+    if not tokens.size:
+        raise ValueError(f"tokens has shape {tokens.shape}; give text to fit on")
     start = drop(model, config.kv_layout)
     parts = _parts(tokens)
     sources = new_projections(model, config.kv_layout, parts)
@@ -164,7 +169,8 @@ class _Fitting:
             kind: self.sources[kind, i] for kind in KINDS if (kind, i) in self.sources
         }
         strict = any(j > i for j in kv.key.sources + kv.value.sources)
-        if self.y is self.x and kv.caches and not anew:
+        same = kv.caches and not anew and kv.window == self._window(i)
+        if self.y is self.x and same:
             self.x = self.y = self._through(i, kv, rotation)
             return
         original = self.originals[i]
@@ -181,6 +187,10 @@ class _Fitting:
         self.y = self._fit_feed_forward(i, original, middle, after, x)
         self.x = x
         self._forget(i)
+
+    def _window(self, i: int) -> int | None:
+        """The original's."""
+        return self.model.config.kv_layout.layers[i].window
 
     def _through(self, i: int, kv: LayerKV, rotation: Rotation) -> list[Array]:
         """Past a layer that stays as it was."""
@@ -203,7 +213,7 @@ class _Fitting:
         for part, (x, y) in enumerate(zip(self.x, self.y, strict=True)):
             q, own = pieces.project(self.originals[i], x, rotation)
             wanted = Heads(q, own["key"], own["value"])
-            middle, x = pieces.finish(self.originals[i], x, wanted, kv.window)
+            middle, x = pieces.finish(self.originals[i], x, wanted, self._window(i))
             after.append(middle)
             x_next.append(x)
             own = pieces.project(self.layers[i], y, rotation)[1]

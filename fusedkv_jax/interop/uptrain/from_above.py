@@ -61,6 +61,6 @@ def look_ahead(
                 streams |= {(kind, i): own[kind] for kind in mine}
             q, own = project(layers[i], x, rotation)
             heads = Heads(q, own["key"], own["value"])
-            x = finish(layers[i], x, heads, layout.layers[i].window)[1]
+            x = finish(layers[i], x, heads, model.config.kv_layout.layers[i].window)[1]
         found.append(streams)
     return found
