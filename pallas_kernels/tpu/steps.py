@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -28,6 +29,7 @@ FIRST, LAST, WORK, MASKED = 1, 2, 4, 8
 _INNER, _OUTER = 4, 18  # bit offsets: 4 flags, 14 bits of the inner block, 13 of the outer
 LIMIT = 2**13  # blocks per side
 FAR = 2**30  # beyond every position
+_NONE = 2**31 - 1  # a step that sorts behind all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,25 +157,29 @@ def listed(visited: Table, full: Table, idle: bool = True) -> tuple[Array, int, 
     rows, outer, inner = visited.shape
     if max(outer, inner) > LIMIT:
         raise NotImplementedError(f"{max(outer, inner)} blocks; at most {LIMIT} are served")
-    empty = idle & ~xp.any(visited, axis=2)
-    shown = visited | (empty[:, :, None] & (xp.arange(inner) == 0))
-    before = xp.cumsum(shown, axis=2)
-    flags = FIRST * (shown & (before == 1)) + LAST * (shown & (before == before[:, :, -1:]))
+    at, row = np.arange(inner, dtype=np.int32), np.arange(outer, dtype=np.int32)[:, None]
+    first = xp.where(visited, at, inner).min(2, keepdims=True)
+    last = xp.where(visited, at, 0).max(2, keepdims=True)
+    if idle:
+        first = xp.where(first == inner, 0, first)
+    shown = visited | (at == first)
+    flags = FIRST * (at == first) + LAST * (at == last)
     flags = flags + xp.where(visited, WORK, 0) + xp.where(visited & ~full, MASKED, 0)
-    code = (xp.arange(outer)[:, None] << _OUTER) + (xp.arange(inner) << _INNER) + flags
-    code, shown = code.reshape(rows, -1).astype(np.int32), shown.reshape(rows, -1)
+    code = (row << _OUTER) + (at << _INNER) + flags
+    # Codes grow from tile to tile: sorted they are in order, with what is no step at the end.
+    order = xp.where(shown, code, _NONE)
     if xp is np:
-        length = count = int(shown.sum(1).max())
-        order = np.argsort(~shown, axis=1, kind="stable")[:, :length]
+        order = np.sort(order.reshape(rows, -1), axis=1)
     else:
-        length = outer * inner
-        count = shown.sum(1).max().astype(jnp.int32)
-        order = jnp.argsort(~shown, axis=1, stable=True)
-    ends = shown.sum(1, keepdims=True)
-    at = xp.clip(xp.arange(length), 0, xp.maximum(ends - 1, 0))
-    steps = xp.take_along_axis(code, xp.take_along_axis(order, at, axis=1), axis=1)
-    steps = xp.where(xp.arange(length) < ends, steps, steps & ~15)
-    return jnp.asarray(steps.reshape(-1).astype(np.int32)), length, count
+        # A layer of decoding makes its own table, and each operation costs it about a microsecond,
+        # however small. Without the barrier XLA reshapes every operand instead of the result.
+        order = jax.lax.sort(jax.lax.optimization_barrier(order).reshape(rows, -1), is_stable=False)
+    count = shown.sum((1, 2)).max().astype(np.int32)
+    length = int(count) if xp is np else outer * inner
+    beyond = xp.where(shown, code & ~15, 0).max((1, 2))[:, None]
+    steps = xp.where(order == _NONE, beyond, order)[:, :length]
+    steps = jnp.asarray(steps.reshape(-1).astype(np.int32))
+    return steps, length, length if xp is np else count
 
 
 def outer_block(step: Step) -> Step:

@@ -37,14 +37,19 @@ def blocked(name):
     return (*tables, seen)
 
 
-def test_parts_of_a_list_are_as_long_and_in_order():
+KNOWN = pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
+
+
+@KNOWN
+def test_parts_of_a_list_are_as_long_and_in_order(known):
     visited = np.random.default_rng(0).random((5, 7)) < 0.5
     parts = np.asarray(steps.shared(jnp.asarray(visited), 2))
     assert (parts.sum(0) == visited).all()
     count = visited.sum()
     assert parts.sum((1, 2)).tolist() == [-(-count // 2), count // 2]
     assert np.flatnonzero(parts[0]).max() < np.flatnonzero(parts[1]).min()
-    listed, length, steps_of_each = steps.listed(parts, parts, idle=False)
+    tables = parts if known else jnp.asarray(parts)
+    listed, length, steps_of_each = steps.listed(tables, tables, idle=False)
     assert steps_of_each == -(-count // 2)
     work = np.asarray(listed).reshape(2, length) & steps.WORK != 0
     assert work.sum(1).tolist() == parts.sum((1, 2)).tolist()
@@ -60,10 +65,12 @@ def test_no_visible_tile_is_dropped_and_full_tiles_hide_nothing(name):
     assert (seen.all((3, 4)) | ~full).all()
 
 
+@KNOWN
 @pytest.mark.parametrize("name", LISTED)
-def test_steps_visit_each_tile_once_and_mark_the_ends_of_every_row(name):
+def test_steps_visit_each_tile_once_and_mark_the_ends_of_every_row(name, known):
     visited, full, _ = blocked(name)
-    codes, length, count = steps.listed(visited, full)
+    tables = (visited, full) if known else (jnp.asarray(visited), jnp.asarray(full))
+    codes, length, count = steps.listed(*tables)
     codes = np.asarray(codes).reshape(len(visited), length)[:, : int(count)]
     for row, table, whole in zip(codes, visited, full, strict=True):
         work = row[row & steps.WORK != 0]
@@ -74,6 +81,9 @@ def test_steps_visit_each_tile_once_and_mark_the_ends_of_every_row(name):
             steps.outer_block(work), steps.inner_block(work)
         ]
         assert masked.all()
-        for flag in (steps.FIRST, steps.LAST):
-            ends = steps.outer_block(row[row & flag != 0])
-            assert (ends == np.arange(table.shape[0])).all()
+        shown = table | ~table.any(1, keepdims=True) & (np.arange(table.shape[1]) == 0)
+        first, last = shown.argmax(1), table.shape[1] - 1 - shown[:, ::-1].argmax(1)
+        for flag, place in ((steps.FIRST, first), (steps.LAST, last)):
+            ends = row[row & flag != 0]
+            assert (steps.outer_block(ends) == np.arange(table.shape[0])).all()
+            assert (steps.inner_block(ends) == place).all()
