@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import fusedkv_jax as fkv
 from fusedkv_jax.interop import uptrain
 from fusedkv_jax.interop.uptrain.layers import Heads
 from fusedkv_jax.interop.uptrain.least_squares import Moments, moments, nearest
@@ -102,9 +103,20 @@ def test_a_fit_is_nearer_than_dropping_projections(layout, layers):
     assert after < 0.4 * before
 
 
-def test_streams_that_are_another_layers_in_disguise_are_found():
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_streams_that_are_another_layers_in_disguise_are_found(fraction):
     """Upper layers whose keys and values are maps of layer 1's: yoco says what the model did."""
-    config = small_config("mha", num_layers=4, qk_norm=False, num_kv_heads=4)
+    rope = fkv.RopeConfig(fraction=fraction)
+    config = small_config("mha", num_layers=4, qk_norm=False, num_kv_heads=4, rope=rope)
+    # Channels that rotate together, half and half; and after them those that do not rotate.
+    first_half, second_half = (
+        ([0, 1, 2, 3], [4, 5, 6, 7])
+        if fraction == 1
+        else (
+            [0, 1, 4, 5],
+            [2, 3, 6, 7],
+        )
+    )
     model, rng = random_decoder(config), np.random.default_rng(3)
     layers = layers_of(model)
     first = nnx.merge(*layers[1])
@@ -120,10 +132,10 @@ def test_streams_that_are_another_layers_in_disguise_are_found():
             maps = rng.normal(size=(4, 8, 8)) / 8**0.5
             turn = np.exp(1j * rng.uniform(0, 2 * np.pi, (4, 4)))
             keys = np.asarray(first.attention.k_proj[...])[:, order]
-            z = (keys[..., :4] + 1j * keys[..., 4:]) * turn
-            block.attention.k_proj.set_value(
-                jnp.asarray(np.concatenate([z.real, z.imag], -1), jnp.float32)
-            )
+            z = (keys[..., first_half] + 1j * keys[..., second_half]) * turn
+            turned = np.empty_like(keys)
+            turned[..., first_half], turned[..., second_half] = z.real, z.imag
+            block.attention.k_proj.set_value(jnp.asarray(turned, jnp.float32))
             values = np.asarray(first.attention.v_proj[...])[:, order]
             block.attention.v_proj.set_value(
                 jnp.asarray(np.einsum("dkh,khi->dki", values, maps), jnp.float32)

@@ -210,6 +210,7 @@ class _Fitting:
         Streams that the new layer owns are kept; one that reads others learns how to.
         """
         after, x_next, sums = [], [], []
+        order = pieces.pair_order(self.config)
         for part, (x, y) in enumerate(zip(self.x, self.y, strict=True)):
             q, own = pieces.project(self.originals[i], x, rotation)
             wanted = Heads(q, own["key"], own["value"])
@@ -224,7 +225,8 @@ class _Fitting:
                     tuple(streams[kind, j] for j in kv.stream(kind).sources or (i,))
                     for kind in KINDS
                 )
-                found = stream_sums(wanted, keys, values)
+                ordered = wanted._replace(q=q[..., order], keys=wanted.keys[..., order])
+                found = stream_sums(ordered, tuple(key[..., order] for key in keys), values)
                 sums.append([[np.asarray(array) for array in kind] for kind in found])
         if reads:
             keys, values = (
@@ -236,7 +238,7 @@ class _Fitting:
                 kv,
                 KeySums(*keys),
                 ValueSums(*(array.astype(np.float64) for array in values)),
-                rotated=not self.config.qk_norm,
+                pairs=None if self.config.qk_norm else order,
             )
             self.layers[i] = self.layers[i][0], params
             self.weights |= {(kind, i): array for kind, array in weights.items()}

@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from fusedkv_jax.cache.calls import Piece, Rows
+from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KINDS, Kind, LayerKV
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.model.rotary import Rotation
+from fusedkv_jax.model.rotary import Rotation, rotated_channels
 from fusedkv_jax.model.transform import Layer
 
 StreamName = tuple[Kind, int]  # and the layer
@@ -46,6 +47,16 @@ def rotation_of(model: Decoder, layer: int, shape: tuple[int, ...]) -> Rotation:
     kind = kinds.index(model.config.layer_ropes[layer])
     cos, sin = rotation
     return cos[kind], sin[kind]
+
+
+def pair_order(config: ModelConfig) -> np.ndarray:
+    """The channels of a key in an order in which rotary pairs are c and c + H/2, [H].
+
+    Those that do not rotate come in pairs too: any factor moves past their rotation, which is none.
+    """
+    turning, size = rotated_channels(config.rope, config.channels), config.channels
+    channels = np.split(np.arange(turning), 2), np.split(np.arange(turning, size), 2)
+    return np.concatenate([part[half] for half in (0, 1) for part in channels])
 
 
 def attention_input(layer: Layer, x: Array) -> Array:

@@ -91,7 +91,7 @@ def stream_sums(
 
 
 def read_others(
-    layer: Layer, kv: LayerKV, keys: KeySums, values: ValueSums, rotated: bool
+    layer: Layer, kv: LayerKV, keys: KeySums, values: ValueSums, pairs: np.ndarray | None
 ) -> tuple[nnx.State, dict[Kind, Array]]:
     """A layer whose queries and output expect other streams, and weights [J, K, ...] of these.
 
@@ -100,7 +100,8 @@ def read_others(
         kv: its streams; those of its own count as read.
         keys: of the streams that it reads, and of the keys that it had.
         values: likewise.
-        rotated: keys are rotated right after their projection, so that a factor can move.
+        pairs: the order of channels that `keys` has, if keys are rotated right after their
+            projection, so that factors can move past the rotation; else None.
     """
     block = nnx.merge(*layer)
     attention = block.attention
@@ -117,7 +118,7 @@ def read_others(
                 keys.power[g],
                 keys.queries[g],
                 kv.key.weights is not None,
-                rotated,
+                pairs is not None,
             )
             value = fit_values(
                 values.gram[:, :, h],
@@ -131,8 +132,10 @@ def read_others(
     assigned = linear_sum_assignment(gain, maximize=True)[1]
     order = np.argsort(assigned)  # which head of the layer comes to each head that is read
     chosen = [fits[g, h] for h, g in enumerate(order)]
-    factors = np.stack([key.factors for key, _ in chosen])
-    _move_heads(attention, order, factors, np.stack([value.matrix for _, value in chosen]))
+    if pairs is not None:  # before they move: a factor belongs to a head that is read
+        factors = np.stack([key.factors for key, _ in chosen])[assigned]
+        _turn_queries(attention, factors, pairs)
+    _move_heads(attention, order, np.stack([value.matrix for _, value in chosen]))
     found: dict[Kind, Array] = {}
     for kind, fitted in zip(KINDS, zip(*chosen, strict=True), strict=True):
         weights = [one.weights for one in fitted if one.weights is not None]
@@ -233,15 +236,30 @@ def root_of(metric: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(metric + (1e-6 * np.trace(metric) / size + _TINY) * np.eye(size))
 
 
-def _move_heads(
-    attention: Attention, order: np.ndarray, factors: np.ndarray, maps: np.ndarray
-) -> None:
+def _turn_queries(attention: Attention, factors: np.ndarray, pairs: np.ndarray) -> None:
+    """The rotary pairs of the queries are multiplied with the conjugates of factors [K, h].
+
+    Channels c and c + h of the order `pairs` are one.
+    """
+    back = np.argsort(pairs)
+    for name in ("q_proj", "q_bias"):
+        parameter = getattr(attention, name)
+        if parameter is None:
+            continue
+        array = np.asarray(parameter[...])[..., pairs]
+        apart = array.reshape(*array.shape[:-2], len(factors), -1, array.shape[-1])
+        a, b = np.split(apart, 2, axis=-1)
+        z = (a + 1j * b) * factors.conj()[:, None]
+        turned = np.concatenate([z.real, z.imag], -1).reshape(array.shape)[..., back]
+        parameter.set_value(jnp.asarray(turned, parameter[...].dtype))
+
+
+def _move_heads(attention: Attention, order: np.ndarray, maps: np.ndarray) -> None:
     """Query heads go to other KV heads.
 
     Args:
         attention: is changed.
         order: which KV head comes to each that is read.
-        factors: [K, h], whose conjugates the rotary pairs of the queries are multiplied with.
         maps: [K, H, H], from the values that are read to those that the output projection knows.
     """
     heads = len(order)
@@ -252,15 +270,11 @@ def _move_heads(
         apart = np.asarray(array).reshape(*shape[:axis], heads, -1, *shape[axis + 1 :])
         return np.take(apart, order, axis=axis)
 
-    def turned(array: np.ndarray, shape: tuple[int, ...]) -> Array:
-        a, b = np.split(array, 2, axis=-1)
-        z = (a + 1j * b) * factors.conj()[:, None]
-        return jnp.asarray(np.concatenate([z.real, z.imag], -1).reshape(shape), array.dtype)
-
     for name, axis in (("q_proj", 1), ("q_bias", 0)):
         parameter = getattr(attention, name)
         if parameter is not None:
-            parameter.set_value(turned(moved(parameter[...], axis), parameter[...].shape))
+            array = parameter[...]
+            parameter.set_value(jnp.asarray(moved(array, axis).reshape(array.shape), array.dtype))
     out = attention.o_proj[...]
     mapped = np.einsum("khi,kgid->kghd", maps, moved(out, 0))
     attention.o_proj.set_value(jnp.asarray(mapped.reshape(out.shape), out.dtype))

@@ -16,7 +16,14 @@ from flax import nnx
 from jaxtyping import Array
 from scipy.optimize import linear_sum_assignment
 
-from fusedkv_jax.interop.uptrain.layers import Heads, attention_input, finish, project, rotation_of
+from fusedkv_jax.interop.uptrain.layers import (
+    Heads,
+    attention_input,
+    finish,
+    pair_order,
+    project,
+    rotation_of,
+)
 from fusedkv_jax.interop.uptrain.least_squares import moments, regularized
 from fusedkv_jax.interop.uptrain.reading import fit_keys, fit_values, output_metric, root_of
 from fusedkv_jax.layouts import KINDS, Kind, KVLayout
@@ -58,8 +65,8 @@ def new_projections(model: Decoder, layout: KVLayout, parts: Iterable[Array]) ->
     inputs = _Inputs({(j, i) for (_, j), of in readers.items() for i in (j, *of)})
     for tokens in parts if readers else ():
         inputs.add(model, tokens)
-    layers = layers_of(model)
-    views = {i: _View.of(layers[i], inputs.cross[i, i]) for _, i in inputs.pairs}
+    layers, order = layers_of(model), pair_order(model.config)
+    views = {i: _View.of(layers[i], inputs.cross[i, i], order) for _, i in inputs.pairs}
     found: Projections = {(kind, j): views[j].matrix(kind) for kind, j in readers}
     for _ in range(_ROUNDS):
         orders = _orders(readers, found, views, inputs)
@@ -70,7 +77,10 @@ def new_projections(model: Decoder, layout: KVLayout, parts: Iterable[Array]) ->
             )
             for (kind, j), of in readers.items()
         }
-    return found
+    back = np.argsort(order)
+    return {
+        name: matrix[..., back] if name[0] == "key" else matrix for name, matrix in found.items()
+    }
 
 
 @dataclass
@@ -113,7 +123,7 @@ class _View:
     """What a layer made of its input, and what an error there costs.
 
     Attributes:
-        keys, values: matrices [D, K, H].
+        keys, values: matrices [D, K, H], keys in the order of `pair_order`.
         queries: [K, h], squares of the queries that meet its keys, summed over tokens.
         metric: [K, H, H], squares of what its values become in the output.
         gram: [D, D], of its input.
@@ -126,13 +136,13 @@ class _View:
     gram: np.ndarray
 
     @classmethod
-    def of(cls, layer: Layer, gram: np.ndarray) -> _View:
+    def of(cls, layer: Layer, gram: np.ndarray, order: np.ndarray) -> _View:
         attention = nnx.merge(*layer).attention
         assert isinstance(attention, Attention)
         assert attention.k_proj is not None and attention.v_proj is not None
         names = ("q_proj", "k_proj", "v_proj")
         q, k, v = (np.asarray(getattr(attention, name)[...], np.float64) for name in names)
-        heads = k.shape[1]
+        q, k, heads = q[..., order], k[..., order], k.shape[1]
         squares = np.einsum("dnc,dnc->nc", q, np.tensordot(gram, q, 1))
         first, second = np.split(squares, 2, axis=-1)  # of each rotary pair
         squares = (first + second).reshape(heads, -1, q.shape[-1] // 2)
