@@ -62,7 +62,7 @@ class RunningStep:
             their stand-ins.
         columns: tokens that are drawn for each of them.
         found: the tokens and their log-probabilities, on the device; None if nothing is drawn.
-        last: what the device computes last, where nothing is drawn.
+        last: what the device computes last, where nothing is drawn; None if that has been awaited.
         scores: those of prompts that are scored.
     """
 
@@ -72,7 +72,7 @@ class RunningStep:
         rows: Sequence[int],
         columns: int,
         found: tuple[Int[Array, "M"], Logprobs] | None,
-        last: Array,
+        last: Array | None,
         scores: dict[int, list[PromptScores]],
     ):
         self._plan, self._rows, self._columns = plan, rows, columns
