@@ -72,6 +72,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_num_batched_tokens", 256, "Tokens in a step.", 1)
     flags.DEFINE_integer("page_size", 16, "Tokens of a page.", 1)
     flags.DEFINE_integer("max_model_len", None, "Tokens of a request; default the model's.", 16)
+    flags.DEFINE_bool("async_scheduling", True, "Plan each step while the one before it runs.")
     flags.DEFINE_integer("steps", 2400, "Steps of each layout, a quarter in each round.", 120)
     flags.DEFINE_integer("requests", 100, "Requests of each workload that is served; 0: none.", 0)
     flags.DEFINE_string("output_dir", "runs/calibrate", "Where the results are written.")
@@ -81,7 +82,8 @@ def main() -> None:
     import jax
 
     folder = cli.check_output(FLAGS.output_dir, folder=True)
-    names = ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "cache_dtype")
+    names = "max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len"
+    names += "cache_dtype", "async_scheduling"
     chosen: dict[str, Any] = {name: FLAGS[name].value for name in names}
     settings = serving.ServingSettings(memory="pages", **chosen)
     models = {layout: presets.get(FLAGS.preset, layout=layout) for layout in FLAGS.layout}

@@ -47,11 +47,17 @@ def run_step(
     tokens: Int[Array, "N"],
     lanes: tuple[Lane, ...],
     sampled: Int[Array, "R T"],
-) -> tuple[Any, PagedStore]:
+) -> tuple[Any, Int[Array, "N"], PagedStore]:
     """The step program: `extend_pages`, with the tokens that the step before has drawn for their
-    stand-ins. The next ones are drawn by another program, which has fewer shapes."""
+    stand-ins. The next ones are drawn by another program, which has fewer shapes.
+
+    Returns:
+        Logits, or None if nobody is sampled; the tokens; and the pool.
+    """
     tokens = put_in(tokens, latest)
-    return extend_pages(nnx.merge(graph, params), tokens, PagedCall.of(lanes), pool, sampled)
+    call = PagedCall.of(lanes)
+    logits, pool = extend_pages(nnx.merge(graph, params), tokens, call, pool, sampled)
+    return logits, tokens, pool
 
 
 _copy = jax.jit(copy_pages, donate_argnums=0)
@@ -90,7 +96,7 @@ class PageRunner(Runner):
     def _run(self, arrays: StepArrays) -> Any:
         """Run the step program; the logits of the rows that are sampled."""
         inputs = self._latest, *arrays[:3]
-        logits, self.pool = run_step(*self._split, self._donated(), *inputs)
+        logits, self._last, self.pool = run_step(*self._split, self._donated(), *inputs)
         return logits
 
     def draft(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> list[list[int]]:

@@ -62,7 +62,8 @@ class RunningStep:
             their stand-ins.
         columns: tokens that are drawn for each of them.
         found: the tokens and their log-probabilities, on the device; None if nothing is drawn.
-        last: what the device computes last, where nothing is drawn; None if that has been awaited.
+        last: something else that the step gives, which is there when it has been computed; None
+            if it has been already.
         scores: those of prompts that are scored.
     """
 
@@ -151,6 +152,7 @@ class Runner(abc.ABC):
         self._draws = DrawArrays(form.max_model_len, mask_words)
         self._k = min(settings.max_logprobs, self.config.vocab_size)
         self._logits: Any = None  # of the rows of the last step that were sampled
+        self._last: Any = None  # of what it gives, what stays
         most = max(self.shapes.decode_rows[-1], self.shapes.mixed_rows[-1])
         with self._placement.active():
             self._latest = _no_tokens(most)  # tokens of these rows
@@ -246,7 +248,7 @@ class Runner(abc.ABC):
                     for column in range(columns)
                 ]
             found = self._drawn(self._logits, wanted)
-        return RunningStep(plan, rows, columns, found, self._logits, scores)
+        return RunningStep(plan, rows, columns, found, self._last, scores)
 
     def _drawn(
         self, logits: Float[Array, "M V"], draws: Sequence[TokenDraw]

@@ -161,7 +161,7 @@ class SlotRunner(Runner):
         rows = [place for place, wanted in enumerate(sampled) if wanted]
         index = np.zeros(self.shapes.fit(len(rows), 0)[0], np.int32)
         index[: len(rows)] = [plan.requests[place].pages[0] for place in rows]
-        self._logits = _take(self.pool.logits, index)
+        self._logits = self._last = _take(self.pool.logits, index)
         self.lower_rows += plan.tokens
         self.upper_rows += sum(place not in scores for place in rows)
         return self._running(plan, draws, rows, scores)

@@ -1,5 +1,6 @@
 """Steps that are planned while the device computes the one before."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -204,3 +205,18 @@ def test_the_simulator_plans_a_step_when_the_one_before_begins():
     assert times(False) == [(1.0, 3.0), (pytest.approx(1.6), pytest.approx(3.6))]
     # The second step was planned at 0, so b begins with the third, at 2.
     assert times(True) == [(1.0, 3.0), (pytest.approx(2.6), pytest.approx(4.6))]
+
+
+@pytest.mark.parametrize("changes", [{}, {"memory": "slots", "num_pages": None}])
+def test_a_step_that_draws_nothing_is_awaited_too(changes, monkeypatch):
+    """Or all chunks of a long prompt would lie before what comes next."""
+    awaited, ready = [], jax.block_until_ready
+
+    def until_ready(tree):
+        awaited.extend(jax.tree.leaves(tree))
+        return ready(tree)
+
+    monkeypatch.setattr(jax, "block_until_ready", until_ready)
+    run(engine(max_num_batched_tokens=8, **changes), [list(range(20))], GREEDY)
+    assert len(awaited) == 2, "two of three chunks"
+    assert all(isinstance(x, jax.Array) and x.size for x in awaited)
