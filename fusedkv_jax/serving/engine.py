@@ -274,7 +274,8 @@ class Engine:
         if self._drafting is not None and any(plan.room):
             tokens = sum(map(len, result.drawn))
             self._drafting.switch.took(len(plan.requests), bool(plan.drafts), seconds, tokens)
-        self.scheduler.took(plan, seconds)
+        if self._jobs.of(plan.requests):  # else the engine may have been idle since it was over
+            self.scheduler.took(plan, seconds)
         self._jobs.keep_scores(plan, result.scores)
         self._counts["steps"] += 1
         return self._jobs.take(plan, flight.positions, result.drawn, self.runner.fork)
@@ -291,7 +292,8 @@ class Engine:
             flight.plan.requests, flight.positions, taken.tokens, strict=True
         ):
             if token is not None:
-                request.outputs[position - len(request.prompt)] = token
+                # Where nothing could be drawn, the step that follows computes token 0.
+                request.outputs[position - len(request.prompt)] = max(token, 0)
         runs = set(following.plan.requests) if isinstance(following, _Flight) else set()
         now = time.monotonic()
         for request in taken.ended:
@@ -323,15 +325,19 @@ class Engine:
         return deltas
 
     def _failed(self, plans: Sequence[StepPlan], error: Exception) -> Deltas:
-        """End the jobs of steps that raised; if they took the pool along, others begin again."""
+        """End the jobs of steps that raised; others begin again if the pool is lost, or what should
+        have been copied may be nowhere."""
         jobs = self._jobs.of(request for plan in plans for request in plan.requests)
         names = ", ".join(job.name for job in jobs)
         _log.error("a step failed; it ends the requests %s", names, exc_info=error)
         reason = f"was in a step that failed with {type(error).__name__}; the log has the cause"
         last = OutputDelta(0, finish_reason="error", error=reason)
         deltas = [delta for job in jobs for delta in self._end(job, last)]
-        if self.runner.lost:
-            self.scheduler.restart(time.monotonic())
+        now = time.monotonic()
+        for request in (request for plan in plans for request in plan.requests):
+            self.scheduler.abort(request, now)  # who was a part of them for nothing as well
+        if self.runner.lost or any(plan.copies for plan in plans):
+            self.scheduler.restart(now)
             self.runner.reset()
         return deltas
 

@@ -310,13 +310,17 @@ class PagedMemory:
                 limit -= 1
 
     def forget(self) -> None:
-        """Drop what no request holds from the device, whose contents are lost."""
+        """Drop what no request holds from both tiers, whose contents are lost, and all copies."""
+        self._copies.clear()
         while self._unread:
             node, _ = self._unread.popitem(last=False)
             self.pool.release(node.page)
             self._move(node, -1)
             if node.host_page < 0:
                 self._remove(node)
+        if self.host is not None:
+            for page in self.host.reserve(self.host.available) or ():
+                self.host.release(page)
 
     def _known(self, request: Request) -> list[Node]:
         """Nodes of what need not be computed for one that does not run."""

@@ -152,10 +152,6 @@ class Runner(abc.ABC):
         self._draws = DrawArrays(form.max_model_len, mask_words)
         self._k = min(settings.max_logprobs, self.config.vocab_size)
         self._logits: Any = None  # of the rows of the last step that were sampled
-        self._last: Any = None  # of what it gives, what stays
-        most = max(self.shapes.decode_rows[-1], self.shapes.mixed_rows[-1])
-        with self._placement.active():
-            self._latest = _no_tokens(most)  # tokens of these rows
         self.lower_rows = self.upper_rows = 0
         self.reset()
 
@@ -182,8 +178,11 @@ class Runner(abc.ABC):
 
     def warm_up(self) -> int:
         """Compile the programs of all shapes; the number of shapes."""
+        latest = self._latest  # a step may be under way
         with self._placement.active():
-            return self._warm_up()
+            shapes = self._warm_up()
+        self._latest = latest
+        return shapes
 
     @abc.abstractmethod
     def _start(self, plan: StepPlan, draws: Sequence[TokenDraw]) -> RunningStep: ...
@@ -196,18 +195,23 @@ class Runner(abc.ABC):
         """Caches without a token."""
 
     def reset(self) -> None:
-        """Empty caches, for example where a step that failed has used up the old ones."""
+        """Empty caches, for example where a step that failed has used up the old ones; and nothing
+        of what it should have given."""
+        most = max(self.shapes.decode_rows[-1], self.shapes.mixed_rows[-1])
+        self._last: Any = None  # of what the last step gives, what stays
         with self._placement.active():
+            self._latest = _no_tokens(most)  # tokens of the rows that were sampled
             self.pool: Any = self._placement.allocated(self._empty_pool)
 
     @property
     def lost(self) -> bool:
-        """A step that failed has used up the pool, or should have given it."""
+        """A step that failed has used up the pool, or should have given it or the latest tokens,
+        which every step takes."""
         pool = getattr(self, "pool", None)
         if pool is None or any(x.is_deleted() for x in jax.tree.leaves(pool)):
             return True
         try:
-            jax.block_until_ready(pool)
+            jax.block_until_ready((pool, self._latest))
         except Exception:  # whatever has failed on the device, it is told where it is awaited
             return True
         return False

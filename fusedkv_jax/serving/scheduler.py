@@ -278,14 +278,14 @@ class Scheduler:
             self.view.seconds_per_token += 0.1 * (rate - self.view.seconds_per_token)
 
     def restart(self, now: float) -> None:
-        """The pages on the device are lost: whoever holds some computes them again."""
+        """The pages are lost, in both tiers: whoever holds some computes them again."""
         self.view.now = now
         for request in list(self.running):
             self.running.remove(request)
             self._give_up(request, "recompute")
             self._queue(request)
-        for _, _, request in self.calling:
-            if request.state is State.PAUSED:
+        for request in [*self.waiting, *(request for _, _, request in self.calling)]:
+            if request.state is not State.WAITING:  # swapped out, or paused
                 self._give_up(request, "recompute")
         self.memory.forget()
 
