@@ -87,8 +87,8 @@ def test_another_layout_keeps_the_windows():
 
 
 def test_one_rotation_cannot_move_queries_of_several_kinds():
-    config = small_config("mha", nope_layers=(1,))
+    config = small_config("svformer", nope_layers=(1,))
     with pytest.raises(CompressionError, match="use reindex=False"):
         parse("streaming_llm:budget=8").check(config)
     parse("streaming_llm:budget=8,reindex=false").check(config)
-    parse("streaming_llm:budget=8").check(small_config("mha"))
+    parse("streaming_llm:budget=8").check(small_config("mha", nope_layers=(1,)))
