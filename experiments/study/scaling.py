@@ -34,7 +34,7 @@ def get_study() -> Study:
         vocab_size=VOCAB_SIZE,
         seq_len=SEQ_LEN,
         tokens_per_parameter=20,
-        # Rates are where a search begins: mostly what that of the size before ended with.
+        # Rates are where a search begins: at 0.1m and 0.4m what that of the size before ended with.
         sizes={
             "0.05m": Size(model=_model(4, 32, 88), batch_size=8, learning_rate=8e-3),
             "0.1m": Size(model=_model(4, 48, 128), batch_size=8, learning_rate=6.4e-2),
