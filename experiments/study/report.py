@@ -2,11 +2,11 @@
 
 import collections
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.study import figures, plan, records, speed, tables
 from experiments.study.grid import Study
-from experiments.study.statistics import CONFIDENCE, Line, lines
+from experiments.study.statistics import CONFIDENCE, Line, lines, without_loss
 
 
 def write(study: Study, source: pathlib.Path, target: pathlib.Path) -> str:
@@ -33,7 +33,8 @@ def markdown(study: Study, found: Sequence[records.Record]) -> str:
         of_size = [line for line in results if line.size == size]
         rates = _rates(study, found, size)
         if of_size or rates:
-            parts += [f"## {size}", "", *_size(study, size, of_size), *rates, ""]
+            lost = _lost(without_loss(study, found, size))
+            parts += [f"## {size}", "", *_size(study, size, of_size), *lost, *rates, ""]
     return "\n".join([*parts, *_where(found), ""])
 
 
@@ -85,6 +86,12 @@ def _bits(line: Line, texts: Sequence[str]) -> list[str]:
         tables.mean(line.bits_per_byte),
         *("" if bits is None else tables.mean(bits) for bits in others),
     ]
+
+
+def _lost(rows: Mapping[str, int]) -> list[str]:
+    """Names the rows that no mean has."""
+    counts = ", ".join(f"{row} ({count})" for row, count in rows.items())
+    return [f"All runs diverged, so that there is no loss: {counts}.", ""] if rows else []
 
 
 def _rates(study: Study, found: Sequence[records.Record], size: str) -> list[str]:

@@ -95,6 +95,16 @@ def lines(study: Study, found: Sequence[records.Record]) -> list[Line]:
     return result
 
 
+def without_loss(study: Study, found: Sequence[records.Record], size: str) -> dict[str, int]:
+    """Rows of a size that have no line because all their runs diverged, and how many those are."""
+    rate = plan.tuned_rate(study, records.losses(found), size, study.reference)
+    if rate is None:
+        return {}
+    by_cell = {records.cell_of(record): record for record in found}
+    rows = {row: _draws(study, by_cell, size, row, rate) for row in study.rows}
+    return {row: len(own) for row, own in rows.items() if own and not finite_losses(own)}
+
+
 def _draws(
     study: Study, by_cell: Mapping[Cell, records.Record], size: str, row: str, rate: float
 ) -> dict[Seeds, records.Record]:

@@ -297,6 +297,7 @@ def test_the_report_comes_from_records_alone(study, tmp_path):
     assert cells[6].startswith("-0.3750 ± 1.58")  # t = 12.7 for two draws: not bold
     assert "| mha | 2.5000 | 2.0000 | 2.2500 |" in text and "0.008 is used" in text
     assert "| yoco |" not in text.split("Loss by learning rate")[0]
+    assert "All runs diverged, so that there is no loss: yoco (1).\n" in text
     times = [line.split("|")[1:-1] for line in (tmp_path / "speed.md").read_text().splitlines()]
     (fused,) = ([cell.strip() for cell in row] for row in times if row and row[0] == " fusedkv ")
     assert fused[1] == "0.5" and fused[2].startswith("2.1250 ± ")
