@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.study import records
 from experiments.study.recall import worker
@@ -132,6 +133,22 @@ def test_the_report_pairs_fresh_seeds(tmp_path):
     assert fused[8:10] == ["5.500 (2)", "+0.2500 ± 0.0000"] or fused[9] == "**+0.2500 ± 0.0000**"
     assert (fused[-1], yoco[4], yoco[-1], mha[-1]) == ("yes", "", "yes", "")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_of_points_cover_nothing():
+    """Points so near to each other and to the border that names beside them would not do."""
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    places = {f"point {i}": (x, y) for i, (x, y) in enumerate([(0, 0), (0.02, 0.03), (1, 1)])}
+    axes.plot(*zip(*places.values(), strict=True), "o")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in report.name_points(axes, places)]
+    assert len(boxes) == len(axes.texts) == 3
+    for box, (name, place) in zip(boxes, places.items(), strict=True):
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1, name
+        assert not box.count_overlaps([other for other in boxes if other is not box]), name
+        x, y = axes.transData.transform(place)
+        assert min(abs(x - box.x0), abs(x - box.x1)) < 10 and abs(y - box.y0) < 30, name
 
 
 def test_forms_are_one_with_four_layers():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.study import tables
@@ -14,6 +14,8 @@ from experiments.study.statistics import CONFIDENCE, Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 FRESH = RUNGS[-1].seeds  # no layout was chosen by them
 AGAINST = ("mha", "fusedkv")
@@ -118,18 +120,19 @@ def draw(found: Sequence[Result], path: pathlib.Path) -> None:
         key=lambda pair: pair[0],
     )
     bars.barh(
-        [f"{result.name} ({result.cache:.2f})" for _, result in screened],
+        [f"{result.name} ({result.cache:.3g})" for _, result in screened],
         [accuracy for accuracy, _ in screened],
         color=[_color(result) for _, result in screened],
     )
     bars.set_xlabel(f"accuracy after {RUNGS[0].steps:,} steps, seed {RUNGS[0].seeds[0]}")
     bars.set_title("first rung (share of mha's cache)", fontsize=10)
     bars.tick_params(axis="y", labelsize=8)
+    short = {result.name: result.place for result in found if result.place}
+    long = {result.name: _middle(result) for result in found if result.accuracy and result.loss}
     for result in found:
-        if result.place:
-            first.plot(*result.place, "o", color=_color(result))
-            _name(first, result, result.place)
-        if result.accuracy and result.loss:
+        if result.name in short:
+            first.plot(*short[result.name], "o", color=_color(result))
+        if result.name in long:
             _with_ranges(later, result)
     best = sorted(result.place for result in found if result.place and result.name in front(found))
     if best:
@@ -142,22 +145,58 @@ def draw(found: Sequence[Result], path: pathlib.Path) -> None:
         axes.set_xlabel("held-out loss (nats per token)")
         axes.set_ylabel("accuracy")
         axes.grid(alpha=0.3)
+        axes.margins(0.1)
+    figure.draw_without_rendering()  # the layout must stand before names find room in it
+    for axes, places in ((first, short), (later, long)):
+        name_points(axes, places)
     figure.savefig(path, dpi=110)
 
 
+def _middle(result: Result) -> tuple[float, float]:
+    """Means of loss and accuracy."""
+    loss, accuracy = (Estimate.of([*v.values()]).mean for v in (result.loss, result.accuracy))
+    return loss, accuracy
+
+
 def _with_ranges(axes: Axes, result: Result) -> None:
-    middle = [Estimate.of([*values.values()]).mean for values in (result.loss, result.accuracy)]
+    middle = _middle(result)
     ranges = [
         [[mean - min(values.values())], [max(values.values()) - mean]]
         for mean, values in zip(middle, (result.loss, result.accuracy), strict=True)
     ]
     color = _color(result)
     axes.errorbar(*middle, *ranges[::-1], fmt="o", color=color, elinewidth=0.6, capsize=2)
-    _name(axes, result, (middle[0], middle[1]))
 
 
-def _name(axes: Axes, result: Result, place: tuple[float, float]) -> None:
-    axes.annotate(result.name, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+def name_points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> list[Annotation]:
+    """Write each name beside its point, at the first of some places where it is inside of the axes
+    and covers no other name, point or line; at the first of all if there is none."""
+    from matplotlib.transforms import Bbox
+
+    corners = [(x, y, side) for y in (4, -11, 12, -19) for x, side in ((5, "left"), (-5, "right"))]
+    points = axes.transData.transform([*places.values()])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
+    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
+    drawn = []
+
+    def free(box: Bbox) -> bool:
+        inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+        crossed = any(line.intersects_bbox(box, filled=False) for line in lines)
+        return inside and not crossed and not box.count_overlaps(taken)
+
+    for name, place in places.items():
+        tried = [
+            axes.annotate(name, place, (x, y), textcoords="offset points", fontsize=7, ha=side)
+            for x, y, side in corners
+        ]
+        boxes = [text.get_window_extent() for text in tried]
+        best = next((i for i, box in enumerate(boxes) if free(box)), 0)
+        taken.append(boxes[best])
+        drawn.append(tried[best])
+        for text in tried:
+            if text is not tried[best]:
+                text.remove()
+    return drawn
 
 
 def _color(result: Result) -> str:
