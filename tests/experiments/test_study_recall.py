@@ -176,6 +176,9 @@ def test_the_report_groups_seeds_and_says_when_they_learned(tmp_path):
         worker.write(tmp_path / "records" / f"{cell.name}.json", record)
     text = report.write(tmp_path / "records", tmp_path)
     row = next(line for line in text.splitlines() if line.startswith(f"| {cells[0].layout} |"))
+    planned = len(cells)
+    assert f"{len(like[:3])} of {planned} planned runs are there." in text and planned > 3
+    assert "64 examples of each, every answer" in text and "looks, at 16 examples of each" in text
     assert "| 0.250 to " in row and "| 0.50 0.10 | 0.00 0.30 |" in row
     assert (
         f"| {len(like[:3]) - 1} of {len(like[:3])} | {', '.join(['200'] * (len(like[:3]) - 1))} |"

@@ -60,20 +60,24 @@ def markdown(found: Sequence[Document]) -> str:
     parts = [
         "# Study: recall",
         "",
-        "Accuracy is the mean over the six recall tasks at the end of training, each answer given "
-        f"the right ones before it; the range is over seeds. A run has learned at the first of "
-        f"{worker.LOOKS} equally spaced looks with an accuracy of {LEARNED:g} or more. Attention "
-        "is that of the best head of each layer at the end, the mean over seeds: to the token "
-        "before, and to the token after an earlier place of the same token.",
+        "Accuracy is the mean over the six recall tasks at the end of training, "
+        f"{worker.EXAMPLES['final']} examples of each, every answer given the right ones before "
+        "it; the range is over seeds. A run has learned at the first of "
+        f"{worker.LOOKS} equally spaced looks, at {worker.EXAMPLES['curve']} examples of each, "
+        f"with an accuracy of {LEARNED:g} or more. Attention is that of the best head of each "
+        "layer at the end, the mean over seeds: to the token before, and to the token after an "
+        "earlier place of the same token.",
     ]
     for question in QUESTIONS:
-        rows = [_cells(group) for group in groups(question, found)]
+        runs = groups(question, found)
+        rows = [_cells(group) for group in runs]
         if rows:
+            there, planned = sum(map(len, runs)), len(question.cells)
             parts += [
                 "",
                 f"## {question.title}",
                 "",
-                question.text,
+                f"{question.text} {there} of {planned} planned runs are there.",
                 "",
                 *tables.markdown(_HEAD, rows, _WORDS),
             ]
