@@ -98,7 +98,9 @@ def _outputs(model: Decoder, batch: Batch, all_layers: bool) -> tuple[Array | No
 def _distance(mine: Array, other: Array, mask: Array) -> Array:
     """Squared distances relative to the square of `other`, averaged over layers."""
     mine, other = mine.astype(jnp.float32), other.astype(jnp.float32)
-    relative = ((mine - other) ** 2).sum(-1) / (other**2).sum(-1)  # [L, B, T]
+    size = (other**2).sum(-1)  # [L, B, T]
+    # Padding is token 0, whose embedding some models keep at zero: its gradient would be NaN.
+    relative = ((mine - other) ** 2).sum(-1) / jnp.where(size > 0, size, 1.0)
     return jnp.where(mask, relative.mean(0), 0.0).sum()
 
 

@@ -71,6 +71,29 @@ def test_chunks_change_no_gradient(pair, batch):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_padding_that_a_teacher_embeds_as_zeros_gives_no_gradient(pair, batch):
+    model, teacher = (nnx.clone(one) for one in pair)
+    for one in (model, teacher):  # as PyTorch leaves the row of a padding token
+        one.embedding[...] = one.embedding[...].at[0].set(0)
+    padding = batch["loss_mask"] == 0
+    padded = batch | {
+        "tokens": jnp.where(padding, 0, jnp.maximum(batch["tokens"], 1)),
+        "segment_ids": jnp.where(padding, -1, 1),
+    }
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def gradient(padded):
+        def loss(params):
+            config = DistillationConfig(hidden=1.0)
+            return distillation_loss(nnx.merge(graphdef, params), teacher, padded, config)[0]
+
+        return jax.tree.leaves(jax.grad(loss)(params))
+
+    other = padded | {"tokens": jnp.where(padding, 5, padded["tokens"])}
+    for one, another in zip(gradient(padded), gradient(other), strict=True):
+        np.testing.assert_allclose(one, another, atol=1e-5)
+
+
 def test_training_brings_a_model_nearer_to_its_teacher(toy, pair, tmp_path):
     config = dataclasses.replace(
         toy,
