@@ -61,7 +61,7 @@ def keep_tokenizer(name: str, workdir: pathlib.Path) -> str:
     kept = kept_tokenizer(name, workdir)
     if name == _BYTE:
         return name
-    if kept == name:
+    if not (workdir / FOLDER / SUMS).is_file():
         _copy(pathlib.Path(name).expanduser(), workdir / FOLDER)
         return kept_tokenizer(name, workdir)
     if pathlib.Path(name).expanduser().exists():

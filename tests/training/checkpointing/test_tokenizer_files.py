@@ -45,6 +45,7 @@ def test_the_copy_serves_from_anywhere_with_its_chat_template(run, monkeypatch):
     assert tokenizers.load(copy).fingerprint == original.fingerprint
     assert chat.load_template(copy).render([{"role": "user", "content": "x"}]) == "x"
     assert keep_tokenizer(name, workdir) == copy  # the original is not needed any more
+    assert keep_tokenizer(copy, workdir) == copy  # and the copy may be named itself
     sums = ["sha256sum", "-c", "--quiet", "SHA256SUMS"]
     subprocess.run(sums, cwd=copy, check=True)
 
