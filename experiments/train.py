@@ -115,7 +115,8 @@ def _initial(config: training.ExperimentConfig, start: models.Start) -> fkv.Deco
     from fusedkv_jax.sharding import MeshConfig, make_mesh
 
     tokens = models.training_tokens(config.data, FLAGS.fit_tokens)
-    with jax.set_mesh(make_mesh(MeshConfig(devices=1))):
+    # Each of several processes by itself: least squares are one device's work.
+    with jax.set_mesh(make_mesh(MeshConfig(devices=1), jax.local_devices())):
         return start.load(config.model, tokens)
 
 

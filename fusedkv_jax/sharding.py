@@ -190,6 +190,20 @@ def put_batch(batch: Mapping[str, ArrayLike], mesh: Mesh) -> dict[str, jax.Array
     }
 
 
+def spread(array: jax.Array, sharding: NamedSharding, may_alias: bool | None = None) -> jax.Array:
+    """An array that every process has whole, split over all of them.
+
+    Args:
+      array: the same on all processes.
+      sharding: of the result.
+      may_alias: as for `jax.device_put`.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding, may_alias=may_alias)
+    # `device_put` takes no array there that is committed to a device, such as a restored one.
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array), array.shape)
+
+
 @functools.lru_cache
 def process_rows(mesh: Mesh) -> tuple[int, int]:
     """Which rows of every batch this process feeds: part `index` of `count` equal parts.

@@ -2,19 +2,21 @@
 
 import collections
 import dataclasses
+import hashlib
 import pathlib
 import time
 from collections.abc import Callable
 
 import grain
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
 from fusedkv_jax import costs, data, processes
 from fusedkv_jax.data import sources, tokenizers
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.sharding import make_mesh, process_rows, put_batch
+from fusedkv_jax.sharding import make_mesh, process_rows, put_batch, spread
 from fusedkv_jax.training.checkpointing.checkpoints import Checkpoints
 from fusedkv_jax.training.checkpointing.lock import lock_workdir
 from fusedkv_jax.training.checkpointing.manifest import CheckpointError
@@ -224,7 +226,7 @@ class _Run:
             return restored
         params = None
         if self.options.initial is not None:
-            params = nnx.state(processes.together(self.options.initial), nnx.Param)
+            params = _parameters("initial model", processes.together(self.options.initial))
         return self.program.create(params), 0
 
     def _announce(self, progress: Progress, state: TrainState, step: int) -> None:
@@ -311,9 +313,10 @@ class _Run:
         """What each step is given besides state and batch: the teacher, placed as compiled."""
         if self.options.teacher is None:
             return ()
-        params = (nnx.state(self.options.teacher, nnx.Param),)
-        place = lambda leaf, like: jax.device_put(leaf, like.sharding)  # noqa: E731
-        return jax.tree.map(place, params, self.program.constants)
+        params = (_parameters("teacher", self.options.teacher),)
+        return jax.tree.map(
+            lambda leaf, like: spread(leaf, like.sharding), params, self.program.constants
+        )
 
     def _settle(self, running: int) -> None:
         """Wait until at most so many steps are on the device, and look at those that are done."""
@@ -393,6 +396,17 @@ class _Run:
             )
         else:
             progress.print(f"saved step {step} in {self.workdir}")
+
+
+def _parameters(what: str, model: Decoder) -> nnx.State:
+    """Those of a model that every process has; refuses one that is not the same on all."""
+    params = nnx.state(model, nnx.Param)
+    if jax.process_count() > 1:
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(params):
+            digest.update(np.asarray(leaf).tobytes())
+        processes.check_same(what, {"sha256": digest.hexdigest()}, first_difference)
+    return params
 
 
 def _nbytes(tree: PyTree) -> int:

@@ -10,7 +10,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.sharding import automatic, batch_sharding, check_batch, parameter_shardings
+from fusedkv_jax.sharding import (
+    automatic,
+    batch_sharding,
+    check_batch,
+    parameter_shardings,
+    spread,
+)
 from fusedkv_jax.training import distillation
 from fusedkv_jax.training.config import ExperimentConfig
 from fusedkv_jax.training.early_exit import make_objective
@@ -76,9 +82,7 @@ class TrainProgram:
         added, drawn = nnx.split_state(state.params, nnx.LoRAParam, ...)
         placed = jax.tree.map(
             # A copy: steps donate what they are given, and the caller's model would be gone.
-            lambda given, drawn: jax.device_put(
-                given.astype(drawn.dtype), drawn.sharding, may_alias=False
-            ),
+            lambda given, drawn: spread(given.astype(drawn.dtype), drawn.sharding, may_alias=False),
             params,
             drawn,
         )

@@ -15,10 +15,21 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from experiments.common import models
 from fusedkv_jax import data
+from fusedkv_jax.interop import uptrain
+from fusedkv_jax.model import Decoder
 from fusedkv_jax.sharding import MeshConfig
-from fusedkv_jax.training import Checkpoints, TrainConfig, make_optimizer, train
+from fusedkv_jax.training import (
+    Checkpoints,
+    TrainConfig,
+    load_model,
+    make_optimizer,
+    save_model,
+    train,
+)
 from fusedkv_jax.training.checkpointing import manifest
 from fusedkv_jax.training.checkpointing.directory import committed_steps
 from fusedkv_jax.training.checkpointing.lock import lock_workdir
@@ -193,6 +204,30 @@ def test_four_processes_stopped_killed_and_changed_in_number(config, tmp_path, c
     assert _losses(parts) == wanted
     for x, y in zip(_saved(config, parts), _saved(config, whole), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_a_run_to_another_layout_and_learn_from_it(config, tmp_path):
+    original, run = Decoder(config.model, rngs=nnx.Rngs(3)), tmp_path / "run"
+    save_model(original, config, run)
+    results = _run(
+        config,
+        tmp_path / "two",
+        2,
+        f"--init_from={run}",
+        "--config.model.layout=cla",
+        "--fit_tokens=256",
+        "--config.distillation.logits=1",
+        "--config.train.steps=1",
+        "--config.train.eval_batches=0",
+        "--config.optimizer.learning_rate=1e-30",
+    )
+    assert [code for code, _, _ in results] == [0, 0], results
+    expected = uptrain.fit(original, "cla", models.training_tokens(config.data, 256))
+    found = load_model(tmp_path / "two")[0]
+    pair = (jax.tree.leaves(nnx.state(one, nnx.Param)) for one in (found, expected))
+    for one, other in zip(*pair, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
 
 
 def _check_resaved(config, workdir, folder) -> None:

@@ -48,8 +48,11 @@ def unplain(abstract: PyTree, plain: PyTree) -> PyTree:
 
 
 def with_sharding(tree: PyTree, shardings: PyTree = None) -> PyTree:
-    """Say where each abstract array goes: as in `shardings` or its own; else the default device."""
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Say where each abstract array goes: as in `shardings` or its own; else the default device.
+
+    That is one of this process: each of several processes then has all of the array.
+    """
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if shardings is None:
         shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or default, tree)
     return jax.tree.map(
