@@ -18,7 +18,7 @@ import fusedkv_jax as fkv
 from experiments.common import cli
 from fusedkv_jax import interop, training
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.data import DataConfig
+from fusedkv_jax.data import DataConfig, tokenizers
 from fusedkv_jax.layouts import KINDS, KVLayout
 from fusedkv_jax.training import ExperimentConfig
 
@@ -129,13 +129,16 @@ def with_tokenizer(loaded: Loaded, tokenizer: str) -> Loaded:
 
 
 def with_text(loaded: Loaded) -> Loaded:
-    """The same, known to have text to evaluate on.
+    """The same, known to have text to evaluate on, and a tokenizer whose ids the model has.
 
     Raises:
       ValueError: it has none.
     """
     if loaded.step is None and loaded.config.data.holdout_fraction < 1:
         raise ValueError(f"--source is missing; {loaded.where} has no held-out text of its own")
+    # A program would take an id that is too large for the last one, and give a loss.
+    tokenizer = tokenizers.load(loaded.config.data.tokenizer)
+    tokenizers.check_vocab_size(tokenizer, loaded.config.model.vocab_size)
     return loaded
 
 
@@ -257,14 +260,21 @@ def is_run(path: str) -> bool:
 
 
 def run_config(path: str) -> ExperimentConfig:
-    """The configuration of a training run, without reading weights."""
+    """The configuration of a training run, as `load_run` gives it, without reading weights.
+
+    Raises:
+      ValueError: there is no checkpoint, or the run's copy of its tokenizer is damaged.
+    """
     from fusedkv_jax.training.checkpointing import manifest
+    from fusedkv_jax.training.checkpointing.tokenizer_files import kept_tokenizer
 
     directory = training.checkpoint_directory(path)
     steps = training.committed_steps(directory)
     if not steps:
         raise ValueError(f"there is no checkpoint in {path}; train there first")
-    return ExperimentConfig.from_dict(manifest.read(directory / str(steps[-1])).config)
+    config = ExperimentConfig.from_dict(manifest.read(directory / str(steps[-1])).config)
+    data = dataclasses.replace(config.data, tokenizer=kept_tokenizer(config.data.tokenizer, path))
+    return dataclasses.replace(config, data=data)
 
 
 def experiment(name: str, model: ModelConfig, tokenizer: str) -> ExperimentConfig:
@@ -294,13 +304,19 @@ def _placed(model: fkv.Decoder, mesh: Mesh) -> fkv.Decoder:
 
 
 def training_tokens(config: DataConfig, count: int) -> Array:
-    """Whole sequences of the training text, at least so many tokens, [B, T] int32."""
+    """Whole sequences of the training text, at least so many tokens, [B, T] int32.
+
+    Each of several processes has all of them.
+    """
+    import grain
     import jax.numpy as jnp
     import numpy as np
 
     from fusedkv_jax import data
 
-    batches, rows = data.make_train_iterator(config), -(-count // config.seq_len)
+    everything = grain.sharding.ShardOptions(shard_index=0, shard_count=1)
+    batches = data.make_train_iterator(config, shard=everything)
+    rows = -(-count // config.seq_len)
     found: list[np.ndarray] = []
     while len(found) < rows:
         found.extend(next(batches)["tokens"])

@@ -202,8 +202,8 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}, outside "
-            f"the model's vocabulary of {vocab_size}; set vocab_size to at least "
-            f"{tokenizer.vocab_size}"
+            f"the model's vocabulary of {vocab_size}; use the model's own, or set vocab_size to at "
+            f"least {tokenizer.vocab_size}"
         )
 
 

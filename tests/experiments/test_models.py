@@ -56,6 +56,8 @@ def test_programs_take_a_folder(folder, tmp_path):
     assert json.loads(evaluated.splitlines()[-1])["loss"] > 0
     with pytest.raises(commands.Refused, match="--source is missing"):
         commands.run_here("evaluate", [model])
+    with pytest.raises(commands.Refused, match="ids up to 257, outside the model's vocabulary"):
+        commands.run_here("evaluate", [model, text, "--tokenizer=byte"])
 
 
 def test_a_folder_becomes_a_run_and_a_folder_again(folder, tmp_path):
@@ -157,6 +159,11 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(folder, tmp_path, 
     shutil.rmtree(start)
     commands.run_here("train", [*here, "--config.train.steps=2"])
     assert load_model(run)[2] == 2
+    # Its own copy of the tokenizer is what another run begins with.
+    assert models.Start(str(run), tmp_path).tokenizer == str(run / "tokenizer")
+    if window is None:
+        next_run = [arguments[0], f"--init_from={run}", *arguments[2:], "--config.train.steps=1"]
+        commands.run_here("train", [*next_run, f"--workdir={tmp_path / 'next'}"])
     with pytest.raises(commands.Refused, match="start"):
         commands.run_here("train", [*arguments, f"--workdir={tmp_path / 'other'}"])
     with pytest.raises(commands.Refused, match="--teacher is missing; --init_from=.* no longer"):

@@ -103,7 +103,7 @@ def test_finished_run_reports_evaluates_and_is_not_trained_again(toy, tmp_path, 
 
 def test_vocabulary_must_hold_the_tokenizer(toy, tmp_path):
     config = dataclasses.replace(toy, model=toy.model.replace(vocab_size=200))
-    with pytest.raises(ValueError, match="set vocab_size to at least 258"):
+    with pytest.raises(ValueError, match="or set vocab_size to at least 258"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
