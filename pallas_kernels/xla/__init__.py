@@ -98,7 +98,9 @@ def _forward(
         return out.astype(q.dtype), lse
 
     places = tiles.places(mask, q.shape[1], sources[0].length)
-    out, lse = _over_batch(chunk, blocks.batch, (q, sources[0], places))
+    # What lies in a stacked array has its rows on the second axis: rows by rows it is cut out.
+    streams = sources[0] if blocks.batch == q.shape[0] else _apart(sources[0])
+    out, lse = _over_batch(chunk, blocks.batch, (q, streams, places))
     out, lse = named(out, lse)
     return (out, lse), (q, sources, mask, out, lse)
 

@@ -88,6 +88,25 @@ def test_schedules_follow_the_shape(shape, schedule):
     assert blocks.schedule == schedule and batch % blocks.batch == 0
 
 
+@pytest.mark.parametrize("format", ["float32", "int8"])
+def test_streams_of_a_cache_are_read_some_rows_at_a_time(format):
+    """A few tokens of several rows against a long cache: more scores than are computed at once."""
+    rng, size = np.random.default_rng(0), 8
+    q = jnp.asarray(rng.normal(size=(4, 9, 16, size)), jnp.float32)
+    data = jnp.asarray(rng.normal(size=(2, 4, 2048, 4, size)), jnp.float32)
+    plan = BlockPlan.choose(q.shape, data.shape[1:], xla.Mask(causal=True))
+    assert plan.batch < len(q)
+    scale = None
+    if format == "int8":
+        stored = pallas_kernels.quantize(data)
+        data, scale = stored.data, stored.scale[..., 0]
+    sources = [pallas_kernels.Stacked(data, slot, size, scale) for slot in (0, 1)]
+    options = {"kv_lengths": jnp.array([2000, 2048, 100, 9])}
+    attend = functools.partial(pallas_kernels.attention, q, sources[:1], sources[1:], **options)
+    expected = attend(implementation="reference")
+    np.testing.assert_allclose(attend(implementation="xla"), expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_a_stream_of_a_cache_is_read_where_it_lies(together):
     """Values and gradients are those of the stream cut out; no copy of it is made."""
