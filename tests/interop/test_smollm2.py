@@ -1,7 +1,5 @@
 """A real model, SmolLM2-135M-Instruct in 4 bits: the same predictions and text as transformers."""
 
-import pathlib
-import re
 import subprocess
 import sys
 
@@ -13,6 +11,7 @@ import fusedkv_jax as fkv
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import load_template
 from fusedkv_jax.interop import load_gguf, save_gguf_tokenizer, save_huggingface
+from tests.docs.make import ROOT, make_chat
 from tests.interop import smollm2
 
 pytestmark = pytest.mark.slow
@@ -23,13 +22,11 @@ NEW_TOKENS = 24
 
 def test_make_chat_answers(tmp_path):
     """What the target runs, with the model given: each time the same, as it draws nothing."""
-    root = pathlib.Path(__file__).parents[2]
-    target = (root / "Makefile").read_text().partition("experiments.generate --chat")[2]
-    arguments = re.findall(r"--(?!model)\S+", target.partition("$(ARGS)")[0])
+    arguments = make_chat()
     command = [sys.executable, "-m", "experiments.generate", "--chat", f"--model={smollm2.path()}"]
     run = subprocess.run(
         [*command, *arguments],
-        cwd=root,
+        cwd=ROOT,
         input="What is the capital of France?\n",
         capture_output=True,
         text=True,
