@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.cache.calls import Call
-from fusedkv_jax.cache.stores import RingStore
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model.decoder import Decoder
 from fusedkv_jax.model.stack import Queries, run_layers
@@ -51,11 +50,6 @@ def begin_draft(model: Decoder, cache: KVCache, length: int) -> Draft:
                 f"speculation cannot take back what a rejected token has changed in a"
                 f" {type(store).__name__}, or reads it in another way than single tokens do; use it"
                 " without this compression"
-            )
-        if isinstance(store, RingStore) and store.keys.shape[2] < length:
-            raise ValueError(
-                f"drafts of {length - 1} tokens do not fit in a window of"
-                f" {store.keys.shape[2]} tokens; use a smaller draft_tokens"
             )
     config = model.config
     streams = _later(config, cache, jnp.zeros_like(cache.lengths), length)
