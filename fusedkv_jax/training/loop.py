@@ -22,7 +22,7 @@ from fusedkv_jax.training.checkpointing.lock import lock_workdir
 from fusedkv_jax.training.checkpointing.manifest import CheckpointError
 from fusedkv_jax.training.checkpointing.tokenizer_files import keep_tokenizer, kept_tokenizer
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
-from fusedkv_jax.training.divergence import DivergenceCheck
+from fusedkv_jax.training.divergence import LIMIT_AT_END, DivergenceCheck
 from fusedkv_jax.training.evaluation import evaluate, make_eval_step
 from fusedkv_jax.training.interrupts import Alarm, Interrupts
 from fusedkv_jax.training.memory import check_memory, step_bytes
@@ -120,7 +120,7 @@ def train(
         raise ValueError(f"workdir {workdir} is a file; name a directory")
     source = sources.absolute(config.data.source)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    profile = ProfileWindow(workdir / "profile", profile_steps)
+    profile = ProfileWindow(workdir / "profile", profile_steps, config.train.steps)
     arguments = config.to_dict() | {"workdir": str(workdir), "profile_steps": profile_steps}
     processes.check_same("configuration", arguments, first_difference)
     teaching = None if teacher is None else teacher.config
@@ -260,7 +260,7 @@ class _Run:
         self.goodput.switch("compilation")
         start = time.perf_counter()
         compiled = self.program.lower().compile()
-        check_memory("a training step", step_bytes(compiled))
+        check_memory("a training step", step_bytes(compiled, self.program.mesh))
         progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
         progress.restart_clock()
         return compiled
@@ -328,9 +328,11 @@ class _Run:
     def _worth_saving(self, step: int, evaluated: dict[str, float], last: bool) -> bool:
         """Whether the parameters may be good: keep no diverged state in place of one that is."""
         self._settle(0)
-        if last:
+        if step >= self.config.train.steps:
             self.divergence.finish(step, evaluated)
-        return last or self.divergence.in_a_row == 0
+            return True
+        # An interrupted run goes on, and learns then whether it has diverged.
+        return self.divergence.in_a_row < (LIMIT_AT_END if last else 1)
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.train.steps or _is_multiple(step, every)
@@ -383,6 +385,13 @@ class _Run:
     def _confirm_last_checkpoint(self, progress: Progress, step: int) -> None:
         self.checkpoints.wait()
         saved = self.checkpoints.latest_step
+        if self.divergence.in_a_row >= LIMIT_AT_END and step < self.config.train.steps:
+            progress.print(
+                f"{self.interrupts.agreed}: step {step} is not saved, as the last "
+                f"{self.divergence.in_a_row} losses or gradients are not finite; run the same "
+                f"command again to go on from {'the start' if saved is None else f'step {saved}'}"
+            )
+            return
         if saved != step:
             raise CheckpointError(
                 f"step {step} could not be saved in {self.workdir}, whose newest checkpoint is "

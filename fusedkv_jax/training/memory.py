@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+from jax.sharding import Mesh
 
 _REMEDY = (
     "lower data.batch_size or data.seq_len, raise train.grad_accumulation, set model.remat=full, "
@@ -36,8 +37,13 @@ def check_memory(what: str, nbytes: float) -> None:
         )
 
 
-def step_bytes(compiled: jax.stages.Compiled) -> float:
-    """What a compiled step holds at once on this process's devices; 0 where that is not known."""
+def step_bytes(compiled: jax.stages.Compiled, mesh: Mesh) -> float:
+    """What a compiled step holds at once on this process's devices; 0 where that is not known.
+
+    Args:
+      compiled: the step.
+      mesh: what it is spread over; the other devices of the process hold nothing.
+    """
     analysis = compiled.memory_analysis()
     if analysis is None:
         return 0.0
@@ -47,7 +53,7 @@ def step_bytes(compiled: jax.stages.Compiled) -> float:
         + analysis.temp_size_in_bytes
         - analysis.alias_size_in_bytes
     )
-    return one * jax.local_device_count()
+    return one * len(mesh.local_devices)
 
 
 def _memory() -> float:

@@ -5,11 +5,14 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from fusedkv_jax.sharding import MeshConfig, make_mesh
 from fusedkv_jax.training import DivergedError, memory, train
 from fusedkv_jax.training.checkpointing.directory import committed_steps
 from fusedkv_jax.training.divergence import LIMIT, DivergenceCheck
+from fusedkv_jax.training.interrupts import Interrupts
 
 
 def test_a_bad_batch_passes_and_a_row_of_them_does_not(toy):
@@ -55,6 +58,35 @@ def test_a_diverging_run_fails_with_valid_metrics_and_keeps_the_last_good_checkp
     norms = [json.loads(line, parse_constant=refuse)["train/grad_norm"] for line in lines]
     assert len(norms) == 8 and norms[0] > 0 and norms[1:] == [None] * 7
     assert committed_steps(tmp_path / "checkpoints") == [1]  # by time, and none that is worse
+
+
+def test_a_run_that_is_interrupted_among_bad_steps_goes_on_from_before_them(
+    toy, tmp_path, monkeypatch, capsys
+):
+    config = dataclasses.replace(
+        toy,
+        optimizer=dataclasses.replace(toy.optimizer, learning_rate=1e30, warmup_steps=0),
+        train=dataclasses.replace(toy.train, checkpoint_every=0, checkpoint_minutes=1e-9),
+    )
+    polls = iter([None] * 5 + ["SIGTERM"])
+
+    def poll(interrupts):
+        interrupts.agreed = next(polls)
+        return interrupts.agreed
+
+    monkeypatch.setattr(Interrupts, "poll", poll)
+    result = train(config, tmp_path)
+    assert (result.step, result.interrupted) == (6, "SIGTERM")
+    assert committed_steps(tmp_path / "checkpoints") == [1]
+    printed = capsys.readouterr().out
+    assert "SIGTERM: step 6 is not saved, as the last 5 losses" in printed
+    assert "go on from step 1" in printed
+
+
+def test_devices_that_a_run_does_not_use_hold_nothing():
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(1000)).compile()
+    assert jax.local_device_count() > 1
+    assert 8000 <= memory.step_bytes(compiled, make_mesh(MeshConfig(devices=1))) < 12000
 
 
 def test_what_the_machine_cannot_hold_is_refused_before_it_is_tried(toy, tmp_path, monkeypatch):

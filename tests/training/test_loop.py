@@ -114,6 +114,11 @@ def test_profiled_steps_must_be_a_range(toy, tmp_path, steps):
         train(toy, tmp_path / "run", profile_steps=steps)
 
 
+def test_profiled_steps_must_be_steps_of_the_run(toy, tmp_path):
+    with pytest.raises(ValueError, match="profile_steps=41:42, and the run has 40 steps"):
+        train(toy, tmp_path / "run", profile_steps=(41, 42))
+
+
 def test_workdir_must_not_be_a_file(toy, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="file is a file; name a directory"):

@@ -11,17 +11,24 @@ from fusedkv_jax import processes
 class ProfileWindow:
     """Traces the steps `first` to `last` of process 0, for TensorBoard or Perfetto.
 
+    Of a run that goes on between them, those that are left.
+
     Args:
       directory: where the trace goes.
       steps: first and last step, counted from 1; None traces nothing.
+      total: steps of the run.
 
     Raises:
-      ValueError: the steps are no range.
+      ValueError: the steps are no range, or the run ends before them.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None) -> None:
-        if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ValueError(f"profile_steps={steps[0]}:{steps[1]}; use 1 <= first <= last")
+    def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None, total: int) -> None:
+        if steps is not None:
+            text = f"profile_steps={steps[0]}:{steps[1]}"
+            if not 1 <= steps[0] <= steps[1]:
+                raise ValueError(f"{text}; use 1 <= first <= last")
+            if steps[0] > total:
+                raise ValueError(f"{text}, and the run has {total} steps; use some of them")
         self._directory, self._steps = directory, steps if processes.is_first() else None
         self._active = False
 
@@ -37,7 +44,7 @@ class ProfileWindow:
         if self._active and step >= self._steps[1]:
             jax.block_until_ready(pending)
             self.end()
-        elif step == self._steps[0] - 1:
+        elif not self._active and self._steps[0] - 1 <= step < self._steps[1]:
             jax.block_until_ready(pending)
             jax.profiler.start_trace(str(self._directory))
             self._active = True
