@@ -21,6 +21,11 @@ from fusedkv_jax import processes, training
 
 FLAGS = flags.FLAGS
 
+# Two tokenizers that divide this alike, into the same ids, are one.
+_SAMPLE = (
+    "The quick brown fox jumps over 13 lazy dogs; größer, 注意:\n\tprint('x' * 2048)  # e.g.\n"
+)
+
 
 def define_flags() -> None:
     """Define the flags."""
@@ -127,7 +132,9 @@ def _teacher(config: training.ExperimentConfig, start: models.Start | None) -> f
             raise ValueError("--teacher goes with --config.distillation.logits or .hidden")
         return None
     if FLAGS.teacher is not None:
-        return models.Start(FLAGS.teacher, pathlib.Path(FLAGS.workdir) / "teacher").original()
+        teacher = models.Start(FLAGS.teacher, pathlib.Path(FLAGS.workdir) / "teacher")
+        _check_tokens(config, teacher)
+        return teacher.original()
     if start is None:
         raise ValueError("--teacher is missing; --config.distillation compares with one")
     if start.path != FLAGS.init_from:
@@ -136,6 +143,24 @@ def _teacher(config: training.ExperimentConfig, start: models.Start | None) -> f
             "compares with, is no longer there"
         )
     return start.original()
+
+
+def _check_tokens(config: training.ExperimentConfig, teacher: models.Start) -> None:
+    """Refuse a teacher to which the ids of the text mean something else."""
+    from fusedkv_jax.data import tokenizers
+    from fusedkv_jax.training.checkpointing.tokenizer_files import kept_tokenizer
+
+    mine = tokenizers.load(kept_tokenizer(config.data.tokenizer, FLAGS.workdir))
+    try:
+        other = tokenizers.load(teacher.tokenizer)
+    except (ValueError, FileNotFoundError):
+        return  # weights alone
+    # By what they do: a tokenizer.json that another version has written is another file.
+    if mine.encode(_SAMPLE) != other.encode(_SAMPLE):
+        raise ValueError(
+            f"--teacher={teacher.path} has another tokenizer ({other.name}) than the text "
+            f"({mine.name}); choose a teacher with the same one"
+        )
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

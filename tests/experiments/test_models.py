@@ -191,6 +191,12 @@ def test_a_conversion_is_fitted_and_learns_from_its_original(folder, tmp_path):
     learns = "--config.distillation.logits=1"
     fitted = [*arguments, "--fit_tokens=256", learns, "--config.distillation.hidden=1"]
     commands.run_here("train", fitted)
+    commands.run_here("train", [*arguments, learns, f"--teacher={folder}"])
+    other = shutil.copytree(folder, tmp_path / "other")
+    swapped = (other / "tokenizer.json").read_text().replace('"a":', '"?":').replace('"b":', '"a":')
+    (other / "tokenizer.json").write_text(swapped.replace('"?":', '"b":'))
+    with pytest.raises(commands.Refused, match="--teacher=.*other has another tokenizer"):
+        commands.run_here("train", [*fitted, f"--teacher={other}"])
     with pytest.raises(commands.Refused, match="--teacher goes with --config.distillation"):
         commands.run_here("train", [*arguments, f"--teacher={folder}"])
     with pytest.raises(commands.Refused, match="--teacher is missing"):
