@@ -47,8 +47,8 @@ class Estimate:
 def paired(ours: Losses, theirs: Losses) -> Estimate | None:
     """Ours minus theirs on the draws that both have; None if there are none.
 
-    Runs of one draw start from one seed and see the same batches, so the difference varies less
-    than either.
+    Runs of one draw start from one seed and see the same batches, so that a part of what draws
+    differ by cancels. Not all: roundings and the layouts themselves lead runs apart.
     """
     common = sorted(ours.keys() & theirs.keys())
     return Estimate.of([ours[draw] - theirs[draw] for draw in common]) if common else None
