@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import PyTree
 
 from fusedkv_jax.cache import KVCache, cache_shardings
@@ -29,6 +29,27 @@ def _allocation(
     return jax.jit(create, out_shardings=cache_shardings(jax.eval_shape(create), mesh))
 
 
+def mesh_workers() -> int:
+    """Parts in which the mesh that is set takes prompts; 1 without one. Known while tracing.
+
+    Raises:
+        MeshError: as `Placement.of`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    _check_axes(mesh)
+    return mesh.shape["context"]
+
+
+def _check_axes(mesh: Mesh | AbstractMesh) -> None:
+    if sorted(mesh.axis_names) != sorted(AXES):
+        raise MeshError(
+            f"mesh has axes {', '.join(map(str, mesh.axis_names))}; generation needs"
+            f" {', '.join(AXES)}, as fusedkv_jax.sharding.make_mesh gives them"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """A mesh, or none for a single device."""
@@ -46,11 +67,7 @@ class Placement:
             mesh = jax.sharding.get_mesh()
             if mesh.empty:
                 return cls()
-        if sorted(mesh.axis_names) != sorted(AXES):
-            raise MeshError(
-                f"mesh has axes {', '.join(map(str, mesh.axis_names))}; generation needs"
-                f" {', '.join(AXES)}, as fusedkv_jax.sharding.make_mesh gives them"
-            )
+        _check_axes(mesh)
         types = (AxisType.Auto,) * len(mesh.axis_names)
         return cls(Mesh(mesh.devices, mesh.axis_names, axis_types=types))
 

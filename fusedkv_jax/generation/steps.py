@@ -21,7 +21,7 @@ from fusedkv_jax.cache import KVCache
 from fusedkv_jax.compression.compressor import Chunk, Compressor
 from fusedkv_jax.generation.compressed_prefill import run_compressed
 from fusedkv_jax.generation.parts import Parts, part_ends
-from fusedkv_jax.generation.placement import Placement
+from fusedkv_jax.generation.placement import mesh_workers
 from fusedkv_jax.generation.settings import check_model
 from fusedkv_jax.model import Decoder, check_room, extend_in_parts
 from fusedkv_jax.model.checks import check_integers, known
@@ -76,24 +76,23 @@ def prefill(
     check_room(model.config, tokens, lengths, cache)
     graph, state = nnx.split(model)
     counts = known(lengths)
-    if parts is None:
-        if compression is None:
-            logits, cache = extend(graph, state, tokens, lengths, cache)
-        else:
-            compression.check(model.config)
-            _check_empty(cache, "compression")
-            whole = Chunk(tokens, lengths, tokens.shape[1])
-            logits, cache = run_compressed(
-                (graph, state), model.config, compression, [whole], cache
-            )
-        if counts is None or (counts == 0).any():
-            logits = jnp.where((lengths > 0)[:, None], logits, jnp.nan)
-        return logits, cache
-    if compression is not None:
+    if parts is not None and compression is not None:
         raise ValueError("parts and compression exclude each other; give one")
-    _check_empty(cache, "prefill in parts")
-    ends = part_ends(tokens.shape[1], Placement.of(None).workers, parts)
-    return extend_parts(graph, state, tokens, lengths, cache, ends)
+    if parts is not None:
+        _check_empty(cache, "prefill in parts")
+        ends = part_ends(tokens.shape[1], mesh_workers(), parts)
+        logits, cache = extend_parts(graph, state, tokens, lengths, cache, ends)
+    elif compression is not None:
+        compression.check(model.config)
+        _check_empty(cache, "compression")
+        whole = Chunk(tokens, lengths, tokens.shape[1])
+        logits, cache = run_compressed((graph, state), model.config, compression, [whole], cache)
+    else:
+        logits, cache = extend(graph, state, tokens, lengths, cache)
+    assert logits is not None
+    if counts is None or (counts == 0).any():
+        logits = jnp.where((lengths > 0)[:, None], logits, jnp.nan)
+    return logits, cache
 
 
 def decode_step(

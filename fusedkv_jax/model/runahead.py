@@ -26,7 +26,7 @@ from fusedkv_jax.cache.storage import Slot, Storage, Tree, select
 from fusedkv_jax.cache.stores import LinearStore, storage_of
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import Kind
-from fusedkv_jax.model.decoder import Decoder
+from fusedkv_jax.model.decoder import Decoder, valid_rows
 from fusedkv_jax.model.stack import Queries, run_layers
 from fusedkv_jax.model.streams import Streams
 from fusedkv_jax.sharding import RULES, MeshError, active_mesh, spec
@@ -91,7 +91,9 @@ def extend_in_parts(
     queries = Queries(model.rotation(positions), positions)
     upper = config.kv_layout.prefill_depth, config.num_layers
     x, streams, *_ = run_layers(model.layers(), x, streams, queries, upper)
-    return model.logits(model.normed(x))[:, -1], streams.close()
+    cache = streams.close().advanced(valid_rows(tokens, count, config.vocab_size))
+    x = jnp.where(cache.overflowed[:, None, None], jnp.nan, x)  # as `Decoder.extend` tells of them
+    return model.logits(model.normed(x))[:, -1], cache
 
 
 def check_parts(config: ModelConfig, cache: KVCache) -> None:

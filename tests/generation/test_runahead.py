@@ -266,6 +266,18 @@ def test_prefill_takes_parts_for_an_empty_cache():
             extend_in_parts(model, tokens, lengths, empty(config, 1), (2, 4, 8))
 
 
+def test_rows_that_cannot_be_have_no_logits_in_parts_either():
+    """No token, and an id outside the vocabulary that only the program sees."""
+    config = small.config("mha", num_layers=2)
+    model, lengths = small.decoder(config), jnp.asarray([8, 0, 8], jnp.int32)
+    tokens = small.tokens(3, 8).at[2, 3].set(small.VOCAB)
+    with jax.set_mesh(mesh_of(2)):
+        run = jax.jit(lambda *rows: fkv.prefill(model, *rows, empty(config), "equal"))
+        found, cache = run(tokens, lengths)
+    assert np.isnan(found).all(1).tolist() == [False, True, True]
+    assert np.asarray(cache.overflowed).tolist() == [False, False, True]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiles_for_tpus():
