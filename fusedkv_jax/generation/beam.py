@@ -75,6 +75,7 @@ def beam_search(
     engine = OfflineEngine(model, tokenizer, EngineSettings(**settings))
     requests, _ = make_requests(model.config, prompts, plain, engine.codec)
     together = max(1, engine.settings.batch_size // params.beam_width)
+    together = min(together, engine.settings.most_rows)  # of prefill: a row for each prompt
     order = sorted(requests, key=lambda request: len(request.prompt))
     completions = {}
     for first in range(0, len(order), together):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fusedkv_jax as fkv
+from fusedkv_jax.generation import chunked_prefill
 from tests.model import small
 
 VOCAB, STOP, MOST = 4, 0, 4
@@ -151,3 +152,22 @@ def test_one_beam_is_greedy(model):
 def test_values_out_of_bounds_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}=.*; use"):
         fkv.BeamSearchParams(**{field: value})
+
+
+def test_steps_of_prefill_keep_within_their_budget(model, monkeypatch):
+    """The arrays of a step, padding included: never more rows than it may have tokens."""
+    sizes, params = [], fkv.BeamSearchParams(beam_width=2, max_tokens=2)
+    extend = chunked_prefill.extend
+
+    def counted(graph, weights, tokens, *rest):
+        sizes.append(tokens.size)
+        return extend(graph, weights, tokens, *rest)
+
+    monkeypatch.setattr(chunked_prefill, "extend", counted)
+    found = fkv.beam_search(model, PROMPTS, params, max_num_batched_tokens=4)
+    assert max(sizes) == 4
+    whole = fkv.beam_search(model, PROMPTS, params)
+    assert max(sizes) > 4
+    assert [[x.token_ids for x in c.outputs] for c in found] == [
+        [x.token_ids for x in c.outputs] for c in whole
+    ]
