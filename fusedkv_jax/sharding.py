@@ -190,16 +190,10 @@ def put_batch(batch: Mapping[str, ArrayLike], mesh: Mesh) -> dict[str, jax.Array
     }
 
 
-def spread(array: jax.Array, sharding: NamedSharding, may_alias: bool | None = None) -> jax.Array:
-    """An array that every process has whole, split over all of them.
-
-    Args:
-      array: the same on all processes.
-      sharding: of the result.
-      may_alias: as for `jax.device_put`.
-    """
+def spread(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, and that is the same on all, split over them."""
     if jax.process_count() == 1:
-        return jax.device_put(array, sharding, may_alias=may_alias)
+        return jax.device_put(array, sharding)
     # `device_put` takes no array there that is committed to a device, such as a restored one.
     return jax.make_array_from_process_local_data(sharding, np.asarray(array), array.shape)
 

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -81,8 +82,9 @@ class TrainProgram:
             return state
         added, drawn = nnx.split_state(state.params, nnx.LoRAParam, ...)
         placed = jax.tree.map(
-            # A copy: steps donate what they are given, and the caller's model would be gone.
-            lambda given, drawn: spread(given.astype(drawn.dtype), drawn.sharding, may_alias=False),
+            # A copy, by the host: steps donate what they are given, and the caller's model would be
+            # gone, as `device_put` to several devices leaves the given array on the first of them.
+            lambda given, drawn: spread(np.array(given, drawn.dtype), drawn.sharding),
             params,
             drawn,
         )

@@ -77,3 +77,17 @@ def test_the_loss_in_chunks_trains_alike(toy):
     chunked = _changed(wide, train={"logits_mib": 1})
     wanted = _run(wide, MeshConfig(devices=1))[1]
     np.testing.assert_allclose(_run(chunked, MeshConfig(devices=1))[1], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh_config", [*MESHES.values(), MeshConfig(axis_types="explicit")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_training_starts_from_stays(toy, toy_params, mesh_config, dtype):
+    config = _changed(toy, data={"batch_size": 8}, model={"param_dtype": dtype})
+    given = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), toy_params)
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        params = TrainProgram(config, mesh).create(given).params
+        kept = jax.tree.map(np.asarray, given)
+        jax.tree.map(lambda leaf: leaf.delete(), params)  # as a step does that is given them
+    for leaf, expected in zip(*map(jax.tree.leaves, (given, kept)), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
