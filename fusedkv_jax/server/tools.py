@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+
+import msgspec
 
 from fusedkv_jax.generation.structured import StructuredOutputsError, StructuredOutputsParams
 from fusedkv_jax.server.errors import ApiError
@@ -120,6 +121,14 @@ class _Elements:
                     yield self._element
 
 
+class _Call(msgspec.Struct):
+    """An element of the array; arguments stay as they are written: 1e999 is a number of JSON, and
+    an infinity is none."""
+
+    name: str
+    arguments: msgspec.Raw
+
+
 @dataclass
 class CallReader:
     """Finds calls in a text that comes in pieces.
@@ -137,9 +146,8 @@ class CallReader:
         """OpenAI's `tool_calls` of a chunk, for the next piece of text."""
         if self.named is None:
             for element in self._array.push(text):
-                call = json.loads(element)
-                arguments = json.dumps(call["arguments"], ensure_ascii=False)
-                yield self._begin(call["name"], arguments)
+                call = msgspec.json.decode(element, type=_Call)
+                yield self._begin(call.name, bytes(call.arguments).decode())
         elif not self.calls:
             yield self._begin(self.named, text)
         elif text:

@@ -75,7 +75,7 @@ def test_answers_and_streams_of_calls(monkeypatch):
         called = [
             (call.function.name, call.function.arguments) for call in choice.message.tool_calls
         ]
-        assert called == [("look", r'{"x": 7, "b": "\"]}{"}'), ("stop", "{}")]
+        assert called == [("look", r'{"x":7,"b":"\"]}{"}'), ("stop", "{}")]
         assert toy.engine.served[-1].structured_outputs.kind == "json"
         streamed = {}
         for chunk in create(**asked, tool_choice="required", stream=True):
@@ -87,6 +87,14 @@ def test_answers_and_streams_of_calls(monkeypatch):
         # A call that is cut is not shown, those before it are.
         (cut,) = create(**asked, tool_choice="required", max_tokens=60).choices
         assert cut.finish_reason == "length" and len(cut.message.tool_calls) == 1
+
+
+def test_arguments_of_calls_are_as_the_model_writes_them():
+    """Numbers among them, which a Python float would round or turn into what no JSON has."""
+    reader = ForcedCalls({"look": {}}, named=False).reader()
+    arguments = '{"x":1e999,"y":0.10,"z":' + "7" * 5000 + ',"b":"ü\\u00fc"}'
+    (call,) = reader.push(f'[{{"name":"look","arguments":{arguments}}}]')
+    assert call["function"] == {"name": "look", "arguments": arguments}
 
 
 def test_a_named_function_gets_its_arguments_as_they_come(monkeypatch):
