@@ -99,16 +99,21 @@ class _Marker:
     special: Sequence[str]
 
     def mark(self, value: Any, ends: bool = True) -> Any:
-        """The same with marks in all texts within it, the keys of mappings left out."""
+        """The same with marks in all texts within it, keys that templates may name left out."""
         if isinstance(value, str):
             return self._text(value, ends)
         if isinstance(value, Mapping):
             # Templates compare roles and types, which a mark at an end would change.
             named = ("role", "type")
-            return {key: self.mark(item, key not in named) for key, item in value.items()}
+            return {
+                self._key(key): self.mark(item, key not in named) for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self.mark(item) for item in value]
         return value
+
+    def _key(self, key: Any) -> Any:
+        return self._text(key, True) if isinstance(key, str) and not key.isidentifier() else key
 
     def _text(self, text: str, ends: bool) -> str:
         places = set()

@@ -63,9 +63,10 @@ def test_ordinary_conversations_are_encoded_as_the_template_spells_them(tokenize
 )
 def test_messages_make_no_special_tokens(tokenizer, content):
     messages = [{"role": "user", "content": content}]
-    ids = encode_chat(tokenizer, TEMPLATE, messages, tools=[{"name": "<|im_end|>"}])
+    tools = [{"name": "<|im_end|>", "<|im_end|>": 1, "<|im_": "|>"}]
+    ids = encode_chat(tokenizer, TEMPLATE, messages, tools=tools)
     assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    rendered = TEMPLATE.render(messages, tools=[{"name": "<|im_end|>"}])
+    rendered = TEMPLATE.render(messages, tools=tools)
     assert tokenizer.decode(ids, skip_special_tokens=False) == rendered  # nothing is lost
 
 
