@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -72,15 +73,20 @@ class Prompts:
             raise ApiError(400, f"{taken[0]} is no variable to set", param="chat_template_kwargs")
         if tools is not None:
             variables["tools"] = tools
-        encode = functools.partial(
-            encode_chat,
-            self.tokenizer,
-            self.template,
-            [_plain(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **variables,
-        )
-        return await self._apart(encode, "messages")
+        variables["add_generation_prompt"] = add_generation_prompt
+        encode = functools.partial(encode_chat, self.tokenizer, self.template, **variables)
+        plain = [_plain(message) for message in messages]
+        read = [_with_read_calls(message) for message in plain]
+
+        def work() -> list[int]:
+            try:
+                return encode(read)
+            except ChatError:
+                if read == plain:
+                    raise
+                return encode(plain)  # a few templates are written for the text of arguments
+
+        return await self._apart(work, "messages")
 
     def spell(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones included. Raises ValueError."""
@@ -119,3 +125,23 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise ApiError(400, "content is no text; give a text or text parts", param="messages")
     return plain
+
+
+def _with_read_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls of tools have their arguments as mappings, which most templates write
+    as JSON; as the text that OpenAI has them in, they would be quoted once more."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_read_arguments(call) for call in calls]}
+
+
+def _with_read_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        read = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call  # a call that a model has spoiled, as it has written it
+    return {**call, "function": {**function, "arguments": read}} if isinstance(read, dict) else call

@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from fusedkv_jax.data.chat import ChatTemplate
 from tests.server.fake import TEXT, FakeEngine
 from tests.server.running import Running, serving
 
@@ -85,6 +86,29 @@ def test_tools_pass_through_the_template(sdk, toy):
         {"role": "tool", "tool_call_id": "1", "content": "found"},
     ]
     assert sdk.chat.completions.create(model="toy", messages=turns, tools=tools, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "written, arguments, shown",
+    [
+        ("{{ call.arguments | tojson }}", '{"city": "Paris"}', '{"city": "Paris"}'),
+        ("{{ call.arguments | tojson }}", "", "{}"),
+        ("{{ call.arguments | tojson }}", "{spoiled", '"{spoiled"'),
+        ("{{ '`' + call.arguments + '`' }}", '{"city": "Paris"}', '`{"city": "Paris"}`'),
+    ],
+)
+def test_calls_of_earlier_turns_are_shown_as_the_model_has_made_them(written, arguments, shown):
+    """OpenAI has the arguments as a text, and most templates write them as JSON."""
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{% set call = c.function %}"
+        + written
+        + "{% endfor %}{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": arguments}}
+    body = {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+    with serving(FakeEngine(), template=ChatTemplate(source)) as running:
+        tokens = running.http.post("/tokenize", json=body).json()["tokens"]
+    assert bytes(tokens).decode() == shown
 
 
 def test_template_variables(toy):
