@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +12,12 @@ import msgspec
 
 from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.server.generation import Generation, Grown
+from fusedkv_jax.server.prompts import Spelled
 
 # A token, and the log-probabilities at its place; none at the first of a prompt.
 Place = tuple[int, PlaceLogprobs | None]
 Scores = tuple[PlaceLogprobs | None, ...]
-Spell = Callable[[Sequence[int]], str]
+Spell = Callable[[int], Spelled]
 DONE = b"data: [DONE]\n\n"
 _LEAST = -9999.0  # stands for minus infinity, which JSON has not; vLLM's
 
@@ -66,7 +66,7 @@ class Answer:
         name: its id.
         model: as it is served.
         asked: which log-probabilities it shows.
-        spell: text of tokens, special ones included.
+        spell: text and bytes of a token, special ones included.
     """
 
     kind = chunk_kind = ""
@@ -132,11 +132,6 @@ class Answer:
         """A chunk's choice; None while there is nothing to show."""
         raise NotImplementedError
 
-    def spelled(self, token: int, place: PlaceLogprobs | None) -> str:
-        """A token's text."""
-        known = None if place is None else place[token].decoded_token
-        return self.spell([token]) if known is None else known
-
     def likeliest(self, place: PlaceLogprobs) -> list[int]:
         """The likeliest tokens at a place, as many as were asked for."""
         found = [token for token, entry in place.items() if entry.rank <= (self.asked.top or 0)]
@@ -151,7 +146,11 @@ class Answer:
             None
             if place is None
             else {
-                str(other): {**dataclasses.asdict(entry), "logprob": _finite(entry.logprob)}
+                str(other): {
+                    "logprob": _finite(entry.logprob),
+                    "rank": entry.rank,
+                    "decoded_token": self.spell(other).text,
+                }
                 for other, entry in place.items()
             }
             for place in self.scores[prompt]
@@ -216,7 +215,7 @@ class CompletionAnswer(Answer):
         return text, [] if scores is None else list(zip(tokens, scores, strict=True))
 
     def _logprobs(self, index: int, places: list[Place]) -> dict[str, Any]:
-        texts = [self.spelled(token, place) for token, place in places]
+        texts = [self.spell(token).text for token, _ in places]
         offsets = []
         offset = self._offsets.get(index, 0)
         for text in texts:
@@ -228,13 +227,14 @@ class CompletionAnswer(Answer):
             "token_logprobs": [
                 None if place is None else _finite(place[token].logprob) for token, place in places
             ],
-            "top_logprobs": [None if place is None else self._top(place) for _, place in places],
+            "top_logprobs": [place and self._top(token, place) for token, place in places],
             "text_offset": offsets,
         }
 
-    def _top(self, place: PlaceLogprobs) -> dict[str, float]:
-        likeliest = self.likeliest(place)
-        return {self.spelled(token, place): _finite(place[token].logprob) for token in likeliest}
+    def _top(self, chosen: int, place: PlaceLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the chosen one where it is none of them."""
+        shown = dict.fromkeys([*self.likeliest(place), chosen])
+        return {self.spell(token).text: _finite(place[token].logprob) for token in shown}
 
 
 class ChatAnswer(Answer):
@@ -270,9 +270,9 @@ class ChatAnswer(Answer):
 
     def _logprob(self, token: int, place: PlaceLogprobs) -> dict[str, Any]:
         def entry(token: int) -> dict[str, Any]:
-            text = self.spelled(token, place)
+            text, raw = self.spell(token)
             value = _finite(place[token].logprob)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            return {"token": text, "logprob": value, "bytes": None if raw is None else list(raw)}
 
         return {**entry(token), "top_logprobs": [entry(t) for t in self.likeliest(place)]}
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
@@ -18,16 +18,32 @@ _T = TypeVar("_T")
 _RESERVED = {"messages", "add_generation_prompt", "tools", "tokenizer", "template"}
 
 
+class Spelled(NamedTuple):
+    """A token as a client sees it.
+
+    Attributes:
+        text: U+FFFD where it is a part of a character.
+        raw: its bytes, which join to the characters; None where the tokenizer does not tell them.
+    """
+
+    text: str
+    raw: bytes | None
+
+
 class Prompts:
     """Makes prompts; a long one does not hold up the streams of others.
 
     Args:
         tokenizer: as `fusedkv_jax.generate` takes it.
         template: of conversations; None for a model that has none.
+
+    Attributes:
+        spell: what a token is to a client, special ones included; raises ValueError.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate | None):
         self.tokenizer, self.template = tokenizer, template
+        self.spell = functools.lru_cache(1 << 16)(self._spell)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "prompts")
 
     async def texts(
@@ -88,13 +104,16 @@ class Prompts:
 
         return await self._apart(work, "messages")
 
-    def spell(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones included. Raises ValueError."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+    def _spell(self, token: int) -> Spelled:
+        text = self.tokenizer.decode([token], skip_special_tokens=False)
+        if hasattr(self.tokenizer, "decode_bytes"):
+            return Spelled(text, self.tokenizer.decode_bytes([token]) or text.encode())
+        return Spelled(text, None if "\ufffd" in text else text.encode())
 
     async def decode(self, tokens: Sequence[int]) -> str:
-        """The same, apart. Raises ApiError."""
-        return await self._apart(functools.partial(self.spell, tokens), "tokens")
+        """Text of tokens, special ones included, apart. Raises ApiError."""
+        decode = functools.partial(self.tokenizer.decode, tokens, skip_special_tokens=False)
+        return await self._apart(decode, "tokens")
 
     def close(self) -> None:
         """End the thread."""

@@ -6,7 +6,9 @@ import json
 import jsonschema
 
 import fusedkv_jax as fkv
+from fusedkv_jax.data import tokenizers
 from fusedkv_jax.serving import AsyncEngine
+from tests.data.test_tokenizers import train_bpe
 from tests.server.running import serving
 from tests.serving.served import GREEDY, LONGEST, PAGE, Json, engine, prompts, run
 
@@ -58,6 +60,19 @@ def test_clients_get_what_the_engine_gives():
             assert running.metric(gauge, **auth) == 0
 
 
+def test_log_probabilities_tell_special_tokens(tmp_path):
+    path = train_bpe(tmp_path / "tokenizer.json", ("<s>", "</s>"), pad=False)
+    served = engine(tokenizer=tokenizers.load(str(path)))
+    with serving(AsyncEngine(served, model_name="toy"), template=None) as running:
+        body = {"prompt": [0, 3, 1], "echo": True, "logprobs": 1, "prompt_logprobs": 0}
+        body |= {"logit_bias": {"1": 100}, "max_tokens": 1, "ignore_eos": True}
+        (choice,) = running.http.post("/v1/completions", json=body).json()["choices"]
+    tokens, top = choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]
+    assert tokens[0] == "<s>" and tokens[2:] == ["</s>"] * 2
+    assert all("</s>" in place for place in top[2:])  # it was drawn, however unlikely
+    assert choice["prompt_logprobs"][2]["1"]["decoded_token"] == "</s>"
+
+
 def test_metrics_count_what_is_drafted_and_accepted():
     speculation = fkv.NGramSpeculation(draft_tokens=3, prompt_lookup_min=1)
     served = engine(tokenizer=Json(), speculation=speculation)
@@ -93,4 +108,6 @@ def _check_echo(document):
         entry = likely[place][str(token)]
         assert found["token_logprobs"][place] == entry["logprob"] < 0
         assert entry["decoded_token"] == "abcd"[place]
-        assert 2 <= len(likely[place]) <= 3 and len(found["top_logprobs"][place]) == 2
+        assert 2 <= len(likely[place]) <= 3
+        shown = {entry["decoded_token"]: entry["logprob"] for entry in likely[place].values()}
+        assert found["top_logprobs"][place] == shown  # the token itself among them

@@ -179,7 +179,9 @@ def test_logprobs(sdk):
     places = sdk.chat.completions.create(top_logprobs=2, **asked).choices[0].logprobs.content
     assert [place.token for place in places] == ["G", "r"]
     assert [top.token for top in places[0].top_logprobs] == ["G", "H"]
-    assert places[0].bytes == [71]
+    more = sdk.chat.completions.create(**asked | {"max_tokens": 6}).choices[0].logprobs.content
+    assert [place.token for place in more[2:4]] == ["\ufffd"] * 2  # halves of a character
+    assert bytes(byte for place in more for byte in place.bytes).decode() == "Grüß"
     assert not sdk.chat.completions.create(**asked).choices[0].logprobs.content[0].top_logprobs
     chunks = sdk.chat.completions.create(stream=True, top_logprobs=1, **asked)
     joined = [
