@@ -32,8 +32,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "source",
         None,
-        "File, folder or glob to evaluate on, all of it; default the held-out split of the run's "
-        "data.",
+        "File, folder or glob to evaluate on: all of it, or of shards their held-out split. "
+        "Default: the held-out split of the run's data.",
     )
     flags.DEFINE_integer(
         "max_batches", None, "Evaluate on the first so many batches only.", lower_bound=1

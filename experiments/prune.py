@@ -31,7 +31,10 @@ def define_flags() -> None:
     """Define the flags."""
     models.define_flags("Directory of a training run whose layout fuses streams.")
     flags.DEFINE_string(
-        "source", None, "Text to calibrate and evaluate on, all of it; --model needs it."
+        "source",
+        None,
+        "Text to calibrate and evaluate on: all of it, or of shards their held-out split; "
+        "--model needs it.",
     )
     flags.DEFINE_multi_float(
         "budget", [1.25, 1.0], "Cache reads to reach, of one stream a layer; may be repeated."

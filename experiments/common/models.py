@@ -84,8 +84,8 @@ def load(mesh: Mesh | None = None, source: str | None = None, layout: str | None
 
     Args:
       mesh: where the parameters go, split over it; None for the default device.
-      source: text to evaluate on, all of it, instead of the run's held-out text. A model without
-        a run needs it wherever text is read.
+      source: text to evaluate on instead of the run's held-out text: all of it, or of shards
+        their held-out split. A model without a run needs it wherever text is read.
       layout: layout of --model; default the original's.
 
     Raises:

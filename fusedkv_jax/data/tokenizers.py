@@ -95,8 +95,9 @@ class HuggingFaceTokenizer:
     """A Hugging Face `tokenizer.json`, run by the `tokenizers` library.
 
     The special tokens are those that a `tokenizer_config.json` beside the file names as
-    bos_token, eos_token and pad_token, else the usual spellings. Truncation, padding and
-    templates that the file prescribes are off: a document's ids are those of its text.
+    bos_token, eos_token and pad_token, else the usual spellings; a BOS or padding token that it
+    names null is missing. Truncation, padding and templates that the file prescribes are off: a
+    document's ids are those of its text.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -131,7 +132,12 @@ class HuggingFaceTokenizer:
         # Ids may have gaps, so the count of entries is not enough.
         self.vocab_size = max(vocabulary.values()) + 1
         named = _special_token_names(file.parent / "tokenizer_config.json")
-        special = {kind: _find_id(vocabulary, named.get(kind), kind) for kind in _SPELLINGS}
+        if named.get("eos", "") is None:  # documents need one all the same
+            del named["eos"]
+        special = {
+            kind: _find_id(vocabulary, [named[kind]] if kind in named else spellings)
+            for kind, spellings in _SPELLINGS.items()
+        }
         if special["eos"] is None:
             raise ValueError(
                 f"{file}: no end-of-text token found; name it as eos_token in a "
@@ -215,23 +221,26 @@ _SPELLINGS = {
 }
 
 
-def _find_id(vocabulary: dict[str, int], named: str | None, kind: str) -> int | None:
-    names = _SPELLINGS[kind] if named is None else (named,)
-    return next((vocabulary[name] for name in names if name in vocabulary), None)
+def _find_id(vocabulary: Mapping[str, int], names: Sequence[str | None]) -> int | None:
+    return next(
+        (vocabulary[name] for name in names if name is not None and name in vocabulary), None
+    )
 
 
-def _special_token_names(config: pathlib.Path) -> dict[str, str]:
-    """Reads {"bos": "<s>", ...} from a tokenizer_config.json; empty if there is none."""
+def _special_token_names(config: pathlib.Path) -> dict[str, str | None]:
+    """Reads {"bos": "<s>", "pad": None} from a tokenizer_config.json: None for a token that it says
+    there is none of, nothing for what it does not name; empty if there is no such file."""
     if not config.is_file():
         return {}
     try:
         entries = json.loads(config.read_text(encoding="utf-8"))
-        tokens = {kind: entries.get(f"{kind}_token") for kind in _SPELLINGS}
-    except (ValueError, AttributeError, RecursionError):
+        names = {kind: f"{kind}_token" for kind in _SPELLINGS}
+        tokens = {kind: entries[name] for kind, name in names.items() if name in entries}
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{config}: not a JSON object") from None
     # An entry is a string, or an object (AddedToken) whose "content" is the string.
     texts = ((k, t.get("content") if isinstance(t, dict) else t) for k, t in tokens.items())
-    return {kind: token for kind, token in texts if isinstance(token, str)}
+    return {kind: token for kind, token in texts if isinstance(token, str | None)}
 
 
 def _check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> None:

@@ -129,7 +129,12 @@ class FusedKV(TemplateLM):
             requests: (context and continuation as texts, or None; their tokens each).
         """
         # The last token is scored, never read; what is too long loses its beginning.
-        rows = [(context + new)[-self.max_length - 1 :] for _, context, new in requests]
+        # A context of spaces alone has no tokens where texts do not begin with BOS: lm-eval has
+        # moved the spaces to the continuation, which follows what no context stands for.
+        rows = [
+            [*(context or [self.prefix_token_id]), *new][-self.max_length - 1 :]
+            for _, context, new in requests
+        ]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as progress:

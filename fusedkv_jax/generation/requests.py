@@ -96,8 +96,11 @@ class Codec:
         return encode_prompt(self.tokenizer, text, add_special_tokens=self.add_special_tokens)
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Tokens of each word, at the beginning of a text and after a space, as vLLM excludes
-        them."""
+        """Tokens of each word, as it is written and after a space.
+
+        This excludes more than vLLM does, which leaves a word after a space alone where that has
+        another number of tokens than the word at the beginning of a text.
+        """
         tokenizer = self.tokenizer
         if tokenizer is None:
             return ()

@@ -74,7 +74,8 @@ class EngineSettings:
         batch_size: outputs decoded together at most (more where one prompt wants more).
         cache_dtype: storage type of the cache, by default the model's activation type.
         bucketing: round batch, prompt and cache lengths up to powers of two, so that new lengths
-            rarely compile. Outputs do not depend on it.
+            rarely compile. Outputs do not depend on it, but for PyramidKV's: its budgets follow
+            the padded length of a batch's prompts.
         max_num_batched_tokens: tokens that one step of prefill processes at most, over all
             prompts of a batch; longer prompts are prefilled in chunks. Default no bound.
         enable_prefix_caching: prefill what all prompts begin with (16 tokens or more) once.

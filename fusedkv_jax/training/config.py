@@ -48,7 +48,7 @@ class TrainConfig:
         the end only.
       keep_checkpoints: the newest checkpoints that are kept.
       keep_best: checkpoints kept besides, those with the lowest held-out loss; evaluate at the
-        steps that are saved.
+        steps that are saved. Without evaluation (eval_batches=0) there are none.
       peak_flops: peak FLOP/s of the machine, for the model FLOPs utilisation; None looks the
         device up and leaves the figure out where it is unknown.
     """

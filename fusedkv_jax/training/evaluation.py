@@ -97,7 +97,7 @@ def evaluate(
         # Several processes may have fed the same rows.
         parts = jax.process_count() if mesh is None else process_rows(mesh)[1]
         num_bytes = total * parts // jax.process_count()
-    if num_tokens == 0:
+    if num_tokens == 0 or num_bytes == 0:  # documents without text still end
         raise ValueError(
             "the held-out text is empty; raise data.holdout_fraction or give more text"
         )

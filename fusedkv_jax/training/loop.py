@@ -238,6 +238,12 @@ class _Run:
             f"{model.kv_layout.spec or 'of its own'}, {len(devices)} x "
             f"{min(devices, key=str).device_kind}, {origin} in {self.workdir}"
         )
+        train = self.config.train
+        if train.keep_best and not train.eval_batches:
+            progress.print(
+                f"warning: train.keep_best={train.keep_best} keeps nothing, as "
+                "train.eval_batches=0 leaves no held-out loss to compare; set eval_batches"
+            )
 
     def _writers(self, progress: Progress, step: int) -> MetricWriter:
         if not processes.is_first():

@@ -88,6 +88,15 @@ def test_a_folder_and_its_tokenizer_config_name_the_special_tokens(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1, None)
 
 
+def test_a_token_that_is_named_null_is_missing(bpe, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
+    config = {"bos_token": None, "eos_token": None, "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = tokenizers.load(str(tmp_path))
+    # The vocabulary has "<s>" and "<pad>"; documents need an end, so "</s>" is taken for it.
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1, None)
+
+
 def test_vocab_size_covers_ids_with_gaps(tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer = hf.Tokenizer(hf.models.WordLevel({"a": 0, "</s>": 900}, unk_token="a"))

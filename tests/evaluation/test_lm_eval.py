@@ -209,6 +209,17 @@ def test_greedy_continuations_are_known_as_such(models):
         models[0]._params({"num_beams": 4})
 
 
+def test_spaces_alone_are_no_context(models, monkeypatch):
+    """lm-eval moves them to the continuation, and its own class refuses what is left."""
+    from lm_eval.api.instance import Instance
+
+    ours = models[0]
+    monkeypatch.setattr(ours, "add_bos_token", False)
+    asked = [("  ", "the"), ("", "  the")]
+    found = ours.loglikelihood([Instance("loglikelihood", {}, each, 0) for each in asked])
+    assert found[0] == found[1] and found[0][0] < 0
+
+
 def test_lm_eval_knows_the_model_by_its_name():
     """What the command needs; lm-eval's index of its own tasks takes it half a minute more."""
     from importlib.metadata import entry_points

@@ -79,5 +79,12 @@ def test_no_text_is_an_error(toy_params):
         evaluate(lambda params, batch: (0.0, 0), toy_params, [])
 
 
+def test_documents_without_text_are_an_error(toy_params):
+    """An empty document still has the target EOS, which stands for no bytes."""
+    batch = dict.fromkeys(BATCH_KEYS) | {"num_bytes": 0}
+    with pytest.raises(ValueError, match="held-out text is empty"):
+        evaluate(lambda params, batch: (5.0, 1), toy_params, [batch])
+
+
 def test_perplexity_of_a_huge_loss_does_not_overflow():
     assert math.isfinite(EvalResult(1e6, 1, 1).metrics["perplexity"])

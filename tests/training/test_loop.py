@@ -101,6 +101,12 @@ def test_finished_run_reports_evaluates_and_is_not_trained_again(toy, tmp_path, 
     assert any((tmp_path / "tensorboard").iterdir())
 
 
+def test_best_checkpoints_without_evaluation_are_warned_of(toy, tmp_path, capsys):
+    settings = dataclasses.replace(toy.train, steps=1, eval_batches=0, keep_best=2)
+    train(dataclasses.replace(toy, train=settings), tmp_path)
+    assert "warning: train.keep_best=2 keeps nothing" in capsys.readouterr().out
+
+
 def test_vocabulary_must_hold_the_tokenizer(toy, tmp_path):
     config = dataclasses.replace(toy, model=toy.model.replace(vocab_size=200))
     with pytest.raises(ValueError, match="or set vocab_size to at least 258"):

@@ -223,7 +223,7 @@ def bits_per_byte(loss_sum: float, num_bytes: int) -> float:
 
     Args:
       loss_sum: negative log-likelihood of the text in nats, summed over its tokens.
-      num_bytes: bytes of that text.
+      num_bytes: bytes of that text, 1 or more.
     """
     return loss_sum / (math.log(2) * num_bytes)
 
