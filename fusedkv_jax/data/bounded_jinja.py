@@ -12,6 +12,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 
 from fusedkv_jax.data import template_sizes
@@ -21,6 +22,18 @@ MAX_ROUNDS = 500_000  # of all loops of one rendering; a call counts as several
 CALL_ROUNDS = 10
 CHARACTERS_OF_A_ROUND = 1_000  # that a filter or a method reads or writes
 MAX_BITS = 10_000  # of a whole number on the way
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`, by which templates of the hub say what the
+    assistant wrote: the text within, as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -34,7 +47,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols],
+            extensions=[jinja2.ext.loopcontrols, _Generation],
             finalize=_fitting,
         )
         self._rounds = 0

@@ -57,6 +57,9 @@ class ChatTemplate:
         try:
             environment, template = self._template
             values = {
+                # transformers gives templates both, and some ask whether they are none.
+                "tools": None,
+                "documents": None,
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": add_generation_prompt,
                 **self.special_tokens,
@@ -162,8 +165,21 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     return entries
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter with transformers' parameters; Jinja's own writes "<" as an escape."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 
 MAX_LENGTH = 10_000_000  # of any text or list on the way, and of the result
 _MAX_DIGITS = 4  # of the width of a field in a format
@@ -96,10 +96,16 @@ def _rounded(value: object, precision: int = 0, method: object = None) -> int:
     return 0
 
 
-def _as_json(value: object, indent: int | str | None = None) -> int:
+def _as_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> int:
     if (len(indent) if isinstance(indent, str) else indent or 0) > _MAX_INDENT:
         raise TooLong(f"indent {indent} is too large")
-    return length(value)
+    return length(value) * max(1, *(len(text) for text in separators or ", "))
 
 
 def _summed(values: Iterable[object], attribute: object = None, start: object = 0) -> int:

@@ -30,6 +30,27 @@ def test_renders_as_the_hub_expects():
 
 
 @pytest.mark.parametrize(
+    "source, expected",
+    [
+        # What the assistant wrote is marked in templates such as SmolLM3's.
+        (
+            "{% for m in messages %}{% if m.role == 'system' %}{% generation %}"
+            "{% set x = m.content %}{{ x }}|{% endgeneration %}{{ x }}{% endif %}{% endfor %}",
+            "Be brief.|",
+        ),
+        ("{{ messages[1] | tojson(ensure_ascii=True) }}", json.dumps(MESSAGES[1])),
+        (
+            "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}",
+            '{"content":"Be brief.","role":"system"}',
+        ),
+        ("{% if tools is not none or documents is not none %}tools{% endif %}", ""),
+    ],
+)
+def test_what_templates_have_of_transformers(source, expected):
+    assert ChatTemplate(source).render(MESSAGES) == expected
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -125,6 +146,7 @@ def test_files_that_are_not_utf8(tmp_path):
         ("{{ [1] | batch(10**9, 'x') | list }}", "a text is longer"),
         ("{{ [1] | slice(10**9) | list }}", "a text is longer"),
         ("{{ [1] | tojson(indent=10**9) }}", "indent 1000000000 is too large"),
+        ("{{ range(4000) | list | tojson(separators=('x' * 4000, '')) }}", "a text is longer"),
         ("{{ 1 | round(10**9, 'ceil') }}", "precision 1000000000 is too large"),
         ("{{ (1).to_bytes(10**9, 'big') }}", "not for templates"),
         ("{{ 'x'.translate({120: 'y' * 9999}) }}", "not for templates"),
