@@ -206,12 +206,14 @@ class Server:
             await self.engine.prepare(params)
         except ValueError as error:
             raise ApiError(400, str(error), param="structured_outputs") from None
-        tenant = request.state.tenant + (f"/{asked.cache_salt}" if asked.cache_salt else "")
+        key = request.state.tenant
+        tenant = key + (f"/{asked.cache_salt}" if asked.cache_salt else "")
         with contextlib.ExitStack() as stack:
             generation = stack.enter_context(
                 Generation(
                     *(self.engine, self.running, self.metrics, uuid.uuid4().hex),
-                    Order(prompts, params, asked.priority or 0, tenant),
+                    # Who has a key has one share, however many salts.
+                    Order(prompts, params, asked.priority or 0, tenant, key or tenant),
                 )
             )
             if asked.stream:

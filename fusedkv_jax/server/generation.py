@@ -38,12 +38,14 @@ class Order(NamedTuple):
         params: of all prompts.
         priority: lower is more urgent.
         tenant: whose pages it may share.
+        client: whose it is, for fair sharing.
     """
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     priority: int = 0
     tenant: str = ""
+    client: str = ""
 
 
 class Generation:
@@ -73,7 +75,7 @@ class Generation:
         self.prompts = prompts = order.prompts
         self.completion_tokens = 0
         self._engine, self._running, self._metrics = engine, running, metrics
-        self._params, self._priority, self._tenant = order.params, order.priority, order.tenant
+        self._params, self._order = order.params, order
         self._names = [f"{name}-{number}" for number in range(len(prompts))]
         self._streams: list[OutputStream] = []
         self._unfinished: dict[str, int] = {}  # choices of an engine's request
@@ -154,8 +156,14 @@ class Generation:
                 task.cancel()
 
     def _add(self, name: str, prompt: Sequence[int]) -> None:
+        order = self._order
         stream = self._engine.add(
-            prompt, self._params, request_id=name, priority=self._priority, tenant=self._tenant
+            prompt,
+            order.params,
+            request_id=name,
+            priority=order.priority,
+            tenant=order.tenant,
+            client=order.client,
         )
         self._streams.append(stream)
         self._running.enter(name)

@@ -21,7 +21,7 @@ from fusedkv_jax.serving.compressed_slots import CompressedSlotRunner
 from fusedkv_jax.serving.draft_switch import DraftSwitch
 from fusedkv_jax.serving.draws import TokenDraw
 from fusedkv_jax.serving.grammars import Grammars
-from fusedkv_jax.serving.intake import AnyPrompt, Intake
+from fusedkv_jax.serving.intake import AnyPrompt, Intake, Whose
 from fusedkv_jax.serving.job import Job
 from fusedkv_jax.serving.jobs import Deltas, Jobs, Taken
 from fusedkv_jax.serving.output import EngineStats, OutputDelta
@@ -146,6 +146,7 @@ class Engine:
         request_id: str,
         priority: int = 0,
         tenant: str = "",
+        client: str | None = None,
     ) -> None:
         """Queue a request.
 
@@ -155,18 +156,27 @@ class Engine:
             request_id: what its deltas are called; free again when it has ended.
             priority: lower is more urgent, for policies that ask.
             tenant: whose it is; tenants share no cached prefixes.
+            client: who shares fairly with others, for policies that ask; default the tenant.
 
         Raises:
             ValueError: it can never be served; the message names the limit.
         """
-        self.put(self.check(prompt, params, request_id), request_id, priority, tenant)
+        self.put(self.check(prompt, params, request_id), request_id, priority, tenant, client)
 
-    def put(self, prompt: Prompt, request_id: str, priority: int = 0, tenant: str = "") -> None:
+    def put(
+        self,
+        prompt: Prompt,
+        request_id: str,
+        priority: int = 0,
+        tenant: str = "",
+        client: str | None = None,
+    ) -> None:
         """Queue what `check` gave."""
         if self._jobs.get(request_id) is not None:
             raise ValueError(f"request {request_id!r} runs already; choose another request_id")
         now = time.monotonic()
-        job = self._intake.job(request_id, prompt, now, priority, tenant)
+        whose = Whose(priority, tenant, tenant if client is None else client)
+        job = self._intake.job(request_id, prompt, now, whose)
         self.scheduler.add(job.outputs[0].request, now)
         self._jobs.add(job)
 

@@ -152,6 +152,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         tenant: str = "",
+        client: str | None = None,
     ) -> OutputStream:
         """Queue a request; arguments as for `Engine.add`.
 
@@ -168,7 +169,7 @@ class AsyncEngine:
         self.check_room(len(checked.prompt))
         stream = self._streams[request_id] = OutputStream(self, request_id, params.n)
         self._waiting[request_id] = len(checked.prompt)
-        self._order("add", checked, request_id, priority, tenant)
+        self._order("add", checked, request_id, priority, tenant, client)
         return stream
 
     def abort(self, request_id: str) -> None:

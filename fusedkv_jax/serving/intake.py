@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,20 @@ from fusedkv_jax.serving.job import Growing, Job
 from fusedkv_jax.serving.request import Request, RequestError
 
 AnyPrompt = str | Sequence[int] | np.ndarray  # a text, or token ids
+
+
+class Whose(NamedTuple):
+    """Who asks.
+
+    Attributes:
+        priority: lower is more urgent.
+        tenant: tenants share no cached prefixes.
+        client: who shares fairly with others.
+    """
+
+    priority: int
+    tenant: str
+    client: str
 
 
 @dataclass(frozen=True)
@@ -91,13 +106,14 @@ class Intake:
             reason = "has prompt_logprobs, which need all of a prompt; this engine compresses them"
             raise RequestError(name, reason, "prompt_logprobs")
 
-    def job(self, name: str, prompt: Prompt, arrival: float, priority: int, tenant: str) -> Job:
+    def job(self, name: str, prompt: Prompt, arrival: float, whose: Whose) -> Job:
         """The job of a checked prompt.
 
         Args:
             name: what the caller calls it.
             prompt: the prompt.
-            arrival, priority, tenant: as `Request` has them.
+            arrival: as `Request` has it.
+            whose: who asks.
         """
         params = prompt.params
         job = Job(name, prompt, decode=self.codec.decoder(params.skip_special_tokens))
@@ -110,9 +126,9 @@ class Intake:
                 np.asarray(prompt.prompt, np.int32),
                 prompt.limit - len(prompt.prompt),
                 arrival=arrival,
-                client=tenant,
-                priority=priority,
-                salt=tenant,
+                client=whose.client,
+                priority=whose.priority,
+                salt=whose.tenant,
                 scored=scored and index == 0,
             )
             job.outputs.append(

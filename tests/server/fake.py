@@ -91,6 +91,7 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         tenant: str = "",
+        client: str | None = None,
     ) -> _Request:
         limit = params.max_tokens or self.max_length - len(prompt)
         if not all(0 <= token < self.tokenizer.vocab_size for token in prompt):

@@ -73,6 +73,19 @@ def test_log_probabilities_tell_special_tokens(tmp_path):
     assert choice["prompt_logprobs"][2]["1"]["decoded_token"] == "</s>"
 
 
+def test_a_key_has_one_share_whatever_its_salts():
+    policy = fkv.serving.POLICIES["vtc"]()
+    front = AsyncEngine(engine(policy=policy), model_name="toy")
+    with serving(front, template=None, api_keys=["a", "b"]) as running:
+        for key, salt in (("a", None), ("a", "1"), ("a", "2"), ("b", "1")):
+            headers = {"Authorization": f"Bearer {key}"}
+            body = {"prompt": [7] * 9, "max_tokens": 3, "cache_salt": salt}
+            done = running.http.post("/v1/completions", json=body, headers=headers).json()
+            assert done["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    # A prompt of 9 tokens and 3 generated ones, which weigh 2; the other begins where the first is.
+    assert sorted(filter(None, policy.counters.values())) == [45.0, 60.0]
+
+
 def test_metrics_count_what_is_drafted_and_accepted():
     speculation = fkv.NGramSpeculation(draft_tokens=3, prompt_lookup_min=1)
     served = engine(tokenizer=Json(), speculation=speculation)

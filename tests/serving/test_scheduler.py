@@ -313,6 +313,16 @@ def test_vtc_counts_a_prompt_once_that_loses_its_pages_before_it_ends():
     assert policy.counters["c"] == 20.0
 
 
+def test_vtc_looks_at_those_who_wait_alone():
+    """There may be many clients who come once, and each arrival is compared with who waits."""
+    policy = POLICIES["vtc"]()
+    scheduler = Scheduler(PagedMemory(16, 4), policy)
+    for number in range(5):
+        scheduler.add(Request("a", np.arange(4), max_tokens=1, client=f"{number}"), 0.0)
+        scheduler.finish(scheduler.schedule(0.0), [1], 0.0, 1.0)
+    assert not policy._waiting
+
+
 def test_who_gives_up_pages_holds_up_nobody_that_runs_behind_it():
     scheduler = Scheduler(PagedMemory(8, 4, reserve=0.0), POLICIES["shortest"]())
     sizes = {"a": (11, 6), "b": (12, 9), "c": (4, 3)}  # the second has most left to generate

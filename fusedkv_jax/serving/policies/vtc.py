@@ -33,8 +33,8 @@ class VTC(Policy):
 
     def arrived(self, request: Request, view: View) -> None:
         client = request.client
-        if not self._waiting[client]:
-            others = [self.counters[name] for name, number in self._waiting.items() if number]
+        if client not in self._waiting:
+            others = [self.counters[name] for name in self._waiting]
             floor = min(others) if others else self.counters[self._last]
             self.counters[client] = max(self.counters[client], floor)
         self._waiting[client] += 1
@@ -73,4 +73,6 @@ class VTC(Policy):
     def _left(self, request: Request) -> None:
         self._queued.remove(request)
         self._waiting[request.client] -= 1
+        if not self._waiting[request.client]:
+            del self._waiting[request.client]  # there may be many clients who come once
         self._last = request.client
