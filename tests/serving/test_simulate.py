@@ -58,6 +58,7 @@ def test_mooncake_traces(tmp_path):
         (AZURE + "yesterday,1,2\n", "line 5"),
         (AZURE + "2023-11-16 18:15:50,1\n", "line 5"),
         (MOONCAKE + '{"timestamp": 1}\n', "line 3"),
+        (MOONCAKE.replace("9", "9999999999"), "line 1: hash_ids hold 9999999999"),
         (MOONCAKE + '{"timestamp": 1, "input_length": 9000, "output_length": 1, "hash_ids": [1]}',
          "1 hash_ids for 9000"),
         (MOONCAKE + "[" * 100_000, "line 3"),

@@ -122,6 +122,8 @@ def _mooncake(line: str) -> Arrival:
             raise ValueError(f"{number!r} is not a whole number")
     if type(time) not in (int, float) or not math.isfinite(time):
         raise ValueError(f"timestamp {time!r} is not a number")
+    if wrong := [block for block in blocks if not 0 <= block < 2**31]:
+        raise ValueError(f"hash_ids hold {wrong[0]}; use 0 to 2**31 - 1, as they become tokens")
     if len(blocks) != -(-length // _BLOCK):
         raise ValueError(f"{len(blocks)} hash_ids for {length} tokens")
     return Arrival(time / 1000, length, answer, tuple(blocks))
