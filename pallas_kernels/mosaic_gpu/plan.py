@@ -14,8 +14,9 @@ CONSUMERS = 2
 BLOCK = CONSUMERS * ROWS
 CHUNK = 64  # channels in 128 bytes, the rows that TMA swizzles and wgmma reads
 _REGISTERS = 128  # of a thread, where four warpgroups share a multiprocessor's 65,536
-# jax 0.10 asks for an index beside the reference, later ones deprecate it.
-_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+# jax 0.10 asks for an index beside the reference, 0.11 deprecates it, 0.12 has none.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_ASKS_FOR_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
 Ref = Any  # of Pallas, to shared or global memory
 
@@ -131,7 +132,7 @@ class Run:
 
 def loaded(ref: Ref, layout: Any, *, optimized: bool = False) -> Array:
     """What `ref.at[...]` names in registers; `optimized` refuses slow ways to read it."""
-    index = (None,) if _INDEX else ()
+    index = (None,) if _ASKS_FOR_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 

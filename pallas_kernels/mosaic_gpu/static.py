@@ -91,7 +91,8 @@ def compiled(plan: Plan, call: Any) -> dict[str, int]:
         "shared": plan.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "serialized": int("C7515" in log),
-        "tma": len(re.findall(r"cp\.async\.bulk\.tensor\S*shared::cluster", ptx)),
+        # jax 0.12 names shared memory by the block, those before by its cluster.
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor\S*shared::\w+\.global", ptx)),
     }
 
 
