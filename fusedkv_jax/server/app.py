@@ -165,7 +165,7 @@ class Server:
         params = asked.sampling()
         prompts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
         self._check(prompts, params)
-        echo = [(await self.prompts.decode(p), p) for p in prompts] if asked.echo else ()
+        echo = await self._echo(asked.prompt, prompts) if asked.echo else ()
         answer = answers.CompletionAnswer(
             f"cmpl-{uuid.uuid4().hex}",
             self.engine.model_name,
@@ -175,6 +175,16 @@ class Server:
             n=params.n,
         )
         return await self._answer(request, asked, params, prompts, answer)
+
+    async def _echo(
+        self, given: str | Sequence[object], prompts: Sequence[Sequence[int]]
+    ) -> list[tuple[str, Sequence[int]]]:
+        """What is shown of prompts: a text as it was given, without the BOS token before it."""
+        texts = [given] if isinstance(given, str) else given
+        return [
+            (text if isinstance(text, str) else await self.prompts.decode(tokens), tokens)
+            for text, tokens in zip(texts, prompts, strict=False)  # or one list of token ids
+        ]
 
     async def _chat(self, request: Request) -> Response:
         asked = await self._read(request, protocol.ChatRequest, self._check_room)

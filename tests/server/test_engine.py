@@ -67,6 +67,9 @@ def test_log_probabilities_tell_special_tokens(tmp_path):
         body = {"prompt": [0, 3, 1], "echo": True, "logprobs": 1, "prompt_logprobs": 0}
         body |= {"logit_bias": {"1": 100}, "max_tokens": 1, "ignore_eos": True}
         (choice,) = running.http.post("/v1/completions", json=body).json()["choices"]
+        texts = {"prompt": ["!", "!!"], "echo": True, "max_tokens": 1, "logit_bias": {"1": 100}}
+        shown = running.http.post("/v1/completions", json=texts).json()["choices"]
+        assert [each["text"] for each in shown] == ["!", "!!"]  # as they were given, without <s>
     tokens, top = choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]
     assert tokens[0] == "<s>" and tokens[2:] == ["</s>"] * 2
     assert all("</s>" in place for place in top[2:])  # it was drawn, however unlikely
