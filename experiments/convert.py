@@ -78,8 +78,7 @@ def _write(
     """Write into `folder`, which will be `output`; returns the model with its tokenizer there."""
     tokenizer = loaded.config.data.tokenizer
     if kind == "huggingface":
-        own = None if tokenizer == "byte" else tokenizer
-        interop.save_huggingface(loaded.model, folder, tokenizer=own, facts=_facts(loaded))
+        interop.save_huggingface(loaded.model, folder, tokenizer=tokenizer, facts=_facts(loaded))
         return loaded
     if tokenizer != "byte":
         interop.copy_tokenizer(tokenizer, folder / "tokenizer")

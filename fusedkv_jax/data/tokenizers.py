@@ -172,6 +172,10 @@ class HuggingFaceTokenizer:
         tokenizer = self._with_special if allow_special else self._text
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    def token(self, number: int) -> str:
+        """The vocabulary's entry of an id."""
+        return self._text.id_to_token(number)
+
     def to_str(self) -> str:
         """Returns the `tokenizer.json`."""
         return self._data.decode()

@@ -7,11 +7,17 @@ import shutil
 from pathlib import Path
 
 from fusedkv_jax.data import tokenizers
-from fusedkv_jax.interop.safetensors_folder import FolderError, checked_path, write_json
+from fusedkv_jax.interop.safetensors_folder import (
+    FolderError,
+    checked_path,
+    read_json,
+    write_json,
+)
 
 _TOKENIZER = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
 _BESIDE = (
-    "tokenizer_config.json",
+    _CONFIG,
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
@@ -40,15 +46,30 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str
             shutil.copyfile(checked_path(place, beside), target / beside)
 
 
-def write_generation_config(folder: Path) -> None:
-    """Write generation_config.json, if it is missing: the ids of the tokenizer's special tokens.
+def complete_tokenizer_config(folder: Path) -> None:
+    """Add to tokenizer_config.json what it does not say: the class, and the special tokens.
+
+    Without a class transformers takes that of the model's family, which for some cuts texts by
+    the family's own rules and adds the family's special tokens.
 
     Args:
         folder: with the tokenizer.
     """
+    tokenizer, path = tokenizers.HuggingFaceTokenizer(folder), folder / _CONFIG
+    entries = read_json(folder, _CONFIG) if path.exists() else {}
+    ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    if tokenizer.bos_id != tokenizer.eos_id:  # else it stands for a BOS that there is not
+        ids["bos_token"] = tokenizer.bos_id
+    found = {name: tokenizer.token(number) for name, number in ids.items() if number is not None}
+    if entries.get("eos_token", "") is None:
+        del entries["eos_token"]
+    write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast", **found, **entries})
+
+
+def write_generation_config(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Write generation_config.json, if it is missing: the ids of the tokenizer's special tokens."""
     path = folder / "generation_config.json"
     if path.exists():
         return
-    tokenizer = tokenizers.load(str(folder))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     write_json(path, {"_from_model_config": False, **ids})

@@ -12,9 +12,14 @@ import numpy as np
 from flax import nnx
 
 from fusedkv_jax.config import ConfigError, ModelConfig
+from fusedkv_jax.data import tokenizers
 from fusedkv_jax.interop import own_format
 from fusedkv_jax.interop import safetensors_folder as folders
-from fusedkv_jax.interop.companions import copy_tokenizer, write_generation_config
+from fusedkv_jax.interop.companions import (
+    complete_tokenizer_config,
+    copy_tokenizer,
+    write_generation_config,
+)
 from fusedkv_jax.interop.export_config import config_to_huggingface
 from fusedkv_jax.interop.fused_tensors import from_llama
 from fusedkv_jax.interop.huggingface_names import places, to_theirs
@@ -41,7 +46,8 @@ def save_huggingface(
     Args:
         model: the decoder.
         path: folder to write, new or empty.
-        tokenizer: a tokenizer.json, or its folder, that is copied with what lies beside it.
+        tokenizer: a tokenizer.json, or its folder, that is copied with what lies beside it; or
+            "byte", which has no file.
         facts: what else the model card says, by name: data, tokens, measured figures.
         max_shard_bytes: largest weight file.
 
@@ -51,9 +57,12 @@ def save_huggingface(
     check_kind("model", model, Decoder, "a Decoder")
     check_count("max_shard_bytes", max_shard_bytes)
     folder = folders.new_folder(Path(path))
-    if tokenizer is not None:
+    if tokenizer == "byte":
+        write_generation_config(folder, tokenizers.load("byte"))
+    elif tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
-        write_generation_config(folder)
+        complete_tokenizer_config(folder)
+        write_generation_config(folder, tokenizers.load(str(folder)))
     fields = _fields(model.config)
     own = own_format.is_own(fields)
     _write_tensors(model, folder, fields["model_type"], own, max_shard_bytes)

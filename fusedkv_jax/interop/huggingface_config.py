@@ -75,7 +75,7 @@ def _config(fields: Mapping[str, Any], layout: KVLayout | str | None) -> ModelCo
         d_ff=_required(fields, "intermediate_size"),
         max_length=_required(fields, "max_position_embeddings"),
         tie_embeddings=fields.get("tie_word_embeddings") or False,
-        norm_eps=fields.get("layer_norm_eps") or fields.get("rms_norm_eps") or 1e-6,
+        norm_eps=fields.get(_norm_eps(model_type)) or 1e-6,
         block=BlockConfig(**block),
         rope=rope,
         mla=mla,
@@ -118,6 +118,11 @@ def _with_windows(
 def has_interleaved_rope(fields: Mapping[str, Any]) -> bool:
     """Rotary pairs are stored as channels (2c, 2c + 1): DeepSeek's convention."""
     return fields.get("model_type") in _LATENT and fields.get("rope_interleave") is not False
+
+
+def _norm_eps(model_type: str) -> str:
+    """The field of the norms' epsilon; a file may hold the other one too, which nobody reads."""
+    return "layer_norm_eps" if model_type == "gpt_neox" else "rms_norm_eps"
 
 
 def _required(fields: Mapping[str, Any], name: str) -> Any:

@@ -1,6 +1,7 @@
 """Export of every layout: PyTorch computes the same, and what is read again is the same."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 import fusedkv_jax as fkv
 from fusedkv_jax.config import BlockConfig, MLAConfig, RopeConfig
+from fusedkv_jax.data import tokenizers
 from fusedkv_jax.interop import load_huggingface, save_huggingface
+from tests.data.test_tokenizers import train_bpe
 from tests.interop.test_huggingface import COMMON, GQA, assert_equal_parameters, oracle_logits
 from tests.oracles.decoder import random_decoder, small_config
 
@@ -127,6 +130,28 @@ def test_another_layout_of_an_export_takes_what_it_has_a_place_for(tmp_path):
     card = (tmp_path / "m" / "README.md").read_text()
     assert fkv.layouts.draw(model.config.layout) in card and r"1.5 \| nats" in card
     assert "(50% of 256)" in card  # 4 layers of 2 x 16 channels, 2 bytes each
+
+
+@pytest.mark.parametrize("layout", ["mha", "fusedkv"])  # of the family qwen3, and our own
+@pytest.mark.parametrize("entries", [None, {"eos_token": "</s>", "unk_token": "<pad>"}])
+def test_transformers_cuts_texts_by_the_tokenizer_that_is_copied(layout, entries, tmp_path):
+    ours = tokenizers.load(str(train_bpe(tmp_path / "tokenizer.json")))
+    if entries is not None:  # no class, by which transformers would take the family's
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    model = random_decoder(small_config(layout, vocab_size=ours.vocab_size))
+    save_huggingface(model, tmp_path / "m", tokenizer=tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=False)
+    text = "def f(x):\n    return 1\n\n\n  y"
+    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert len(theirs) == ours.vocab_size
+
+
+def test_a_model_of_bytes_says_which_tokens_begin_and_end_texts(tmp_path):
+    model = random_decoder(small_config("mha", vocab_size=258, qk_norm=False))
+    save_huggingface(model, tmp_path / "m", tokenizer="byte")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (256, 257)  # by Llama's defaults 1 and 2
 
 
 def test_the_folder_s_own_code_is_not_what_is_run(tmp_path):

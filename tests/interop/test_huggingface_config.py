@@ -260,3 +260,8 @@ def test_configurations_survive_export():
         ):
             again = config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config))))
             assert dataclasses.asdict(again) == dataclasses.asdict(config)
+
+
+def test_the_epsilon_of_another_family_is_not_read():
+    stray = config_from_huggingface(MINIMAL | {"layer_norm_eps": 0.5})
+    assert stray == config_from_huggingface(MINIMAL)
