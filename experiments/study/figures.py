@@ -15,7 +15,7 @@ _COSTS: dict[str, Callable[[Line], float]] = {
 
 def draw_losses(study: Study, results: Sequence[Line], path: pathlib.Path) -> None:
     """Held-out loss against each cost, a line for each row; bars are confidence intervals."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps, ticker
     from matplotlib.figure import Figure
 
     pairs = colormaps["tab20"]  # each color, and a pale one of it
@@ -36,11 +36,10 @@ def draw_losses(study: Study, results: Sequence[Line], path: pathlib.Path) -> No
                     label=row,
                     alpha=0.85,
                 )
-        costs = [cost(line) for line in results]
-        if costs and max(costs) >= 10 * min(costs):
-            axes.set_xscale("log")
-        else:  # within a decade the labels of a logarithmic axis run into each other
-            axes.locator_params(axis="x", nbins=5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())  # labels would run into each other
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out loss (nats per token)")
