@@ -72,8 +72,8 @@ def measured() -> dict[str, Speed]:
 
 
 def markdown(study: Study, results: Sequence[Line]) -> str:
-    """The table of the smallest size that has its reference."""
-    found, own, cpu = estimates(study.rows), _smallest(study, results), measured()
+    """The table of one size; see `chosen`."""
+    found, own, cpu = estimates(study.rows), chosen(study, results), measured()
     reference = found[study.reference]
     rows = []
     for line in own:
@@ -122,7 +122,7 @@ def draw(study: Study, results: Sequence[Line], path: pathlib.Path) -> None:
     """Loss, cache and both times of each row, side by side; crosses were measured on a CPU."""
     from matplotlib.figure import Figure
 
-    found, own, cpu = estimates(study.rows), _smallest(study, results), measured()
+    found, own, cpu = estimates(study.rows), chosen(study, results), measured()
     places, names = range(len(own)), [line.row for line in own]
     figure = Figure(figsize=(15, 1.6 + 0.35 * len(own)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
@@ -157,10 +157,8 @@ def cache_share(line: Line, own: Sequence[Line], study: Study) -> float:
     return line.record["cache_bytes_per_token"] / reference.record["cache_bytes_per_token"]
 
 
-def _smallest(study: Study, results: Sequence[Line]) -> list[Line]:
-    """The lines of the first size that has some, its reference among them."""
-    for size in study.sizes:
-        own = [line for line in results if line.size == size]
-        if any(line.row == study.reference for line in own):
-            return own
-    return []
+def chosen(study: Study, results: Sequence[Line]) -> list[Line]:
+    """The lines of the size that has most, the larger of equals; with the reference, or none."""
+    sizes = ([line for line in results if line.size == size] for size in reversed([*study.sizes]))
+    own = max(sizes, key=len)
+    return own if any(line.row == study.reference for line in own) else []

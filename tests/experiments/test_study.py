@@ -322,6 +322,15 @@ def test_times_are_arithmetic():
     assert found["lckv"].first > 7 * found["mha"].first  # prompts take all passes
 
 
+def test_times_stand_beside_the_losses_of_the_size_with_most_rows(study):
+    lines = statistics.lines(study, list(made(study)))
+    study = dataclasses.replace(study, sizes={**study.sizes, "larger": study.sizes["toy"]})
+    larger = [dataclasses.replace(line, size="larger") for line in lines]
+    for found, expected in ((lines + larger, larger), (lines + larger[:1], lines)):
+        assert [line.size for line in speed.chosen(study, found)] == [x.size for x in expected]
+    assert not speed.chosen(study, [line for line in lines if line.row != study.reference])
+
+
 def test_rows_change_heads_only_as_they_can(study):
     model = study.sizes["toy"].model
     wide = Row(layout="mha", queries_per_kv_head=2, head_widening=2).apply(model)
