@@ -151,6 +151,7 @@ def main() -> None:
             for name in (
                 "page_size",
                 "host_tier",
+                "async_scheduling",
                 "max_num_seqs",
                 "max_num_batched_tokens",
             )

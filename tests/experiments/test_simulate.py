@@ -23,16 +23,18 @@ def test_a_table_a_document_and_a_picture(trace, tmp_path):
     lines = [
         [*common, "--load=0.5", "--load=0.9", f"--output_dir={tmp_path / 'one'}"],
         [*common, "--load=0.9", "--policy=fcfs", "--policy=mlfq", f"--output_dir={tmp_path}/two"],
+        [*common, "--num_requests=5", "--async_scheduling", f"--output_dir={tmp_path}/three"],
     ]
     results = run("simulate", *lines)
     documents = []
-    for (code, out, _), name in zip(results, ("one", "two"), strict=True):
+    for (code, out, _), name in zip(results, ("one", "two", "three"), strict=True):
         assert code == 0
         documents.append(json.loads(out.splitlines()[-1]))
         folder = tmp_path / name
         assert json.loads((folder / "simulation.json").read_text()) == documents[-1]
         assert (folder / "simulation.md").read_text().strip() in out
         assert (folder / "simulation.png").stat().st_size > 10_000
+    assert [d["settings"]["async_scheduling"] for d in documents] == [False, False, True]
     rows = documents[0]["rows"]
     assert [(row["layout"], row["load"]) for row in rows] == [
         ("mha", 0.5),
