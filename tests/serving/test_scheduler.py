@@ -18,7 +18,9 @@ from fusedkv_jax.serving import (
     State,
     StepPlan,
     ToolCall,
+    View,
 )
+from fusedkv_jax.serving.policies import vtc
 from fusedkv_jax.serving.simulate import simulate
 from tests.serving.contents import Contents, check_accounts, tokens_of
 
@@ -321,6 +323,44 @@ def test_vtc_looks_at_those_who_wait_alone():
         scheduler.add(Request("a", np.arange(4), max_tokens=1, client=f"{number}"), 0.0)
         scheduler.finish(scheduler.schedule(0.0), [1], 0.0, 1.0)
     assert not policy._waiting
+
+
+def _counters_of_those_who_return(policy: Policy) -> list[float]:
+    """Three clients come back again and again, beside hundreds who come once."""
+    scheduler, found = Scheduler(PagedMemory(256, 4), policy, max_num_batched_tokens=900), []
+    for number in range(400):
+        sizes = {f"once {number}": 1}
+        if number % 50 == 49:
+            sizes = {f"back {number % 3}": 600 if number < 300 else 1, **sizes}
+        for client, size in sizes.items():
+            scheduler.add(Request(client, np.arange(size), max_tokens=1, client=client), 0.0)
+        found += [policy.counters[client] for client in sizes]
+        plan = scheduler.schedule(0.0)
+        scheduler.finish(plan, [1] * len(plan.requests), 0.0, 1.0)
+    return found
+
+
+def test_vtc_forgets_clients_who_would_begin_at_the_floor(monkeypatch):
+    remembers = POLICIES["vtc"]()
+    wanted = _counters_of_those_who_return(remembers)
+    monkeypatch.setattr(vtc, "REMEMBERED", 8)
+    forgets = POLICIES["vtc"]()
+    assert _counters_of_those_who_return(forgets) == wanted
+    assert len(forgets.counters) <= 16 < 300 < len(remembers.counters)
+    monkeypatch.setattr(vtc, "REMEMBERED", 1)  # fewer than are above it
+    assert _counters_of_those_who_return(POLICIES["vtc"]()) != wanted
+
+
+def test_vtc_forgets_the_least_of_those_above_the_floor(monkeypatch):
+    """The floor stays where it is while somebody waits who has had least."""
+    monkeypatch.setattr(vtc, "REMEMBERED", 8)
+    policy, view = POLICIES["vtc"](), View(PagedMemory(16, 4), [], [])
+    policy.arrived(Request("waits", np.arange(4), max_tokens=1, client="waits"), view)
+    for number in range(100):
+        request = Request("a", np.arange(900 - number), max_tokens=1, client=f"{number}")
+        for happens in (policy.arrived, policy.admitted, policy.finished):
+            happens(request, view)
+    assert policy.counters["0"] == 900 and len(policy.counters) <= 16
 
 
 def test_who_gives_up_pages_holds_up_nobody_that_runs_behind_it():

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from fusedkv_jax.serving.policy import Policy, View
 from fusedkv_jax.serving.request import Request
 
+REMEMBERED = 4096  # clients whose counters are kept, beside those who have something to do
+
 
 class VTC(Policy):
     """The client that was served least comes next.
@@ -17,6 +19,9 @@ class VTC(Policy):
     nothing to do starts at the least counter of those who wait. Between two clients who always
     have something waiting the counters differ by at most
     2 max(input_weight * longest prompt, output_weight * tokens that run at once) (theorem 4.4).
+
+    Of clients with nothing to do, those are forgotten who would start there anyway; of more than
+    `REMEMBERED` others those with the least counters, who come nearest to it.
 
     Args:
         input_weight: w_p.
@@ -30,13 +35,12 @@ class VTC(Policy):
         self._charged: set[Request] = set()  # whose prompts count already
         self._waiting: Counter[str] = Counter()  # how many of them each client has
         self._last = ""  # the client that left the queue last
+        self._most = 2 * REMEMBERED  # counters at which some are forgotten
 
     def arrived(self, request: Request, view: View) -> None:
         client = request.client
         if client not in self._waiting:
-            others = [self.counters[name] for name in self._waiting]
-            floor = min(others) if others else self.counters[self._last]
-            self.counters[client] = max(self.counters[client], floor)
+            self.counters[client] = max(self.counters[client], self._floor())
         self._waiting[client] += 1
         self._queued.add(request)
 
@@ -69,6 +73,20 @@ class VTC(Policy):
         self._charged.discard(request)
         if request in self._queued:  # aborted
             self._left(request)
+        if len(self.counters) >= self._most:
+            self._forget({each.client for each in (*view.running, *self._charged)})
+            self._most = 2 * max(REMEMBERED, len(self.counters))  # so that few ends pay for it
+
+    def _floor(self) -> float:
+        """The least counter of those who wait, or of who waited last; it never falls."""
+        return min(self.counters[client] for client in self._waiting or (self._last,))
+
+    def _forget(self, running: set[str]) -> None:
+        busy, floor = running | self._waiting.keys() | {self._last}, self._floor()
+        idle = [name for name, count in self.counters.items() if name not in busy and count > floor]
+        idle.sort(key=lambda name: self.counters[name])
+        kept = busy | {*idle[-REMEMBERED:]}
+        self.counters = defaultdict(float, {n: c for n, c in self.counters.items() if n in kept})
 
     def _left(self, request: Request) -> None:
         self._queued.remove(request)
