@@ -93,12 +93,13 @@ def cases(config: ExperimentConfig, settings: LongContextSettings) -> list[Case]
     if not 1 < settings.length <= limit:
         raise ValueError(f"length={settings.length}; use 2 to the model's max_length={limit}")
     rulers = [task for task in settings.tasks if task in ruler.TASKS]
+    tokenizer = tokenizers.load(config.data.tokenizer)
     if config.data.source == RECALL:
-        form, tokenizer = TokenForm(config.model.vocab_size), None
+        tokenizers.check_vocab_size(tokenizer, config.model.vocab_size)
+        form = TokenForm(tokenizer.vocab_size)  # which the model was trained on, if it has more
         if rulers:
             raise ValueError(f"task {rulers[0]} is text, and a run on {RECALL!r} knows none")
     else:
-        tokenizer = tokenizers.load(config.data.tokenizer)
         form = TextForm(tokenizer)
     size = {"length": settings.length, "count": settings.examples}
     others = [
@@ -111,7 +112,6 @@ def cases(config: ExperimentConfig, settings: LongContextSettings) -> list[Case]
     found = equal_shapes(others) if others else []
     material = ruler.load_material(rulers, **settings.files)
     for task in rulers:
-        assert tokenizer is not None
         case = ruler_case(task, tokenizer, seed=settings.seed, material=material, **size)
         found.append(case)
     return found

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -11,7 +12,7 @@ from experiments.configs import recall
 from experiments.suites import longcontext
 from experiments.suites.longcontext_methods import defaults, methods, refusal
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
+from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings, cases
 from fusedkv_jax.model import Decoder
 from tests.experiments.commands import check_mistakes, run
 
@@ -98,6 +99,18 @@ def test_runs_go_by_their_layouts_and_models_of_others_by_their_names():
         place = longcontext.Source(loaded.where, config, lambda: loaded, is_run)
         results = longcontext.run([place], methods(["none"], []), settings)
         assert [*results["models"]] == [row["layout"] for row in results["rows"]] == [name]
+
+
+def test_recall_is_asked_in_the_tokens_that_it_was_learned_in():
+    """They are as many as the tokenizer has; the model may have more."""
+    config = recall.get_config()
+    model = dataclasses.replace(config.model, vocab_size=320)
+    settings = LongContextSettings(tasks=("kv_recall",), length=64, examples=2)
+    found, wider = (
+        cases(each, settings)[0].parts.prompts
+        for each in (config, dataclasses.replace(config, model=model))
+    )
+    np.testing.assert_array_equal(found, wider)
 
 
 def test_methods_and_who_can_use_them():

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from fusedkv_jax.data import sources
+from fusedkv_jax.data.tokenizers import ByteTokenizer
 from fusedkv_jax.training.checkpointing.manifest import CheckpointError
 from fusedkv_jax.training.checkpointing.trees import describe
 from fusedkv_jax.training.config import ExperimentConfig, first_difference
@@ -16,7 +17,7 @@ from fusedkv_jax.training.config import ExperimentConfig, first_difference
 # Settings that change how the model is computed but neither its parameters nor its function.
 MODEL_RUNTIME_FIELDS = ("attention", "max_length", "remat", "scan_layers")
 # Settings that change how fast batches come but not which, and the tokenizer's path: the run keeps
-# the tokenizer itself.
+# the tokenizer itself, unless that is bytes.
 DATA_RUNTIME_FIELDS = ("max_document_mib", "num_threads", "prefetch_batches", "tokenizer")
 
 
@@ -79,6 +80,9 @@ def _difference(part: str, saved: Mapping[str, object], config: ExperimentConfig
     if part == "data":
         for values in (old, new):
             values["source"] = sources.absolute(values["source"])
+        names = plain["data"].get("tokenizer"), config.data.tokenizer
+        if sum(name == ByteTokenizer.name for name in names) == 1:
+            old["tokenizer"], new["tokenizer"] = names
     return first_difference(old, new, part)
 
 

@@ -334,6 +334,21 @@ def test_load_model_says_what_is_missing(tmp_path, saved):
         load_model(saved[0], step=8)
 
 
+@pytest.mark.parametrize("names", [("byte", "mine/tokenizer.json"), ("mine", "byte")])
+def test_bytes_and_a_tokenizer_do_not_take_each_others_place(toy, tmp_path, names):
+    """Recall is made from the configuration, and its examples depend on the tokenizer's size."""
+    began, goes_on = (
+        dataclasses.replace(toy, data=dataclasses.replace(toy.data, tokenizer=name))
+        for name in names
+    )
+    saved = json.loads(json.dumps(began.to_dict()))
+    with pytest.raises(CheckpointError, match=rf"data\.tokenizer: '{names[0]}' -> '{names[1]}'"):
+        check_config(tmp_path, saved, goes_on)
+    moved = dataclasses.replace(began.data, tokenizer=f"{tmp_path}/moved")  # compared by its hash
+    if names[0] != "byte":
+        check_config(tmp_path, saved, dataclasses.replace(began, data=moved))
+
+
 def test_a_setting_newer_than_the_checkpoint_had_its_default(toy, tmp_path):
     saved = json.loads(json.dumps(toy.to_dict()))
     del saved["model"]["logit_softcap"]
