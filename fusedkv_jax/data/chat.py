@@ -28,10 +28,12 @@ class ChatTemplate:
     Attributes:
         source: the template, in Jinja.
         special_tokens: names and texts that it may use, such as `bos_token`.
+        tool_use: another template, for conversations with tools; None where `source` is for all.
     """
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    tool_use: str | None = None
 
     def render(
         self,
@@ -55,12 +57,16 @@ class ChatTemplate:
 
         check_messages(messages)
         try:
-            environment, template = self._template
+            with_tools = self.tool_use is not None and variables.get("tools") is not None
+            environment, template = self._tool_template if with_tools else self._template
             values = {
                 # transformers gives templates both, and some ask whether they are none.
                 "tools": None,
                 "documents": None,
-                "messages": [dict(message) for message in messages],
+                # Calls of tools may come without content, which templates ask for all the same.
+                "messages": [
+                    {**message, "content": message.get("content")} for message in messages
+                ],
                 "add_generation_prompt": add_generation_prompt,
                 **self.special_tokens,
                 **variables,
@@ -73,7 +79,16 @@ class ChatTemplate:
             raise ChatError(f"the chat template refuses the messages: {reason}") from None
 
     @functools.cached_property
-    def _template(self) -> tuple[Any, Any]:  # jinja2 is imported when there is a template
+    def _template(self) -> tuple[Any, Any]:
+        return self._compiled(self.source)
+
+    @functools.cached_property
+    def _tool_template(self) -> tuple[Any, Any]:
+        assert self.tool_use is not None
+        return self._compiled(self.tool_use)
+
+    @staticmethod
+    def _compiled(source: str) -> tuple[Any, Any]:  # jinja2 is imported when there is a template
         import jinja2
 
         from fusedkv_jax.data.bounded_jinja import BoundedEnvironment
@@ -82,7 +97,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
-            return environment, environment.from_string(self.source)
+            return environment, environment.from_string(source)
         except RecursionError:
             raise ChatError("the chat template is nested too deeply") from None
         except jinja2.TemplateSyntaxError as error:
@@ -92,7 +107,8 @@ class ChatTemplate:
 
 def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
     """The template of a tokenizer: `chat_template.jinja` in its folder, or `chat_template` in its
-    `tokenizer_config.json`.
+    `tokenizer_config.json`; of several that have names there, `default`, and `tool_use` for
+    conversations with tools.
 
     Args:
         tokenizer: path of a `tokenizer.json`, or its folder.
@@ -106,12 +122,13 @@ def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
     folder = path if path.is_dir() else path.parent
     entries = _read_config(folder / "tokenizer_config.json")
     source = entries.get("chat_template")
+    tool_use = None
     if isinstance(source, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default")
+        source, tool_use = named.get("default"), named.get("tool_use")
     file = folder / "chat_template.jinja"
     if file.is_file():
-        source = read_text(file)
+        source, tool_use = read_text(file), None
     if not isinstance(source, str):
         raise ChatError(
             f"{folder}: the tokenizer has no chat template; add chat_template.jinja, or pass one"
@@ -121,7 +138,7 @@ def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
         text = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(text, str):
             special[name] = text
-    return ChatTemplate(source, special)
+    return ChatTemplate(source, special, tool_use if isinstance(tool_use, str) else None)
 
 
 def read_text(path: str | pathlib.Path) -> str:
@@ -147,9 +164,9 @@ def check_messages(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ChatError(f"message {number} is {message!r}; use {{'role': ..., 'content': ...}}")
-        if "content" not in message:
+        if "content" not in message and not message.get("tool_calls"):
             raise ChatError(f"message {number} has no content")
-        if not isinstance(message["content"], str | list | tuple | None):
+        if not isinstance(message.get("content"), str | list | tuple | None):
             raise ChatError(f"message {number} has content={message['content']!r}; use text")
 
 

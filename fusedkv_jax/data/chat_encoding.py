@@ -57,7 +57,7 @@ def encode_chat(
             " spelling them; give it that attribute, a mapping from texts to ids"
         )
     texts = sorted(filter(None, special), key=len, reverse=True)
-    everything = f"{messages!r}{variables!r}{template.source}{template.special_tokens!r}{special!r}"
+    everything = f"{messages!r}{variables!r}{template!r}{special!r}"
     mark = next(chr(code) for code in _MARKS if chr(code) not in everything)
     marker = _Marker(mark, texts)
     marked = [marker.mark(message) for message in messages]

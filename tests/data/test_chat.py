@@ -83,6 +83,15 @@ def test_malformed_templates_and_messages():
             ChatTemplate(SOURCE).render(messages)
 
 
+def test_calls_of_tools_need_no_content():
+    template = ChatTemplate("{% for m in messages %}[{{ m.content is none }}]{% endfor %}")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    assert template.render(turns) == "[False][True]"
+    with pytest.raises(ChatError, match="message 0 has no content"):
+        template.render([{"role": "assistant", "tool_calls": []}])
+
+
 def test_where_templates_come_from(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     with pytest.raises(ChatError, match="has no chat template"):
@@ -97,8 +106,11 @@ def test_where_templates_come_from(tmp_path):
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]
     config.write_text(json.dumps({**entries, "chat_template": several}))
     assert load_template(tmp_path).render(MESSAGES) == "two"
+    assert load_template(tmp_path).render(MESSAGES, tools=None) == "two"
+    assert load_template(tmp_path).render(MESSAGES, tools=[{"name": "a"}]) == "x"
     (tmp_path / "chat_template.jinja").write_text("three", encoding="utf-8")
     assert load_template(tmp_path).render(MESSAGES) == "three"
+    assert load_template(tmp_path).render(MESSAGES, tools=[{"name": "a"}]) == "three"
 
 
 def test_files_that_are_not_utf8(tmp_path):
@@ -163,6 +175,7 @@ def test_files_that_are_not_utf8(tmp_path):
     ],
 )
 def test_templates_that_would_not_end_or_fit_are_refused(source, message, monkeypatch):
+    ChatTemplate("").render(MESSAGES)  # imports what keeps the bound of products
     monkeypatch.setattr(template_sizes, "MAX_LENGTH", 100_000)  # what counting takes its time for
     with pytest.raises(ChatError, match=message) as refused:
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
