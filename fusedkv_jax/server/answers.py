@@ -12,6 +12,7 @@ import msgspec
 
 from fusedkv_jax.generation.results import PlaceLogprobs
 from fusedkv_jax.server.generation import Generation, Grown
+from fusedkv_jax.server.places import Echo, Offsets
 from fusedkv_jax.server.prompts import Spelled
 
 # A token, and the log-probabilities at its place; none at the first of a prompt.
@@ -166,7 +167,8 @@ class CompletionAnswer(Answer):
     """Of /v1/completions.
 
     Args:
-        echo: text and tokens of each prompt, shown before its choices; empty for none.
+        decode: text of an output's tokens, as it is shown.
+        echo: the prompts, if they are shown before their choices.
         n: choices for each prompt.
     """
 
@@ -179,30 +181,39 @@ class CompletionAnswer(Answer):
         asked: Asked,
         spell: Spell,
         *,
-        echo: Sequence[tuple[str, Sequence[int]]] = (),
+        decode: Callable[[Sequence[int]], str],
+        echo: Sequence[Echo] = (),
         n: int = 1,
     ):
         super().__init__(name, model, asked, spell)
-        self._echo, self._n = echo, n
-        self._offsets: dict[int, int] = {}
+        self._decode, self._echo, self._n = decode, echo, n
+        self._offsets: dict[int, Offsets] = {}
 
     def first(self, index: int) -> Iterator[dict[str, Any]]:
         if self._echo:
             text, places = self._before(index)
-            yield self.part(index, text, places, None)
+            logprobs = self._logprobs(places, self._echo[index // self._n].offsets)
+            yield self._choice(index, text, logprobs, None)
 
     def choice(
         self, index: int, text: str, places: list[Place], reason: str | None
     ) -> dict[str, Any]:
         before, first = self._before(index)
-        found = self.part(index, before + text, first + places, reason)
+        offsets = [*self._echo[index // self._n].offsets] if first else []
+        offsets += self._next_offsets(index, places)
+        found = self._choice(index, before + text, self._logprobs(first + places, offsets), reason)
         scores = self.prompt_logprobs(index // self._n)
         return found if scores is None else {**found, "prompt_logprobs": scores}
 
     def part(
         self, index: int, text: str, places: list[Place], reason: str | None
     ) -> dict[str, Any]:
-        logprobs = self._logprobs(index, places) if places else None
+        logprobs = self._logprobs(places, self._next_offsets(index, places))
+        return self._choice(index, text, logprobs, reason)
+
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
+    ) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _before(self, index: int) -> tuple[str, list[Place]]:
@@ -210,25 +221,26 @@ class CompletionAnswer(Answer):
         if not self._echo:
             return "", []
         prompt = index // self._n
-        text, tokens = self._echo[prompt]
+        text, tokens, _ = self._echo[prompt]
         scores = self.scores.get(prompt) if self.asked.top is not None else None
         return text, [] if scores is None else list(zip(tokens, scores, strict=True))
 
-    def _logprobs(self, index: int, places: list[Place]) -> dict[str, Any]:
-        texts = [self.spell(token).text for token, _ in places]
-        offsets = []
-        offset = self._offsets.get(index, 0)
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
+    def _next_offsets(self, index: int, places: list[Place]) -> list[int]:
+        if index not in self._offsets:
+            start = len(self._echo[index // self._n].text) if self._echo else 0
+            self._offsets[index] = Offsets(self._decode, start)
+        return self._offsets[index].of(token for token, _ in places)
+
+    def _logprobs(self, places: list[Place], offsets: Sequence[int]) -> dict[str, Any] | None:
+        if not places:
+            return None
         return {
-            "tokens": texts,
+            "tokens": [self.spell(token).text for token, _ in places],
             "token_logprobs": [
                 None if place is None else _finite(place[token].logprob) for token, place in places
             ],
             "top_logprobs": [place and self._top(token, place) for token, place in places],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _top(self, chosen: int, place: PlaceLogprobs) -> dict[str, float]:

@@ -165,26 +165,19 @@ class Server:
         params = asked.sampling()
         prompts = await self.prompts.texts(asked.prompt, asked.add_special_tokens is not False)
         self._check(prompts, params)
-        echo = await self._echo(asked.prompt, prompts) if asked.echo else ()
+        given = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        pairs = zip(given, prompts, strict=False) if asked.echo else ()  # or one list of token ids
+        echo = [await self.prompts.echo(*pair, asked.logprobs is not None) for pair in pairs]
         answer = answers.CompletionAnswer(
             f"cmpl-{uuid.uuid4().hex}",
             self.engine.model_name,
             answers.Asked(asked.logprobs, asked.prompt_logprobs),
             self.prompts.spell,
+            decode=self.prompts.decoder(params.skip_special_tokens),
             echo=echo,
             n=params.n,
         )
         return await self._answer(request, asked, params, prompts, answer)
-
-    async def _echo(
-        self, given: str | Sequence[object], prompts: Sequence[Sequence[int]]
-    ) -> list[tuple[str, Sequence[int]]]:
-        """What is shown of prompts: a text as it was given, without the BOS token before it."""
-        texts = [given] if isinstance(given, str) else given
-        return [
-            (text if isinstance(text, str) else await self.prompts.decode(tokens), tokens)
-            for text, tokens in zip(texts, prompts, strict=False)  # or one list of token ids
-        ]
 
     async def _chat(self, request: Request) -> Response:
         asked = await self._read(request, protocol.ChatRequest, self._check_room)
@@ -194,6 +187,7 @@ class Server:
             None if asked.tool_choice == "none" else asked.tools,
             asked.add_generation_prompt is not False,
             asked.chat_template_kwargs,
+            asked.add_special_tokens is True,
         )
         self._check([prompt], params)
         head = f"chatcmpl-{uuid.uuid4().hex}", self.engine.model_name
@@ -227,8 +221,8 @@ class Server:
                 )
             )
             if asked.stream:
-                counted = bool(asked.stream_options and asked.stream_options.include_usage)
-                events = _events(generation, answer, counted)
+                options = asked.stream_options or protocol.StreamOptions()
+                events = _events(generation, answer, options)
                 return EventStream(events, stack.pop_all().close)
             await while_connected(request.receive, _gather(generation, answer))
             return JSONResponse(answer.whole(generation))
@@ -256,6 +250,10 @@ class Server:
             raise ApiError(400, f"{choices} outputs; ask for at most {most} at once", param="n")
         if not all(prompts):
             raise ApiError(400, "prompt is empty; give it at least a token", param="prompt")
+        try:
+            self.engine.check_together([len(prompt) for prompt in prompts])
+        except ValueError as error:  # another time would be no better, so it is no 503
+            raise ApiError(400, str(error), param="prompt") from None
 
     # What an operator asks.
 
@@ -320,9 +318,12 @@ class Server:
             tokens = texts[0]
         else:
             assert asked.messages is not None
-            generation_prompt = asked.add_generation_prompt is not False
             tokens = await self.prompts.chat(
-                asked.messages, asked.tools, generation_prompt, asked.chat_template_kwargs
+                asked.messages,
+                asked.tools,
+                asked.add_generation_prompt is not False,
+                asked.chat_template_kwargs,
+                asked.add_special_tokens is True,
             )
         length = self.engine.max_length
         return JSONResponse({"count": len(tokens), "max_model_len": length, "tokens": tokens})
@@ -338,15 +339,17 @@ async def _gather(generation: Generation, answer: answers.Answer) -> None:
 
 
 async def _events(
-    generation: Generation, answer: answers.Answer, counted: bool
+    generation: Generation, answer: answers.Answer, options: protocol.StreamOptions
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream; an error is one too."""
-    more = {"usage": None} if counted else {}
+    more: dict[str, Any] = {"usage": None} if options.include_usage else {}
     try:
         async for grown in generation:
+            if options.include_usage and options.continuous_usage_stats:
+                more = {"usage": answers.usage(generation)}
             for chunk in answer.chunks(grown):
                 yield answers.event({**chunk, **more})
-        if counted:
+        if options.include_usage:
             yield answers.event(answer.chunk([], usage=answers.usage(generation)))
     except ApiError as error:
         yield answers.event(error.document)

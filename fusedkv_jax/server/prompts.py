@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
+from fusedkv_jax.data.encoding import document_beginning
 from fusedkv_jax.generation.requests import Codec
 from fusedkv_jax.server.errors import ApiError
+from fusedkv_jax.server.places import Echo, Offsets
 
 _T = TypeVar("_T")
 _RESERVED = {"messages", "add_generation_prompt", "tools", "tokenizer", "template"}
@@ -72,8 +74,10 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
-        """Tokens of a conversation.
+        """Tokens of a conversation; on request with the BOS token before those of the template,
+        which most write themselves.
 
         Raises:
             ApiError: there is no template, or it refuses the messages.
@@ -91,16 +95,19 @@ class Prompts:
             variables["tools"] = tools
         variables["add_generation_prompt"] = add_generation_prompt
         encode = functools.partial(encode_chat, self.tokenizer, self.template, **variables)
+        beginning = document_beginning(self.tokenizer) if add_special_tokens else []
         plain = [_plain(message) for message in messages]
         read = [_with_read_calls(message) for message in plain]
 
         def work() -> list[int]:
             try:
-                return encode(read)
+                return beginning + encode(read)
             except ChatError:
                 if read == plain:
                     raise
-                return encode(plain)  # a few templates are written for the text of arguments
+                return beginning + encode(
+                    plain
+                )  # a few templates are written for the text of arguments
 
         return await self._apart(work, "messages")
 
@@ -114,6 +121,22 @@ class Prompts:
         """Text of tokens, special ones included, apart. Raises ApiError."""
         decode = functools.partial(self.tokenizer.decode, tokens, skip_special_tokens=False)
         return await self._apart(decode, "tokens")
+
+    async def echo(self, given: object, tokens: Sequence[int], offsets: bool) -> Echo:
+        """What is shown of a prompt: a text as it was given, without the BOS token before it."""
+        is_text = isinstance(given, str)
+        text = given if is_text else await self.decode(tokens)
+        assert isinstance(text, str)
+        find = Offsets(self.decoder(skip_special_tokens=is_text)).of
+        found = await self._apart(lambda: find(tokens), "prompt") if offsets else ()
+        return Echo(text, tokens, found)
+
+    def decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
+        """Text of tokens, as it is shown."""
+        tokenizer = self.tokenizer
+        if skip_special_tokens:
+            return lambda tokens: tokenizer.decode(tokens)  # which need not know of the other way
+        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
 
     def close(self) -> None:
         """End the thread."""
@@ -130,7 +153,7 @@ class Prompts:
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content, if it comes in parts, is one text."""
-    plain = {"content": None, **message} if message.get("tool_calls") else dict(message)
+    plain = dict(message)
     content = plain.get("content")
     if isinstance(content, list):
         texts = []

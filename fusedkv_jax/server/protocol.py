@@ -29,9 +29,11 @@ class StreamOptions(msgspec.Struct):
 
     Attributes:
         include_usage: the last chunk has the usage, and no choices.
+        continuous_usage_stats: beside it, every chunk has the usage so far; vLLM's.
     """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class StructuredOutputs(msgspec.Struct):
@@ -272,11 +274,20 @@ def decode(body: bytes, form: type[_Body]) -> _Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ApiError(400, f"the body is not JSON: {reason}") from None
-    for name in sorted(document.keys() - set(form.__struct_fields__) - _logged)[:32]:
+    for name in sorted(_unknown(document, form) - _logged)[:32]:
         if len(_logged) < 1000:
             _logged.add(name)
             _log.info("requests have the field %.64r, which this server ignores", name)
     return asked
+
+
+def _unknown(document: dict[str, Any], form: type[msgspec.Struct]) -> set[str]:
+    options = document.get("stream_options")
+    inner = options.keys() if isinstance(options, dict) else ()
+    own = {
+        f"stream_options.{name}" for name in inner if name not in StreamOptions.__struct_fields__
+    }
+    return own | document.keys() - set(form.__struct_fields__)
 
 
 def _bounded(name: str, count: int | None) -> int | None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fusedkv_jax.generation.params import SamplingParams
@@ -193,6 +193,23 @@ class AsyncEngine:
             raise QueueFull(f"{len(self._waiting)} requests wait", 1 + len(self._waiting) / 100)
         if most_tokens is not None and queued + tokens > most_tokens and self._waiting:
             raise QueueFull(f"{queued} tokens of prompts wait", 1 + queued / 10_000)
+
+    def check_together(self, tokens: Sequence[int]) -> None:
+        """Whether prompts of so many tokens each could ever be queued at once.
+
+        Raises:
+            ValueError: the queue has never room for all of them; the message names the limit.
+        """
+        most, most_tokens = self._limits
+        advice = "send them in several requests"
+        if len(tokens) > most:
+            raise ValueError(f"{len(tokens)} prompts; at most max_queued={most} can wait: {advice}")
+        # A queue without anybody takes any first prompt, but no second one beyond the limit.
+        if most_tokens is not None and len(tokens) > 1 and sum(tokens) > most_tokens:
+            raise ValueError(
+                f"prompts of {sum(tokens)} tokens; at most max_queued_tokens={most_tokens} can"
+                f" wait: {advice}"
+            )
 
     def _order(self, *order: object) -> None:
         with self._wanted:

@@ -104,6 +104,11 @@ class FakeEngine:
         self.served.append(params)
         return request
 
+    def check_together(self, tokens: Sequence[int]) -> None:
+        most = self._most + self._bound
+        if len(tokens) > most:
+            raise ValueError(f"{len(tokens)} prompts; at most {most} can wait")
+
     def check_room(self, tokens: int = 0) -> None:
         if len(self._requests) >= self._most + self._bound:
             raise QueueFull("the queue is full", 2.0)

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import json
+import re
 
 import jsonschema
+import pytest
 
 import fusedkv_jax as fkv
 from fusedkv_jax.data import tokenizers
@@ -74,6 +76,31 @@ def test_log_probabilities_tell_special_tokens(tmp_path):
     assert tokens[0] == "<s>" and tokens[2:] == ["</s>"] * 2
     assert all("</s>" in place for place in top[2:])  # it was drawn, however unlikely
     assert choice["prompt_logprobs"][2]["1"]["decoded_token"] == "</s>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_those_of_the_text_that_is_shown(tmp_path, stream):
+    path = train_bpe(tmp_path / "tokenizer.json", ("<s>", "</s>"), pad=False)
+    served = engine(tokenizer=tokenizers.load(str(path)))
+    common = {"logit_bias": {"1": 100}, "logprobs": 0, "max_tokens": 2, "ignore_eos": True}
+    common |= {"stream": stream}
+    with serving(AsyncEngine(served, model_name="toy"), template=None) as running:
+
+        def found(**body):
+            text = running.http.post("/v1/completions", json={**common, **body}).text
+            lines = [text] if not stream else re.findall(r"data: (\{.*)", text)
+            choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+            shown = "".join(choice["text"] for choice in choices)
+            return shown, [
+                o for c in choices if c["logprobs"] for o in c["logprobs"]["text_offset"]
+            ]
+
+        assert found(prompt="!") == ("", [0, 0])  # both are </s>, which is hidden
+        assert found(prompt="!", skip_special_tokens=False) == ("</s></s>", [0, 4])
+        # The prompt's <s> is not shown where it is a text, and is where it is given as a token.
+        assert found(prompt="!!", echo=True)[1][-2:] == [2, 2]
+        assert found(prompt="!!", echo=True)[1][:2] == [0, 0]
+        assert found(prompt=[0, 3], echo=True)[1] == [0, 3, 4, 4]
 
 
 def test_a_key_has_one_share_whatever_its_salts():

@@ -148,9 +148,23 @@ def test_a_full_queue_says_when_to_come_back():
         assert refused and len(done) - len(refused) >= 4
         assert {each.headers["Retry-After"] for each in refused} == {"2"}
         # Nothing of a request stays if one of its prompts finds no place.
-        body = {"prompt": ["a"] * 5, "max_tokens": 4000}
+        first = pool.submit(running.http.post, "/v1/completions", json=body)
+        while not engine.stats().running:
+            time.sleep(0.001)
+        body = {"prompt": ["a"] * 4, "max_tokens": 4000}
         assert running.http.post("/v1/completions", json=body).status_code == 503
-        assert running.idle()
+        assert first.result().status_code == 200 and running.idle()
+
+
+def test_more_prompts_than_can_ever_wait_are_refused_for_good():
+    with serving(FakeEngine(max_num_seqs=1, queue=2)) as running:
+        body = {"prompt": ["a"] * 4, "max_tokens": 1}
+        response = running.http.post("/v1/completions", json=body)
+        assert response.status_code == 400 and "Retry-After" not in response.headers
+        error = response.json()["error"]
+        assert error["param"] == "prompt" and "at most 3 can wait" in error["message"]
+        body["prompt"].pop()
+        assert running.http.post("/v1/completions", json=body).status_code == 200
 
 
 def test_those_who_leave_hold_nothing():

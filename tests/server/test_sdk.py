@@ -160,6 +160,36 @@ def test_usage_of_a_stream(sdk):
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 9
 
 
+def test_usage_of_every_chunk(sdk):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": "toy", "prompt": "a", "max_tokens": 3, "stream": True}
+    chunks = sdk.completions.create(**asked, stream_options=options)
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 3, 3]
+    options = {"continuous_usage_stats": True}
+    assert not any(c.usage for c in sdk.completions.create(**asked, stream_options=options))
+
+
+def test_options_of_a_stream_that_are_unknown_are_logged(toy, caplog):
+    with caplog.at_level("INFO", "fusedkv_jax.server.protocol"):
+        body = {"prompt": "a", "stream": True, "stream_options": {"include_costs": True}}
+        assert toy.http.post("/v1/completions", json=body).status_code == 200
+    assert "field 'stream_options.include_costs', which this server ignores" in caplog.text
+
+
+def test_special_tokens_before_those_of_a_template(toy):
+    body = {"messages": HELLO}
+    plain, more, less = (
+        toy.http.post("/tokenize", json={**body, "add_special_tokens": each}).json()["tokens"]
+        for each in (None, True, False)
+    )
+    assert more == [toy.engine.tokenizer.bos_id, *plain] and less == plain
+    counts = [
+        toy.http.post("/v1/chat/completions", json={**body, "max_tokens": 1, **own}).json()["usage"]
+        for own in ({}, {"add_special_tokens": True})
+    ]
+    assert [count["prompt_tokens"] for count in counts] == [len(plain), len(more)]
+
+
 def test_cached_tokens(sdk):
     prompt = [7] * 100
     first, second = (
@@ -175,6 +205,9 @@ def test_logprobs(sdk):
     assert found.tokens == ["G", "r"] and found.token_logprobs == [-0.5, -0.5]
     assert found.top_logprobs[0] == {"G": -0.5, "H": -1.5, "I": -2.5}
     assert found.text_offset == [0, 1]
+    done = sdk.completions.create(model="toy", prompt="a", max_tokens=7, logprobs=0)
+    assert done.choices[0].text == "Grüße"  # two characters have two tokens each
+    assert done.choices[0].logprobs.text_offset == [0, 1, 2, 2, 3, 3, 4]
     asked = {"model": "toy", "messages": HELLO, "max_tokens": 2, "logprobs": True}
     places = sdk.chat.completions.create(top_logprobs=2, **asked).choices[0].logprobs.content
     assert [place.token for place in places] == ["G", "r"]

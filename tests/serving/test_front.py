@@ -76,8 +76,20 @@ def test_the_queue_is_bounded_and_what_cannot_be_is_refused():
             front.add([1], GREEDY, request_id="a")
         with pytest.raises(ValueError, match="is the limit"):
             front.add([1] * LONGEST, GREEDY, request_id="d")
+        with pytest.raises(ValueError, match="3 prompts; at most max_queued=2 can wait: send"):
+            front.check_together([1, 1, 1])
 
     serve(work, max_queued=2)
+
+
+def test_prompts_that_are_too_long_to_wait_together():
+    async def work(front):
+        front.check_together([30])  # alone it need not wait
+        front.check_together([10, 10])
+        with pytest.raises(ValueError, match="21 tokens; at most max_queued_tokens=20 can wait"):
+            front.check_together([10, 11])
+
+    serve(work, max_queued_tokens=20)
 
 
 def test_a_stop_lets_requests_end_and_aborts_the_rest():
