@@ -57,11 +57,14 @@ class Size:
       model: the reference row's model; its rows change the layout alone.
       batch_size: sequences of a batch.
       learning_rate: where the search for the best one begins.
+      logits_mib: as for `TrainConfig`. The order of sums depends on it, so sizes with records keep
+        what these were made with.
     """
 
     model: ModelConfig
     batch_size: int
     learning_rate: float
+    logits_mib: int | None = 512
 
     @property
     def parameters(self) -> int:
@@ -171,6 +174,7 @@ class Study:
             train=TrainConfig(
                 steps=steps,
                 seed=cell.draw.seed,
+                logits_mib=size.logits_mib,
                 log_every=max(steps // 20, 1),
                 eval_batches=1_000_000,  # all of the held-out text
                 checkpoint_every=max(steps // 10, 1),

@@ -39,8 +39,12 @@ def get_study() -> Study:
             "0.05m": Size(model=_model(4, 32, 88), batch_size=8, learning_rate=8e-3),
             "0.1m": Size(model=_model(4, 48, 128), batch_size=8, learning_rate=6.4e-2),
             "0.4m": Size(model=_model(6, 80, 176), batch_size=16, learning_rate=1.6e-2),
-            "1.2m": Size(model=_model(8, 112, 304), batch_size=16, learning_rate=4e-3),
-            "3.5m": Size(model=_model(8, 192, 512), batch_size=32, learning_rate=2e-3),
+            "1.2m": Size(
+                model=_model(8, 112, 304), batch_size=16, learning_rate=4e-3, logits_mib=None
+            ),
+            "3.5m": Size(
+                model=_model(8, 192, 512), batch_size=32, learning_rate=2e-3, logits_mib=None
+            ),
         },
         rows={
             "mha": Row(layout="mha"),

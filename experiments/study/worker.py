@@ -105,7 +105,7 @@ class Worker:
         with jax.set_mesh(mesh):
             model, config, _ = load_model(folder, mesh=mesh)
             graphdef, params = nnx.split(model)
-            eval_step = make_eval_step(graphdef)
+            eval_step = make_eval_step(graphdef, logits_mib=config.train.logits_mib)
             for name, path in self.texts.others.items():
                 batches = corpus.batches(path, config.data)
                 found = evaluate(eval_step, params, batches, mesh).metrics

@@ -14,6 +14,7 @@ from fusedkv_jax.compile_ahead.chips import Slice
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
 from fusedkv_jax.training import ExperimentConfig
+from fusedkv_jax.training.loss import LOGITS_MIB
 
 # How much of the forward pass the backward pass repeats, and bytes that a token keeps in a layer:
 # widths of D, of all heads, and of the feed-forward part, times two bytes. Counted in compiled
@@ -208,7 +209,8 @@ def _expect(
     seconds = max(compute, hidden) + _EXPOSED * min(compute, hidden) + waiting
     memory = 4 * total / (split * tensor) * (4 if accumulation == 1 else 5)
     memory += 6 * model.vocab_size * model.d_model / tensor * (split > 1)
-    memory += 3 * config.train.logits_mib * 2**20 + _activations(model, remat, tokens, tensor)
+    logits = (config.train.logits_mib or LOGITS_MIB) * 2**20
+    memory += 3 * logits + _activations(model, remat, tokens, tensor)
     return Candidate(_mesh(**mesh), remat, accumulation, memory, seconds)
 
 

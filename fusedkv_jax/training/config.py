@@ -12,7 +12,6 @@ from fusedkv_jax.training.early_exit_config import EarlyExitConfig
 from fusedkv_jax.training.optimizer_config import OptimizerConfig
 from fusedkv_jax.validation import build, validate
 
-LOGITS_MIB = 512  # of float32 logits at a time
 GradientType = Literal["float32", "bfloat16"]
 Trainable = Literal["all", "changed"]
 
@@ -37,8 +36,8 @@ class TrainConfig:
         products added. 0 trains the parameters themselves.
       lora_alpha: changes are multiplied with lora_alpha / lora_rank.
       logits_mib: MiB of float32 logits that a device holds at a time; larger batches compute the
-        loss in chunks. Each chunk reads and writes the gradient of the output head once, so more is
-        faster where there is memory.
+        loss in chunks. Each chunk reads and writes the gradient of the output head once. None is
+        512 on accelerators, and on a CPU what its caches hold; see `loss.logits_at_a_time`.
       seed: of the initial parameters.
       log_every: steps between metric lines.
       eval_every: steps between evaluations on held-out text; 0 means only at the end.
@@ -59,7 +58,7 @@ class TrainConfig:
     trainable: Trainable = "all"
     lora_rank: int = 0
     lora_alpha: float = 16.0
-    logits_mib: int = LOGITS_MIB
+    logits_mib: int | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0

@@ -8,11 +8,17 @@ from jaxtyping import Array, Float
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.training.distillation_config import DistillationConfig
-from fusedkv_jax.training.loss import LOGITS_MIB, Batch, Loss, Objective, head_cross_entropy
+from fusedkv_jax.training.loss import (
+    Batch,
+    Loss,
+    Objective,
+    head_cross_entropy,
+    logits_at_a_time,
+)
 
 
 def make_objective(
-    config: DistillationConfig, teacher: nnx.GraphDef, logits_mib: float = LOGITS_MIB
+    config: DistillationConfig, teacher: nnx.GraphDef, logits_mib: float | None = None
 ) -> Objective:
     """The training objective of a run with a teacher, for `make_train_step`.
 
@@ -59,7 +65,7 @@ def distillation_loss(
     teacher: Decoder,
     batch: Batch,
     config: DistillationConfig,
-    logits_mib: float = LOGITS_MIB,
+    logits_mib: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The weighted losses of a batch, summed over its targets, and their number.
 
@@ -109,7 +115,7 @@ def _divergence(
     outputs: tuple[Array, Array],
     mask: Array,
     temperature: float,
-    logits_mib: float,
+    logits_mib: float | None,
 ) -> Array:
     """KL(teacher | model) times the squared temperature, summed over the tokens that count.
 
@@ -117,7 +123,8 @@ def _divergence(
     """
     vocabulary = models[0].config.vocab_size
     count = mask.size
-    limit = max(1, int(logits_mib * 2**20) // (8 * vocabulary))  # of two models
+    both = 2 * vocabulary  # of two models
+    limit = max(1, logits_at_a_time(logits_mib, both) // both)
     chunks = -(-count // limit)
     padding = -count % chunks
 

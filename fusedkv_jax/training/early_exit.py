@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusedkv_jax.model import Decoder
 from fusedkv_jax.training.early_exit_config import EarlyExitConfig
-from fusedkv_jax.training.loss import LOGITS_MIB, Batch, Loss, Objective, head_cross_entropy
+from fusedkv_jax.training.loss import Batch, Loss, Objective, head_cross_entropy
 
 
 def make_objective(
@@ -19,7 +19,7 @@ def make_objective(
     num_layers: int,
     steps: int,
     seed: int,
-    logits_mib: float = LOGITS_MIB,
+    logits_mib: float | None = None,
 ) -> Objective | None:
     """The training objective of a run, for `make_train_step`; None where both parts are off.
 
@@ -98,7 +98,7 @@ def exit_loss(
     batch: Batch,
     weights: Float[Array, "L"],
     early: bool = True,
-    logits_mib: float = LOGITS_MIB,
+    logits_mib: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted `head_cross_entropy` of the exits of all layers, with the shared norm and head.
 

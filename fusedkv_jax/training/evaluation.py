@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from fusedkv_jax import processes
 from fusedkv_jax.sharding import automatic, process_rows, put_batch
-from fusedkv_jax.training.loss import LOGITS_MIB, Batch, batch_loss
+from fusedkv_jax.training.loss import Batch, batch_loss
 from fusedkv_jax.training.monitoring.metrics import bits_per_byte
 from fusedkv_jax.training.step import BATCH_KEYS, split_rows
 
@@ -45,7 +45,7 @@ class EvalResult:
 def make_eval_step(
     graphdef: nnx.GraphDef,
     microbatches: int = 1,
-    logits_mib: float = LOGITS_MIB,
+    logits_mib: float | None = None,
     model_parameters: Callable[[nnx.State], nnx.State] = lambda params: params,
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Build the compiled function (params, batch) -> (loss sum, token count).

@@ -103,6 +103,8 @@ def test_the_grid_compares_equal_caches(study):
         assert {cache[row] for row in half} == {cache["mha"] // 2}
         assert abs(chosen.parameters / (1e6 * float(size[:-1])) - 1) < 0.15
         assert scaling.tokens(size) == pytest.approx(20 * chosen.parameters, rel=0.01)
+        recorded = size in ("0.05m", "0.1m", "0.4m")  # whose sums must keep their order
+        assert chosen.logits_mib == (512 if recorded else None)
         depth = chosen.model.num_layers
         same = [layouts.resolve(spec, depth).layers for spec in (f"mlkv:m={depth // 2}", "cla:k=2")]
         assert same[0] == same[1]  # why there is no row mlkv

@@ -12,7 +12,12 @@ from flax import nnx
 from fusedkv_jax import Decoder, presets
 from fusedkv_jax.sharding import MeshConfig, make_mesh
 from fusedkv_jax.training.early_exit import exit_loss
-from fusedkv_jax.training.loss import batch_loss, head_cross_entropy, sum_cross_entropy
+from fusedkv_jax.training.loss import (
+    batch_loss,
+    head_cross_entropy,
+    logits_at_a_time,
+    sum_cross_entropy,
+)
 
 B, T, D, V = 8, 16, 8, 64
 MESHES = {
@@ -130,3 +135,13 @@ def test_no_array_of_the_program_holds_all_logits():
         for shape in re.findall(r"tensor<((?:\d+x)+\w+)>", text)
     ]
     assert max(sizes) < B * T * V // 2
+
+
+def test_a_device_holds_what_suits_it_unless_told():
+    words = 4096
+    assert logits_at_a_time(None, words) == 512 * words  # here, on a CPU
+    assert logits_at_a_time(None, 258) == 2**20
+    assert logits_at_a_time(2, words) == 2**19
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=tpu)):
+        assert logits_at_a_time(None, words) == 512 * 2**18
