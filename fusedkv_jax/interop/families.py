@@ -36,6 +36,7 @@ class Family:
         windows: the attention window of each layer, None for full; by default all are full.
         defaults: what transformers assumes where config.json is silent.
         layout: whose keys and values each layer reads; by default its own.
+        activation: the field that names the activation of its feed-forward.
     """
 
     block: Callable[[Fields], Options] = lambda fields: {}
@@ -43,19 +44,24 @@ class Family:
     windows: Callable[[Fields], list[int | None]] = lambda fields: _full(fields)
     defaults: Fields = field(default_factory=dict)
     layout: Callable[[Fields], KVLayout | str] = lambda fields: "mha"
+    activation: str = "hidden_act"
 
 
 def biases(fields: Fields) -> Options:
-    """`attention_bias` and `mlp_bias`, which most families have."""
-    attention, mlp = (bool(fields.get(name)) for name in ("attention_bias", "mlp_bias"))
-    return {"qkv_bias": attention, "output_bias": attention, "mlp_bias": mlp}
+    """`attention_bias` and `mlp_bias`."""
+    return _attention_biases(fields) | {"mlp_bias": bool(fields.get("mlp_bias"))}
 
 
-def activation(fields: Fields) -> str:
-    """The activation of the feed-forward, by our name."""
-    name = fields.get("hidden_activation") or fields.get("hidden_act") or "silu"
+def _attention_biases(fields: Fields) -> Options:
+    biased = bool(fields.get("attention_bias"))
+    return {"qkv_bias": biased, "output_bias": biased}
+
+
+def activation(fields: Fields, field: str) -> str:
+    """The activation of the feed-forward that a field names, by our name; silu without it."""
+    name = fields.get(field, "silu")
     if name not in _ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act={name!r}; choose {', '.join(_ACTIVATIONS)}")
+        raise ConfigError(f"config.json: {field}={name!r}; choose {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
@@ -70,18 +76,28 @@ def _all_windowed(fields: Fields) -> list[int | None]:
     return [fields.get("sliding_window")] * fields["num_hidden_layers"]
 
 
-def _pattern(fields: Fields) -> list[int | None]:
+def _mistral_windows(fields: Fields) -> list[int | None]:
+    if "layer_types" in fields:  # by which transformers takes it for another family
+        raise ConfigError("config.json: layer_types of Mistral, which is Ministral, not supported")
+    return _all_windowed(fields)
+
+
+def _pattern(fields: Fields, every: int = 1) -> list[int | None]:
     """By `layer_types`, or every n-th layer is full."""
-    layers, every = fields["num_hidden_layers"], fields.get("sliding_window_pattern") or 1
-    kinds = fields.get("layer_types") or [
-        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
-    ]
-    windows = {"full_attention": None, "sliding_attention": fields.get("sliding_window")}
+    layers, window = fields["num_hidden_layers"], fields.get("sliding_window")
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        kinds = [
+            "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
+        ]
+    windows = {"full_attention": None, "sliding_attention": window}
     for kind in kinds:
         if kind not in windows:
             raise ConfigError(f"config.json: layer_types with {kind!r} is not supported")
     if len(kinds) != layers:
         raise ConfigError(f"config.json: {len(kinds)} layer_types for {layers} layers")
+    if window is None and "sliding_attention" in kinds:
+        raise ConfigError("config.json: layer_types with windows, and no sliding_window")
     return [windows[kind] for kind in kinds]
 
 
@@ -96,34 +112,32 @@ def _windows_if_used(fields: Fields) -> list[int | None]:
 
 
 def _gemma_block(fields: Fields) -> Options:
-    act = activation(fields)
-    return biases(fields) | {
-        "norm": "rms_plus_one",
-        # Gemma's first release says "gelu" and means its approximation.
-        "activation": "gelu_tanh" if act == "gelu" else act,
-    }
-
-
-def _gemma2_block(fields: Fields) -> Options:
-    return _gemma_block(fields) | {
-        "norm_placement": "both",
-        "attention_scale": float(fields.get("query_pre_attn_scalar") or 256) ** -0.5,
-        "attention_softcap": fields.get("attn_logit_softcapping"),
-    }
+    # Gemma's first release says "gelu" and means its approximation.
+    means = {"activation": "gelu_tanh"} if fields["hidden_act"] == "gelu" else {}
+    return _attention_biases(fields) | {"norm": "rms_plus_one"} | means
 
 
 def _gemma3_block(fields: Fields) -> Options:
     # transformers reads `attn_logit_softcapping` of Gemma 3, and does not compute it.
-    return _gemma2_block(fields) | {"attention_softcap": None}
+    return _attention_biases(fields) | {
+        "norm": "rms_plus_one",
+        "norm_placement": "both",
+        "attention_scale": float(fields.get("query_pre_attn_scalar") or 256) ** -0.5,
+    }
+
+
+def _gemma2_block(fields: Fields) -> Options:
+    return _gemma3_block(fields) | {"attention_softcap": fields.get("attn_logit_softcapping")}
 
 
 def _gemma_model(fields: Fields) -> Options:
     if fields.get("use_bidirectional_attention"):
         raise ConfigError("config.json: use_bidirectional_attention is not supported")
-    return {
-        "embedding_scale": fields["hidden_size"] ** 0.5,
-        "logit_softcap": fields.get("final_logit_softcapping"),
-    }
+    return {"embedding_scale": fields["hidden_size"] ** 0.5}
+
+
+def _gemma2_model(fields: Fields) -> Options:
+    return _gemma_model(fields) | {"logit_softcap": fields.get("final_logit_softcapping")}
 
 
 def _without_rope(fields: Fields) -> Options:
@@ -163,19 +177,24 @@ def _neox_block(fields: Fields) -> Options:
         "qkv_bias": biased,
         "output_bias": biased,
         "mlp_bias": True,
-        "activation": activation({"hidden_act": "gelu"} | dict(fields)),
     }
 
 
 _TIED: Fields = {"tie_word_embeddings": True}
 _GEMMA: Fields = {**_TIED, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}
-_GEMMA2: Fields = {**_GEMMA, "num_key_value_heads": 4, "sliding_window": 4096}
+_GEMMA2: Fields = {
+    **_TIED,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+}
 _QWEN: Fields = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(block=biases),
     "mistral": Family(
-        windows=_all_windowed, defaults={"num_key_value_heads": 8, "sliding_window": 4096}
+        windows=_mistral_windows, defaults={"num_key_value_heads": 8, "sliding_window": 4096}
     ),
     "qwen2": Family(
         block=lambda fields: {"qkv_bias": True},
@@ -183,7 +202,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults=_QWEN,
     ),
     "qwen3": Family(
-        block=lambda fields: biases(fields),
+        block=_attention_biases,
         model=lambda fields: {"qk_norm": True},
         windows=_windows_if_used,
         defaults={**_QWEN, "head_dim": 128},
@@ -196,7 +215,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "granite": Family(block=_granite_block, model=_granite_model),
     "olmo2": Family(
-        block=lambda fields: biases(fields) | {"norm_placement": "post", "qk_norm_over": "all"},
+        block=lambda fields: (
+            _attention_biases(fields) | {"norm_placement": "post", "qk_norm_over": "all"}
+        ),
         model=lambda fields: {"qk_norm": True},
         defaults={"rms_norm_eps": 1e-5},
     ),
@@ -208,24 +229,21 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma2": Family(
         block=_gemma2_block,
-        model=_gemma_model,
-        windows=_pattern,
-        defaults={
-            **_GEMMA2,
-            "sliding_window_pattern": 2,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
+        model=_gemma2_model,
+        windows=lambda fields: _pattern(fields, 2),
+        defaults={**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        activation="hidden_activation",
     ),
     "gemma3_text": Family(
         block=_gemma3_block,
-        model=lambda fields: _gemma_model(fields) | {"qk_norm": True},
-        windows=_pattern,
-        defaults={**_GEMMA2, "sliding_window_pattern": 6},
+        model=lambda fields: _gemma2_model(fields) | {"qk_norm": True},
+        windows=lambda fields: _pattern(fields, fields.get("sliding_window_pattern", 6)),
+        defaults=_GEMMA2,
+        activation="hidden_activation",
     ),
     "gpt_neox": Family(
         block=_neox_block,
-        defaults={"layer_norm_eps": 1e-5, "rotary_pct": 0.25},
+        defaults={"layer_norm_eps": 1e-5, "rotary_pct": 0.25, "hidden_act": "gelu"},
     ),
     "deepseek_v2": Family(block=biases),
     "deepseek_v3": Family(block=biases),

@@ -132,12 +132,19 @@ def config_of(file: GgufFile) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GgufFile, fields: Mapping[str, Any], value: Any) -> dict[str, Any] | None:
-    kind = value("rope.scaling.type", str, "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": _short(value("rope.scaling.factor", float))}
-    if kind != "none":
+    kind = value("rope.scaling.type", str, "linear")  # llama.cpp's default, with a factor of 1
+    if kind not in ("none", "linear"):
         raise ConfigError(f"{file.path}: rope.scaling.type={kind!r} is not supported")
-    return _llama3(file, fields) if _ROPE_FACTORS in file else None
+    if value("rope.scaling.attn_factor", float, 1.0) != 1:
+        raise ConfigError(f"{file.path}: rope.scaling.attn_factor is not supported")
+    old_name = value("rope.scale_linear", float, 0.0)
+    factor = _short(value("rope.scaling.factor", float, old_name)) or 1.0
+    scaled = kind == "linear" and factor != 1
+    if _ROPE_FACTORS not in file:
+        return {"rope_type": "linear", "factor": factor} if scaled else None
+    if scaled:
+        raise ConfigError(f"{file.path}: rope.scaling.factor={factor} with {_ROPE_FACTORS}")
+    return _llama3(file, fields)
 
 
 def _llama3(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,15 +73,15 @@ class TensorFolder(Mapping[str, Any]):
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self._files: dict[str, Any] = {}
-        if (folder / _INDEX).exists():
+        if (folder / _SINGLE).exists():  # goes before the index, as in transformers
+            self._place = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
+        elif (folder / _INDEX).exists():
             weight_map = read_json(folder, _INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(file, str) for file in weight_map.values()
             ):
                 raise FolderError(f"{folder / _INDEX} has no weight_map of file names")
             self._place = weight_map
-        elif (folder / _SINGLE).exists():
-            self._place = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
         else:
             raise FolderError(
                 f"{folder} has neither {_SINGLE} nor {_INDEX}; only safetensors are read"

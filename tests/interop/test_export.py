@@ -17,6 +17,7 @@ from tests.oracles.decoder import random_decoder, small_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+load_tensors = pytest.importorskip("safetensors.torch").load_file
 
 TOKENS = np.random.default_rng(0).integers(0, 37, (2, 12))
 LATENT = MLAConfig(kv_lora_rank=12, nope_dim=8, rope_dim=4, v_dim=6, q_lora_rank=10)
@@ -90,6 +91,19 @@ def test_pytorch_computes_every_layout(name, modeling, tmp_path):
     again = load_huggingface(tmp_path / "m")
     assert again.config == model.config
     assert_equal_parameters(again, model)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_stream_weights_are_never_rounded(dtype, modeling, tmp_path):
+    model = random_decoder(small_config("fusedkv", param_dtype="bfloat16", dtype="bfloat16"))
+    save_huggingface(model, tmp_path / "m")
+    theirs = modeling.FusedKVForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype).state_dict()
+    stored = load_tensors(tmp_path / "m" / "model.safetensors")
+    for name, weights in stored.items():
+        learned = name.endswith(("key_weights", "value_weights"))
+        assert weights.dtype == (torch.float32 if learned else torch.bfloat16)
+        assert theirs[name].dtype == (torch.float32 if learned else dtype or torch.bfloat16)
+        assert not learned or torch.equal(theirs[name], weights)
 
 
 HALF = dict(rope_parameters=dict(rope_type="default", rope_theta=50.0, partial_rotary_factor=0.5))

@@ -6,8 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusedkv_jax.config import ConfigError
-from fusedkv_jax.interop import GgufError, TensorError, load_gguf, load_huggingface
+from fusedkv_jax.config import ConfigError, RopeConfig
+from fusedkv_jax.interop import (
+    GgufError,
+    TensorError,
+    gguf_config,
+    load_gguf,
+    load_huggingface,
+)
 from fusedkv_jax.interop.gguf_file import GgufFile
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
@@ -68,7 +74,8 @@ def write(path, values, quantization=None, architecture="llama", **metadata):
     """A GGUF file by the package's own writer."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (METADATA | metadata).items():
-        writer.add_uint32(f"{architecture}.{key}", value)
+        kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        kinds[type(value)](f"{architecture}.{key}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32(f"{architecture}.rope.freq_base", 100.0)
     for name, value in values.items():
@@ -101,7 +108,7 @@ def good(tmp_path_factory):
 
 def test_values_of_every_quantization(tmp_path):
     kinds = gguf.GGMLQuantizationType
-    for kind in (kinds.F16, kinds.BF16, kinds.Q8_0, kinds.Q4_0, kinds.Q4_1, kinds.Q5_1):
+    for kind in (kinds.F16, kinds.BF16, kinds.Q8_0, kinds.Q4_0, kinds.Q4_1, kinds.Q5_0, kinds.Q5_1):
         path = write(tmp_path / f"{kind.name}.gguf", tensors(), kind)
         reader = gguf.GGUFReader(path)
         with GgufFile(path) as file:
@@ -124,6 +131,35 @@ def test_a_model_is_that_of_its_tensors(good):
     halves = load_huggingface(huggingface_names(tensors()), config=config)
     assert np.abs(np.asarray(halves(tokens)) - logits).max() > 0.1
     assert load_gguf(good, "cla", dtype="bfloat16").config.param_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"rope.scaling.factor": 2.5}, 2.5),  # llama.cpp takes linear where there is no type
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.5}, 2.5),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 2.5}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 0.0, "rope.scale_linear": 3.0}, None),
+        ({"rope.scale_linear": 3.0}, 3.0),
+        ({}, None),
+    ],
+)
+def test_scaling_of_the_rope_as_in_llama_cpp(metadata, factor, tmp_path):
+    rope = gguf_config(write(tmp_path / "m.gguf", {}, **metadata)).rope
+    expected = dict(scaling="linear", factor=factor) if factor else {}
+    assert rope == RopeConfig(theta=100.0, **expected)
+
+
+def test_ropes_that_are_not_computed_are_refused(tmp_path):
+    freqs = {"rope_freqs.weight": np.ones(4, np.float32)}
+    for values, metadata, message in (
+        (freqs, {"rope.scaling.factor": 2.0}, r"rope.scaling.factor=2.0 with rope_freqs.weight"),
+        ({}, {"rope.scaling.attn_factor": 1.5}, "attn_factor"),
+        ({}, {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "'yarn' is not supported"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            gguf_config(write(tmp_path / "m.gguf", values, **metadata))
 
 
 def test_what_is_not_supported_is_named(tmp_path, good):

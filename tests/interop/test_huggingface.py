@@ -165,13 +165,17 @@ def oracle(name, seed=0):
     # By default Gemma 2 is computed without soft caps.
     config._attn_implementation = "eager"
     family = family.removesuffix("Text")
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return drawn(getattr(transformers, f"{family}ForCausalLM")(config).eval(), seed)
+
+
+def drawn(model, seed=0):
+    """The model with every array drawn."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                norm = "norm" in path and "bias" not in path and "Gemma" not in family
+                norm = "norm" in path and "bias" not in path and "Gemma" not in type(model).__name__
                 parameter.copy_(norm + 0.3 * draw)
             else:
                 fan_in = 1 if "embed" in path else parameter.shape[-1]

@@ -38,6 +38,7 @@ SCALING = dict(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
 )
+LINEAR = dict(rope_type="linear", factor=2.0)
 
 
 def test_config_of_both_generations():
@@ -134,6 +135,23 @@ def test_latent_geometry():
         (dict(hidden_size=None), "no hidden_size"),
         (LATENT | dict(first_k_dense_replace=1), "mixtures of experts"),
         (LATENT | dict(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5; llama turns all channels"),
+        (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
+        (dict(rope_parameters=dict(full_attention={})), "only Gemma 3 has them"),
+        (
+            dict(model_type="gemma3_text", rope_parameters=dict(rope_theta=7.0)),
+            "full_attention and sliding_attention only",
+        ),
+        (LATENT | dict(rope_scaling=LINEAR | dict(mscale_all_dim=1.3)), "mscale_all_dim with"),
+        (dict(rope_theta=None), "no rope_theta"),
+        (dict(hidden_act=None), "hidden_act=None"),
+        (dict(is_causal=False), "is_causal=False"),
+        (dict(transformers_weights="other.safetensors"), "transformers_weights"),
+        (dict(model_type="mistral", layer_types=["full_attention"] * 3), "Ministral"),
+        (
+            dict(model_type="gemma2", sliding_window=None),
+            "layer_types with windows, and no sliding_window",
+        ),
     ],
 )
 def test_what_we_cannot_compute_is_refused(changes, message):

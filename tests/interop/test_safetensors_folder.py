@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from fusedkv_jax.interop import (
@@ -38,6 +39,15 @@ def assert_refused(folder, message):
     with pytest.raises(FolderError, match=message) as caught:
         load_huggingface(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_one_file_goes_before_the_index(folder, tmp_path):
+    """transformers, too, reads model.safetensors where there are both."""
+    other = build(CONFIG, draw(CONFIG, seed=1))
+    save_huggingface(other, tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(folder / "model.safetensors")
+    read = load_huggingface(folder)
+    np.testing.assert_array_equal(read.embedding[...], other.embedding[...])
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,7 @@ class FusedKVForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = FusedKVConfig
     base_model_prefix = "model"
     _tied_weights_keys = None
+    _keep_in_fp32_modules_strict = ("key_weights", "value_weights")  # however it is loaded
 
     def __init__(self, config: FusedKVConfig) -> None:
         super().__init__(config)
