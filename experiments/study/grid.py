@@ -59,12 +59,14 @@ class Size:
       learning_rate: where the search for the best one begins.
       logits_mib: as for `TrainConfig`. The order of sums depends on it, so sizes with records keep
         what these were made with.
+      more_draws: of some rows, beyond those of the study.
     """
 
     model: ModelConfig
     batch_size: int
     learning_rate: float
     logits_mib: int | None = 512
+    more_draws: Mapping[str, tuple[Seeds, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -144,6 +146,10 @@ class Study:
     def model(self, size: str, row: str) -> ModelConfig:
         """The model of a row at a size."""
         return self.rows[row].apply(self.sizes[size].model)
+
+    def draws_of(self, size: str, row: str) -> tuple[Seeds, ...]:
+        """What a row is repeated with at a size."""
+        return self.draws + tuple(self.sizes[size].more_draws.get(row, ()))
 
     def steps(self, size: str) -> int:
         """Training steps of every run of a size."""

@@ -108,7 +108,7 @@ def without_loss(study: Study, found: Sequence[records.Record], size: str) -> di
 def _draws(
     study: Study, by_cell: Mapping[Cell, records.Record], size: str, row: str, rate: float
 ) -> dict[Seeds, records.Record]:
-    cells = {draw: Cell(size, row, draw, rate) for draw in study.draws}
+    cells = {draw: Cell(size, row, draw, rate) for draw in study.draws_of(size, row)}
     return {draw: by_cell[cell] for draw, cell in cells.items() if cell in by_cell}
 
 

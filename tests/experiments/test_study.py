@@ -136,6 +136,20 @@ def test_rows_wait_for_the_rate_then_complete_one_after_the_other(study):
     ]
 
 
+def test_more_draws_follow_all_rows_draw_by_draw(study):
+    more = {"mha": (Seeds(7, 7), Seeds(8, 8)), "gqa": (Seeds(7, 7), Seeds(8, 8))}
+    sizes = {"toy": dataclasses.replace(study.sizes["toy"], more_draws=more)}
+    study = dataclasses.replace(study, sizes=sizes)
+    rates = {RATE: 1.0, RATE / 2: 2.0, RATE * 2: 2.0}
+    losses = {Cell("toy", "mha", Seeds(0, 0), rate): loss for rate, loss in rates.items()}
+    cells = dict.fromkeys(plan.wanted(study, losses, rows=["mha", "gqa", "cla"]))
+    after = [(c.row, c.draw.seed) for c in cells if c not in losses]
+    assert after == [
+        ("mha", 1), ("gqa", 0), ("gqa", 1), ("cla", 0), ("cla", 1),
+        ("mha", 7), ("gqa", 7), ("mha", 8), ("gqa", 8),
+    ]  # fmt: skip
+
+
 _HOLD = """
 import pathlib, signal, sys
 from experiments.study.claims import claim
