@@ -37,9 +37,7 @@ def wanted(
                 )
         more = study.sizes[size].more_draws
         for draw in sorted({draw for draws in more.values() for draw in draws}):
-            yield from (
-                Cell(size, row, draw, rate) for row in chosen if draw in more.get(row, ())
-            )
+            yield from (Cell(size, row, draw, rate) for row in chosen if draw in more.get(row, ()))
 
 
 def search(study: Study, losses: Losses, size: str, row: str) -> Iterator[Cell]:
