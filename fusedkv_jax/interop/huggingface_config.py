@@ -87,6 +87,8 @@ def _config(fields: Mapping[str, Any], layout: KVLayout | str | None) -> ModelCo
         **options,
     )
     windows = family.windows(fields)
+    if 0 in windows:
+        raise ConfigError("config.json: sliding_window=0; use null for attention to all tokens")
     if config.block.attention_scale == config.channels**-0.5:
         plain = dataclasses.replace(config.block, attention_scale=None)
         config = config.replace(block=plain)

@@ -147,6 +147,11 @@ def test_latent_geometry():
         (dict(hidden_act=None), "hidden_act=None"),
         (dict(is_causal=False), "is_causal=False"),
         (dict(transformers_weights="other.safetensors"), "transformers_weights"),
+        (dict(model_type="phi3", sliding_window=0), "sliding_window=0; use null"),
+        (
+            dict(model_type="gemma3_text", rope_scaling=dict(type="linear", factor=2.0)),
+            "no rope_type",
+        ),
         (dict(model_type="mistral", layer_types=["full_attention"] * 3), "Ministral"),
         (
             dict(model_type="gemma2", sliding_window=None),
