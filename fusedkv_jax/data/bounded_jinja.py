@@ -13,7 +13,8 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.utils import Namespace
 
 from fusedkv_jax.data import template_sizes
 from fusedkv_jax.data.template_sizes import MAX_LENGTH, TooLong
@@ -22,6 +23,7 @@ MAX_ROUNDS = 500_000  # of all loops of one rendering; a call counts as several
 CALL_ROUNDS = 10
 CHARACTERS_OF_A_ROUND = 1_000  # that a filter or a method reads or writes
 MAX_BITS = 10_000  # of a whole number on the way
+COMPARING = "eq == equalto ne != in lt < lessthan le <= gt > greaterthan ge >=".split()  # tests
 
 
 class _Generation(jinja2.ext.Extension):
@@ -43,18 +45,22 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self, filters: Mapping[str, Callable[..., object]] | None = None) -> None:
         """Jinja's filters, and others in addition to them or in their place."""
+        self._rounds = 0
         # Set as templates on the Hugging Face hub expect it.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[jinja2.ext.loopcontrols, _Generation],
-            finalize=_fitting,
+            finalize=self._read,
         )
-        self._rounds = 0
         every = self.filters | dict(filters or {})
         self.filters = {name: self._bounded(name, each) for name, each in every.items()}
         self.filters["counted"] = self._counted
-        self.filters["fitting"] = _fitting
+        self.filters["read"] = self._read
+        self.filters["sized"] = self._sized
+        self.filters["written"] = self._written
+        for name in COMPARING:
+            self.tests[name] = self._comparing(self.tests[name])
         del self.globals["lipsum"]
 
     def render(self, template: jinja2.Template, variables: dict[str, object]) -> str:
@@ -78,7 +84,17 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for loop in tree.find_all(nodes.For):
             loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None)
         for joined in tree.find_all(nodes.Concat):
-            joined.nodes = [nodes.Filter(n, "fitting", [], [], None, None) for n in joined.nodes]
+            joined.nodes = [_filtered(each, "read") for each in joined.nodes]
+        for compared in tree.find_all(nodes.Compare):
+            for holder in (compared, *compared.ops):
+                holder.expr = _filtered(holder.expr, "read")
+        for pair in tree.find_all(nodes.Pair):  # whose key is hashed
+            pair.key = _filtered(pair.key, "read")
+        for part in tree.find_all(nodes.Getitem):
+            if isinstance(part.arg, nodes.Slice):
+                part.node = _filtered(part.node, "sized")
+        for output in tree.find_all(nodes.Output):  # which a block may keep, again and again
+            output.nodes = [_long_data(each) for each in output.nodes]
         return tree
 
     def _count(self, rounds: int) -> None:
@@ -96,10 +112,31 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
         self._count(size // CHARACTERS_OF_A_ROUND)
 
+    def _read(self, value: object) -> object:
+        """A value that is written, compared or hashed with all that it holds."""
+        self._count_size(template_sizes.length(value))
+        return value
+
+    def _sized(self, value: object) -> object:
+        """A value of which a part is copied."""
+        self._count_size(template_sizes.size(value))
+        return value
+
+    @jinja2.pass_context  # so that it is not done once, when the template is compiled
+    def _written(self, context: Context, text: str) -> str:
+        self._count(len(text) // CHARACTERS_OF_A_ROUND)
+        return text
+
+    def _comparing(self, test: Callable[..., bool]) -> Callable[..., bool]:
+        def bounded(*args: object) -> bool:
+            return test(*map(self._read, args))
+
+        return bounded
+
     def _bounded(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
         """A filter whose result is known to fit before it is computed."""
         skipped = int(hasattr(function, "jinja_pass_arg"))  # the environment or the context
-        size_of = template_sizes.FILTERS.get(name, _size)
+        size_of = template_sizes.FILTERS.get(name, template_sizes.whole)
 
         @functools.wraps(function)
         def bounded(*args: object, **kwargs: object) -> object:
@@ -114,11 +151,24 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(self, context: Context, called: object, /, *args: object, **kwargs: object) -> object:
         self._count(CALL_ROUNDS)
         owner = getattr(called, "__self__", None)
-        if isinstance(owner, (str, bytes, int)):
+        given = {n: kwargs[n] for n in kwargs if n not in ("_loop_vars", "_block_vars")}  # Jinja's
+        if isinstance(called, LoopContext):
+            args = tuple(map(self._counted, args))  # pyright: ignore[reportArgumentType]
+        elif isinstance(owner, (str, bytes, int)):
             args = tuple(self._counted(a) if isinstance(a, Iterator) else a for a in args)
-            size_of = template_sizes.METHODS.get(getattr(called, "__name__", ""), _size)
-            self._count_size(size_of(owner, *args, **kwargs))
+            size_of = template_sizes.METHODS.get(
+                getattr(called, "__name__", ""), template_sizes.whole
+            )
+            self._count_size(size_of(owner, *args, **given))
+        elif not isinstance(called, Macro) and called is not Namespace:
+            owners = (owner,) if isinstance(owner, (list, tuple)) else ()
+            self._count_size(template_sizes.whole(*owners, *args, **given))
         return super().call(context, called, *args, **kwargs)
+
+    def getitem(self, obj: object, argument: object) -> object:
+        if isinstance(argument, (tuple, list, dict)):  # hashed, or named in an error
+            self._read(argument)
+        return super().getitem(obj, argument)  # pyright: ignore[reportArgumentType]
 
     def wrap_str_format(self, value: object) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -141,10 +191,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 self._count_size(template_sizes.percent_format(left, right))
         elif operator == "*":
             for text, times in ((left, right), (right, left)):
-                if isinstance(times, int) and _size(text) * times > MAX_LENGTH:
-                    raise TooLong(f"a product is longer than {MAX_LENGTH:,}")
+                if isinstance(times, int) and isinstance(text, Sized):
+                    size = template_sizes.size(text) * max(times, 0)
+                    if size > MAX_LENGTH:
+                        raise TooLong(f"a product is longer than {MAX_LENGTH:,}")
+                    self._count_size(size)
         elif operator == "+":
-            self._count_size(_size(left) + _size(right))
+            self._count_size(template_sizes.size(left) + template_sizes.size(right))
         return super().call_binop(context, operator, left, right)
 
 
@@ -156,13 +209,14 @@ def _check_bits(operator: str, left: int, right: int) -> None:
         raise TooLong("a product of numbers is too large")
 
 
-def _size(value: object = None, *_: object, **__: object) -> int:
-    return len(value) if isinstance(value, Sized) else 1
+def _filtered(value: nodes.Expr, name: str) -> nodes.Expr:
+    if isinstance(value, nodes.Const):
+        return value
+    return nodes.Filter(value, name, [], [], None, None)
 
 
-def _fitting(value: object) -> object:
-    if isinstance(value, (list, tuple, dict)):
-        template_sizes.length(value)
-    elif isinstance(value, Sized) and len(value) > MAX_LENGTH:
-        raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
-    return value
+def _long_data(part: nodes.Expr) -> nodes.Expr:
+    if not isinstance(part, nodes.TemplateData) or len(part.data) < CHARACTERS_OF_A_ROUND:
+        return part
+    text = nodes.MarkSafeIfAutoescape(nodes.Const(part.data))
+    return nodes.Filter(text, "written", [], [], None, None)

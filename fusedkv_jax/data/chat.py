@@ -74,6 +74,8 @@ class ChatTemplate:
             return environment.render(template, values)
         except RecursionError:
             raise ChatError("the chat template calls itself without end") from None
+        except MemoryError:
+            raise ChatError("the chat template needs more memory than there is") from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ChatError(f"the chat template refuses the messages: {reason}") from None

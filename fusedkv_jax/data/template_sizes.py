@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized, ValuesView
+
+from jinja2.utils import Namespace
 
 MAX_LENGTH = 10_000_000  # of any text or list on the way, and of the result
+ITEM = 10  # characters that an item of a list counts as, beside its own
 _MAX_DIGITS = 4  # of the width of a field in a format
 _MAX_INDENT = 100
 _MAX_PRECISION = 100
@@ -28,14 +31,25 @@ def length(value: object) -> int:
     total = 0
     while left:
         each = left.pop()
-        total += len(each) if isinstance(each, (str, bytes)) else 1
-        if isinstance(each, Mapping):
+        total += size(each) if isinstance(each, (str, bytes)) else ITEM
+        if isinstance(each, int):
+            total += each.bit_length() // 3  # digits
+        elif isinstance(each, Mapping):
             left += [*each.keys(), *each.values()]
-        elif isinstance(each, (list, tuple, set, frozenset)):
+        elif isinstance(each, Namespace):
+            left.append(object.__getattribute__(each, "_Namespace__attrs"))
+        elif isinstance(each, (list, tuple, Set, ValuesView)):
             left += each
-        if total + len(left) > MAX_LENGTH:
+        if total + ITEM * len(left) > MAX_LENGTH:
             raise TooLong(f"a text is longer than {MAX_LENGTH:,}")
     return total
+
+
+def size(value: object = None) -> int:
+    """Characters of a text, or those that the items of a list count as, whatever they hold."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    return ITEM * len(value) if isinstance(value, Sized) else 1
 
 
 def percent_format(text: object, arguments: object) -> int:
@@ -118,26 +132,46 @@ def _refused(*_: object, **__: object) -> int:
     raise TooLong("to_bytes and translate are not for templates")
 
 
-def _only_value(value: object, *_: object, **__: object) -> int:
-    return length(value)
+def whole(*values: object, **named: object) -> int:
+    """All that is given is read to its end, which takes exponential time where parts are shared."""
+    return sum(map(length, values)) + sum(map(length, named.values()))
 
 
-# The sizes of the results of Jinja's filters; their parameters have Jinja's names. Those that are
-# not here give no more than they get, or some parts of it.
+def _outer(values: object = None, *rest: object, **named: object) -> int:
+    return size(values) + whole(*rest, **named)
+
+
+def _as_list(value: object = None) -> int:
+    return ITEM * len(value) if isinstance(value, str) else size(value)
+
+
+def _split(text: str | bytes, sep: str | bytes | None = None, maxsplit: int = -1) -> int:
+    spaces = " \t\n\r" if isinstance(text, str) else (b" ", b"\t", b"\n", b"\r")
+    pieces = sum(text.count(each) for each in ([sep] if sep else spaces))  # type: ignore[arg-type]
+    return len(text) + ITEM * (1 + (pieces if maxsplit < 0 else min(pieces, maxsplit)))
+
+
+# The sizes of the results of Jinja's filters, or of what they read if that is more; parameters have
+# Jinja's names. Filters that are not here read all that they get and give no more.
 FILTERS: dict[str, Callable[..., int]] = {
     "batch": _batched,
     "center": _padded,
     "format": lambda value, *args, **kwargs: percent_format(value, kwargs or args),
     "indent": _indented,
     "join": _joined,
-    "pprint": _only_value,
     "replace": _replaced,
     "round": _rounded,
     "slice": lambda values, slices, fill_with=None: _batched(values, slices, fill_with),
-    "string": _only_value,
     "sum": _summed,
     "tojson": _as_json,
     "wordwrap": _wrapped,
+    "list": _as_list,
+    # What items hold is not read.
+    **dict.fromkeys(
+        ("attr", "count", "d", "default", "first", "items", "last", "length", "map", "random"),
+        _outer,
+    ),
+    **dict.fromkeys(("reject", "rejectattr", "reverse", "select", "selectattr"), _outer),
 }
 
 # The same of the methods of texts and numbers, the object first.
@@ -148,6 +182,9 @@ METHODS: dict[str, Callable[..., int]] = {
     "ljust": _padded,
     "replace": _replaced,
     "rjust": _padded,
+    "rsplit": _split,
+    "split": _split,
+    "splitlines": lambda text, keepends=False: len(text) + ITEM * text.count("\n"),
     "to_bytes": _refused,
     "translate": _refused,
     "zfill": _padded,

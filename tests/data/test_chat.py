@@ -44,6 +44,18 @@ def test_renders_as_the_hub_expects():
             '{"content":"Be brief.","role":"system"}',
         ),
         ("{% if tools is not none or documents is not none %}tools{% endif %}", ""),
+        # Jinja hands calls within loops and blocks more than a template writes.
+        (
+            "{% for m in messages %}{{ m.role.replace('s', 'S') }}{{ ', '.join([m.role, 'x']) }}|"
+            "{{ '{}'.format(m.role) }}{{ m.role.split('s') }}{{ m.role.ljust(9) }}|{% endfor %}",
+            "SyStemsystem, x|system['', 'y', 'tem']system   |uSeruser, x|user['u', 'er']user     |",
+        ),
+        ("{% block b %}{{ messages[0].role.replace('s', 'S') }}{% endblock %}", "SyStem"),
+        (
+            "{{ messages[1:] | map(attribute='role') | list }}{{ 2.5 * 10**8 }}",
+            "['user']250000000.0",
+        ),
+        ("{{ nothing == 'x' }}{{ nothing ~ 'x' }}{{ 1 < 2 < 3 != 4 }}", "FalsexTrue"),
     ],
 )
 def test_what_templates_have_of_transformers(source, expected):
@@ -169,7 +181,43 @@ def test_files_that_are_not_utf8(tmp_path):
         ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 40 + "{{ x }}", "a text is longer"),
         ("{% set x = [1] %}" + "{% set x = [x, x] %}" * 40 + "{{ x | tojson }}", "a text is"),
         (
-            "{% set x = 'x' * 999999 %}{% for a in range(999) %}{{ (x|upper)[0] }}{% endfor %}",
+            "{% for a in [0] recursive %}{{ loop(range(9999)) if loop.depth < 5 }}{% endfor %}",
+            "rounds",
+        ),
+        # Lists that share their parts: as text, or to compare and hash, each is very long.
+        *(
+            (
+                "{% set x, y = (1,), (1,) %}" + "{% set x, y = (x, x), (y, y) %}" * 40 + use,
+                "a text is",
+            )
+            for use in (
+                *("{{ x == y }}", "{{ x in [y] }}", "{{ x is eq y }}", "{{ [x].index(y) }}"),
+                *(
+                    "{{ [x] | select('eq', y) | list }}",
+                    "{{ [x] | unique | list }}",
+                    "{{ x | upper }}",
+                ),
+                *("{{ [x, y] | sort }}", "{{ {x: 1} }}", "{{ {}[x] }}", "{{ {}.get(x) }}"),
+                *("{{ {1: x}.items() }}", "{{ namespace(a=x) }}", "{{ raise_exception(x) }}"),
+            )
+        ),
+        # What is kept on the way.
+        *(
+            ("{% set x = 'x' * 99999 %}" + use, "rounds")
+            for use in (
+                "{% set y %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endset %}",
+                "{% macro f() %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endmacro %}"
+                "{{ f() }}",
+                "{% set y %}{% for i in range(9999) %}" + "x" * 99_999 + "{% endfor %}{% endset %}",
+                "{% for i in range(9999) %}{% set y = x ~ i %}{% endfor %}",
+                "{% for i in range(9999) %}{% set y = x[1:] %}{% endfor %}",
+                "{% for i in range(9999) %}{% set y = 'x' * 99999 %}{% endfor %}",
+                "{% for i in range(9999) %}{% set y = 'xy' in x %}{% endfor %}",
+                "{% for i in range(9999) %}{% set y = range(9999) | list %}{% endfor %}",
+            )
+        ),
+        (
+            "{% set x = 'x' * 99999 %}{% for a in range(9999) %}{{ (x|upper)[0] }}{% endfor %}",
             "rounds",
         ),
     ],
