@@ -174,7 +174,8 @@ def read_prompts() -> list[str]:
     prompts = list(FLAGS.prompt)
     if FLAGS.prompt_file is not None:
         path = cli.check_readable(FLAGS.prompt_file)
-        for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        text = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")  # of Windows
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             if path.suffix == ".jsonl":
                 line = _json_string(path, number, line)
             prompts.append(line)

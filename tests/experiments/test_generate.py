@@ -83,7 +83,7 @@ def test_prints_prompts_and_completions(workdir):
 
 def test_prompt_files_and_formats(workdir, tmp_path):
     lines, strings = tmp_path / "lines.txt", tmp_path / "strings.jsonl"
-    lines.write_text("def \nreturn cache\n", encoding="utf-8")
+    lines.write_bytes("\ufeffdef \r\nreturn cache\r\n".encode())  # as Windows writes them
     strings.write_text('"def "\n"return cache"\n', encoding="utf-8")
     common = [f"--workdir={workdir}", "--max_tokens=8", "--temperature=0", "--ignore_eos"]
     prompts = ["--prompt=def ", "--prompt=return cache"]
