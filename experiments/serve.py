@@ -103,7 +103,7 @@ def define_flags() -> None:
 
 def main() -> None:
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"{missing[0]} is missing; install fusedkv_jax with its extra 'serve'")
+        raise ValueError(f"{missing[0]} is missing; install the extra: pip install '.[serve]'")
     from fusedkv_jax.server import Server, ServerSettings, listen, run
 
     chosen: dict[str, Any] = {name: FLAGS[name].value for name in _SETTINGS}
