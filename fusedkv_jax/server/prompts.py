@@ -105,9 +105,8 @@ class Prompts:
             except ChatError:
                 if read == plain:
                     raise
-                return beginning + encode(
-                    plain
-                )  # a few templates are written for the text of arguments
+                # A few templates are written for the text of arguments.
+                return beginning + encode(plain)
 
         return await self._apart(work, "messages")
 
