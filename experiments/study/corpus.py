@@ -13,7 +13,8 @@ import tokenizers as hf
 from experiments.common.documents import Document
 from experiments.common.preparation import Preparation, prepare
 from experiments.study.claims import claim
-from fusedkv_jax.data import DataConfig, load_corpus, make_eval_batches, sources
+from fusedkv_jax.data import Corpus, DataConfig, load_corpus, make_eval_batches, sources
+from fusedkv_jax.data.packing import TokenizedDocuments
 from fusedkv_jax.data.pipeline import fingerprint
 
 END_OF_TEXT = "<|endoftext|>"
@@ -113,13 +114,7 @@ def _write_tokens(texts: Texts, folder: pathlib.Path) -> None:
 
 
 def _identity(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> Document:
-    config = DataConfig(
-        source=str(folder / "tokens"),
-        tokenizer=str(folder / "tokenizer.json"),
-        seq_len=1,
-        batch_size=1,
-    )
-    corpus = load_corpus(config)
+    corpus = _load(folder)
     return {
         "tokenizer": corpus.tokenizer.fingerprint,
         "train": fingerprint(corpus.train),
@@ -131,6 +126,18 @@ def _identity(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> Document:
             if name != "train"
         },
     }
+
+
+def _load(folder: pathlib.Path) -> Corpus:
+    tokens, tokenizer = str(folder / "tokens"), str(folder / "tokenizer.json")
+    return load_corpus(DataConfig(source=tokens, tokenizer=tokenizer, seq_len=1, batch_size=1))
+
+
+def training(folder: pathlib.Path) -> TokenizedDocuments:
+    """The training documents of a folder that `tokenize` has made."""
+    documents = _load(folder).train
+    assert isinstance(documents, TokenizedDocuments)
+    return documents
 
 
 def batches(text: pathlib.Path, config: DataConfig) -> Iterable[Mapping[str, Any]]:

@@ -4,7 +4,7 @@ import collections
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments.study import figures, plan, records, speed, tables
+from experiments.study import figures, group_table, plan, records, speed, tables
 from experiments.study.grid import Study
 from experiments.study.statistics import CONFIDENCE, Line, lines, without_loss
 
@@ -34,7 +34,8 @@ def markdown(study: Study, found: Sequence[records.Record]) -> str:
         rates = _rates(study, found, size)
         if of_size or rates:
             lost = _lost(without_loss(study, found, size))
-            parts += [f"## {size}", "", *_size(study, size, of_size), *lost, *rates, ""]
+            groups = group_table.markdown(study, found, size)
+            parts += [f"## {size}", "", *_size(study, size, of_size), *lost, *rates, *groups, ""]
     return "\n".join([*parts, *_where(found), ""])
 
 

@@ -86,7 +86,7 @@ def lines(study: Study, found: Sequence[records.Record]) -> list[Line]:
         rate = plan.tuned_rate(study, losses, size, study.reference)
         if rate is None:
             continue
-        rows = {row: _draws(study, by_cell, size, row, rate) for row in study.rows}
+        rows = {row: draws(study, by_cell, size, row, rate) for row in study.rows}
         for row, own in rows.items():
             finite = {d: r for d, r in own.items() if math.isfinite(records.loss_of(r))}
             if finite:
@@ -101,13 +101,14 @@ def without_loss(study: Study, found: Sequence[records.Record], size: str) -> di
     if rate is None:
         return {}
     by_cell = {records.cell_of(record): record for record in found}
-    rows = {row: _draws(study, by_cell, size, row, rate) for row in study.rows}
+    rows = {row: draws(study, by_cell, size, row, rate) for row in study.rows}
     return {row: len(own) for row, own in rows.items() if own and not finite_losses(own)}
 
 
-def _draws(
+def draws(
     study: Study, by_cell: Mapping[Cell, records.Record], size: str, row: str, rate: float
 ) -> dict[Seeds, records.Record]:
+    """The records of a row at a size and rate, by draw."""
     cells = {draw: Cell(size, row, draw, rate) for draw in study.draws_of(size, row)}
     return {draw: by_cell[cell] for draw, cell in cells.items() if cell in by_cell}
 

@@ -6,14 +6,15 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from flax import nnx
 
 from experiments.common import runs
 from experiments.common.documents import Document
-from experiments.study import corpus, plan, records
+from experiments.study import corpus, plan, recalled, records
 from experiments.study.claims import claim
 from experiments.study.grid import Cell, Study
 from fusedkv_jax.sharding import MeshConfig, make_mesh
@@ -22,6 +23,7 @@ from fusedkv_jax.training.config import first_difference
 from fusedkv_jax.training.evaluation import make_eval_step
 
 SECONDS_BETWEEN_LOOKS = 60.0
+Losses = Mapping[str, Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,24 +94,35 @@ class Worker:
             finished = runs.complete(self.study.config(cell, self.workdir / "corpus"), folder)
         except DivergedError:
             nothing = {"loss": math.nan, "bits_per_byte": math.nan}
-            losses = dict.fromkeys(("heldout", *self.texts.others), nothing)
+            losses: Losses = dict.fromkeys(("heldout", *self.texts.others), nothing)
+            groups: Mapping[str, Losses] = {}
         else:
-            losses = {"heldout": {"loss": finished.loss, "bits_per_byte": finished.bits_per_byte}}
-            losses |= self._evaluate_others(folder)
+            heldout = {"loss": finished.loss, "bits_per_byte": finished.bits_per_byte}
+            others, groups = self._evaluate(folder)
+            losses = {"heldout": heldout, **others}
         jax.clear_caches()  # the programs of one run are of no use to the next
         seconds = before + time.perf_counter() - start
-        return records.make(self.study, cell, identity, losses, seconds)
+        return records.make(self.study, cell, identity, losses, seconds) | {"groups": groups}
 
-    def _evaluate_others(self, folder: pathlib.Path) -> Iterator[tuple[str, dict[str, float]]]:
+    def _evaluate(self, folder: pathlib.Path) -> tuple[Losses, Mapping[str, Losses]]:
+        """Losses on the other texts, and on the groups of targets of every text."""
         mesh = make_mesh(MeshConfig(devices=1))
+        losses, groups = {}, {}
         with jax.set_mesh(mesh):
             model, config, _ = load_model(folder, mesh=mesh)
             graphdef, params = nnx.split(model)
             eval_step = make_eval_step(graphdef, logits_mib=config.train.logits_mib)
-            for name, path in self.texts.others.items():
+            for name, path in {"heldout": self.texts.heldout, **self.texts.others}.items():
                 batches = corpus.batches(path, config.data)
-                found = evaluate(eval_step, params, batches, mesh).metrics
-                yield name, {key: found[key] for key in ("loss", "bits_per_byte")}
+                groups[name] = recalled.losses(model, batches, self._rare_pairs)
+                if name != "heldout":  # which training has evaluated
+                    found = evaluate(eval_step, params, batches, mesh).metrics
+                    losses[name] = {key: found[key] for key in ("loss", "bits_per_byte")}
+        return losses, groups
+
+    @functools.cached_property
+    def _rare_pairs(self) -> np.ndarray:
+        return recalled.rare_pairs(corpus.training(self.workdir / "corpus"), self.study.vocab_size)
 
 
 def check(worker: Worker, name: str) -> str | None:

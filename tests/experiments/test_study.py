@@ -19,6 +19,7 @@ from experiments.study import (
     command,
     corpus,
     plan,
+    recalled,
     records,
     report,
     speed,
@@ -190,6 +191,42 @@ def test_a_record_says_what_was_run(done, study):
         assert private not in json.dumps(record)
 
 
+def test_groups_of_targets_make_up_the_whole_loss(done):
+    _, record = done
+    for text, groups in record["groups"].items():
+        count = sum(group["targets"] for group in groups.values())
+        total = sum(group["targets"] * group["loss"] for group in groups.values())
+        assert total / count == pytest.approx(record["losses"][text]["loss"], rel=1e-6)
+        assert groups["repeated"]["targets"] > 10  # text of a few words
+
+
+def test_pairs_are_recalled_within_a_document_where_they_are_rare():
+    class Documents:
+        lengths = np.array([4, 3])
+
+        def read(self, index):
+            return np.array([[1, 2, 1, 2, 3], [3, 1, 2, 1]][index], np.uint16)
+
+    # Of seven pairs 1-2 are three and 2-1 two, 2-3 and 3-1 one each; none other crosses documents.
+    rare = recalled.rare_pairs(Documents(), 4)
+    common = [(1, 2), (2, 1), (2, 3), (3, 1)]
+    assert np.argwhere(~rare).tolist() == [list(pair) for pair in common]
+    rare[2, 3] = rare[3, 2] = True
+    batch = {
+        "tokens": np.array([[2, 3, 2, 3, 1, 2, 3, 2], [2, 3, 2, 3, 2, 0, 0, 0]]),
+        "targets": np.array([[3, 2, 3, 1, 2, 3, 2, 3], [3, 2, 3, 2, 1, 0, 0, 0]]),
+        "segment_ids": np.array([[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, -1, -1, -1]]),
+        "loss_mask": np.array([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], np.float32),
+    }
+    found = recalled.masks(batch, rare)
+    places = {name: [tuple(place) for place in np.argwhere(mask)] for name, mask in found.items()}
+    assert places["recalled"] == [(0, 2), (0, 7), (1, 2), (1, 3)]
+    assert places["repeated"] == []
+    assert sum(len(found) for found in places.values()) == 13
+    rare[2, 3] = False
+    assert np.argwhere(recalled.masks(batch, rare)["repeated"]).tolist() == [[0, 2], [0, 7], [1, 2]]
+
+
 def test_records_of_other_settings_are_refused(done, study, tmp_path):
     _, record = done
     records.write(tmp_path, record)
@@ -300,6 +337,28 @@ def test_differences_are_paired(study):
     assert fused.against["mha"].half_width == pytest.approx((high - low) / 2)
     assert fused.against["gqa"] == statistics.Estimate(-0.5, 1, None)  # their one common draw
     assert found["gqa"].against["mha"].mean == 0.25
+
+
+def test_the_report_says_which_targets_a_difference_comes_from(study):
+    def groups(*losses):
+        sizes = zip((20, 30, 50), losses, strict=True)
+        found = [{"targets": count, "loss": loss} for count, loss in sizes]
+        return {"groups": {"heldout": dict(zip(recalled.GROUPS, found, strict=True))}}
+
+    found = made(study)
+    assert "in groups" not in report.markdown(study, found)
+    for record in found:
+        row, seed = record["cell"]["row"], record["cell"]["draw"]["seed"]
+        if row == "mha":
+            record |= groups(4.0 + seed, 2.0, 3.0)
+        elif row == "fusedkv":
+            record |= groups(3.0 + seed, 2.5, 2.9)
+    text = report.markdown(study, found)
+    assert "recalled 20.0% (4.5000 ± " in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| fusedkv | 2 | **-1.0000")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[3:5] == ["**+0.5000 ± 0.0000**", "**-0.1000 ± 0.0000**"]
+    assert cells[5:] == ["200%", "-150%", "50%"]  # of -0.1: -0.2, +0.15 and -0.05
 
 
 def test_the_report_comes_from_records_alone(study, tmp_path):
