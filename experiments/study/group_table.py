@@ -24,7 +24,7 @@ def markdown(study: Study, found: Sequence[records.Record], size: str) -> list[s
 
 
 def _tables(study: Study, pairs: Mapping[str, Draws], reference: Draws) -> Iterator[str]:
-    head = ["row", "draws", *recalled.GROUPS, *(f"share of {x}" for x in recalled.GROUPS)]
+    head = ["row", "draws", *recalled.GROUPS, *(f"{name} in all" for name in recalled.GROUPS)]
     for text in next(iter(reference.values()))["groups"]:
         yield from ("", _sizes(text, study.reference, reference), "")
         rows = [[row, *_cells(text, own, reference)] for row, own in pairs.items()]
@@ -42,7 +42,7 @@ def _sizes(text: str, name: str, reference: Draws) -> str:
     return (
         f"The targets of {text} in groups, by whether the pair with the token before stands "
         f"earlier in the context, and {name}'s loss on each: {', '.join(sizes)}. Losses minus "
-        f"{name}'s, and each group's share of the whole difference:"
+        f"{name}'s in each group, and what that makes in the mean over all targets:"
     )
 
 
@@ -50,16 +50,17 @@ def _cells(text: str, own: Draws, reference: Draws) -> list[str]:
     common = [draw for draw in own if draw in reference]
     differences: dict[str, Estimate] = {}
     parts: dict[str, float] = {}
-    for name, group in own[common[0]]["groups"][text].items():
+    groups = own[common[0]]["groups"][text]
+    targets = sum(group["targets"] for group in groups.values())
+    for name, group in groups.items():
         ours, theirs = (
             [found[draw]["groups"][text][name]["loss"] for draw in common]
             for found in (own, reference)
         )
         differences[name] = Estimate.of([a - b for a, b in zip(ours, theirs, strict=True)])
-        parts[name] = group["targets"] * differences[name].mean
-    whole = sum(parts.values())
+        parts[name] = group["targets"] / targets * differences[name].mean
     return [
         str(len(common)),
         *(tables.difference(differences.get(name)) for name in recalled.GROUPS),
-        *(f"{parts[name] / whole:.0%}" if parts.get(name) else "" for name in recalled.GROUPS),
+        *(f"{parts[name]:+.4f}" if name in parts else "" for name in recalled.GROUPS),
     ]

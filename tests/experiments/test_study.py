@@ -358,7 +358,7 @@ def test_the_report_says_which_targets_a_difference_comes_from(study):
     (line,) = [line for line in text.splitlines() if line.startswith("| fusedkv | 2 | **-1.0000")]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[3:5] == ["**+0.5000 ± 0.0000**", "**-0.1000 ± 0.0000**"]
-    assert cells[5:] == ["200%", "-150%", "50%"]  # of -0.1: -0.2, +0.15 and -0.05
+    assert cells[5:] == ["-0.2000", "+0.1500", "-0.0500"]
 
 
 def test_the_report_comes_from_records_alone(study, tmp_path):
