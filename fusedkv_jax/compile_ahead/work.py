@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _KERNELS = re.compile("tile_forward|tile_backward|decode")
 _PASSIVE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "replica-id", "copy-done", "iota",
+    "call", "async-start", "after-all", "partition-id", "replica-id", "iota",
 }  # fmt: skip
 
 _ALIASES = re.compile(r"\{(\d+)\}: \((\d+), \{")
@@ -133,22 +134,35 @@ def _traffic(module: Module, instruction: Instruction, computation: Computation)
         return 0.0
     if opcode == "custom-call" and kernel is None:
         return 0.0  # markers of asynchronous operations
-    outputs = [s.nbytes for s in instruction.shapes if not s.on_chip]
     if opcode.endswith("-done"):
         return 0.0
-    if opcode == "slice-start":
-        return 2 * instruction.shapes[1].nbytes  # after the argument
-    if opcode.endswith("-start"):
-        outputs = outputs[:1]  # the others are the argument and flags
     inputs = [_shape(computation, name) for name in instruction.operands]
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * sum(outputs)
+    outputs = _results(instruction)
+    if opcode.removesuffix("-start") in ("copy", "dynamic-slice", "slice", "gather"):
+        return sum(s.nbytes for s in outputs) * (not inputs[0].on_chip) + _in_hbm(outputs)
     if opcode in _UPDATES:
-        return 2 * inputs[_UPDATES[opcode]].nbytes * (not inputs[0].on_chip)
+        changed = inputs[_UPDATES[opcode]]
+        return _in_hbm([changed]) + changed.nbytes * (not inputs[0].on_chip)
     if opcode == "fusion":
         inner = module.computations[instruction.called() or ""]
         return _fusion_traffic(module, instruction, inner, inputs)
-    return sum(outputs) + sum(s.nbytes for s in inputs if not s.on_chip)
+    return _in_hbm(inputs) + _in_hbm(outputs)
+
+
+def _in_hbm(shapes: Iterable[Shape]) -> float:
+    return sum(s.nbytes for s in shapes if not s.on_chip)
+
+
+def _results(instruction: Instruction) -> Sequence[Shape]:
+    """What an instruction makes, without what else an asynchronous one hands to its end."""
+    opcode, shapes = instruction.opcode, instruction.shapes
+    if opcode in ("slice-start", "dynamic-slice-start", "collective-permute-start"):
+        return shapes[1:2]  # after the argument
+    if opcode == "all-gather-start":
+        return shapes[len(shapes) // 2 :]  # (arguments, results)
+    if opcode == "copy-start":
+        return shapes[:1]  # before the argument
+    return shapes
 
 
 def _fusion_traffic(

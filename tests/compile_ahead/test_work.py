@@ -111,13 +111,37 @@ def test_a_gather_that_runs_beside_a_product_is_not_its_memory_traffic():
     assert work.hbm_bytes(Module(text)) == 8 * 4 + 8 * 4  # x and y
 
 
-def test_an_asynchronous_slice_moves_what_it_slices():
+@pytest.mark.parametrize("near, moved", [("", 2 * 10 * 4), (":S(1)", 10 * 4)])
+def test_an_asynchronous_slice_moves_what_it_slices(near, moved):
     text = entry(
         "%x = f32[100]{0} parameter(0)",
-        "%s = ((f32[100]{0}), f32[10]{0}, s32[]) slice-start(%x), slice={[0:10]}",
-        "ROOT %y = f32[10]{0} slice-done(%s)",
+        f"%s = ((f32[100]{{0}}), f32[10]{{0{near}}}, s32[]) slice-start(%x), slice={{[0:10]}}",
+        f"ROOT %y = f32[10]{{0{near}}} slice-done(%s)",
     )
-    assert work.hbm_bytes(Module(text)) == 2 * 10 * 4
+    assert work.hbm_bytes(Module(text)) == moved
+
+
+@pytest.mark.parametrize(
+    "source, target, moved",
+    [("", "", 2 * 32), ("", ":S(1)", 32), (":S(1)", "", 32), (":S(1)", ":S(1)", 0)],
+)
+def test_a_copy_to_or_from_the_chip_moves_its_bytes_once(source, target, moved):
+    there, here = f"f32[8]{{0{source}}}", f"f32[8]{{0{target}}}"
+    text = entry(
+        f"%x = {there} parameter(0)",
+        f"%c = ({here}, {there}, u32[]{{:S(2)}}) copy-start(%x)",
+        f"ROOT %y = {here} copy-done(%c)",
+    )
+    assert work.hbm_bytes(Module(text)) == moved
+
+
+def test_an_asynchronous_gather_reads_its_part_and_writes_the_whole():
+    text = entry(
+        "%p = f32[4]{0} parameter(0)",
+        "%g = (f32[4]{0}, f32[64]{0}) all-gather-start(%p), replica_groups={}, dimensions={0}",
+        "ROOT %y = f32[64]{0} all-gather-done(%g)",
+    )
+    assert work.hbm_bytes(Module(text)) == (4 + 64) * 4
 
 
 @pytest.mark.parametrize(
