@@ -92,7 +92,7 @@ def compute(results: list[Document], path: pathlib.Path) -> None:
         for number in [FLAGS.vocabulary]
     ]
     for cell in wanted:
-        if any(cell.items() <= row.items() and "storage" not in row for row in results):
+        if any(cell.items() <= row.items() for row in results):
             continue
         config = model(cell["preset"], cell["layout"], cell["vocabulary"])
         row = cell | decode(config, Slice.parse(cell["topology"]))
@@ -123,16 +123,15 @@ def tables(results: Sequence[Row]) -> str:
                 ratios = [_cell(found[x]) if x in found else "" for x in _LAYOUTS]
                 page.append([preset, chip, *ratios, f"{most:.3f}", f"{layer:.3f}"])
     text = _markdown(page)
-    page = [["size", "layout", "slice", "storage of the cache", "HBM traffic GB"]]
+    page = [["size", "layout", "slice", "HBM traffic GB"]]
     page[0] += ["parameters + cache reads GB", "ratio", "temporaries GB"]
-    page.append(["---"] * 4 + ["---:"] * 4)
+    page.append(["---"] * 3 + ["---:"] * 4)
     for row in results:
         if row["vocabulary"] == _WHOLE:
             names = [row["preset"], row["layout"], row["topology"]]
-            storage = f"`{row.get('storage', '[P, B, S, K * H]')}`"
             sizes = [f"{row[name]:.2f}" for name in ("hbm_gb", "least_gb")]
             last = [f"{_ratio(row):.2f}", f"{row['temporaries_gb']:.2f}"]
-            page.append([*names, storage, *sizes, *last])
+            page.append([*names, *sizes, *last])
     return text + "\n" + _markdown(page)
 
 

@@ -26,7 +26,7 @@ def test_the_page_shows_what_is_in_the_results(program):
 
 
 def test_decoding_moves_at_most_a_tenth_more_than_it_must():
-    rows = [row for row in RESULTS["tpu_decode"] if not row.keys() & {"storage", "missing"}]
+    rows = [row for row in RESULTS["tpu_decode"] if "missing" not in row]
     missed = [row for row in rows if row["hbm_gb"] > 1.1 * row["least_gb"]]
     names = [(row["preset"], row["layout"], row["topology"]) for row in missed]
     assert len(rows) > 60 and names == [("332m", "gqa", "tpu7x:2x2x1")]  # the page says why
@@ -43,7 +43,8 @@ def test_a_cell_again():
     least = size.num_layers * (2 * weights + cache) + 2 * 2 * 1024 * size.d_model
     assert found["least_gb"] == pytest.approx(least / 1e9, rel=1e-3)  # without norms
     assert found["layer_gb"] == pytest.approx(cache / 1e9, abs=1e-4)
-    assert found["least_gb"] <= found["hbm_gb"] <= 1.1 * found["least_gb"]
+    embedding = 2 * 1024 * size.d_model / 1e9  # of which a step reads some rows
+    assert found["least_gb"] - embedding <= found["hbm_gb"] <= 1.1 * found["least_gb"]
     assert found["temporaries_gb"] < found["layer_gb"]
 
 
