@@ -30,7 +30,10 @@ _CHUNK = 2**22  # pairs that are counted at once
 
 
 def rare_pairs(documents: TokenizedDocuments, vocab_size: int) -> np.ndarray:
-    """Which pairs of neighbors are at most `RARE` of all in some documents; bool [V, V]."""
+    """Which pairs of neighbors are at most `RARE` of all in some documents; bool [V, V].
+
+    It counts all V * V pairs, 134 MB with the 4,096 tokens of our studies.
+    """
     counts = np.zeros(vocab_size**2, np.int64)
     waiting, size = [], 0
     for index in range(len(documents.lengths)):
