@@ -11,7 +11,7 @@ the token before it:
 A context is a packed sequence, within one document.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,57 +25,76 @@ from fusedkv_jax.training.loss import Batch
 from fusedkv_jax.training.step import BATCH_KEYS
 
 GROUPS: tuple[str, ...] = ("recalled", "repeated", "new")
-RARE = 1e-6  # of the training text's pairs; at most so many are this one
+RARE = 1e-6  # at most so large a part of the training text's pairs is a rare one
 _CHUNK = 2**22  # pairs that are counted at once
 
 
-def rare_pairs(documents: TokenizedDocuments, vocab_size: int) -> np.ndarray:
-    """Which pairs of neighbors are at most `RARE` of all in some documents; bool [V, V].
+def common_pairs(documents: TokenizedDocuments) -> np.ndarray:
+    """The pairs of neighbors that are more than `RARE` of all in some documents.
 
-    It counts all V * V pairs, 134 MB with the 4,096 tokens of our studies.
+    Returns:
+      Their numbers by `_pairs`, in ascending order; int64 [at most 1 / RARE].
     """
-    counts = np.zeros(vocab_size**2, np.int64)
-    waiting, size = [], 0
+    known, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    waiting: list[np.ndarray] = []
+    size = 0
     for index in range(len(documents.lengths)):
-        ids = documents.read(index).astype(np.int64)
-        waiting.append(ids[:-1] * vocab_size + ids[1:])
-        size += len(ids) - 1
+        ids = documents.read(index)
+        waiting.append(_pairs(ids[:-1], ids[1:]))
+        size += len(waiting[-1])
         if size >= _CHUNK:
-            counts += np.bincount(np.concatenate(waiting), minlength=len(counts))
+            known, counts = _counted(known, counts, waiting)
             waiting, size = [], 0
-    if waiting:
-        counts += np.bincount(np.concatenate(waiting), minlength=len(counts))
-    return (counts <= RARE * counts.sum()).reshape(vocab_size, vocab_size)
+    known, counts = _counted(known, counts, waiting)
+    return known[counts > RARE * counts.sum()]
 
 
-def masks(batch: Mapping[str, Any], rare: np.ndarray) -> dict[str, np.ndarray]:
+def _pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """A number for each pair of tokens, the same for every vocabulary."""
+    return first.astype(np.int64) << 32 | second.astype(np.int64)
+
+
+def _counted(
+    known: np.ndarray, counts: np.ndarray, more: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of pairs together with one more of each of some others, sorted by pair."""
+    found, found_counts = np.unique(np.concatenate([known[:0], *more]), return_counts=True)
+    both, places = np.unique(np.concatenate([known, found]), return_inverse=True)
+    totals = np.zeros(len(both), np.int64)
+    np.add.at(totals, places, np.concatenate([counts, found_counts]))
+    return both, totals
+
+
+def masks(batch: Mapping[str, Any], common: np.ndarray) -> dict[str, np.ndarray]:
     """The targets of each group that count, as loss masks.
 
     Args:
       batch: [B, T] arrays of `fusedkv_jax.data`: tokens, targets, segment_ids and loss_mask.
-      rare: from `rare_pairs`.
+      common: from `common_pairs`.
     """
     tokens, targets, segments = (batch[x] for x in ("tokens", "targets", "segment_ids"))
     counted = np.asarray(batch["loss_mask"]) != 0
-    pairs = tokens.astype(np.int64) * len(rare) + targets
+    pairs = _pairs(tokens, targets)
     contexts = np.arange(len(tokens))[:, None] * (segments.max() + 1) + np.maximum(segments, 0)
-    _, first = np.unique(contexts * rare.size + pairs, return_index=True)
+    distinct, numbers = np.unique(pairs, return_inverse=True)
+    numbers = contexts * len(distinct) + numbers.reshape(pairs.shape)
+    _, first = np.unique(numbers, return_index=True)
     seen = np.ones(tokens.size, bool)
     seen[first] = False
     seen = seen.reshape(tokens.shape) & counted
-    unlikely = rare[tokens, targets]
-    return {"recalled": seen & unlikely, "repeated": seen & ~unlikely, "new": counted & ~seen}
+    likely = np.isin(pairs, common)
+    return {"recalled": seen & ~likely, "repeated": seen & likely, "new": counted & ~seen}
 
 
 def losses(
-    model: Decoder, batches: Iterable[Mapping[str, Any]], rare: np.ndarray
+    model: Decoder, batches: Iterable[Mapping[str, Any]], common: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """Mean loss in nats and number of targets of each group that a text has.
 
     Args:
       model: on one device.
       batches: of the text, as `fusedkv_jax.data` gives them.
-      rare: from `rare_pairs`.
+      common: from `common_pairs`.
     """
     graphdef, params = nnx.split(model)
 
@@ -88,7 +107,7 @@ def losses(
     sums, counts = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
     for batch in batches:
         found = np.asarray(token_losses(params, {name: batch[name] for name in BATCH_KEYS}))
-        for name, mask in masks(batch, rare).items():
+        for name, mask in masks(batch, common).items():
             sums[name] += float(found[mask].sum(dtype=np.float64))
             counts[name] += int(mask.sum())
     return {

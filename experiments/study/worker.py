@@ -114,15 +114,15 @@ class Worker:
             eval_step = make_eval_step(graphdef, logits_mib=config.train.logits_mib)
             for name, path in {"heldout": self.texts.heldout, **self.texts.others}.items():
                 batches = corpus.batches(path, config.data)
-                groups[name] = recalled.losses(model, batches, self._rare_pairs)
+                groups[name] = recalled.losses(model, batches, self._common_pairs)
                 if name != "heldout":  # which training has evaluated
                     found = evaluate(eval_step, params, batches, mesh).metrics
                     losses[name] = {key: found[key] for key in ("loss", "bits_per_byte")}
         return losses, groups
 
     @functools.cached_property
-    def _rare_pairs(self) -> np.ndarray:
-        return recalled.rare_pairs(corpus.training(self.workdir / "corpus"), self.study.vocab_size)
+    def _common_pairs(self) -> np.ndarray:
+        return recalled.common_pairs(corpus.training(self.workdir / "corpus"))
 
 
 def check(worker: Worker, name: str) -> str | None:

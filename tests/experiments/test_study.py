@@ -200,33 +200,6 @@ def test_groups_of_targets_make_up_the_whole_loss(done):
         assert groups["repeated"]["targets"] > 10  # text of a few words
 
 
-def test_pairs_are_recalled_within_a_document_where_they_are_rare():
-    class Documents:
-        lengths = np.array([4, 3])
-
-        def read(self, index):
-            return np.array([[1, 2, 1, 2, 3], [3, 1, 2, 1]][index], np.uint16)
-
-    # Of seven pairs 1-2 are three and 2-1 two, 2-3 and 3-1 one each; none other crosses documents.
-    rare = recalled.rare_pairs(Documents(), 4)
-    common = [(1, 2), (2, 1), (2, 3), (3, 1)]
-    assert np.argwhere(~rare).tolist() == [list(pair) for pair in common]
-    rare[2, 3] = rare[3, 2] = True
-    batch = {
-        "tokens": np.array([[2, 3, 2, 3, 1, 2, 3, 2], [2, 3, 2, 3, 2, 0, 0, 0]]),
-        "targets": np.array([[3, 2, 3, 1, 2, 3, 2, 3], [3, 2, 3, 2, 1, 0, 0, 0]]),
-        "segment_ids": np.array([[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, -1, -1, -1]]),
-        "loss_mask": np.array([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], np.float32),
-    }
-    found = recalled.masks(batch, rare)
-    places = {name: [tuple(place) for place in np.argwhere(mask)] for name, mask in found.items()}
-    assert places["recalled"] == [(0, 2), (0, 7), (1, 2), (1, 3)]
-    assert places["repeated"] == []
-    assert sum(len(found) for found in places.values()) == 13
-    rare[2, 3] = False
-    assert np.argwhere(recalled.masks(batch, rare)["repeated"]).tolist() == [[0, 2], [0, 7], [1, 2]]
-
-
 def test_records_of_other_settings_are_refused(done, study, tmp_path):
     _, record = done
     records.write(tmp_path, record)
