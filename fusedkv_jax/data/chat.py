@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = Mapping[str, object]
+TEMPLATE_FILE = "chat_template.jinja"  # in a tokenizer's folder
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 
 
 class ChatError(ValueError):
@@ -108,9 +110,11 @@ class ChatTemplate:
 
 
 def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
-    """The template of a tokenizer: `chat_template.jinja` in its folder, or `chat_template` in its
-    `tokenizer_config.json`; of several that have names there, `default`, and `tool_use` for
-    conversations with tools.
+    """The template of a tokenizer, and where there is one another for conversations with tools.
+
+    They are `chat_template.jinja` and `additional_chat_templates/tool_use.jinja` in its folder, or
+    else `chat_template` in its `tokenizer_config.json`; of several that have names there, `default`
+    and `tool_use`.
 
     Args:
         tokenizer: path of a `tokenizer.json`, or its folder.
@@ -128,9 +132,10 @@ def load_template(tokenizer: str | pathlib.Path) -> ChatTemplate:
     if isinstance(source, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         source, tool_use = named.get("default"), named.get("tool_use")
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        source, tool_use = read_text(file), None
+    if (folder / TEMPLATE_FILE).is_file():
+        source = read_text(folder / TEMPLATE_FILE)
+        tool_file = folder / TOOL_TEMPLATE_FILE
+        tool_use = read_text(tool_file) if tool_file.is_file() else None
     if not isinstance(source, str):
         raise ChatError(
             f"{folder}: the tokenizer has no chat template; add chat_template.jinja, or pass one"

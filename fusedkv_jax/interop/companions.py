@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data.chat import TEMPLATE_FILE, TOOL_TEMPLATE_FILE
 from fusedkv_jax.interop.safetensors_folder import (
     FolderError,
     checked_path,
@@ -19,13 +20,14 @@ _CONFIG = "tokenizer_config.json"
 _BESIDE = (
     _CONFIG,
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
+    TOOL_TEMPLATE_FILE,
     "generation_config.json",
 )
 
 
 def copy_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Copy a tokenizer and what lies beside it: special tokens, chat template, generation settings.
+    """Copy a tokenizer and what lies beside it: special tokens, templates, generation settings.
 
     Args:
         source: a tokenizer.json, or its folder.
@@ -43,7 +45,9 @@ def copy_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str
     shutil.copyfile(found, target / _TOKENIZER)
     for beside in _BESIDE:
         if (place / beside).is_file():
-            shutil.copyfile(checked_path(place, beside), target / beside)
+            copy = target / beside
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(checked_path((place / beside).parent, copy.name), copy)
 
 
 def complete_tokenizer_config(folder: Path) -> None:

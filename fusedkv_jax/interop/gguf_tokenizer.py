@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusedkv_jax.data.chat import TEMPLATE_FILE, TOOL_TEMPLATE_FILE
 from fusedkv_jax.interop.gguf_file import GgufError, GgufFile
 
 # How text is cut before byte-pair encoding, by llama.cpp's names: GPT-2's expression is that of
@@ -35,7 +36,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens that are added to a vocabulary
 
 
 def save_gguf_tokenizer(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja.
+    """Write tokenizer.json, tokenizer_config.json and the chat templates that there are.
 
     Args:
         path: the GGUF file.
@@ -64,9 +65,12 @@ def _save(file: GgufFile, folder: Path) -> None:
                 )
             config[f"{kind}_token"] = tokens[index]
     config |= {f"add_{kind}_token": added for kind, added in _adds(known).items()}
-    template = known.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    templates = {TEMPLATE_FILE: "", TOOL_TEMPLATE_FILE: ".tool_use"}
+    for name, key in templates.items():
+        template = known.get(f"tokenizer.chat_template{key}")
+        if isinstance(template, str):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(template, encoding="utf-8")
     (folder / "tokenizer.json").write_text(
         json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
     )

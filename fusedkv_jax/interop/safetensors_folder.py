@@ -48,9 +48,13 @@ def checked_path(folder: Path, name: str) -> Path:
 
 
 def _in_hub_cache(path: Path) -> bool:
-    """A link of the hub's cache, from MODEL/snapshots/REVISION/NAME to MODEL/blobs/HASH."""
-    snapshots = path.parent.resolve().parent
-    return snapshots.name == "snapshots" and path.resolve().parent == snapshots.parent / "blobs"
+    """A link of the hub's cache, from MODEL/snapshots/REVISION to MODEL/blobs/HASH; from the
+    revision's folder, or from one within it.
+    """
+    for snapshots in path.parent.resolve().parents[:2]:
+        if snapshots.name == "snapshots":
+            return path.resolve().parent == snapshots.parent / "blobs"
+    return False
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from fusedkv_jax.data import template_sizes
 from fusedkv_jax.data.chat import ChatError, ChatTemplate, load_template, read_text
+from tests.data import single_letters
 
 SOURCE = """{{ bos_token }}
 {% for message in messages %}
@@ -123,6 +124,32 @@ def test_where_templates_come_from(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("three", encoding="utf-8")
     assert load_template(tmp_path).render(MESSAGES) == "three"
     assert load_template(tmp_path).render(MESSAGES, tools=[{"name": "a"}]) == "three"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("four")
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("five")
+    assert load_template(tmp_path).render(MESSAGES) == "three"
+    assert load_template(tmp_path).render(MESSAGES, tools=[{"name": "a"}]) == "four"
+    (tmp_path / "chat_template.jinja").unlink()  # what belongs to it belongs to no other
+    assert load_template(tmp_path).render(MESSAGES, tools=[{"name": "a"}]) == "x"
+
+
+def test_templates_that_transformers_has_saved_are_found_as_there(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra reference")
+    single_letters.save(tmp_path)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json")
+    )
+    tokenizer.chat_template = {
+        "default": "plain {{ messages | length }}",
+        "tool_use": "{{ tools }}",
+    }
+    tokenizer.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ours = load_template(tmp_path / "saved")
+    for tools in (None, [{"name": "a"}]):
+        expected = theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+        assert ours.render(MESSAGES, tools=tools) == expected
+    assert ours.render(MESSAGES, tools=[{"name": "a"}]) == "[{'name': 'a'}]"
 
 
 def test_files_that_are_not_utf8(tmp_path):

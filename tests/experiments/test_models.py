@@ -23,6 +23,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
     single_letters.save(root)
     (root / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    (root / "additional_chat_templates").mkdir()
+    (root / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     config = fkv.ModelConfig(
         vocab_size=len(single_letters.WORDS),
         num_layers=2,
@@ -69,7 +71,13 @@ def test_a_folder_becomes_a_run_and_a_folder_again(folder, tmp_path):
     commands.run_here("convert", [f"--workdir={run}", f"--output={again}"])
     with pytest.raises(commands.Refused, match="is not empty; name a new folder"):
         commands.run_here("convert", [f"--model={folder}", f"--output={run}"])
-    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors", "config.json"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "model.safetensors",
+        "config.json",
+    ):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 

@@ -6,6 +6,7 @@ import pytest
 import tokenizers as hf
 
 from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data.chat import load_template
 from fusedkv_jax.interop import save_gguf_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
@@ -14,7 +15,7 @@ TOKENS = ["<s>", "</s>", "a", "b", "aa"]
 BOS, EOS, A, B = range(4)
 
 
-def write(path, pre, **added):
+def write(path, pre, template=None, **added):
     """A file with nothing but a vocabulary; `added` has add_bos_token and add_eos_token."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
@@ -27,6 +28,8 @@ def write(path, pre, **added):
     writer.add_eos_token_id(EOS)
     for name, value in added.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
+    if template is not None:
+        writer.add_chat_template(template)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -53,3 +56,16 @@ def test_bos_and_eos_go_around_a_text_as_the_file_says(tmp_path, pre, added, one
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["add_bos_token"] == (BOS in one)
     assert config["add_eos_token"] == (EOS in one)
+
+
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_chat_templates_are_found(tmp_path, with_tools):
+    plain, tools = "plain", "{{ tools }}"
+    named = {"default": plain, "tool_use": tools, "rag": "neither"}
+    several = [{"name": name, "template": text} for name, text in named.items()]
+    write(tmp_path / "model.gguf", "gpt-2", template=several if with_tools else plain)
+    save_gguf_tokenizer(tmp_path / "model.gguf", tmp_path / "tokenizer")
+    template = load_template(tmp_path / "tokenizer")
+    messages = [{"role": "user", "content": "x"}]
+    assert template.render(messages) == "plain"
+    assert template.render(messages, tools=[1]) == ("[1]" if with_tools else "plain")

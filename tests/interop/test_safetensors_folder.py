@@ -12,6 +12,7 @@ from fusedkv_jax.interop import (
     load_huggingface,
     save_huggingface,
 )
+from fusedkv_jax.interop.safetensors_folder import checked_path
 from tests.oracles.decoder import build, draw, small_config
 
 CONFIG = small_config("mha", num_layers=1)
@@ -82,6 +83,12 @@ def test_links_of_the_hubs_cache_are_followed(folder):
     target = shard.resolve()
     shard.unlink()
     (folder.parent / "outside").write_bytes(target.read_bytes())
+    (snapshot / "within").mkdir()
+    (snapshot / "within" / "one").symlink_to(f"../../../blobs/{target.name}")
+    assert checked_path(snapshot / "within", "one").resolve() == target
+    (snapshot / "within" / "two").symlink_to("../../../../outside")
+    with pytest.raises(FolderError, match="two is a symbolic link that leads out"):
+        checked_path(snapshot / "within", "two")
     shard.symlink_to("../../../outside")
     assert_refused(snapshot, f"{shard.name} is a symbolic link")
 

@@ -11,10 +11,11 @@ import shutil
 import tempfile
 
 from fusedkv_jax.data import tokenizers
+from fusedkv_jax.data.chat import TEMPLATE_FILE, TOOL_TEMPLATE_FILE
 
 FOLDER = "tokenizer"
 SUMS = "SHA256SUMS"
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", TEMPLATE_FILE, TOOL_TEMPLATE_FILE)
 _BYTE = tokenizers.ByteTokenizer.name
 
 
@@ -80,15 +81,15 @@ def _copy(source: pathlib.Path, folder: pathlib.Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} is no tokenizer that a run has kept; move it away")
     file = source / "tokenizer.json" if source.is_dir() else source
-    beside = [file.parent / name for name in _FILES[1:]]
+    files = {name: file.parent / name for name in _FILES} | {_FILES[0]: file}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = pathlib.Path(temporary, FOLDER)
-        new.mkdir()
-        shutil.copyfile(file, new / _FILES[0])
-        for path in beside:
-            if path.is_file():
-                shutil.copyfile(path, new / path.name)
-        sums = "".join(f"{_digest(path)}  {path.name}\n" for path in sorted(new.iterdir()))
+        sums = ""
+        for name, path in files.items():
+            if path is file or path.is_file():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, new / name)
+                sums += f"{_digest(new / name)}  {name}\n"
         (new / SUMS).write_text(sums, encoding="utf-8")
         new.rename(folder)  # all of it, or none
 

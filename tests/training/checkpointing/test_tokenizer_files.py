@@ -20,7 +20,7 @@ def write_tokenizer(folder: pathlib.Path, words: list[str]) -> pathlib.Path:
     model = hf.models.WordLevel(vocabulary, unk_token=words[0])
     folder.mkdir(exist_ok=True)
     hf.Tokenizer(model).save(str(folder / "tokenizer.json"))
-    entries = {"eos_token": "</s>", "chat_template": "{{ messages[0].content }}"}
+    entries = {"eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
     return folder / "tokenizer.json"
 
@@ -30,6 +30,9 @@ def run(tmp_path, monkeypatch):
     """The name, relative, of a tokenizer, and the work directory of a run that keeps it."""
     monkeypatch.chdir(tmp_path)
     write_tokenizer(tmp_path / "mine", ["a", "b", "c"])
+    (tmp_path / "mine" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "mine" / "additional_chat_templates").mkdir()
+    (tmp_path / "mine" / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     workdir = tmp_path / "run"
     workdir.mkdir()
     assert kept_tokenizer("mine/tokenizer.json", workdir) == "mine/tokenizer.json"
@@ -37,13 +40,15 @@ def run(tmp_path, monkeypatch):
     return "mine/tokenizer.json", workdir
 
 
-def test_the_copy_serves_from_anywhere_with_its_chat_template(run, monkeypatch):
+def test_the_copy_serves_from_anywhere_with_its_chat_templates(run, monkeypatch):
     name, workdir = run
     original = tokenizers.load(name)
     monkeypatch.chdir("/")
     copy = kept_tokenizer(name, workdir)
     assert tokenizers.load(copy).fingerprint == original.fingerprint
-    assert chat.load_template(copy).render([{"role": "user", "content": "x"}]) == "x"
+    template, messages = chat.load_template(copy), [{"role": "user", "content": "x"}]
+    assert template.render(messages) == "x"
+    assert template.render(messages, tools=[{}]) == "with tools"
     assert keep_tokenizer(name, workdir) == copy  # the original is not needed any more
     assert keep_tokenizer(copy, workdir) == copy  # and the copy may be named itself
     sums = ["sha256sum", "-c", "--quiet", "SHA256SUMS"]
@@ -59,14 +64,15 @@ def test_another_tokenizer_under_the_same_name_is_refused(run):
 
 
 @pytest.mark.parametrize("harm", ["change", "remove"])
-def test_a_copy_that_is_not_as_it_was_is_refused(run, harm):
+@pytest.mark.parametrize("file", ["tokenizer.json", "additional_chat_templates/tool_use.jinja"])
+def test_a_copy_that_is_not_as_it_was_is_refused(run, harm, file):
     name, workdir = run
-    file = workdir / "tokenizer" / "tokenizer.json"
+    path = workdir / "tokenizer" / file
     if harm == "change":
-        file.write_text(file.read_text().replace('"a"', '"z"'))
+        path.write_text(path.read_text().replace("t", "z"))
     else:
-        file.unlink()
-    with pytest.raises(TokenizerChangedError, match="'tokenizer.json' is not as it was"):
+        path.unlink()
+    with pytest.raises(TokenizerChangedError, match=f"'{file}' is not as it was"):
         kept_tokenizer(name, workdir)
 
 
