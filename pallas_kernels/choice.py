@@ -204,9 +204,13 @@ def run(implementation: str, call: Call) -> Any:
 
 def _serve(name: str, call: Call) -> Any:
     if isinstance(call, PagedAttentionCall):
+        if 0 in (*call.q.shape[:2], call.page_table.shape[1]):
+            name = "reference"  # zeros, or nothing: kernels have no blocks for it
         return load(name, "paged_attention")(call)
     if isinstance(call, RaggedAttentionCall):
         return load(name, "ragged_attention")(call)
+    if 0 in (*call.q.shape[:2], call.sources.keys[0].shape[1]):
+        name = "reference"
     kept = IN_PLACE.get(name, ())
     keys, values = (stacked.read(side, kept) for side in call.sources[:2])
     sources = call.sources._replace(keys=keys, values=values)

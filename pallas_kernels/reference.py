@@ -80,7 +80,7 @@ def gather(pages: Pages, page_table: Array) -> tuple[tuple[Array, ...], tuple[Ar
 
     def rows(x: Array) -> Array:  # [pages, K, page_size, .] to [B, S, K, .]
         x = x[page_table].swapaxes(2, 3)
-        return x.reshape(batch, length, pages.num_kv_heads, -1)
+        return x.reshape(batch, length, pages.num_kv_heads, x.shape[-1])
 
     data = rows(pages.data).astype(jnp.float32)
     streams = [data[..., start:stop] for start, stop in pages.spans()]

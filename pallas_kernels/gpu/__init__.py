@@ -149,7 +149,9 @@ def _run(device: GpuTarget, inputs: Inputs) -> Result:
     decodes = phase(shape.rows, shape.queries, shape.keys) == DECODE
     # The split kernel has no segments, which only whole sequences have.
     if decodes and inputs.mask.q_segment_ids is None:
-        return split_calls.decode(device, inputs)
+        sizes = split_calls.sizes_for(device, inputs, shape.rows)
+        if sizes is not None:
+            return split_calls.decode(device, inputs, sizes=sizes)
     return calls.forward(device, inputs)
 
 

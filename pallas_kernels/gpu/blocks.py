@@ -143,6 +143,19 @@ def heuristic(kernel: str, capability: int, call: Traits) -> BlockSizes:
     raise AssertionError(f"{call} is beyond what the kernels hold")
 
 
+def split_bytes(sizes: BlockSizes, call: Traits) -> int:
+    """Shared memory of the split kernel at most, in bytes.
+
+    It holds the queries folded with every source's weights from its first tile to its last, those
+    of float32 in two parts (`tf32x3`); and besides a tile as it is copied, or as an operand.
+    """
+    parts = 2 if call.itemsize == 4 else 1
+    sources = max(1, call.sources)
+    queries = parts * sources * sizes.rows * call.size * call.itemsize
+    copied = sizes.stages * sources * call.stored if sizes.stages > 1 else 0
+    return queries + 2 * sizes.keys * call.size * max(copied, call.itemsize)
+
+
 def _few_rows(capability: int, call: Traits) -> BlockSizes:
     """All rows in one block; tiles as wide as shared memory and registers allow."""
     rows = 16 if call.rows <= 16 else 32 if call.rows <= 32 else 64
@@ -153,4 +166,7 @@ def _few_rows(capability: int, call: Traits) -> BlockSizes:
     stages = 1 if heavy or call.itemsize == 4 or 2 * 16 * token > room else 2
     keys = next(x for x in (64, 32, 16) if x == 16 or stages * x * token <= room)
     keys = min(keys, 32 if heavy or call.size * max(1, call.sources) > 256 else 64)
-    return BlockSizes(rows=rows, keys=keys, warps=8 if heavy else 4, stages=stages)
+    sizes = BlockSizes(rows=rows, keys=keys, warps=8 if heavy else 4, stages=stages)
+    while sizes.keys > 16 and split_bytes(sizes, call) > devices.shared_memory(capability):
+        sizes = dataclasses.replace(sizes, keys=sizes.keys // 2)
+    return sizes

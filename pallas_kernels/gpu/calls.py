@@ -16,28 +16,36 @@ from pallas_kernels.sources import Result
 _Places = tuple[Array, Array, Array, Array]
 
 _LOG2E = 1.4426950408889634
+_GRID_Y = 2**16 - 1  # programs of a grid's second axis, CUDA's limit
 
 
-def chosen(
-    kernel: str, device: GpuTarget, inputs: Inputs, rows: int | None = None
-) -> blocks.BlockSizes:
-    """Block sizes for a call, or for so many rows of one; see `blocks.choose`."""
+def chosen(kernel: str, device: GpuTarget, inputs: Inputs) -> blocks.BlockSizes:
+    """Block sizes for a call; see `blocks.choose`."""
+    return blocks.choose(kernel, device, traits(inputs, inputs.lengths.rows))
+
+
+def traits(inputs: Inputs, rows: int) -> blocks.Traits:
+    """What block sizes depend on, in a call or in so many rows of one."""
     q, keys, values, mask = inputs.q, inputs.keys, inputs.values, inputs.mask
     mixed = keys.weights is not None or values.weights is not None
-    traits = blocks.Traits(
+    return blocks.Traits(
         itemsize=q.dtype.itemsize,
         stored=max(keys.stored, values.stored),
         size=max(keys.padded, values.padded),
         sources=max(len(keys.arrays), len(values.arrays)) if mixed else 0,
-        rows=rows or inputs.lengths.rows,
+        rows=rows,
         simple=mask.window is None and mask.q_segment_ids is None,
     )
-    return blocks.choose(kernel, device, traits)
 
 
 def forward(device: GpuTarget, inputs: Inputs, *, sizes: blocks.BlockSizes | None = None) -> Result:
-    """Output [B, T, N, H'] and lse [B, T, N] by the tile kernel."""
+    """Output [B, T, N, H'] and lse [B, T, N] by the tile kernel.
+
+    Raises:
+      NotImplementedError: more rows and heads than a grid has.
+    """
     q, shape = inputs.q, inputs.lengths
+    _check_grid(shape)
     sizes = sizes or chosen("forward", device, inputs)
     some, clear = _tiles(inputs.mask, shape, sizes)
     runs = bounds.runs(some, clear)
@@ -65,8 +73,12 @@ def backward(
     """dq [B, T, N, H], and float32 dK^ [B, S, K, H], dV^ [B, S, K, H'].
 
     `lse` is +inf or huge where a row sees nothing; `delta` is sum(out * dout) - dlse.
+
+    Raises:
+      NotImplementedError: more rows and heads than a grid has.
     """
     q, shape = inputs.q, inputs.lengths
+    _check_grid(shape)
     where = _places(inputs.mask, shape)
     lse2 = jnp.minimum(lse * _LOG2E, 1e30)
     pointed = pointers(inputs.keys, inputs.values, shape.kv_heads, q.dtype, q, False)
@@ -102,6 +114,15 @@ def backward(
     dkey, dvalue = run("backward_keys", True, grads)
     (dq,) = run("backward_queries", False, (jax.ShapeDtypeStruct(q.shape, q.dtype),))
     return dq, dkey, dvalue
+
+
+def _check_grid(shape: Lengths) -> None:
+    programs = shape.batch * shape.kv_heads
+    if programs > _GRID_Y:
+        raise NotImplementedError(
+            f"{shape.batch} rows of {shape.kv_heads} KV heads are {programs} programs of {_GRID_Y} "
+            f"that a grid has; use a smaller batch"
+        )
 
 
 def outputs(

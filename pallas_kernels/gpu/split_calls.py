@@ -7,16 +7,16 @@ combine    every row of queries:        the parts, rescaled and added
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import masks
-from pallas_kernels.gpu import blocks, bounds
-from pallas_kernels.gpu.calls import chosen, constants, outputs, stored, table
+from pallas_kernels import devices, masks
+from pallas_kernels.gpu import blocks, bounds, calls
+from pallas_kernels.gpu.calls import constants, outputs, stored, table
 from pallas_kernels.gpu.device import Constants, GpuTarget
 from pallas_kernels.gpu.inputs import Inputs, Lengths
 from pallas_kernels.gpu.operands import Sources, pointers
 from pallas_kernels.ragged_rows import RaggedRows
 from pallas_kernels.sources import Result
 
-_RAGGED_ROWS = 64  # rows of a block of queries in a step with chunks
+_RAGGED_ROWS = 64  # rows of a block of queries in a step with chunks, where they fit
 
 
 def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
@@ -24,18 +24,29 @@ def splits(device: GpuTarget, programs: int, keys: int, tile: int) -> int:
     return max(1, min(-(-2 * device.cores // programs), keys // (2 * tile)))
 
 
+def sizes_for(device: GpuTarget, inputs: Inputs, rows: int) -> blocks.BlockSizes | None:
+    """Block sizes for so many rows of queries; None where the chip cannot hold that many."""
+    traits = calls.traits(inputs, rows)
+    sizes = blocks.choose("decode", device, traits)
+    held = blocks.split_bytes(sizes, traits)
+    return sizes if held <= devices.shared_memory(device.compute_capability) else None
+
+
 def decode(
     device: GpuTarget,
     inputs: Inputs,
     *,
-    sizes: blocks.BlockSizes | None = None,
+    sizes: blocks.BlockSizes,
     parts: int | None = None,
 ) -> Result:
-    """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; few queries."""
+    """Output [B, T, N, H'] and lse [B, T, N] by the split kernel; few queries.
+
+    Args:
+      sizes: what `sizes_for` gives for all rows of the call.
+    """
     q, keys, values, mask = inputs.q, inputs.keys, inputs.values, inputs.mask
     shape = inputs.lengths
     batch, rows, heads = shape.batch, shape.rows, shape.kv_heads
-    sizes = sizes or chosen("decode", device, inputs)
     parts = parts or splits(device, batch * heads, shape.keys, sizes.keys)
     span = bounds.token_span(mask, shape.queries, shape.keys)
     span = jnp.broadcast_to(span, (batch, 2))
@@ -77,12 +88,22 @@ def ragged(device: GpuTarget, inputs: Inputs, rows: RaggedRows) -> Result:
 
     A program has a block of one row's queries, as many as a chunk has use for; of a row that
     decodes it computes one, and waits for memory like a program of decoding.
+
+    Raises:
+      NotImplementedError: the chip cannot hold the queries of one token.
     """
     q, keys, values, shape = inputs.q, inputs.keys, inputs.values, inputs.lengths
     paging, num_rows = inputs.paging, rows.counts.shape[0]
     assert paging is not None and paging.slots is not None
     most = shape.groups if shape.queries <= num_rows else max(_RAGGED_ROWS, shape.groups)
-    sizes = chosen("decode", device, inputs, most)
+    counts = (most, *(x for x in (32, 16) if shape.groups <= x < most))
+    fitting = (sizes_for(device, inputs, x) for x in counts)
+    sizes = next((x for x in fitting if x is not None), None)
+    if sizes is None:
+        raise NotImplementedError(
+            f"{shape.groups} {q.dtype} query heads of size {keys.padded} for a KV head, "
+            f"{len(keys.arrays)} sources: more than {device.kind} holds"
+        )
     length = sizes.rows // shape.groups
     blocks_ = rows.blocks(shape.queries, length)
     pieces, heads = blocks_.rows.shape[0], shape.kv_heads

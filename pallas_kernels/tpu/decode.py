@@ -70,6 +70,9 @@ def run(
 
     Returns:
       out [B, heads, output terms, M, width] and lse [B, heads, M] fp32.
+
+    Raises:
+      NotImplementedError: table and list do not fit into scalar memory.
     """
     batch, heads, _, rows, _ = q.shape
     stored, none = list(cache.stored), jnp.zeros(1, jnp.int32)
@@ -79,6 +82,12 @@ def run(
     cores = how.chip.cores if any(x.dtype.itemsize == 1 for x in stored) else 1
     parts = steps_lib.shared(cache.visited, cores) if cores > 1 else cache.visited[None]
     codes, length, count = steps_lib.listed(parts, parts, idle=cores == 1)
+    numbers = codes.size + table.size + ends.size
+    if 4 * numbers > steps_lib.SMEM:
+        raise NotImplementedError(
+            f"a page table of {table.size} entries and {codes.size} blocks do not fit into scalar "
+            f"memory; use larger pages"
+        )
     row = lambda c, i, codes, *_: steps_lib.outer_block(codes[c * length + i])  # noqa: E731
     block = lambda c, i, codes, *_: steps_lib.inner_block(codes[c * length + i])  # noqa: E731
 

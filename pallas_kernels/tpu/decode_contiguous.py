@@ -72,11 +72,9 @@ def check(how: How, sources: MixedSources) -> None:
     both = (*sources.keys, *sources.values)
     inputs.check_lanes([x.shape[3] for x in both], "heads", how)
     for x in both:
-        if not isinstance(x, Quantized):
-            continue
-        if not x.per_token or x.bits != 8:
+        if isinstance(x, Quantized) and (not x.per_token or x.bits != 8):
             raise NotImplementedError("only 8-bit caches with one scale per token and head")
-        chips.check_storage(how.chip, x.data.dtype)
+        chips.check_storage(how.chip, x.data.dtype if isinstance(x, Quantized) else x.dtype)
 
 
 def contiguous(how: How, q: Array, sources: MixedSources, mask: Mask) -> Result:

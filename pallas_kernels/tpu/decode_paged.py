@@ -121,6 +121,8 @@ def _blocks(how: How, call: PagedAttentionCall, q: Array, mask: Mask) -> Result:
     total = round_up(width, count) * page_size
 
     rule = Mask(causal=True, window=call.window)
+    # A length beyond the table, where it is traced, must not lead into the next row's entries.
+    kv_lengths = jnp.minimum(kv_lengths, width * page_size)
     index = jnp.arange(total)[None]
     k_positions = jnp.where(index < kv_lengths[:, None], index, steps_lib.FAR).astype(jnp.int32)
     visited = inputs.StepPlaces(q_positions, k_positions, None, None).visited(rule, tokens)

@@ -28,6 +28,7 @@ Step = Array | np.ndarray | np.integer  # one of the grid, or several
 FIRST, LAST, WORK, MASKED = 1, 2, 4, 8
 _INNER, _OUTER = 4, 18  # bit offsets: 4 flags, 14 bits of the inner block, 13 of the outer
 LIMIT = 2**13  # blocks per side
+SMEM = 960 * 2**10  # bytes of lists and tables in the 1 MiB of scalar memory; the compiler has some
 FAR = 2**30  # beyond every position
 _NONE = 2**31 - 1  # a step that sorts behind all others
 
@@ -152,6 +153,9 @@ def listed(visited: Table, full: Table, idle: bool = True) -> tuple[Array, int, 
 
     `count` steps are to be run: the length itself if the tables are known while tracing, else
     a traced number. Steps of a row beyond its own end repeat its last one without work.
+
+    Raises:
+      NotImplementedError: more blocks than a step can name, or steps than scalar memory holds.
     """
     xp = _module(visited)
     rows, outer, inner = visited.shape
@@ -176,6 +180,11 @@ def listed(visited: Table, full: Table, idle: bool = True) -> tuple[Array, int, 
         order = jax.lax.sort(jax.lax.optimization_barrier(order).reshape(rows, -1), is_stable=False)
     count = shown.sum((1, 2)).max().astype(np.int32)
     length = int(count) if xp is np else outer * inner
+    if 4 * rows * length > SMEM:
+        raise NotImplementedError(
+            f"{rows * length} steps of the grid, of which scalar memory holds {SMEM // 4}; use a "
+            f"smaller batch"
+        )
     beyond = xp.where(shown, code & ~15, 0).max((1, 2))[:, None]
     steps = xp.where(order == _NONE, beyond, order)[:, :length]
     steps = jnp.asarray(steps.reshape(-1).astype(np.int32))

@@ -1,5 +1,6 @@
 """The tests that every implementation passes for caches in 8 or 4 bits, and in pages."""
 
+import dataclasses
 import functools
 
 import jax
@@ -142,3 +143,15 @@ class PagedCases(Implementation):
 
     def test_eight_bit_pages(self, format):
         self.check_pages("one_token", format, self.paged_tolerance)
+
+    def test_a_traced_length_beyond_its_table_reads_no_other_row(self):
+        """Nobody can check a number that is traced; a row of a server is somebody's prompt."""
+        q = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 2, 16)), jnp.float32)
+        pages = Pages.create(
+            num_pages=4, page_size=16, num_kv_heads=1, num_keys=1, num_values=1, key_size=16,
+            value_size=16, dtype="float32",
+        )  # fmt: skip
+        other = dataclasses.replace(pages, data=pages.data.at[2:].set(9.0))
+        run = jax.jit(lambda *x: self.attend_pages(*x, None, None, {})[0])
+        rows = I32([[0, 1], [2, 3]]), I32([40, 32])
+        np.testing.assert_array_equal(run(q, pages, *rows)[0], run(q, other, *rows)[0])

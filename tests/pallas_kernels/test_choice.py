@@ -52,6 +52,23 @@ def test_a_program_for_another_device_is_chosen_for_that_device():
     assert choice.candidates(call)[0] == "tpu"
 
 
+@pytest.mark.parametrize("implementation", ["auto", "folded", "tpu", "triton"])
+@pytest.mark.parametrize(("length", "keys"), [(3, 0), (0, 5), (1, 0)])
+def test_what_has_no_queries_or_keys_is_zero_everywhere(length, keys, implementation):
+    """Kernels have no blocks for it."""
+    q, kv = Q[:, :length], KV[:, :keys]
+
+    def call(q):
+        return pallas_kernels.attention(
+            q, (kv,), (kv,), implementation=implementation, return_residuals=True
+        )
+
+    out, lse = call(q)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    assert (out == 0).all() and (lse == -jnp.inf).all()
+    assert (jax.grad(lambda q: call(q)[0].sum())(q) == 0).all()
+
+
 @pytest.fixture
 def far(monkeypatch):
     """An implementation that refuses every call, preferred on every device."""

@@ -86,6 +86,18 @@ def test_entries_that_no_token_reaches_may_point_anywhere():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "triton"])
+@pytest.mark.parametrize("sizes", [(2, 0, 3), (2, 1, 0), (0, 1, 3)])
+def test_what_has_no_queries_or_pages_is_zero(sizes, implementation):
+    batch, length, width = sizes
+    q, table, lengths = jnp.ones((batch, length, 4, 8)), TABLE[:batch, :width], LENGTHS[:batch] * 0
+    out, lse = paged_attention(
+        q, PAGES, table, lengths, W, implementation=implementation, return_residuals=True
+    )
+    assert out.shape == (batch, length, 4, 6) and lse.shape == (batch, length, 4)
+    assert (out == 0).all() and (lse == -jnp.inf).all()
+
+
 def test_gradients_are_refused():
     with pytest.raises(NotImplementedError, match="pages cannot be differentiated"):
         jax.grad(lambda q: paged_attention(q, PAGES, TABLE, LENGTHS, W).sum())(Q)

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from pallas_kernels import devices
-from pallas_kernels.gpu import blocks, split_calls, static
+from pallas_kernels.gpu import blocks, split_calls, static, workloads
 
 CALL = blocks.Traits(itemsize=2, stored=2, size=128, sources=2, rows=4, simple=True)
 H100 = static.target("h100")
@@ -60,6 +60,41 @@ def test_tiles_of_a_cache_fit_the_shared_memory(chip):
         sizes = blocks.heuristic("decode", capability, call)
         tiles = sizes.stages * sizes.keys * 2 * sources * size * call.stored
         assert tiles <= devices.shared_memory(capability)
+        if sources < 4 or size < 256 or rows < 64:
+            assert blocks.split_bytes(sizes, call) <= devices.shared_memory(capability)
+
+
+F32 = {"dtype": "float32", "storage": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("chip", "call", "kernel", "rows"),
+    [
+        ("l40s", {"length": 16, "sources": 2, **F32}, "forward", 16),
+        ("l40s", {"length": 16, "size": 256, "sources": 4}, "forward", 16),
+        ("h100", {"length": 16, "size": 256, "sources": 2, **F32}, "forward", 16),
+        ("h100", {"length": 16, "sources": 2, **F32}, "decode", 64),
+        ("l40s", {"length": 1, "sources": 2, **F32}, "decode", 16),
+        ("l40s", {"length": 1024, "ragged": True, "sources": 2, **F32}, "decode", 32),
+        ("h100", {"length": 1024, "ragged": True, "sources": 2, **F32}, "decode", 64),
+    ],
+)
+def test_where_the_queries_of_all_sources_do_not_fit_fewer_rows_or_the_tile_kernel_serve(
+    chip, call, kernel, rows
+):
+    """They stay in shared memory throughout; the driver would refuse the launch at run time."""
+    made = static.launches(workloads.Workload(name="", **call), chip)[0]
+    assert made.name.split(".")[1] == kernel
+    assert made.constants["BM"] == rows
+
+
+def test_a_step_whose_smallest_block_does_not_fit_is_refused():
+    call = workloads.Workload(name="", length=1024, ragged=True, size=256, sources=4, **F32)
+    with pytest.raises(
+        NotImplementedError, match="4 float32 query heads of size 256 .* L40S holds"
+    ):
+        static.launches(call, "l40s")
+    assert static.launches(call, "h100")[0].constants["BM"] == 16
 
 
 def test_splits_fill_the_device_without_tiny_ones():

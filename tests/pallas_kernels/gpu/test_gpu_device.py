@@ -60,6 +60,14 @@ def test_what_the_kernels_do_not_hold_is_refused(count, size, message):
         gpu.attention(call, device=old_gpu(90))
 
 
+def test_more_rows_than_a_grid_has_are_refused():
+    """CUDA's second axis has 65,535 programs; an invalid launch would end the program."""
+    x = jax.ShapeDtypeStruct((2**12, 256, 16, 16), jnp.bfloat16)
+    call = lambda x: gpu.attention(call_of((x, (x,), (x,), None, None)), device=old_gpu(90))  # noqa: E731
+    with pytest.raises(NotImplementedError, match="4096 rows of 16 KV heads .* a smaller batch"):
+        jax.eval_shape(call, x)
+
+
 def test_nothing_imports_triton_before_a_kernel_is_launched():
     program = (
         "import sys, pallas_kernels.gpu; "

@@ -73,6 +73,38 @@ def test_the_rule_spills_little_where_there_is_no_table(chip, name, kernel):
     assert line["shared"] <= devices.shared_memory(89), line  # the least of all chips
 
 
+@pytest.mark.parametrize(
+    ("chip", "call"),
+    [
+        ("l40s", {"length": 1, "size": 128, "sources": 2, "dtype": "float32"}),
+        pytest.param("h100", {"length": 16, "size": 128, "sources": 2, "dtype": "float32"},
+                     marks=pytest.mark.slow),
+        pytest.param("h100", {"length": 8, "size": 256, "sources": 4}, marks=pytest.mark.slow),
+        pytest.param("l40s", {"length": 8, "size": 128, "sources": 4}, marks=pytest.mark.slow),
+        pytest.param("a100", {"length": 16, "size": 256, "sources": 2}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_the_split_kernel_takes_no_more_memory_than_is_reckoned(chip, call):
+    """What `auto` falls back by where a chip has less: Triton's own count is the reference."""
+    dtype = call.get("dtype", "bfloat16")
+    made = static.launches(workloads.Workload(name="", storage=dtype, **call), chip)[0]
+    assert made.name == "decode.decode"
+    sizes = blocks.BlockSizes(
+        rows=made.constants["BM"], keys=made.constants["BN"], warps=made.warps, stages=made.stages
+    )
+    itemsize = 4 if dtype == "float32" else 2
+    traits = blocks.Traits(
+        itemsize=itemsize, stored=itemsize, size=call["size"], sources=call["sources"],
+        rows=4 * call["length"], simple=True,
+    )  # fmt: skip
+    found = static.line(made, chip)["shared"]
+    assert (
+        found
+        <= blocks.split_bytes(sizes, traits)
+        <= devices.shared_memory(devices.GPUS[chip].capability)
+    )
+
+
 def test_the_report_names_every_kernel_of_a_call():
     lines = static.report("h100", (workloads.Workload(name="small", length=1, keys=256, size=16),))
     assert [(x["call"], x["kernel"]) for x in lines] == [("small", "decode"), ("small", "combine")]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Pages, tpu
+from pallas_kernels.masks import Mask
 from pallas_kernels.sources import SAVED
 from pallas_kernels.tpu import chips
 from tests.pallas_kernels.cases import call_of
@@ -84,7 +85,13 @@ def test_a_mixed_step_compiles_and_reads_pages_in_place_for(chip):
 
 
 @pytest.mark.parametrize(
-    ("chip", "dtype"), [("v5e", "float8_e4m3fn"), ("tpu7x", "int8"), ("v5p", "float8_e5m2")]
+    ("chip", "dtype"),
+    [
+        ("v5e", "float8_e4m3fn"),
+        ("tpu7x", "int8"),
+        ("v5p", "float8_e5m2"),
+        ("v5e", "float16"),
+    ],
 )
 def test_storage_that_a_chip_does_not_serve_is_refused_by_name(chip, dtype):
     for form in (calls.decoding, calls.paging):
@@ -100,6 +107,32 @@ def test_refusals_name_the_reason():
     call, specs = calls.training(None)
     with pytest.raises(NotImplementedError, match="the device is 'cpu'"):
         jax.eval_shape(call, *specs)
+
+
+def test_lists_and_tables_beyond_scalar_memory_are_refused():
+    """While tracing, so that XLA serves the call; the compiler would end the program."""
+    call, specs = calls.paging("v5e", page_size=16)
+    q, pages, _, lengths, *weights = specs
+    wide = calls.integers(q.shape[0], 2**18 // q.shape[0])
+    with pytest.raises(NotImplementedError, match="page table .* scalar memory; use larger pages"):
+        jax.eval_shape(call, q, pages, wide, lengths, *weights)
+    call, specs = calls.decoding("v5e")
+    q, keys, *rest = specs
+    long = tuple(calls.spec(8, 2**17, 1, 128) for _ in keys)
+    weights = calls.floats(len(keys), 1, 128)
+    mask = Mask(causal=True, kv_lengths=calls.integers(8))
+    with pytest.raises(NotImplementedError, match="scalar memory holds 245760; use a smaller"):
+        jax.eval_shape(call, calls.spec(8, 2**17, 8, 128), long, long, weights, weights, mask)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", chips.CHIPS)
+def test_a_table_that_nearly_fills_scalar_memory_compiles_for(chip):
+    call, specs = calls.paging(chip, page_size=16)
+    q, pages, _, lengths, *weights = specs
+    width = 225_000 // q.shape[0]
+    compiled(chip, (call, (q, pages, calls.integers(q.shape[0], width), lengths, *weights)))
 
 
 @needs_libtpu
