@@ -13,6 +13,7 @@ from fusedkv_jax import costs
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.visible import visible_to_all
 from fusedkv_jax.generation.programs import GenerationPrograms
+from fusedkv_jax.model.sharded_attention import head_axes
 from fusedkv_jax.training import ExperimentConfig
 from fusedkv_jax.training.program import TrainProgram
 
@@ -62,7 +63,7 @@ def train(config: ExperimentConfig, mesh: Mesh) -> Program:
         tokens,
         {"parameters": local_bytes(state.params), "optimizer": local_bytes(state.opt_state)},
         tokens * costs.train_flops_per_token(config.model, config.data.seq_len),
-        _visible(config.model, config.data.seq_len),
+        _visible(config.model, config.data.seq_len, config.model.num_layers),
         _remedies(config, mesh),
     )
 
@@ -77,7 +78,7 @@ def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
         rows * length,
         _inference_bytes(programs, rows, length),
         rows * costs.prefill_flops(config, length),
-        _visible(config, length),
+        _visible(config, length, config.kv_layout.prefill_depth),
         _SMALLER,
     )
 
@@ -85,7 +86,8 @@ def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
 def decode(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
     """The decoding loop, of which one turn adds a token to each row, with full caches."""
     programs = GenerationPrograms.abstract(config, mesh)
-    reads = rows * costs.decode_cache_reads(config, length, config.dtype) / mesh.size
+    share = _read_share(config, mesh, programs.cache_shapes(rows, length))
+    reads = rows * costs.decode_cache_reads(config, length, config.dtype) * share
     return Program(
         "decode",
         programs.lower_decode(rows, length),
@@ -103,6 +105,21 @@ def _inference_bytes(programs: GenerationPrograms, rows: int, length: int) -> di
     _, params = programs.split
     cache = programs.cache_shapes(rows, length)
     return {"parameters": local_bytes(params), "cache": local_bytes(cache)}
+
+
+def _read_share(config: ModelConfig, mesh: Mesh, cache: Any) -> float:
+    """The part of all reads of a cache that one device makes: of what it holds.
+
+    Rows and heads that do not divide over the mesh are whole on every device, and read there; of KV
+    heads that several devices share each cuts out the one that its query heads need.
+    """
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    share = local_bytes(cache) / whole
+    if config.mla is None:
+        heads, kv_heads = head_axes(config.num_heads, config.kv_heads, mesh.shape["tensor"])
+        if heads is not None and kv_heads is None:
+            share /= config.kv_heads
+    return share
 
 
 def local_bytes(tree: Any) -> float:
@@ -130,7 +147,7 @@ def _remedies(config: ExperimentConfig, mesh: Mesh) -> str:
     return ", ".join([*found, "split over more devices (mesh.tensor, a larger slice)"])
 
 
-def _visible(config: ModelConfig, length: int) -> float:
-    layers = range(config.num_layers)
-    pairs = sum(visible_to_all(config.kv_layout, i, length) for i in layers)
-    return pairs / (config.num_layers * length**2)
+def _visible(config: ModelConfig, length: int, layers: int) -> float:
+    """The mean over the lowest `layers`, which are those that run."""
+    pairs = sum(visible_to_all(config.kv_layout, i, length) for i in range(layers))
+    return pairs / (layers * length**2)

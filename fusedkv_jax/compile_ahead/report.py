@@ -42,8 +42,9 @@ class Report:
       code: bytes of the program itself.
       peak: bytes in all, where they are most.
       capacity: bytes that a program can use.
-      flops: what is computed, recomputation included; of decoding in one turn of its loop.
-      hbm: bytes that are read and written, likewise.
+      flops: what is computed, recomputation included; of decoding in one turn of its loop, where
+        attention is hidden in a kernel or a loop, at least the model's own.
+      hbm: bytes that are read and written, likewise; of decoding at least the cache.
       collectives: by kind, how many run and what they send.
       kernels: how often each Pallas kernel runs.
       estimate: the least time.
@@ -113,6 +114,9 @@ def analyze(program: Program, place: Slice, compiled: Any, seconds: float) -> Re
     flops = work.matrix_flops(module) + work.attention_flops(module, program.visible)
     kernels = work.kernel_calls(module)
     hbm = work.hbm_bytes(module) + ("decode" in kernels) * program.cache_reads
+    if program.name == "decode":
+        flops = max(flops, program.model_flops / program.mesh.size)
+        hbm = max(hbm, program.cache_reads)
     where = [device.coords for device in program.mesh.devices.flat]
     chip = place.chip
     estimate = roofline.Roofline(

@@ -36,7 +36,8 @@ def matrix_flops(module: Module) -> float:
 def attention_flops(module: Module, visible: float) -> float:
     """FLOPs of the attention kernels for many queries, which XLA does not look into.
 
-    Two products of all query-key pairs in the forward, five in the backward kernel.
+    Two products of all query-key pairs in the forward, five in the backward kernel; of keys or
+    values, whose heads may differ in size.
 
     Args:
       module: the program.
@@ -48,11 +49,13 @@ def attention_flops(module: Module, visible: float) -> float:
         if kernel not in ("tile_forward", "tile_backward"):
             continue
         shapes = [_shape(visit.computation, name) for name in visit.instruction.operands]
-        # Queries [B, K, blocks, rows, H], then keys and values [B, K, S, H].
+        # Queries, or gradients of outputs, [B, K, blocks, rows, H]; keys, then values [B, K, S, H].
         queries = next(s for s in shapes if len(s.dims) == 5 and s.dims[4] > 1 and s.dims[3] > 1)
-        keys = next(s for s in shapes if len(s.dims) == 4 and s.dims[:2] == queries.dims[:2])
-        products = 2 if kernel == "tile_forward" else 5
-        total += visit.count * products * 2 * queries.elements * keys.dims[2] * visible
+        stored = [s for s in shapes if len(s.dims) == 4 and s.dims[:2] == queries.dims[:2]]
+        size, value_size = stored[0].dims[3], stored[-1].dims[3]
+        channels = size + value_size if kernel == "tile_forward" else 3 * size + 2 * value_size
+        pairs = queries.elements // queries.dims[4] * stored[0].dims[2] * visible
+        total += visit.count * 2 * pairs * channels
     return total
 
 

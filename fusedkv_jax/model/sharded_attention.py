@@ -52,7 +52,7 @@ def attention(
         arrays["q_positions"] = jnp.broadcast_to(jnp.arange(length), q.shape[:2])
     # Queries that say where they are can be split even so: as many devices share a prompt.
     queries = "sequence" if "q_positions" in arrays else tokens
-    heads, kv_heads = _head_axes(q.shape[2], keys[0].shape[2], mesh.shape["tensor"])
+    heads, kv_heads = head_axes(q.shape[2], keys[0].shape[2], mesh.shape["tensor"])
 
     if heads is not None and kv_heads is None:
         keys, values = stacked.read(keys), stacked.read(values)  # each device cuts out its head
@@ -104,7 +104,7 @@ def ragged_attention(
     )
     if mesh is None:
         return call(q, keys, values, rows, key_weights, value_weights)
-    heads, kv_heads = _head_axes(q.shape[1], keys[0].shape[2], mesh.shape["tensor"])
+    heads, kv_heads = head_axes(q.shape[1], keys[0].shape[2], mesh.shape["tensor"])
     heads = heads if kv_heads else None  # a device has whole groups, or all
     part = functools.partial(_part, mesh, free)
     q_spec = part(q, None, heads, None)
@@ -179,7 +179,7 @@ _AXES = {
 }
 
 
-def _head_axes(heads: int, kv_heads: int, parts: int) -> tuple[str | None, str | None]:
+def head_axes(heads: int, kv_heads: int, parts: int) -> tuple[str | None, str | None]:
     """How query heads and KV heads are split; where both are, a device has whole groups."""
     if kv_heads % parts == 0:
         return "heads", "kv_heads"

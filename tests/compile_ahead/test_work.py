@@ -46,6 +46,21 @@ def test_attention_kernels_by_their_shapes():
     assert work.kernel_calls(module) == {"tile_forward": 1, "tile_backward": 1}
 
 
+def test_keys_and_values_of_other_sizes_count_in_their_own_products():
+    """Multi-head latent attention; the backward kernel gets gradients of outputs before queries."""
+    text = entry(
+        "%do = bf16[2,4,3,16,128]{4,3,2,1,0} parameter(0)",
+        "%q = bf16[2,4,3,16,192]{4,3,2,1,0} parameter(1)",
+        "%k = bf16[2,4,48,192]{3,2,1,0} parameter(2)",
+        "%v = bf16[2,4,48,128]{3,2,1,0} parameter(3)",
+        kernel("tile_forward.2", "%k, %q, %v", "bf16[2,4,3,16,128]{4,3,2,1,0}"),
+        "ROOT " + kernel("tile_backward.7", "%do, %k, %q, %v", "bf16[2,4,3,16,192]{4,3,2,1,0}"),
+    )
+    pairs = 2 * 4 * 48 * 48
+    forward, backward = 192 + 128, 3 * 192 + 2 * 128
+    assert work.attention_flops(Module(text), 1.0) == 2 * pairs * (forward + backward)
+
+
 def test_memory_is_read_in_slices_and_never_for_what_is_on_the_chip():
     fusion = (
         "%copied (s: f32[10,8]) -> f32[10,8] {\n  %s = f32[10,8]{1,0} parameter(0)\n"
