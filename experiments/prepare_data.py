@@ -36,7 +36,8 @@ def define_flags() -> None:
         "heldout",
         [],
         "Text of the same forms that is held out as a whole, beside what --holdout_fraction takes "
-        "of the input (0 takes nothing). May be given several times.",
+        "of the input (0 takes nothing). Files that --input names as well are not trained on. May "
+        "be given several times.",
     )
     flags.DEFINE_string("output_dir", None, "Folder for the shards; it must be empty or new.")
     flags.DEFINE_string("tokenizer", "byte", "byte, or the path of a tokenizer.json.")

@@ -22,6 +22,7 @@ from fusedkv_jax.validation import validate
 
 _SECONDS_PER_LINE = 10.0
 _KB = 1000
+_SHOWN = 3  # names in a message
 _MOST = {"num_shards": 1024, "max_document_mib": 1024, "workers": 1024, "holdout_fraction": 1}
 
 
@@ -55,13 +56,14 @@ class Preparation:
 def prepare(settings: Preparation) -> Document:
     """Writes the shards and returns their metadata.
 
-    What is written does not depend on the workers, nor on interruptions.
+    What is written does not depend on the workers, nor on interruptions. Files of the input that
+    are held out by name are not trained on, which is printed.
 
     Raises:
       FileNotFoundError: an input or the tokenizer does not exist.
-      ValueError: the output folder is not empty, an input cannot be read, or there is no text;
-        nothing is left then. Or what was begun for this output was another preparation, or is
-        still going on; that stays as it is.
+      ValueError: the output folder is not empty, an input cannot be read, or there is no text, or
+        none that is not held out by name; nothing is left then. Or what was begun for this output
+        was another preparation, or is still going on; that stays as it is.
       ChildProcessError: a worker died; the same preparation goes on.
     """
     output = pathlib.Path(settings.output_dir).expanduser().absolute()
@@ -73,6 +75,7 @@ def prepare(settings: Preparation) -> Document:
     for file in [*files, *heldout]:
         if sources.is_shard(file):
             raise ValueError(f"{file}: is a shard of tokens already; --input takes text")
+    files = _without(files, heldout)
     tokenizer = tokenizers.load(settings.tokenizer)
     recipe = chunks.Recipe(
         tokenizer=_absolute(settings.tokenizer),
@@ -98,6 +101,20 @@ def prepare(settings: Preparation) -> Document:
             )
             _write(settings, job, workers, tokenizer, files, heldout)
         return shards.read_metadata(made)
+
+
+def _without(files: list[pathlib.Path], heldout: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The files to train on, after a line about those that are held out."""
+    left = {file.resolve(): file for file in files}
+    both = [left.pop(file) for file in (each.resolve() for each in heldout) if file in left]
+    if both and not left:
+        raise ValueError(
+            "nothing to train on: --heldout names every file of --input; name others in one of them"
+        )
+    if both:
+        names = ", ".join(map(str, both[:_SHOWN])) + (", ..." if len(both) > _SHOWN else "")
+        print(f"{len(both)} file(s) of --input are held out, not trained on: {names}")
+    return list(left.values())
 
 
 def _absolute(tokenizer: str) -> str:

@@ -15,7 +15,12 @@ from fusedkv_jax.cache.calls import Call, MaskArguments, Piece, Rotation, Rows, 
 from fusedkv_jax.cache.plan import Group
 from fusedkv_jax.cache.storage import Slot, Storage, encode, select, write
 from fusedkv_jax.cache.stores import RingStore, storage_of
-from fusedkv_jax.compression.compressor import CompressionError, Compressor, check_count
+from fusedkv_jax.compression.compressor import (
+    CompressionError,
+    Compressor,
+    check_count,
+    check_flags,
+)
 from fusedkv_jax.compression.token_sets import merged, readers, storages, token_sets
 from fusedkv_jax.config import ModelConfig, RopeConfig
 from fusedkv_jax.layouts import Kind
@@ -51,6 +56,7 @@ class StreamingLLM(Compressor):
     def __post_init__(self) -> None:
         check_count(self, "budget")
         check_count(self, "sinks", least=0)
+        check_flags(self, "reindex")
         if self.budget <= self.sinks:
             raise CompressionError(
                 f"{self.title}: budget={self.budget} leaves no window beside sinks={self.sinks};"

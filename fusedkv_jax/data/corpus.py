@@ -4,6 +4,7 @@ import array
 import dataclasses
 import hashlib
 import itertools
+import pathlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -79,8 +80,8 @@ def load_corpus(config: DataConfig) -> Corpus:
 
     Raises:
       FileNotFoundError: source or tokenizer do not exist.
-      ValueError: nothing to read, a file that cannot be read, or shards made with another
-        tokenizer; the message names the file.
+      ValueError: nothing to read, a file that cannot be read, a folder without some of its
+        shards, or shards made with another tokenizer; the message names the file.
     """
     check_kind("config", config, DataConfig, "a DataConfig")
     tokenizer = tokenizers.load(config.tokenizer)
@@ -105,6 +106,9 @@ def _load(config: DataConfig, tokenizer: tokenizers.Tokenizer) -> Corpus:
         return Corpus(train, heldout, tokenizer)
     files = sources.list_files([config.source])
     if any(sources.is_shard(file) for file in files):
+        # An incomplete copy must not pass for the corpus; a glob or a file may name a part of it.
+        if pathlib.Path(config.source).expanduser().is_dir():
+            shards.check_complete(files)
         train, heldout = shards.open_splits(files, tokenizer, config.max_documents)
         return Corpus(train, heldout, tokenizer)
     documents = sources.read_all(

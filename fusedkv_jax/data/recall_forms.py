@@ -118,10 +118,14 @@ class TokenForm:
 class TextForm:
     """Sentences, for models of text: invented names as keys, five digits as values.
 
+    A name and a value have the same ids in facts, questions and answers, whatever the tokenizer
+    would join them with.
+
     Args:
       tokenizer: encodes the sentences.
     """
 
+    _BEFORE = ("\n", ".")  # texts that a piece is encoded behind
     _SYLLABLES = tuple(c + v for c in "bdfgklmnprst" for v in "aeiou")
     _NOISE = (
         "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -131,7 +135,8 @@ class TextForm:
     num_values = 90_000
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encode = functools.cache(lambda text: tuple(tokenizer.encode(text)))
+        self._tokenizer = tokenizer
+        self._encode = functools.cache(self._inside)
         self._beginning = document_beginning(tokenizer)
 
     def begin(self) -> list[int]:
@@ -147,19 +152,22 @@ class TextForm:
         return self._ids(f" {10_000 + value}")
 
     def fact(self, key: int, value: int) -> list[int]:
-        return self._ids(f" The number of {self._word(key)} is {10_000 + value}. ")
+        return self.question(key) + self.value(value) + self._ids(". ")
 
     def copy(self, key: int, source: int) -> list[int]:
-        return self._ids(f" The number of {self._word(source)} is also that of {self._word(key)}. ")
+        whose = self._ids(" The number of") + self.name(source)
+        return whose + self._ids(" is also that of") + self.name(key) + self._ids(". ")
 
     def start(self, key: int, value: int) -> list[int]:
-        return self._ids(f" The number {10_000 + value} is that of {self._word(key)}. ")
+        number = self._ids(" The number") + self.value(value)
+        return number + self._ids(" is that of") + self.name(key) + self._ids(". ")
 
     def question(self, key: int) -> list[int]:
-        return self._ids(f" The number of {self._word(key)} is")
+        return self._ids(" The number of") + self.name(key) + self._ids(" is")
 
     def trace(self, value: int) -> list[int]:
-        return self._ids(f" The names with the number {10_000 + value} are, in order,")
+        number = self._ids(" The names with the number") + self.value(value)
+        return number + self._ids(" are, in order,")
 
     def noise(self, rng: np.random.Generator, size: int) -> np.ndarray:
         sentence = np.asarray(self._encode(self._NOISE), np.int32)
@@ -172,3 +180,16 @@ class TextForm:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._encode(text))
+
+    def _inside(self, text: str) -> tuple[int, ...]:
+        """The ids of a piece as it stands within a text.
+
+        Some tokenizers put a space before all that they encode, so a piece is encoded behind
+        another one, whose ids are cut off.
+        """
+        for before in self._BEFORE:
+            ids = self._tokenizer.encode(before)
+            whole = self._tokenizer.encode(before + text)
+            if whole[: len(ids)] == ids:
+                return tuple(whole[len(ids) :])
+        return tuple(self._tokenizer.encode(text))  # where it always joins with what is before it

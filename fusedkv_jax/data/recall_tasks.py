@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fusedkv_jax.data.recall_forms import Form
-from fusedkv_jax.validation import nearest_or_all
+from fusedkv_jax.validation import check_count, nearest_or_all
 
 HOPS = 4
 CHAINS = 4
@@ -73,9 +73,12 @@ def make(task: str, form: Form, *, length: int, count: int, seed: int = 0) -> Ex
       seed: which examples.
 
     Raises:
-      ValueError: an unknown task, or one that does not fit into the length.
+      ValueError: an unknown task, one that does not fit into the length, no length or count, or
+        a negative seed.
     """
     check(task)
+    for name, value, least in (("length", length, 1), ("count", count, 1), ("seed", seed, 0)):
+        check_count(name, value, least=least)
     number = names().index(task)
     rows = [
         example(task, form, length, np.random.default_rng((seed, number, length, i)))
@@ -135,21 +138,42 @@ def _interleave(groups: list[list[list[int]]], rng: np.random.Generator) -> list
     return [next(left[group]) for group in order]
 
 
-def _lookup(form: Form, rng: np.random.Generator, facts: int, questions: int) -> _Story:
-    """Facts with different keys, some of which are asked."""
+def _lookup(
+    form: Form,
+    rng: np.random.Generator,
+    facts: int,
+    questions: int,
+    room: int | None = None,
+    least: int = 1,
+) -> _Story:
+    """Facts with different keys, some of which are asked; no more of them, but for the least number
+    of facts, than have room with their questions."""
     facts = min(facts, form.num_keys)
     keys = rng.choice(form.num_keys, facts, replace=False).tolist()
     values = rng.integers(0, form.num_values, facts).tolist()
-    asked = rng.permutation(facts)[:questions]
-    return _Story(
-        [[form.fact(key, value)] for key, value in zip(keys, values, strict=True)],
-        [(form.question(keys[i]), [form.value(values[i])]) for i in asked],
-    )
+    order = rng.permutation(facts).tolist()
+    told = [form.fact(key, value) for key, value in zip(keys, values, strict=True)]
+    asked = [(form.question(keys[i]), [form.value(values[i])]) for i in order[:questions]]
+    if room is not None:
+        sizes = np.array([len(told[i]) for i in order])
+        sizes[: len(asked)] += [len(question) + len(value) for question, (value,) in asked]
+        kept = max(least, int((sizes.cumsum() <= room).sum()))
+        told, asked = [told[i] for i in sorted(order[:kept])], asked[:kept]
+    return _Story([[fact] for fact in told], asked)
 
 
-def _fill(form: Form, length: int, share: float) -> int:
-    """Facts that take up a share of the length."""
-    return max(1, int(length * share) // len(form.fact(0, 0)))
+def _fill(
+    form: Form,
+    length: int,
+    rng: np.random.Generator,
+    share: float,
+    questions: int,
+    least: int = 1,
+) -> _Story:
+    """Facts that take up a share of the length, fewer where they are longer than the first."""
+    facts = max(1, int(length * share) // len(form.fact(0, 0)))
+    room = length - len(form.begin()) - len(form.ask())
+    return _lookup(form, rng, facts, questions, room, least)
 
 
 def _single_needle(form: Form, length: int, rng: np.random.Generator) -> _Story:
@@ -161,17 +185,16 @@ def _multi_needle(form: Form, length: int, rng: np.random.Generator) -> _Story:
 
 
 def _multi_key(form: Form, length: int, rng: np.random.Generator) -> _Story:
-    return _lookup(form, rng, _fill(form, length, 1 / 2), 1)
+    return _fill(form, length, rng, 1 / 2, 1)
 
 
 def _multi_query(form: Form, length: int, rng: np.random.Generator) -> _Story:
-    return _lookup(form, rng, _fill(form, length, 1 / 2), QUESTIONS)
+    return _fill(form, length, rng, 1 / 2, QUESTIONS, least=QUESTIONS)
 
 
 def _kv_recall(form: Form, length: int, rng: np.random.Generator) -> _Story:
     # The questions take as much room as the facts.
-    facts = _fill(form, length, 0.45)
-    return _lookup(form, rng, facts, min(facts, KV_QUESTIONS))
+    return _fill(form, length, rng, 0.45, KV_QUESTIONS)
 
 
 def _drill(form: Form, length: int, rng: np.random.Generator) -> _Story:

@@ -33,6 +33,7 @@ METADATA = "metadata.json"
 SPLITS = ("train", "heldout")
 UNFINISHED = ".unfinished"
 IDS_PER_RECORD = 8192
+_SHOWN = 3  # names in a message
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -238,6 +239,19 @@ def open_splits(
         splits[entries[path.name]].append(shard)
     train, heldout = (ShardDocuments(splits[s], tokenizer.vocab_size, limit) for s in SPLITS)
     return train, heldout
+
+
+def check_complete(files: Sequence[pathlib.Path]) -> None:
+    """Raises ValueError if shards are missing that the metadata beside these files list."""
+    for folder in dict.fromkeys(path.parent for path in files):
+        names = [entry["file"] for entry in read_metadata(folder)["shards"]]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            raise ValueError(
+                f"{folder}: {len(missing)} of {len(names)} shards that {METADATA} lists are "
+                f"missing: {shown}; copy them, or name a glob to read a part"
+            )
 
 
 def _check_tokenizer(folder: pathlib.Path, made: dict, tokenizer: tokenizers.Tokenizer) -> None:

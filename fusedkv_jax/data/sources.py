@@ -62,16 +62,19 @@ def absolute(source: str) -> str:
 def list_files(inputs: Sequence[str]) -> list[pathlib.Path]:
     """Expands files, globs, folders and "python_stdlib" to the files to read, in a fixed order.
 
-    The order is that of `inputs`; within a folder or glob, sorted by path. A file that several
-    inputs name is read once. Hidden files, and in folders files of unknown type, are skipped.
+    The order is that of `inputs`; within a folder or glob, sorted by path. A file that is named
+    several times, in whatever spelling or by a link, is read once, under the first name. Hidden
+    files, and in folders files of unknown type, are skipped.
 
     Raises:
       FileNotFoundError: an input names nothing. ValueError: a folder without usable files.
     """
     if not inputs:
         raise ValueError("no input: name at least one file, glob or folder")
-    files = itertools.chain.from_iterable(_expand(name) for name in inputs)
-    return list(dict.fromkeys(files))
+    names: dict[pathlib.Path, pathlib.Path] = {}
+    for file in itertools.chain.from_iterable(map(_expand, inputs)):
+        names.setdefault(file.resolve(), file)
+    return list(names.values())
 
 
 def is_shard(path: pathlib.Path) -> bool:

@@ -53,7 +53,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`, U+FFFD for bytes not in UTF-8. Special tokens that have a
-        text are part of it unless they are to be skipped."""
+        text are part of it unless they are to be skipped. Raises ValueError on ids outside the
+        vocabulary; `encoding.output_decoder` is for what a model writes."""
         ...
 
 

@@ -9,6 +9,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from fusedkv_jax.model.checks import check_shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
@@ -37,8 +39,11 @@ def agreement(
       mask: [*B], nonzero at the places that count; default all.
 
     Raises:
-      ValueError: no place counts.
+      ValueError: no place counts, or the shapes do not fit together.
     """
+    check_shape("other", other, reference.shape)
+    if mask is not None:
+        check_shape("mask", mask, reference.shape[:-1])
     chosen = jnp.ones(reference.shape[:-1], bool) if mask is None else jnp.asarray(mask) != 0
     places = int(chosen.sum())
     if not places:
@@ -71,7 +76,12 @@ def exact_matches(
 
     Returns:
       (answers that are right, answers).
+
+    Raises:
+      ValueError: the shapes do not fit together.
     """
+    check_shape("tokens", tokens, logits.shape[:-1])
+    check_shape("answers", answers, logits.shape[:-1])
     right = np.asarray(jnp.argmax(logits, -1)) == np.asarray(tokens)
     answers = np.asarray(answers)
     verdicts = [
@@ -83,7 +93,17 @@ def exact_matches(
 
 
 def losses(logits: Float[Array, "B C V"], tokens: ArrayLike, mask: ArrayLike) -> tuple[float, int]:
-    """(negative log-likelihood of the tokens where mask is nonzero, summed in nats; how many)."""
+    """(negative log-likelihood of the tokens where mask is nonzero, summed in nats; how many).
+
+    Args:
+      logits: the prediction of each token.
+      tokens, mask: [B, C].
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    check_shape("tokens", tokens, logits.shape[:-1])
+    check_shape("mask", mask, logits.shape[:-1])
     chosen = jnp.asarray(mask) != 0
     each = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.asarray(tokens)

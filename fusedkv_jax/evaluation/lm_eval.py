@@ -77,6 +77,8 @@ class FusedKV(TemplateLM):
         super().__init__()
         if (workdir is None) == (model is None) or (step is not None and workdir is None):
             raise ValueError("name workdir=DIR (and a step of it), or model=FOLDER or FILE.gguf")
+        if add_bos_token not in (None, True, False):  # lm-eval leaves "no" as it is, which is true
+            raise ValueError(f"add_bos_token={add_bos_token!r}; use True or False")
         self._files = tempfile.TemporaryDirectory()  # a GGUF file's tokenizer
         self._model, own = _load(workdir, model, step, self._files.name)
         self._place = tokenizer or own

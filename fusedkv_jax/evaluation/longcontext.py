@@ -8,13 +8,14 @@ import numpy as np
 
 from fusedkv_jax.compression import Compressor
 from fusedkv_jax.data import recall_tasks
-from fusedkv_jax.data.encoding import encode_prompt
+from fusedkv_jax.data.encoding import encode_prompt, output_decoder
 from fusedkv_jax.data.recall_forms import Form
 from fusedkv_jax.data.tokenizers import Tokenizer
 from fusedkv_jax.evaluation import ruler
 from fusedkv_jax.evaluation.agreement import agreement, exact_matches, losses
 from fusedkv_jax.evaluation.replay import Replay, Split, align, replay, split, widen
 from fusedkv_jax.model import Decoder
+from fusedkv_jax.validation import check_type
 
 Question = Literal["inside", "after"]
 _TOKENS_AT_ONCE = 1 << 16  # of rows that are run together
@@ -118,8 +119,9 @@ def recall_case(
         looks at the end of the prompt knows what will be asked; "after": it ends with the facts.
 
     Raises:
-      ValueError: an unknown task, or one that does not fit into the length.
+      ValueError: an unknown question, or as `recall_tasks.make`.
     """
+    check_type("question", question, Question, ValueError)
     examples = recall_tasks.make(task, form, length=length, count=count, seed=seed)
     cut = examples.context
     if question == "inside":
@@ -159,8 +161,8 @@ def ruler_case(
     Raises:
       ValueError: as `ruler.make`.
     """
-    found = ruler.TASKS[task]
     samples = ruler.make(task, tokenizer, length=length, count=count, seed=seed, material=material)
+    found, decode = ruler.TASKS[task], output_decoder(tokenizer)
     # Every example of this length has room for as many, so that all tasks have few shapes.
     prompts = np.zeros((count, length - found.tokens), np.int32)
     replies = np.zeros((count, found.tokens), np.int32)
@@ -173,7 +175,7 @@ def ruler_case(
 
     def score(row: int, tokens: np.ndarray) -> float:
         ends = np.flatnonzero(tokens == tokenizer.eos_id)
-        text = tokenizer.decode(tokens[: ends[0] if len(ends) else None].tolist())
+        text = decode(tokens[: ends[0] if len(ends) else None].tolist())
         return found.score(text, samples[row].answers)
 
     marks = (np.arange(found.tokens) < counts[:, None]).astype(np.int32)

@@ -20,7 +20,7 @@ from fusedkv_jax.evaluation.longcontext import (
     text_case,
 )
 from fusedkv_jax.training import ExperimentConfig
-from fusedkv_jax.validation import nearest_or_all
+from fusedkv_jax.validation import nearest_or_all, validate
 
 TEXT = "text"
 CONTINUATION = 64  # at most: half of a short text
@@ -42,8 +42,8 @@ class LongContextSettings:
       squad, hotpotqa: JSON files of these data sets, for qa_1 and qa_2.
 
     Raises:
-      ValueError: an unknown task, a file that a task needs and that is not named, or RULER's tasks
-        asked after the prompt.
+      ValueError: an unknown task, a file that a task needs and that is not named, RULER's tasks
+        asked after the prompt, or a value of the wrong type or out of bounds.
     """
 
     tasks: tuple[str, ...] = ()
@@ -57,6 +57,7 @@ class LongContextSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", ruler.expand(self.tasks))
+        validate(self, ValueError, least={"length": 2, "examples": 1, "seed": 0})
         for task in self.tasks:
             if task in ruler.TASKS:
                 if self.question != "inside":

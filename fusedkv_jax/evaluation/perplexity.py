@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from fusedkv_jax.cache import KVCache
 from fusedkv_jax.model import Decoder, fold_fusion
-from fusedkv_jax.model.checks import check_integers
+from fusedkv_jax.model.checks import check_integers, check_shape
 from fusedkv_jax.training.loss import sum_cross_entropy
 from fusedkv_jax.validation import check_count
 
@@ -69,7 +69,8 @@ def at_length(
       One entry for each chunk with targets that count, in order.
 
     Raises:
-      ValueError: texts longer than the model's context, or none that count.
+      ValueError: texts longer than the model's context, none that count, or a mask of another
+        shape.
     """
     model = fold_fusion(model)
     check_integers("texts", texts, "B T+1")
@@ -80,6 +81,8 @@ def at_length(
             f"the texts have {length} positions; use 1 to the model's max_length="
             f"{model.config.max_length}"
         )
+    if mask is not None:
+        check_shape("mask", mask, (size, length))
     weights = np.ones((size, length), bool) if mask is None else np.asarray(mask) != 0
     capacity = -(-length // chunk) * chunk
     cache = KVCache.create(model.config, batch_size=size, max_length=capacity, dtype=cache_dtype)

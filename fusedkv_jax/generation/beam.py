@@ -8,6 +8,7 @@ from typing import Unpack
 import jax.numpy as jnp
 import numpy as np
 
+from fusedkv_jax.data.encoding import output_decoder
 from fusedkv_jax.generation.beam_loop import Beams, Limits, Sizes
 from fusedkv_jax.generation.chunked_prefill import PrefillPlan, PromptArrays
 from fusedkv_jax.generation.engine import OfflineEngine
@@ -135,7 +136,7 @@ def _completion(
         stopped = tokens[-1] in request.stops
         text = None
         if tokenizer is not None:
-            text = tokenizer.decode(tokens[: length - stopped])
+            text = output_decoder(tokenizer)(tokens[: length - stopped])
         reason = tokens[-1] if stopped and tokens[-1] != request.eos_id else None
         total = float(beams.done_sums[row, index])
         outputs.append(Output(index, text, tokens, "stop" if stopped else "length", reason, total))

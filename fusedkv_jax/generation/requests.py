@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from fusedkv_jax.config import ModelConfig
-from fusedkv_jax.data.encoding import encode_prompt
+from fusedkv_jax.data.encoding import encode_prompt, output_decoder
 from fusedkv_jax.generation.params import SamplingParams
 
 OnError = Literal["raise", "return"]
@@ -109,10 +109,9 @@ class Codec:
 
     def decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str] | None:
         """Text of tokens, with or without special tokens; None without a tokenizer."""
-        tokenizer: Any = self.tokenizer
-        if tokenizer is None or skip_special_tokens:
-            return None if tokenizer is None else tokenizer.decode
-        return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        if self.tokenizer is None:
+            return None
+        return output_decoder(self.tokenizer, skip_special_tokens=skip_special_tokens)
 
 
 @dataclass(frozen=True)

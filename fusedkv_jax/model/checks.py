@@ -37,6 +37,12 @@ def check_integers(name: str, given: object, axes: str) -> None:
         raise ValueError(f"{name} has shape {shape}; use [{axes.replace(' ', ', ')}]")
 
 
+def check_shape(name: str, given: ArrayLike, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless an array has a shape; one that would broadcast to it has not."""
+    if np.shape(given) != shape:
+        raise ValueError(f"{name} has shape {np.shape(given)}; use {shape}")
+
+
 def check_tokens(tokens: ArrayLike, vocab_size: int, present: np.ndarray | None = None) -> None:
     """Raises ValueError for a token id outside the vocabulary.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
-from fusedkv_jax.data.encoding import document_beginning
+from fusedkv_jax.data.encoding import document_beginning, output_decoder
 from fusedkv_jax.generation.requests import Codec
 from fusedkv_jax.server.errors import ApiError
 from fusedkv_jax.server.places import Echo, Offsets
@@ -40,7 +40,7 @@ class Prompts:
         template: of conversations; None for a model that has none.
 
     Attributes:
-        spell: what a token is to a client, special ones included; raises ValueError.
+        spell: what a token is to a client, special ones included; empty where it has no text.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate | None):
@@ -111,7 +111,9 @@ class Prompts:
         return await self._apart(work, "messages")
 
     def _spell(self, token: int) -> Spelled:
-        text = self.tokenizer.decode([token], skip_special_tokens=False)
+        text = self.decoder(skip_special_tokens=False)([token])
+        if not text:  # a model may have more tokens than its tokenizer
+            return Spelled("", b"")
         if hasattr(self.tokenizer, "decode_bytes"):
             return Spelled(text, self.tokenizer.decode_bytes([token]) or text.encode())
         return Spelled(text, None if "\ufffd" in text else text.encode())
@@ -131,11 +133,8 @@ class Prompts:
         return Echo(text, tokens, found)
 
     def decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
-        """Text of tokens, as it is shown."""
-        tokenizer = self.tokenizer
-        if skip_special_tokens:
-            return lambda tokens: tokenizer.decode(tokens)  # which need not know of the other way
-        return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
+        """Text of an output's tokens, as it is shown."""
+        return output_decoder(self.tokenizer, skip_special_tokens=skip_special_tokens)
 
     def close(self) -> None:
         """End the thread."""

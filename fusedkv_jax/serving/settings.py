@@ -98,7 +98,7 @@ class ServingSettings:
                 check_whole(name, getattr(self, name), 1)
         for name in ("host_pages", "max_logprobs"):
             check_whole(name, getattr(self, name), 0)
-        for name in ("async_scheduling", "enable_prefix_caching"):
+        for name in ("add_special_tokens", "async_scheduling", "enable_prefix_caching"):
             check_type(name, getattr(self, name), bool, ValueError)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(

@@ -35,6 +35,7 @@ def test_specs_give_the_compressors_that_they_name():
         ("snapkv:pooling=median", "pooling='median'; choose max, average"),
         ("pyramidkv:beta=0", "beta=0"),
         ("streaming_llm:budget=4", "leaves no window beside sinks=4"),
+        ("streaming_llm:reindex=no", "StreamingLLM: reindex='no'; use True or False"),
         ("h2o:budget=4,recent=4", "recent=4 leaves nothing to evict"),
         ("double_sparsity:channels=3", "has no 'channels'"),
     ],

@@ -5,7 +5,7 @@ import pytest
 from fusedkv_jax.data import tokenizers
 from fusedkv_jax.data.chat import ChatError, ChatTemplate
 from fusedkv_jax.data.chat_encoding import encode_chat
-from fusedkv_jax.data.encoding import document_tokens, encode_prompt
+from fusedkv_jax.data.encoding import document_tokens, encode_prompt, output_decoder
 from tests.data.test_tokenizers import train_bpe
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -35,6 +35,29 @@ def test_prompts_begin_as_documents_do(tokenizer):
         assert encode_prompt(chosen, "the thesis") == whole[:-1]
         assert encode_prompt(chosen, "the thesis", add_special_tokens=False) == ids
     assert encode_prompt(tokenizer, "</s>")[1:] != [tokenizer.eos_id]
+
+
+def test_what_a_model_writes_beyond_the_vocabulary_is_no_text(tokenizer):
+    for chosen in (tokenizer, tokenizers.load("byte")):
+        size, ids = chosen.vocab_size, chosen.encode("the thesis")
+        written = [size, *ids[:2], size + 70, *ids[2:], chosen.eos_id, size]
+        assert output_decoder(chosen)(written) == "the thesis"
+        assert output_decoder(chosen)([size]) == ""
+        with pytest.raises(ValueError, match=f"token id {size} is outside the vocabulary"):
+            chosen.decode(written)
+        with pytest.raises(ValueError, match="token id -1 is outside the vocabulary"):
+            output_decoder(chosen)([-1])
+    assert output_decoder(tokenizer, skip_special_tokens=False)([1, 9999]) == "</s>"
+
+
+def test_decoders_of_others_deal_with_all_ids():
+    class Other:
+        vocab_size = 2  # without added tokens, as transformers counts
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    assert output_decoder(Other())([1, 5]) == "1 5"
 
 
 def test_ordinary_conversations_are_encoded_as_the_template_spells_them(tokenizer):

@@ -1,7 +1,10 @@
 """Recall tasks: programs that read only the tokens find the answers that the tasks state."""
 
+import string
+
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from fusedkv_jax import data
 from fusedkv_jax.data import recall_tasks, tokenizers
@@ -100,6 +103,101 @@ def test_text_form_is_solved_by_reading(task):
         assert found == stated
 
 
+def word_pieces(prepends: str) -> hf.Tokenizer:
+    """Words with a mark for the space before them, of which every text gets one; the first key and
+    value are few tokens, and digits join with a full stop."""
+    tokenizer = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
+    texts = ["The number of bababa is 10000. The number 10000 is 1. 2. 3. 4. 5. 6. 7. 8. 9."] * 9
+    alphabet = [*string.ascii_letters, *string.digits, *".,\n▁"]
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=110,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = hf.decoders.Metaspace(prepend_scheme="always")
+    tokenizer.train_from_iterator(texts, trainer)
+    if prepends == "normalizer":  # as of Llama 2: a text that begins with a space gets another
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = hf.normalizers.Sequence(
+            [hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")]
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["normalizer", "pre-tokenizer"])
+def pieces(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pieces") / "tokenizer.json"
+    word_pieces(request.param).save(str(path))
+    return tokenizers.load(str(path))
+
+
+def copied(form, tokens, start, marks):
+    """For each question, what follows its tokens in the haystack, as many as the answer has."""
+    haystack, tail = tokens[:start].tolist(), tokens[start:].tolist()
+    marks, begin, found = marks[start:], len(form.ask()), []
+    for number in range(1, marks.max() + 1):
+        (places,) = np.flatnonzero(marks == number)[None]
+        question = tail[begin : places[0]]
+        begin = places[-1] + 1
+        size = len(question)
+        (after,) = [i + size for i in range(len(haystack)) if haystack[i : i + size] == question]
+        found.append(tuple(haystack[after : after + len(places)]))
+    return found
+
+
+@pytest.mark.parametrize("task", LOOKUPS)
+def test_who_copies_is_right_whatever_the_tokenizer(task, pieces):
+    form = TextForm(pieces)
+    examples = recall_tasks.make(task, form, length=1200, count=4, seed=2)
+    for tokens, start, marks in zip(
+        examples.tokens, examples.context, examples.answers, strict=True
+    ):
+        assert copied(form, tokens, start, marks) == answers_of(tokens, marks)
+
+
+def test_the_text_of_pieces_is_theirs(pieces):
+    """No space more, wherever a piece begins."""
+    found, spelled, x = TextForm(pieces), TextForm(tokenizers.load("byte")), pieces.encode("x")
+    for name, numbers in {
+        "fact": (5, 777),
+        "copy": (5, 9),
+        "start": (5, 777),
+        "question": (5,),
+        "trace": (777,),
+        "value": (777,),
+        "name": (5,),
+        "ask": (),
+    }.items():
+        ids, plain = (getattr(form, name)(*numbers) for form in (found, spelled))
+        assert pieces.decode([*x, *ids]) == "x" + bytes(plain).decode(), name
+    period = len(pieces.encode("x" + TextForm._NOISE)) - len(x)
+    twice = found.noise(np.random.default_rng(0), 2 * period).tolist()
+    assert pieces.decode([*x, *twice]) == "x" + 2 * TextForm._NOISE
+
+
+@pytest.mark.parametrize("length", [256, 512, 768])
+def test_facts_of_any_length_are_as_many_as_fit(length, pieces):
+    form = TextForm(pieces)
+    first = form.fact(0, 0)
+    assert len(first) < len(form.fact(40_000, 76_543))
+    examples = recall_tasks.make("kv_recall", form, length=length, count=12, seed=3)
+    again = recall_tasks.make("kv_recall", form, length=length, count=12, seed=3)
+    assert (examples.tokens == again.tokens).all()
+    most = int(0.45 * length) // len(first)
+    counts = examples.answers.max(axis=1)
+    assert counts.min() >= 1 and (counts < most).any()
+    for tokens, start, marks in zip(
+        examples.tokens, examples.context, examples.answers, strict=True
+    ):
+        assert copied(form, tokens, start, marks) == answers_of(tokens, marks)
+        # Another fact and question, of 32 characters at most, might not have fitted.
+        asked, count = length - start - len(form.ask()), marks.max()
+        told = asked + count * len(pieces.encode("x. ")[len(pieces.encode("x")) :])
+        assert start - told < 64 or count == most
+
+
 def test_the_same_seed_makes_the_same_examples():
     def tokens(**changes):
         settings = {"length": 64, "count": 2, "seed": 0} | changes
@@ -116,6 +214,12 @@ def test_mistakes():
         recall_tasks.make("multi_keys", TokenForm(258), length=64, count=1)
     with pytest.raises(ValueError, match="length=20 is too short for multi_needle, which needs 33"):
         recall_tasks.make("multi_needle", TokenForm(258), length=20, count=1)
+    for wrong in ({"count": 0}, {"length": -3}, {"seed": -1}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}={value}; use a whole number of at least"):
+            recall_tasks.make(
+                "kv_recall", TokenForm(258), **{"length": 64, "count": 1, "seed": 0} | wrong
+            )
     with pytest.raises(ValueError, match="vocab_size=48 is too small"):
         TokenForm(48)
     with pytest.raises(ValueError, match="seq_len=15 is too short for recall; use 16"):

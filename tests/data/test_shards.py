@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fusedkv_jax.data import shards, tokenizers
+from fusedkv_jax.data import DataConfig, load_corpus, shards, tokenizers
 
 
 class OtherTokenizer(tokenizers.ByteTokenizer):
@@ -82,6 +82,36 @@ def test_some_of_the_shards_and_a_limit(folder):
     np.testing.assert_array_equal(train.read(0), DOCUMENTS[1])
     train, heldout = open_folder(folder, limit=1)
     assert len(train.lengths) == 1 and len(heldout.lengths) == 1
+
+
+def test_a_folder_without_some_of_its_shards(folder):
+    settings = {"seq_len": 8, "batch_size": 1}
+    whole = DataConfig(source=str(folder), **settings)
+    assert len(load_corpus(whole).train.lengths) == 5
+    for i in (0, 2):
+        (folder / shards.shard_name("train", i, 3)).unlink()
+    problem = (
+        f"{folder}: 2 of 4 shards that metadata.json lists are missing: train-00000-of-00003."
+        "arrayrecord, train-00002-of-00003.arrayrecord; copy them, or name a glob to read a part"
+    )
+    mixture = DataConfig(source=f"{folder}/*.arrayrecord,1;{folder},1", **settings)
+    for config in (whole, mixture):
+        with pytest.raises(ValueError) as error:
+            load_corpus(config)
+        assert str(error.value) == problem
+    parts = {"*.arrayrecord": (2, 2), "train-00001-of-00003.arrayrecord": (2, 0)}
+    for part, counts in parts.items():
+        corpus = load_corpus(DataConfig(source=f"{folder}/{part}", **settings))
+        assert (len(corpus.train.lengths), len(corpus.heldout.lengths)) == counts
+
+
+def test_many_missing_shards_are_counted(folder):
+    path = folder / shards.METADATA
+    more = [{"file": shards.shard_name("train", i, 9), "split": "train"} for i in range(9)]
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | {"shards": metadata["shards"] + more}))
+    with pytest.raises(ValueError, match=r"9 of 13 shards .* missing: (\S+, ){3}\.\.\.; copy"):
+        shards.check_complete(sorted(folder.glob("*.arrayrecord")))
 
 
 @pytest.mark.parametrize(

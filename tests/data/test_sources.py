@@ -28,6 +28,15 @@ def test_globs_and_repeated_files(folder):
     assert [path.name for path in list_files(inputs)] == ["b.txt", "b.py"]
 
 
+def test_a_file_is_read_once_however_it_is_spelled(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "link.txt").symlink_to("b.txt")
+    inputs = ["empty.txt", "b.txt", f"{folder}/b.txt", "a/../b.txt", "link.txt", "a", "./empty.txt"]
+    found = [path.as_posix() for path in list_files(inputs)]
+    assert found == ["empty.txt", "b.txt", "a/b.py", "a/z.md"]
+    assert list_files([*reversed(inputs)])[3] == pathlib.Path("link.txt")
+
+
 def test_read_all_leaves_out_empty_documents_and_counts_bytes_over_files(folder):
     documents = list(read_all(list_files([str(folder)])))
     assert [document.text for document in documents] == [

@@ -53,6 +53,25 @@ def test_exact_matches_want_every_token():
     assert exact_matches(jnp.asarray(np.eye(8, dtype=np.float32)[wrong]), tokens, answers) == (3, 4)
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_shapes_are_the_same_and_not_only_alike(logits):
+    """Broadcasting would count a place once and its divergence four times."""
+    one, tokens = jnp.asarray(logits[0]), np.zeros((4, 7), int)
+    for shape in ((7,), (1, 7), (4, 1), (4, 7, 1)):
+        found = str(shape).replace("(", r"\(").replace(")", r"\)")
+        for call in (
+            lambda mask: agreement(one, one, mask),
+            lambda mask: losses(one, tokens, mask),
+            lambda mask: losses(one, mask.astype(int), tokens + 1),
+            lambda mask: exact_matches(one, mask.astype(int), tokens + 1),
+            lambda mask: exact_matches(one, tokens, mask.astype(int)),
+        ):
+            with pytest.raises(ValueError, match=rf"has shape {found}; use \(4, 7\)"):
+                call(np.ones(shape))
+    with pytest.raises(ValueError, match=r"other has shape \(1, 7, 11\); use \(4, 7, 11\)"):
+        agreement(one, one[:1])
+
+
 def test_nothing_to_compare(logits):
     with pytest.raises(ValueError, match="mask selects no place"):
         agreement(jnp.asarray(logits[0]), jnp.asarray(logits[1]), np.zeros((4, 7)))

@@ -239,6 +239,7 @@ def test_lm_eval_knows_the_model_by_its_name():
         ({}, "workdir=DIR"),
         ({"model": "a", "workdir": "b"}, "workdir=DIR"),
         ({"model": "a", "step": 3}, "step"),
+        ({"model": "a", "add_bos_token": "no"}, "add_bos_token='no'; use True or False"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

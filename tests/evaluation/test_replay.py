@@ -17,6 +17,7 @@ from fusedkv_jax.evaluation import (
     text_case,
     total,
 )
+from fusedkv_jax.evaluation.longcontext_cases import LongContextSettings
 from tests.model import small
 
 
@@ -101,3 +102,23 @@ def test_mistakes(model, texts):
         at_length(model, long)
     with pytest.raises(ValueError, match="mask selects no target"):
         at_length(model, texts, chunk=8, mask=np.zeros((3, 29)))
+    for shape in ((29,), (1, 29), (3, 30), (3, 20)):
+        with pytest.raises(ValueError, match=r"mask has shape \(.*\); use \(3, 29\)"):
+            at_length(model, texts, chunk=8, mask=np.ones(shape))
+    with pytest.raises(ValueError, match="count=0; use a whole number of at least 1"):
+        recall_case("kv_recall", TokenForm(small.VOCAB), length=32, count=0)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_settings_that_cannot_be():
+    with pytest.raises(ValueError, match="question='befor'; choose inside, after"):
+        recall_case("kv_recall", TokenForm(64), length=64, count=2, question="befor")
+    for field, message in (
+        ({"question": "insdie"}, "question='insdie'; choose inside, after"),
+        ({"examples": 0}, "examples=0; use a whole number of at least 1"),
+        ({"length": -3}, "length=-3; use a whole number of at least 2"),
+        ({"length": 8.5}, "length=8.5; use a whole number of at least 2"),
+        ({"seed": -1}, "seed=-1; use a whole number of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LongContextSettings(**field)

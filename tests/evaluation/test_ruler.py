@@ -229,6 +229,75 @@ def test_files_that_are_missing_or_something_else(paths, tmp_path):
         ruler.load_material(["niah_single_2"], essays=str(tmp_path / "empty.txt"))
 
 
+def test_tasks_that_cannot_be_made(material):
+    for make in (ruler.make, ruler_case):
+        with pytest.raises(ValueError, match="task=niah_single is unknown; did you mean niah_sing"):
+            make("niah_single", BYTES, length=1024, count=1)
+        for task, name in (("niah_single_2", "essays"), ("qa_1", "squad"), ("qa_2", "hotpotqa")):
+            without = dataclasses.replace(material, **{name: () if name == "essays" else None})
+            for given in (None, without):
+                with pytest.raises(ValueError, match=f"task {task} needs --{name}, .*; or leave"):
+                    make(task, BYTES, length=1024, count=1, material=given)
+        for wrong in ({"count": 0}, {"length": -3}, {"seed": -1}):
+            ((name, value),) = wrong.items()
+            with pytest.raises(ValueError, match=f"{name}={value}; use a whole number of at least"):
+                make("vt", BYTES, **{"length": 2048, "count": 1, "seed": 0} | wrong)
+    with pytest.raises(ValueError, match="task=niah_single is unknown; did you mean"):
+        ruler.load_material(["niah_single"])
+
+
+@pytest.mark.parametrize(("task", "flag"), [("qa_1", "squad"), ("qa_2", "hotpotqa")])
+def test_files_that_cannot_be_read(task, flag, tmp_path):
+    (tmp_path / "train.json").touch()
+    near, missing = tmp_path / "trian.json", tmp_path / "missing" / "x.json"
+    for place, message in (
+        (near, f"no such file or folder {str(near)!r}; did you mean train.json?"),
+        (missing, f"no such file or folder {str(missing)!r}; name "),
+        (tmp_path, f"{tmp_path} cannot be read (Is a directory); name "),
+    ):
+        with pytest.raises(ValueError) as error:
+            ruler.load_material([task], **{flag: str(place)})
+        assert str(error.value).startswith(message)
+
+
+def test_blank_answers_are_none(tmp_path):
+    """Every text contains a blank one."""
+
+    def read(task, flag, content):
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        return getattr(ruler.load_material([task], **{flag: str(tmp_path / "x.json")}), flag)
+
+    def squad(*answers):
+        asked = {"question": "Who?", "answers": [{"text": answer} for answer in answers]}
+        return {"data": [{"paragraphs": [{"context": "It was you.", "qas": [asked]}]}]}
+
+    assert read("qa_1", "squad", squad("", "you", " \n")).questions[0].answers == ("you",)
+    for blank in ("", " \n"):
+        with pytest.raises(ValueError, match="not SQuAD's .*: questions without answers"):
+            read("qa_1", "squad", squad(blank))
+        with pytest.raises(ValueError, match="not HotpotQA's .*: questions without answers"):
+            read("qa_2", "hotpotqa", [*HOTPOT, {**HOTPOT[0], "answer": blank}])
+
+
+def test_tokens_that_only_the_model_has_are_no_text(material):
+    """It has more rows than the tokenizer has ids, and writes some of them."""
+    case = ruler_case("qa_1", BYTES, length=400, count=2, seed=1, material=material)
+    assert case.writing
+    right = case.parts.tokens[0]
+    beyond = np.insert(right, [0, 2], [BYTES.vocab_size, 599])
+    assert case.writing.score(0, beyond) == case.writing.score(0, right) == 1
+    written, score = [], case.writing.score
+
+    def watched(row, tokens):
+        written.append(tokens)
+        return score(row, tokens)
+
+    case = dataclasses.replace(case, writing=dataclasses.replace(case.writing, score=watched))
+    config = small.config("mha", vocab_size=600, max_length=400, num_layers=2)
+    found = evaluate_case(small.decoder(config), case, [Method("whole cache")])["whole cache"]
+    assert found.accuracy == 0 and np.max(written) >= BYTES.vocab_size
+
+
 def test_what_a_model_writes_is_scored(monkeypatch, material):
     """Against the full forward pass, a row at a time."""
     monkeypatch.setattr(longcontext, "_TOKENS_AT_ONCE", 1)

@@ -233,6 +233,38 @@ def test_numbers_out_of_reason_are_refused(changes):
         Preparation(input=["x"], output_dir="y", **changes)
 
 
+def test_held_out_files_among_the_input_are_not_trained_on(source, tmp_path, monkeypatch, capsys):
+    (tmp_path / "link").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    settings = Preparation(
+        input=[str(source)],
+        heldout=["link/b.jsonl"],
+        output_dir=str(tmp_path / "tokens"),
+        text_key="body",
+        num_shards=1,
+        holdout_fraction=0.0,
+    )
+    metadata = prepare(settings)
+    printed = capsys.readouterr().out
+    assert printed == f"1 file(s) of --input are held out, not trained on: {source}/b.jsonl\n"
+    assert [entry["file"] for entry in metadata["sources"]] == ["a.jsonl", "b.jsonl"]
+    corpus = load_corpus(DataConfig(source=str(tmp_path / "tokens"), seq_len=8, batch_size=1))
+    for split, texts in ((corpus.train, TEXTS[:120]), (corpus.heldout, TEXTS[120:])):
+        assert documents(split) == sorted([256, *text.encode(), 257] for text in texts)
+
+
+def test_an_input_that_is_held_out_whole(source, tmp_path):
+    settings = Preparation(
+        input=[f"{source}/*.jsonl"], heldout=[str(source)], output_dir=str(tmp_path / "tokens")
+    )
+    with pytest.raises(ValueError) as error:
+        prepare(settings)
+    assert str(error.value) == (
+        "nothing to train on: --heldout names every file of --input; name others in one of them"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
 def test_text_of_its_own_is_held_out_whole(source, tmp_path):
     own = [f"held out {i}" for i in range(7)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in own))

@@ -94,6 +94,30 @@ def test_logprobs_are_those_of_the_full_forward(model):
     assert scored.outputs[0].cumulative_logprob == pytest.approx(sum(chosen), abs=1e-3)
 
 
+def test_tokens_that_the_tokenizer_has_not_are_no_text():
+    """Models are padded to more rows than their tokenizer has ids, and may write them."""
+    model = small.decoder(small.config("mha", vocab_size=300, num_layers=2, d_model=16))
+    bias = tuple((token, 60.0) for token in (*b"ab", 258, 299))
+    params = drawn(max_tokens=24, logit_bias=bias, logprobs=4)
+    for chosen in (params, dataclasses.replace(params, stop="bb", skip_special_tokens=False)):
+        (found,) = continued(model, ["x"], chosen)
+        known = [token for token in found.token_ids if token < 258]
+        assert 0 < len(known) < len(found.token_ids)
+        text = TOKENIZER.decode(known)
+        assert found.text == (text.removesuffix("bb") if found.stop_reason else text)
+        streamed = joined(fkv.stream(model, ["x"], chosen, tokenizer=TOKENIZER))
+        assert streamed[0, 0][:2] == (found.text, found.token_ids)
+        for place in found.outputs[0].logprobs:
+            assert all((entry.decoded_token == "") == (t > 257) for t, entry in place.items())
+    (scored,) = continued(model, [[97, 299]], greedy(prompt_logprobs=0, max_tokens=1))
+    assert scored.prompt_logprobs[1][299].decoded_token == ""
+    asked = fkv.BeamSearchParams(beam_width=2, max_tokens=12)
+    (beams,) = fkv.beam_search(model, ["x"], asked, tokenizer=TOKENIZER)
+    assert any(token > 257 for output in beams.outputs for token in output.token_ids)
+    for output in beams.outputs:
+        assert output.text == TOKENIZER.decode([t for t in output.token_ids if t < 258])
+
+
 def test_prompt_logprobs_in_chunks_and_of_the_whole_vocabulary(model):
     params = greedy(prompt_logprobs=-1, max_tokens=1)
     whole = continued(model, TEXTS, params)

@@ -6,6 +6,7 @@ import re
 
 import jsonschema
 import pytest
+import tokenizers as hf
 
 import fusedkv_jax as fkv
 from fusedkv_jax.data import tokenizers
@@ -76,6 +77,26 @@ def test_log_probabilities_tell_special_tokens(tmp_path):
     assert tokens[0] == "<s>" and tokens[2:] == ["</s>"] * 2
     assert all("</s>" in place for place in top[2:])  # it was drawn, however unlikely
     assert choice["prompt_logprobs"][2]["1"]["decoded_token"] == "</s>"
+
+
+def test_tokens_that_the_tokenizer_has_not_are_no_text(tmp_path):
+    words = hf.models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")
+    hf.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    served = engine(tokenizer=tokenizers.load(str(tmp_path)))
+    body = {"prompt": [0, 50], "logprobs": 2, "max_tokens": 16}
+    body |= {"logit_bias": {"0": 100, "40": 100}, "temperature": 2, "seed": 1, "ignore_eos": True}
+    with serving(AsyncEngine(served, model_name="toy"), template=None) as running:
+        whole_body, streamed = {**body, "prompt_logprobs": 0}, {**body, "stream": True}
+        (whole,) = running.http.post("/v1/completions", json=whole_body).json()["choices"]
+        lines = running.http.post("/v1/completions", json=streamed).text
+        refused = running.http.post("/detokenize", json={"tokens": [0, 40]})
+    shown = whole["logprobs"]["tokens"]
+    assert set(shown) == {"a", ""} and whole["text"].split() == [text for text in shown if text]
+    assert whole["prompt_logprobs"][1]["50"]["decoded_token"] == ""
+    parts = [json.loads(line)["choices"] for line in re.findall(r"data: (\{.*)", lines)]
+    assert "".join(choice["text"] for (choice,) in parts) == whole["text"]
+    # What a client gives is refused.
+    assert refused.status_code == 400 and "token id 40 is outside" in refused.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

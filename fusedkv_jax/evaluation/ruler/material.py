@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fusedkv_jax.data import sources
+from fusedkv_jax.validation import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def read_squad(path: str) -> Questions:
     """Questions of SQuAD 2.0's JSON file that have an answer, and all paragraphs.
 
     Raises:
-      ValueError: no such file, or one of another form.
+      ValueError: no such file, one of another form, or a question without answers.
     """
 
     def read(content: Any) -> Questions:
@@ -86,7 +87,7 @@ def read_squad(path: str) -> Questions:
                 questions += [
                     Question(
                         _text(each["question"]),
-                        tuple(dict.fromkeys(_text(answer["text"]) for answer in each["answers"])),
+                        _answers(answer["text"] for answer in each["answers"]),
                         (place,),
                         related,
                     )
@@ -102,7 +103,7 @@ def read_hotpotqa(path: str) -> Questions:
     """Questions of HotpotQA's JSON file (distractor setting), and all its paragraphs.
 
     Raises:
-      ValueError: no such file, or one of another form.
+      ValueError: no such file, one of another form, or a question without answers.
     """
 
     def read(content: Any) -> Questions:
@@ -114,7 +115,7 @@ def read_hotpotqa(path: str) -> Questions:
         questions = [
             Question(
                 _text(each["question"]),
-                (_text(each["answer"]),),
+                _answers([each["answer"]]),
                 tuple(dict.fromkeys(number[context] for context in own)),
             )
             for each, own in zip(content, contexts, strict=True)
@@ -135,13 +136,28 @@ def _text(value: Any) -> str:
     return value
 
 
+def _answers(values: Iterable[Any]) -> tuple[str, ...]:
+    """Different answers; blank ones, which any text contains, are none."""
+    return tuple(dict.fromkeys(text for text in map(_text, values) if text.strip()))
+
+
 def _read(path: str, name: str, read: Callable[[Any], Questions]) -> Questions:
     place = pathlib.Path(path).expanduser()
     why = sources.why_not_a_file(place)
     if why:
         raise ValueError(f"{path}: {why}")
     try:
-        found = read(json.loads(place.read_bytes()))
+        content = place.read_bytes()
+    except FileNotFoundError:
+        beside = place.parent.iterdir() if place.parent.is_dir() else ()
+        near = nearest(place.name, (file.name for file in beside))
+        advice = near or f"; name {name}'s JSON file"
+        raise ValueError(f"no such file or folder {path!r}{advice}") from None
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({why}); name {name}'s JSON file") from None
+    try:
+        found = read(json.loads(content))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise ValueError(f"{path} is not {name}'s JSON file: {what}") from None

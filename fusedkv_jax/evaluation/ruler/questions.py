@@ -18,7 +18,7 @@ def question_answering(dataset: Literal["squad", "hotpotqa"]) -> Callable[[Draw]
 
     def begin(draw: Draw) -> Story:
         rng, data = draw.rng, draw.material.squad if dataset == "squad" else draw.material.hotpotqa
-        assert data is not None  # `load_material` has read it
+        assert data is not None  # `make` has checked it
         count = len(data.questions)
         if draw.number >= count:
             raise ValueError(f"{dataset} has {count} questions; ask for fewer examples")

@@ -9,7 +9,7 @@ the seed, never on the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from fusedkv_jax.evaluation.ruler.material import (
 from fusedkv_jax.evaluation.ruler.needles import Needles
 from fusedkv_jax.evaluation.ruler.questions import question_answering
 from fusedkv_jax.evaluation.ruler.story import Draw, Story, most_units
-from fusedkv_jax.validation import nearest_or_all
+from fusedkv_jax.validation import check_count, nearest_or_all
 
 ALL = "ruler"  # stands for all tasks
 
@@ -106,10 +106,21 @@ def expand(tasks: Sequence[str]) -> tuple[str, ...]:
 def check_files(tasks: Sequence[str], **paths: str | None) -> None:
     """Raise ValueError if a task needs a file that is not named; arguments as `load_material`."""
     for task in tasks:
-        name = TASKS[task].needs if task in TASKS else None
-        if name and not paths.get(name):
-            what = "a file or folder of text" if name == "essays" else "its JSON file"
-            raise ValueError(f"task {task} needs --{name}, {what}; or leave the task out")
+        if task in TASKS:
+            _check_needs(task, paths)
+
+
+def _check_needs(task: str, given: Mapping[str, object]) -> None:
+    """Raise ValueError unless what a task needs is given, by its name in `Material`."""
+    name = TASKS[task].needs
+    if name and not given.get(name):
+        what = "a file or folder of text" if name == "essays" else "its JSON file"
+        raise ValueError(f"task {task} needs --{name}, {what}; or leave the task out")
+
+
+def _check(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"task={task} is unknown{nearest_or_all(task, TASKS)}")
 
 
 def load_material(tasks: Sequence[str], **paths: str | None) -> Material:
@@ -120,8 +131,10 @@ def load_material(tasks: Sequence[str], **paths: str | None) -> Material:
       **paths: essays (a file or folder of text), squad and hotpotqa (their JSON files).
 
     Raises:
-      ValueError: a path that is missing or cannot be read.
+      ValueError, FileNotFoundError: an unknown task, or a path that is missing or cannot be read.
     """
+    for task in tasks:
+        _check(task)
     check_files(tasks, **paths)
     readers = {"essays": read_essays, "squad": read_squad, "hotpotqa": read_hotpotqa}
     needed = {TASKS[task].needs for task in tasks}
@@ -148,15 +161,19 @@ def make(
       material: what the task needs, see `load_material`.
 
     Raises:
-      ValueError: an unknown task, or one that does not fit into the length.
+      ValueError: an unknown task, one whose material is missing or that does not fit into the
+        length, no length or count, or a negative seed.
     """
-    if task not in TASKS:
-        raise ValueError(f"task={task} is unknown{nearest_or_all(task, TASKS)}")
+    _check(task)
+    for name, value, least in (("length", length, 1), ("count", count, 1), ("seed", seed, 0)):
+        check_count(name, value, least=least)
+    material = material or Material()
+    _check_needs(task, vars(material))
     found, room = TASKS[task], length - TASKS[task].tokens
     samples = []
     for number in range(count):
         key = (seed, list(TASKS).index(task), length, number)
-        draw = Draw(np.random.default_rng(key), number, seed, length, material or Material())
+        draw = Draw(np.random.default_rng(key), number, seed, length, material)
         story = found.begin(draw)
         try:
             units = most_units(
