@@ -48,11 +48,29 @@ def cache_bytes(
         for i in layout.cached(kind):
             window = layout.stored_window(kind, i)
             old = kivi.quantized_tokens(length)
-            if old and _in_four_bits(config, kind, i, dtype):
+            if _in_four_bits(config, kind, i, dtype) and old:
                 total += _codes(config, kind, old) + _plain(config, kind, kivi.PLACES, dtype)
             else:
                 total += _plain(config, kind, min(window or length, length), dtype)
     return batch_size * total
+
+
+def multi_head_bytes(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> int:
+    """`cache_bytes` of one sequence with keys and values of each query head in every layer.
+
+    Nothing of the model but its sizes is asked for: one with latents (MLA) need not be a model with
+    heads of `config.channels`. Where these do not go into 4 bits they are filled up until they do.
+    """
+    check(config, length=length)
+    channels, old = config.channels, 0
+    if storage_type(dtype) == "int4":
+        channels += -channels % kivi.LEAST_CHANNELS
+        old = kivi.quantized_tokens(length)
+    shape, exact = (config.num_heads, channels), kivi.PLACES if old else length
+    return config.num_layers * sum(
+        _code_bytes(kind, shape, old) + _plain_bytes(shape, exact, dtype, config.dtype)
+        for kind in KINDS
+    )
 
 
 def decode_cache_reads(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> int:
@@ -96,18 +114,25 @@ def _in_four_bits(config: ModelConfig, kind: Kind, layer: int, dtype: DTypeLike)
 
 def _plain(config: ModelConfig, kind: Kind, tokens: int, dtype: DTypeLike) -> int:
     """Bytes of tokens of one stream, each with a scale per head in 8 bits; of int4's exact ones."""
-    heads, channels = config.stream_shapes[kind]
-    name = storage_type(dtype)
+    return _plain_bytes(config.stream_shapes[kind], tokens, dtype, config.dtype)
+
+
+def _plain_bytes(shape: tuple[int, int], tokens: int, dtype: DTypeLike, exact: DTypeLike) -> int:
+    (heads, channels), name = shape, storage_type(dtype)
     scale = jnp.dtype(SCALE_TYPE).itemsize if name in EIGHT_BITS else 0
-    element = jnp.dtype(config.dtype if name == "int4" else name).itemsize
+    element = jnp.dtype(exact if name == "int4" else name).itemsize
     return tokens * heads * (channels * element + scale)
 
 
 def _codes(config: ModelConfig, kind: Kind, tokens: int) -> int:
     """Bytes of tokens of one stream in 4 bits, with scales and zeros."""
+    return _code_bytes(kind, config.stream_shapes[kind], tokens)
+
+
+def _code_bytes(kind: Kind, shape: tuple[int, int], tokens: int) -> int:
     if not tokens:  # a model whose streams cannot be in 4 bits has none
         return 0
-    heads, channels = config.stream_shapes[kind]
+    heads, channels = shape
     group = kivi.channel_group(kind, channels)
     groups = (tokens // kivi.GROUP if kind == "key" else tokens) * heads * channels // group
     return tokens * heads * channels // 2 + groups * 2 * jnp.dtype(kivi.SCALE_TYPE).itemsize

@@ -77,7 +77,7 @@ def _layer_all_rows(config: ModelConfig, i: int, length: int) -> int:
     return (
         length * (_projections(config, i) + _residual(config, i))
         + per_key * visible_to_all(layout, i, length)
-        + _fusion(config, i, visible_to_any(layout, i, length))
+        + fusion_flops(config, i, visible_to_any(layout, i, length))
     )
 
 
@@ -92,7 +92,7 @@ def last_row_flops(config: ModelConfig, i: int, length: int) -> int:
         _projections(config, i)
         + _residual(config, i)
         + per_key * visible
-        + _fusion(config, i, visible)
+        + fusion_flops(config, i, visible)
     )
 
 
@@ -106,7 +106,7 @@ def _residual(config: ModelConfig, i: int) -> int:
     return _mixing(config, i, residual=True)
 
 
-def _fusion(config: ModelConfig, i: int, keys: int) -> int:
+def fusion_flops(config: ModelConfig, i: int, keys: int) -> int:
     """Weighting cached streams of other layers, once for each key that is read."""
     return keys * _mixing(config, i, residual=False)
 

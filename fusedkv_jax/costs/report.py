@@ -7,7 +7,12 @@ from jax.typing import DTypeLike
 from fusedkv_jax import layouts
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.arguments import check
-from fusedkv_jax.costs.cache import cache_bytes, cache_bytes_per_token, decode_cache_reads
+from fusedkv_jax.costs.cache import (
+    cache_bytes,
+    cache_bytes_per_token,
+    decode_cache_reads,
+    multi_head_bytes,
+)
 from fusedkv_jax.costs.flops import decode_flops, prefill_flops, train_flops_per_token
 from fusedkv_jax.costs.parameters import parameter_count
 
@@ -26,14 +31,13 @@ def summary(config: ModelConfig, length: int, dtype: DTypeLike = "bfloat16") -> 
     """
     check(config, length=length)
     ordinary = config.replace(layout=layouts.ordinary(config.num_layers))
-    mha = ordinary.replace(mla=None, num_kv_heads=config.num_heads)
     cache = cache_bytes(config, 1, length, dtype)
     return {
         "parameters": parameter_count(config),
         "parameters_removed": parameter_count(ordinary) - parameter_count(config),
         "cache_bytes_per_token": cache_bytes_per_token(config, dtype),
         "cache_bytes": cache,
-        "cache_ratio": cache / cache_bytes(mha, 1, length, dtype),
+        "cache_ratio": cache / multi_head_bytes(config, length, dtype),
         "decode_cache_reads": decode_cache_reads(config, length, dtype),
         "prefill_depth": config.kv_layout.prefill_depth,
         "prefill_flops": prefill_flops(config, length),

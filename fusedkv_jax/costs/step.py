@@ -15,10 +15,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
+from fusedkv_jax.cache.storage import storage_type
+from fusedkv_jax.cache.storage_types import FLOATS
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.arguments import check
 from fusedkv_jax.costs.cache import cache_bytes_per_token, token_bytes
-from fusedkv_jax.costs.flops import last_row_flops
+from fusedkv_jax.costs.flops import fusion_flops, last_row_flops
 from fusedkv_jax.costs.parameters import matrices, parameter_count
 from fusedkv_jax.layouts import KINDS
 
@@ -34,10 +36,19 @@ class StepWork:
 
 @dataclass(frozen=True)
 class _Attention:
-    """Layers of one window: what a visible key costs a query in FLOPs, and a row in bytes."""
+    """Layers of one window: what a visible key costs.
+
+    Attributes:
+        lower_flops: of one query in the layers that all tokens pass through.
+        upper_flops: of one query in the layers above.
+        lower_fusion: FLOPs of a request in the lower layers, whatever queries see the key.
+        lower_bytes: of a request in the lower layers, likewise.
+        upper_bytes: of a request in the layers above.
+    """
 
     lower_flops: float = 0.0
     upper_flops: float = 0.0
+    lower_fusion: float = 0.0
     lower_bytes: float = 0.0
     upper_bytes: float = 0.0
 
@@ -75,11 +86,12 @@ class StepCosts:
 
         Args:
             config: the model.
-            dtype: of the parameters.
-            cache_dtype: of the cache; as the parameters by default.
+            dtype: of the parameters: float32, bfloat16, float16 or int8.
+            cache_dtype: of the cache, in pages; as the parameters by default.
 
         Raises:
-            ValueError: a cyclic layout, whose prompts cannot be cut into chunks.
+            ValueError: a cyclic layout, whose prompts cannot be cut into chunks; another dtype;
+                an int4 cache, which pages do not hold.
         """
         check(config)
         layout = config.kv_layout
@@ -89,19 +101,22 @@ class StepCosts:
                 " on where a prompt is cut, so no step of chunks can be told; use a layout that"
                 " reads downwards"
             )
-        cache_dtype = dtype if cache_dtype is None else cache_dtype
-        size = jnp.dtype(dtype).itemsize
+        size = _parameter_size(dtype)
+        cache_dtype = storage_type(dtype if cache_dtype is None else cache_dtype)
+        if cache_dtype == "int4":
+            raise ValueError("cache_dtype='int4': pages do not hold int4; use int8")
         flops, weights = [0.0, 0.0], [0.0, 0.0]
-        keys = defaultdict(lambda: np.zeros(4))
+        keys = defaultdict(lambda: np.zeros(5))
         for i, layer in enumerate(layout.layers):
             upper = int(i >= layout.prefill_depth)
-            per_key = last_row_flops(config, i, 2) - last_row_flops(config, i, 1)
-            if layer.window == 1:
-                per_key = 0
-            flops[upper] += last_row_flops(config, i, 1) - per_key
+            per_key = config.geometry.flops_per_key(single=True)
+            fusion = fusion_flops(config, i, 1)
+            flops[upper] += last_row_flops(config, i, 1) - per_key - fusion
             weights[upper] += size * sum(matrices(config, layer).values())
+            # Below, a key is fused once for all queries of a chunk; above there is one query.
             keys[layer.window][upper] += per_key
-            keys[layer.window][2 + upper] += sum(
+            keys[layer.window][1 if upper else 2] += fusion
+            keys[layer.window][3 + upper] += sum(
                 len(layout.attended(kind, i)) * token_bytes(config, kind, cache_dtype)
                 for kind in KINDS
             )
@@ -138,9 +153,22 @@ class StepCosts:
             reached = ends if window is None else np.minimum(ends, window + counts - 1)
             pairs = _pairs(starts, counts, window)
             flops += costs.lower_flops * pairs.sum() + costs.upper_flops * seen[sampled].sum()
+            flops += costs.lower_fusion * reached.sum()
             cache += costs.lower_bytes * reached.sum() + costs.upper_bytes * seen[sampled].sum()
         weights = self.lower_weights + (self.upper_weights if rows else 0)
         return StepWork(float(flops), float(weights), float(cache))
+
+
+def _parameter_size(dtype: DTypeLike) -> int:
+    """Bytes of one parameter of this dtype."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    choices = (*FLOATS, "int8")
+    if name not in choices:
+        raise ValueError(f"dtype={dtype!r}; choose {', '.join(choices)}")
+    return jnp.dtype(name).itemsize
 
 
 def _pairs(starts: np.ndarray, counts: np.ndarray, window: int | None) -> np.ndarray:

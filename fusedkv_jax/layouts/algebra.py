@@ -163,7 +163,11 @@ class KVLayout:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> KVLayout:
-        """Rebuild a layout from `dataclasses.asdict` of one, lists in place of tuples allowed."""
+        """Rebuild a layout from `dataclasses.asdict` of one, lists in place of tuples allowed.
+
+        Raises:
+            LayoutError: something that is no field, no list or no layer; or as for the class.
+        """
 
         def stream(fields: Mapping[str, Any], prefix: str) -> Stream:
             mixing = fields.get("mixing", {})
@@ -174,8 +178,14 @@ class KVLayout:
                 Stream, {**fields, "sources": sources, "mixing": mixing}, LayoutError, prefix
             )
 
-        layers = []
-        for i, layer in enumerate(fields.get("layers", ())):
+        if not isinstance(fields, Mapping):
+            raise LayoutError(f"layout={fields!r}; use fields by name")
+        layers, given = [], fields.get("layers", ())
+        if not isinstance(given, list | tuple):
+            raise LayoutError(f"layers={given!r}; use a list with the fields of each layer")
+        for i, layer in enumerate(given):
+            if not isinstance(layer, Mapping):
+                raise LayoutError(f"layers.{i}={layer!r}; use fields by name")
             parts = dict(layer)
             for kind in KINDS:
                 if isinstance(parts.get(kind), Mapping):

@@ -135,7 +135,10 @@ def _stream(kind: Kind, layer: int, sources: tuple[int, ...], owners: set[int]) 
 
 
 def format(layout: KVLayout) -> str:
-    """Write a layout in the grammar; `parse(format(layout)) == layout`.
+    """Write a layout in the grammar; `resolve` reads it again, and gives an equal layout.
+
+    `parse` does, too, if the layout has the default passes; others follow the tokens as an option,
+    such as `0_6x6_7:passes=3+1`.
 
     Raises:
         LayoutError: the layout uses what the grammar cannot say (residuals, other weights, norms).
@@ -149,6 +152,8 @@ def format(layout: KVLayout) -> str:
     result = "_".join(text)
     if parse(result, passes=layout.passes) != layout:
         raise LayoutError("this layout has parts that the layer-types grammar cannot express")
+    if layout.passes != DEFAULT_PASSES:
+        result += f":passes={layout.passes[0]}+{layout.passes[1]}"
     return result
 
 

@@ -345,6 +345,11 @@ def get(name: str, num_layers: int, **options: object) -> KVLayout:
     Raises:
         LayoutError: unknown name or option (the nearest are suggested), or a refused layout.
     """
+    return _build(name, num_layers, options)
+
+
+def _build(name: str, num_layers: int, options: dict[str, object]) -> KVLayout:
+    """`get` with the options of a text, which may have the names of its own arguments."""
     check_type("name", name, str, LayoutError)
     function = _REGISTRY.get("mha" if name in _GEOMETRIES else name)
     if function is None:
@@ -411,7 +416,7 @@ def resolve(spec: str, num_layers: int) -> KVLayout:
         options[option] = _value(value)
     if name not in _REGISTRY and any(c.isdigit() for c in name[:2]):
         return _resolve_grammar(name, num_layers, options)
-    return get(name, num_layers, **options)
+    return _build(name, num_layers, options)
 
 
 MAX_LAYERS = 10_000  # more is a slip of the hand, and takes minutes to describe
@@ -444,7 +449,7 @@ def _value(text: str) -> int | float | bool | str | None | tuple[int, ...]:
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
-    if "+" in text and all(part.isdigit() for part in text.split("+")):
+    if "+" in text and all(part.isdecimal() for part in text.split("+")):
         return tuple(int(part) for part in text.split("+"))
     for kind in (int, float):
         try:

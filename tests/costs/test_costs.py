@@ -274,3 +274,43 @@ class TestTraining:
             costs.train_flops_per_token(build(s), 16) for s in ("fusedkv", "fusedkv_lite")
         )
         assert fused - reused == pytest.approx(3 * 6 * 2 * 3 * K * H)
+
+
+class TestSummary:
+    @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+    @pytest.mark.parametrize("length", [100, 300])
+    def test_the_ratio_is_to_a_model_with_as_many_heads(self, dtype, length):
+        mla = MLAConfig(kv_lora_rank=16, nope_dim=8, rope_dim=6, v_dim=9)
+        twin = build(head_dim=24, num_kv_heads=N)
+        whole = costs.cache_bytes(twin, 1, length, dtype)
+        for changes in ({}, {"mla": mla}, {"layout": "yoco:window=40"}):
+            config = build(**({"head_dim": 24} | changes))
+            ratio = costs.summary(config, length, dtype)["cache_ratio"]
+            assert ratio == costs.cache_bytes(config, 1, length, dtype) / whole
+
+    @pytest.mark.parametrize(
+        ("width", "heads", "dtype", "whole"),
+        [
+            (45, 3, "bfloat16", L * 2 * 300 * 45 * 2),  # 15 channels, of which no pairs rotate
+            (50, 5, "int8", L * 2 * 300 * 5 * (10 + 4)),
+            # 10 channels a head fill up to 16; 160 tokens have 4 bits, with 32 of scales for 32
+            # tokens of a key's channel and for a value's 16 channels, and 160 are exact.
+            (50, 5, "int4", L * 5 * (160 * (16 + 16 / 8 + 4) + 2 * 160 * 16 * 4)),
+        ],
+    )
+    def test_heads_that_no_ordinary_model_could_have(self, width, heads, dtype, whole):
+        mla = MLAConfig(kv_lora_rank=16, nope_dim=8, rope_dim=6, v_dim=9)
+        fields = dict(num_heads=heads, num_kv_heads=None, head_dim=None)
+        config = build(d_model=width, mla=mla, **fields)
+        found = costs.summary(config, 300, dtype)
+        assert found["cache_ratio"] == costs.cache_bytes(config, 1, 300, dtype) / whole
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_int4_is_refused_at_every_length_where_the_cache_refuses_it(length):
+    config = build(head_dim=10)
+    with pytest.raises(ValueError, match="needs values whose channels, here 10") as refused:
+        KVCache.create(config, batch_size=1, max_length=length, dtype="int4")
+    with pytest.raises(ValueError) as error:
+        costs.cache_bytes(config, 1, length, "int4")
+    assert str(error.value) == str(refused.value)

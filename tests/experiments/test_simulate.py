@@ -62,6 +62,7 @@ def test_mistakes(trace, tmp_path):
             ([given, "--policy=fifo"], "fifo"),
             ([given, "--layout=fusedkw"], "fusedkw"),
             ([given, "--layout=lckv"], "cyclic"),
+            ([given, "--cache_dtype=int4"], "pages do not hold int4; use int8"),
             ([given, "--device=v5e:3x3"], "v5e:3x3"),
             ([given, f"--device={tmp_path / 'none.json'}"], "none.json"),
             ([given, "--preset=13b"], "13b"),

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedkv_jax import layouts
+from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.layouts import KVLayout, LayerKV, LayoutError, Mixing, Stream, reuse
 
 OWN = Stream(own=True)
@@ -69,6 +70,15 @@ class TestGrammar:
             return
         assert layouts.parse(layouts.format(layout)) == layout
 
+    @pytest.mark.parametrize("passes", [(3, 1), (0, 1), (7, 2)])
+    def test_format_keeps_passes(self, passes):
+        named = layouts.get("lckv", 8, forward_passes=passes[0], backward_passes=passes[1])
+        for layout in (named, layouts.parse("0_1s4x3", passes=passes)):
+            again = layouts.resolve(layouts.format(layout), layout.num_layers)
+            assert again == layout
+            assert again.passes == passes
+        assert (layouts.format(named) == "0_6x6_7") == (passes == (7, 2))
+
     def test_format_refuses_what_the_grammar_cannot_say(self):
         for name in ("resformer", "yoco_pp", "lite_learnable", "dense_fusion"):
             with pytest.raises(LayoutError, match="cannot express"):
@@ -101,6 +111,10 @@ class TestRefusals:
         [
             ("fusdkv", 8, "unknown layout 'fusdkv'; did you mean fusedkv"),
             ("cla:q=2", 8, "layout 'cla' has no option 'q'; choose k"),
+            ("cla:num_layers=8", 8, "layout 'cla' has no option 'num_layers'; choose k"),
+            ("cla:name=mha", 8, "layout 'cla' has no option 'name'; choose k"),
+            ("mha:options=1", 8, "layout 'mha' has no option 'options'; choose none"),
+            ("fusedkv:key_sources=²+3", 8, "option key_sources='²[+]3'; use a whole number"),
             ("fusedkv:granularty=head", 8, "did you mean granularity"),
             ("cla:k", 8, "write options as name:key=value"),
             ("cla:k=0", 8, "k=0; use 1 to num_layers=8"),
@@ -199,6 +213,17 @@ class TestRefusals:
             (
                 lambda: KVLayout.from_dict({"layers": [{"key": {"owns": True}}]}),
                 "unknown field layers.0.key.owns; did you mean own",
+            ),
+            (lambda: KVLayout.from_dict(5), "layout=5; use fields by name"),
+            (lambda: KVLayout.from_dict({"layers": 3}), "layers=3; use a list with the fields of"),
+            (lambda: KVLayout.from_dict({"layers": "ab"}), "layers='ab'; use a list"),
+            (lambda: KVLayout.from_dict({"layers": ["a"]}), "layers.0='a'; use fields by name"),
+            (
+                lambda: ModelConfig.from_dict(
+                    dict(vocab_size=9, num_layers=1, d_model=8, num_heads=2, d_ff=8)
+                    | {"layout": {"layers": [3]}}
+                ),
+                "layers.0=3; use fields by name",
             ),
             (lambda: layouts.parse("0_1", window=1.5), "window=1.5; use a whole number"),
         ],
