@@ -48,15 +48,18 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "search", False, "Look for the mesh, remat policy and accumulation of the fastest step."
     )
-    flags.DEFINE_integer("trials", 3, "Settings that fit after which --search stops.")
+    flags.DEFINE_integer("trials", 3, "Settings that fit after which --search stops.", 1)
     flags.DEFINE_integer(
-        "rows", None, "Sequences that prefill and decoding process; by default one a device."
+        "rows", None, "Sequences that prefill and decoding process; by default one a device.", 1
     )
     flags.DEFINE_integer(
-        "length", 8192, "Tokens of each prompt, and of each row of the cache while decoding."
+        "length", 8192, "Tokens of each prompt, and of each row of the cache while decoding.", 1
     )
     flags.DEFINE_integer(
-        "tensor", 1, "Parts of the model in prefill and decoding; rows are over the other devices."
+        "tensor",
+        1,
+        "Parts of the model in prefill and decoding; rows are over the other devices.",
+        1,
     )
     flags.DEFINE_string("json", None, "Also write the reports to this file.")
     cli.define_config()
@@ -106,7 +109,7 @@ def _train(
 
 
 def _settings(config: ExperimentConfig, place: Slice) -> str:
-    sizes = zip(AXES, config.mesh.sizes(place.devices), strict=True)
+    sizes = zip(AXES, config.mesh.sizes(config.mesh.devices or place.devices), strict=True)
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes)
     return (
         f"train: {config.data.batch_size} x {config.data.seq_len} tokens in "

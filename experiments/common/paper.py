@@ -37,4 +37,4 @@ def inference(
     mesh = make_mesh(MeshConfig(data=-1, tensor=tensor), devices)
     make = programs.prefill if name == "prefill" else programs.decode
     model = model.replace(param_dtype="bfloat16")
-    return make(model, mesh, rows or mesh.size, length)
+    return make(model, mesh, mesh.size if rows is None else rows, length)

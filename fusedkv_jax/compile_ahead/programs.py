@@ -13,9 +13,11 @@ from fusedkv_jax import costs
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.costs.visible import visible_to_all
 from fusedkv_jax.generation.programs import GenerationPrograms
+from fusedkv_jax.mesh import MeshError
 from fusedkv_jax.model.sharded_attention import head_axes
 from fusedkv_jax.training import ExperimentConfig
 from fusedkv_jax.training.program import TrainProgram
+from fusedkv_jax.validation import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,13 @@ def train(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 
 def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
-    """Reading prompts of `length` tokens each into an empty cache."""
+    """Reading prompts of `length` tokens each into an empty cache.
+
+    Raises:
+      MeshError: rows or length below 1, or they do not divide over the mesh.
+    """
+    _check_counts(rows, length)
+    _check_divides(mesh, rows, length)
     programs = GenerationPrograms.abstract(config, mesh)
     return Program(
         "prefill",
@@ -84,7 +92,12 @@ def prefill(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
 
 
 def decode(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
-    """The decoding loop, of which one turn adds a token to each row, with full caches."""
+    """The decoding loop, of which one turn adds a token to each row, with full caches.
+
+    Raises:
+      MeshError: rows or length below 1.
+    """
+    _check_counts(rows, length)
     programs = GenerationPrograms.abstract(config, mesh)
     share = _read_share(config, mesh, programs.cache_shapes(rows, length))
     reads = rows * costs.decode_cache_reads(config, length, config.dtype) * share
@@ -99,6 +112,26 @@ def decode(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Program:
         _SMALLER,
         reads,
     )
+
+
+def _check_counts(rows: int, length: int) -> None:
+    check_count("rows", rows, MeshError)
+    check_count("length", length, MeshError)
+
+
+def _check_divides(mesh: Mesh, rows: int, length: int) -> None:
+    """Tokens are split over the mesh whole; caches and the state of decoding need not be."""
+    places = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % places:
+        raise MeshError(
+            f"rows={rows} do not divide over data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']}; use a multiple of {places}"
+        )
+    if length % mesh.shape["context"]:
+        raise MeshError(
+            f"length={length} does not divide over context={mesh.shape['context']}; use a multiple"
+            " of it"
+        )
 
 
 def _inference_bytes(programs: GenerationPrograms, rows: int, length: int) -> dict[str, float]:

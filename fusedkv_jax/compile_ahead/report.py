@@ -110,7 +110,7 @@ def analyze(program: Program, place: Slice, compiled: Any, seconds: float) -> Re
     module = Module(compiled.as_text())
     if program.name == "decode":
         module = module.turn()
-    found = collectives.collectives(module, place.devices)
+    found = collectives.collectives(module, program.mesh.size)
     flops = work.matrix_flops(module) + work.attention_flops(module, program.visible)
     kernels = work.kernel_calls(module)
     hbm = work.hbm_bytes(module) + ("decode" in kernels) * program.cache_reads
@@ -123,7 +123,7 @@ def analyze(program: Program, place: Slice, compiled: Any, seconds: float) -> Re
         flops / chip.flops,
         hbm / chip.hbm_bandwidth,
         roofline.communication_seconds(place, found, where),
-        program.model_flops / place.devices,
+        program.model_flops / program.mesh.size,
         chip.flops,
     )
     other = memory.argument_size_in_bytes - sum(program.parts.values())

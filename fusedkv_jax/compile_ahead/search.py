@@ -15,6 +15,7 @@ from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.sharding import MeshConfig, MeshError, make_mesh
 from fusedkv_jax.training import ExperimentConfig
 from fusedkv_jax.training.loss import LOGITS_MIB
+from fusedkv_jax.validation import check_count
 
 # How much of the forward pass the backward pass repeats, and bytes that a token keeps in a layer:
 # widths of D, of all heads, and of the feed-forward part, times two bytes. Counted in compiled
@@ -131,7 +132,12 @@ def search(
 
     Returns:
       All trials, those that fit first, by the time that their compiled programs take.
+
+    Raises:
+      ValueError: wanted or limit below 1, or no settings divide the model and the batch.
     """
+    check_count("wanted", wanted)
+    check_count("limit", limit)
     trials: list[Trial] = []
     for candidate in candidates(config, place, devices)[:limit]:
         trials.append(attempt(candidate, config, place, devices))

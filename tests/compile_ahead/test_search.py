@@ -53,6 +53,15 @@ def test_compiles_no_more_than_the_limit(tried):
     assert tried == [0, 1, 2, 3]
 
 
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("sizes", [{"wanted": 0}, {"wanted": -1}, {"limit": 0}, {"wanted": 1.5}])
+def test_counts_that_cannot_be_are_refused_before_anything_is_compiled(tried, sizes):
+    ((name, value),) = sizes.items()
+    with pytest.raises(ValueError, match=f"{name}={value}; use a whole number of at least 1"):
+        search.search(paper_run("332m", "mha"), PLACE, [], **sizes)
+    assert tried == []
+
+
 def test_expected_memory_and_time_follow_the_settings():
     config = paper_run("1_5b", "fusedkv")
     whole = {"data": 16, "fsdp": 1, "context": 1, "tensor": 1}

@@ -43,6 +43,9 @@ def test_mistakes_are_one_line():
             ([slice_], "--config is missing"),
             ([slice_, "--preset=4b", "--config=paper_4b"], "give one of them"),
             ([slice_, "--preset=5b"], "unknown preset '5b'"),
+            ([slice_, "--preset=4b", "--rows=-4"], "--rows=-4"),
+            ([slice_, "--preset=4b", "--rows=0"], "--rows=0"),
+            ([slice_, "--preset=4b", "--search", "--trials=0"], "--trials=0"),
             ([slice_, "--preset=4b", "--programs=test"], "choose train, prefill, decode"),
         ],
     )
