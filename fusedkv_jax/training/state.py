@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from fusedkv_jax.config import ModelConfig
 from fusedkv_jax.model import Decoder
-from fusedkv_jax.sharding import automatic, parameter_shardings
+from fusedkv_jax.sharding import MeshError, automatic, parameter_shardings
 from fusedkv_jax.training.lora import Lora
 from fusedkv_jax.trees import Leaf
 
@@ -68,6 +68,9 @@ def create_state(
       mesh: the arrays are split over it, and never whole on one device; None uses one device.
       offload: on a mesh, the optimizer's state is in the host's memory.
       lora: how the model is adapted, if it is.
+
+    Raises:
+      MeshError: `offload` on several CPU devices, with a jax that does not compile it.
     """
     initial = lambda seed: _initial_state(config, optimizer, seed, lora)  # noqa: E731
     if mesh is None:
@@ -100,6 +103,13 @@ def _shardings(shapes: TrainState, mesh: Mesh, offload: bool) -> TrainState:
     shardings = parameter_shardings(shapes, mesh)
     if not offload:
         return shardings
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if on_cpu and mesh.size > 1 and jax.__version_info__ >= (0, 11):
+        # Its compiler ends the process (seen with jax 0.11.2, whatever the optimizations).
+        raise MeshError(
+            f"optimizer.offload=True on {mesh.size} CPU devices is not compiled by jax "
+            f"{jax.__version__}; use one device, an accelerator, or no offload"
+        )
 
     def on_host(
         leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
