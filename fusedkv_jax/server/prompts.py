@@ -133,7 +133,9 @@ class Prompts:
         return Echo(text, tokens, found)
 
     def decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
-        """Text of an output's tokens, as it is shown."""
+        """Text of an output's tokens, as it is shown; none of a server without a tokenizer."""
+        if self.tokenizer is None:
+            return lambda tokens: ""
         return output_decoder(self.tokenizer, skip_special_tokens=skip_special_tokens)
 
     def close(self) -> None:
